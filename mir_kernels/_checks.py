@@ -1,0 +1,66 @@
+"""Input checks that every operation shares. Each message names the argument, what came and what it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value: object) -> None:
+    """`value` is a torch.Tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: takes a torch.Tensor, got {type(value).__name__}")
+
+
+def floating(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """`value` is a tensor of one of `dtypes`."""
+    tensor(name, value)
+    if value.dtype not in dtypes:
+        takes = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: takes a dtype of {takes}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` lies where `other` lies."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: lies on {value.device}, but {other_name} lies on {other.device}")
+
+
+def tokens(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """`value` is `(..., d)` with d >= 1, of a floating dtype."""
+    floating(name, value, dtypes)
+    if value.dim() < 1 or value.shape[-1] < 1:
+        raise ValueError(f"{name}: takes shape (..., d) with d >= 1, got {tuple(value.shape)}")
+
+
+def vector(name: str, value: Tensor, size: int) -> None:
+    """`value` is `(size,)`, of a floating dtype."""
+    floating(name, value)
+    if tuple(value.shape) != (size,):
+        raise ValueError(f"{name}: takes shape ({size},), got {tuple(value.shape)}")
+
+
+def mask(name: str, value: Tensor, shape: tuple[int, ...], *, floats: bool = False) -> None:
+    """`value` is a token mask of `shape`: bool or uint8, and floating with zeros and ones where `floats`."""
+    tensor(name, value)
+    allowed = (torch.bool, torch.uint8, *(FLOATS if floats else ()))
+    if value.dtype not in allowed:
+        takes = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}: takes a dtype of {takes}, got {str(value.dtype).removeprefix('torch.')}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: takes one entry per token, shape {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def square(name: str, value: Tensor) -> None:
+    """`value` is `(..., d, d)` with d >= 1, of a floating dtype."""
+    floating(name, value)
+    if value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 1:
+        raise ValueError(f"{name}: takes square matrices (..., d, d) with d >= 1, got {tuple(value.shape)}")
+
+
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """`value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: takes one of {allowed}, got {value!r}")

@@ -1,0 +1,124 @@
+"""Which implementation of an operation runs: one ordered tuple per device, and a reason for everything that cannot.
+
+An operation lists its backends once. `backend=None` takes the first that can run on the tensors' device; a backend
+asked for by name either runs or raises with the reason. Nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from mir_kernels import _native
+
+Reason = Callable[[torch.device], "str | None"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: the order in which backends are tried per device type, and what each has against running.
+
+    orders: device type to backend names, best first. "reference" may be asked for by name but is never in an order.
+    reasons: backend name to a function of the device that returns None (can run) or a sentence (cannot, and why).
+    """
+
+    name: str
+    orders: Mapping[str, tuple[str, ...]]
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
+
+    def reason(self, backend: str, device: torch.device) -> str | None:
+        """Why `backend` cannot run on `device`, or None."""
+        check = self.reasons.get(backend, REASONS.get(backend))
+        if check is None:
+            raise ValueError(f"backend: {self.name} has no backend {backend!r}, it takes one of {self.names()}")
+        return check(device)
+
+    def choose(self, backend: str | None, device: torch.device) -> str:
+        """The backend that runs: the one named, or the first of the device's order that can."""
+        if backend is not None:
+            if backend not in self.names():
+                raise ValueError(f"backend: {self.name} has no backend {backend!r}, it takes one of {self.names()}")
+            why = self.reason(backend, device)
+            if why is not None:
+                raise RuntimeError(f"backend {backend!r} of {self.name} cannot run on {device}: {why}")
+            return backend
+        for name in self.orders.get(device.type, ("eager",)):
+            if self.reason(name, device) is None:
+                return name
+        raise RuntimeError(f"{self.name} has no backend that runs on {device}")
+
+    def names(self) -> tuple[str, ...]:
+        """Every backend that may be asked for by name."""
+        seen = dict.fromkeys(name for order in self.orders.values() for name in order)
+        return (*seen, "reference")
+
+
+def _triton_reason(device: torch.device) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def _native_reason(device: torch.device) -> str | None:
+    return _native.cpu_reason() if device.type == "cpu" else f"the native CPU kernels do not take {device.type} tensors"
+
+
+def _cuda_reason(device: torch.device) -> str | None:
+    return _native.cuda_reason() if device.type == "cuda" else f"the CUDA kernels do not take {device.type} tensors"
+
+
+def _anywhere(device: torch.device) -> None:
+    return None
+
+
+# What the backends of every operation have in common; an operation overrides an entry through `reasons`.
+REASONS: dict[str, Reason] = {
+    "native": _native_reason,
+    "cuda": _cuda_reason,
+    "triton": _triton_reason,
+    "eager": _anywhere,
+    "reference": _anywhere,
+}
+
+
+class BackendTable(dict):
+    """{operation: {device: {backend: None or the reason why it cannot run}}}; printed as a table."""
+
+    def __str__(self) -> str:
+        rows = [("operation", "device", "backend", "here")]
+        for operation, devices in self.items():
+            for device, backends in devices.items():
+                chosen = next((name for name, why in backends.items() if why is None), None)
+                for name, why in backends.items():
+                    state = "taken by default" if name == chosen else "can run" if why is None else f"no: {why}"
+                    rows.append((operation, device, name, state))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+
+    __repr__ = __str__
+
+
+def table(operations: tuple[Operation, ...]) -> BackendTable:
+    """What can run here for each operation, on the CPU and on CUDA."""
+    devices = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda")}
+    return BackendTable(
+        {
+            op.name: {
+                kind: {name: op.reason(name, device) if kind == "cpu" or torch.cuda.is_available() else
+                       (op.reason(name, device) or "torch sees no CUDA device") for name in op.orders[kind]}
+                for kind, device in devices.items() if kind in op.orders
+            }
+            for op in operations
+        }
+    )
