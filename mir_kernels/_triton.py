@@ -1,0 +1,40 @@
+"""What every Triton launcher shares: which architecture a tensor's device is, its row of a block-size table, launch options."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+
+Row = TypeVar("Row")
+
+# Set before the first import of triton, or not at all: the interpreter runs the same kernels on CPU tensors.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Fusion of a*b+c changes bits and its default changes between Triton versions: off here, and tl.fma where one rounding
+# is wanted.
+LAUNCH = {"enable_fp_fusion": False}
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The row of the block-size tables for `device`: "sm_80", "sm_90", "sm_100", "gfx942" or "interpreter".
+
+    Devices of one feature level share a row: 8.x and 12.x (no warpgroup or tensor-memory products) run as sm_80,
+    10.x as sm_100, every AMD device as gfx942.
+    """
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def row(table: Mapping[str, Row], device: torch.device) -> Row:
+    """The row of `table` for `device`. A table without an "interpreter" row is interpreted with its sm_80 row."""
+    name = architecture(device)
+    return table[name if name in table else "sm_80"]
