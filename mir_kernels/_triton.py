@@ -1,4 +1,4 @@
-"""What every Triton launcher shares: which architecture a tensor's device is, its row of a block-size table, launch options."""
+"""What every Triton launcher shares: the architecture of a device, its row of a block-size table, launch options."""
 
 from __future__ import annotations
 
