@@ -1,0 +1,160 @@
+"""Which tokens of a forward pass are vision, text or padding: read from the model's own markers as the pass begins."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decoder import Decoder, unwrap
+
+# A mask (B, T), nonzero where the role holds, or the name of the forward argument that carries one.
+Mask = Tensor | str | None
+
+# Where the families differ. Token type ids that mark vision with 1 (image) and 2 (video), for calls that pass no
+# input_ids; PaliGemma's token_type_ids tell prompt from answer, so the name alone does not say.
+TYPE_IDS = {"gemma3": "token_type_ids"}
+# generate() embeds the prompt itself and calls the language model, past the model's own forward.
+EMBEDS_FIRST = ("blip-2", "instructblip", "instructblipvideo")
+
+
+def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """The token ids that stand for image and video features in `input_ids`, by the model's configuration."""
+    config = getattr(unwrap(model), "config", None)
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = {getattr(config, name, None) for name in names}
+    return tuple(sorted(i for i in found if isinstance(i, int)))
+
+
+def text_after_vision(vision: Tensor) -> Tensor:
+    """(B, T) bool -> (B, T) bool: True after the last vision token of each row."""
+    return vision.flip(-1).cumsum(-1).flip(-1) == 0
+
+
+class ForwardPass:
+    """What one forward pass was given that marks its tokens."""
+
+    def __init__(self, token_ids: tuple[int, ...], type_ids: str) -> None:
+        self.token_ids, self.type_ids = token_ids, type_ids
+        self.inputs: dict[str, Any] = {}
+
+    def decodes(self, length: int) -> bool:
+        """Whether this pass is a decoding step: one new token after a cache."""
+        if length != 1:
+            return False
+        mask, cache = self.inputs.get("attention_mask"), self.inputs.get("past_key_values")
+        if isinstance(mask, Tensor) and mask.shape[-1] > 1:
+            return True
+        return cache is not None and int(cache.get_seq_length()) > 0
+
+    def vision(self, shape: tuple[int, int], given: Mask = None) -> Tensor:
+        """(B, T) bool, True at vision tokens; ValueError where nothing in this pass says which those are."""
+        if given is not None:
+            return self.given("vision_mask", given, shape)
+        ids, types = self.inputs.get("input_ids"), self.inputs.get(self.type_ids)
+        if ids is not None and self.token_ids:
+            if tuple(ids.shape) != shape:
+                raise ValueError(
+                    f"vision_mask: input_ids has shape {tuple(ids.shape)}, but the decoder ran on {shape} tokens: the "
+                    "model expands its image placeholders, so only the caller knows where they went; give vision_mask"
+                )
+            vision = ids == self.token_ids[0]
+            for token_id in self.token_ids[1:]:
+                vision = vision | (ids == token_id)
+            return vision
+        if types is not None and tuple(types.shape) == shape:
+            return (types == 1) | (types == 2)
+        why = (
+            f"no input_ids or {self.type_ids} were passed, and inputs_embeds alone do not say"
+            if self.token_ids
+            else "the model's configuration names no image token"
+        )
+        raise ValueError(f"vision_mask: nothing in this forward pass marks its vision tokens ({why}); give vision_mask")
+
+    def kept(self, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """(B, T) bool, False at padding, from attention_mask; all True where none was passed."""
+        mask = self.inputs.get("attention_mask")
+        if mask is None:
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"text_mask: attention_mask ({got}) does not show padding; takes (B, T), or give text_mask"
+            )
+        if mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+            raise ValueError(f"attention_mask: takes shape {shape}, got {tuple(mask.shape)}")
+        return mask[:, -shape[1] :].to(device).bool()  # with a cache, the columns before are the cache's
+
+    def given(self, name: str, mask: Tensor | str, shape: tuple[int, int]) -> Tensor:
+        """The caller's own mask, or the one in the forward argument it names, as (B, T) bool."""
+        if isinstance(mask, str):
+            if self.inputs.get(mask) is None:
+                raise ValueError(f"{name}: no argument {mask!r} was passed to the model's forward")
+            mask = self.inputs[mask]
+        if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+            got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{name}: takes one entry per token, shape {shape}, got {got}")
+        return mask != 0
+
+
+class ForwardWatch:
+    """Follows the forward passes of a model and keeps what marks the tokens of the running one.
+
+    Hooks sit on every module from the model down to its decoder, because wrappers call some of them past their hooks
+    (PEFT runs `base.forward`); the outermost call that names an input wins. All hooks are methods of this object, so a
+    deep copy of the model gets a watch of its own.
+    """
+
+    def __init__(self, model: nn.Module, decoder: Decoder, *, named: tuple[str, ...] = ()) -> None:
+        model_type = getattr(getattr(unwrap(model), "config", None), "model_type", None)
+        self.token_ids = vision_token_ids(model)
+        self.type_ids = TYPE_IDS.get(model_type, "mm_token_type_ids")
+        self.watched = ("input_ids", "attention_mask", "past_key_values", self.type_ids, *named)
+        self.running: ForwardPass | None = None
+        self._depth = 0
+        self._embedded: Tensor | None = None
+        self._arguments = {type(module): _argument_names(module) for module in decoder.path}
+        self._handles = []
+        for module in decoder.path:
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        if model_type in EMBEDS_FIRST:
+            embedding = unwrap(model).get_input_embeddings()
+            self._handles.append(embedding.register_forward_pre_hook(self._embed))
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._depth == 0:
+            self.running = ForwardPass(self.token_ids, self.type_ids)
+        self._depth += 1
+        inputs = self.running.inputs
+        names = self._arguments.get(type(module)) or _argument_names(module)
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name not in self.watched or value is None or name in inputs:
+                continue
+            if name == "attention_mask" and self._depth > 1 and not (isinstance(value, Tensor) and value.dim() == 2):
+                continue  # the causal mask that an outer module built
+            inputs[name] = value
+        if self._embedded is not None:
+            inputs.setdefault("input_ids", self._embedded)
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.running = self._embedded = None
+
+    def _embed(self, module: nn.Module, args: tuple) -> None:
+        if self._depth == 0:
+            self._embedded = args[0]
+
+
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds)
