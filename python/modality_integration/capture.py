@@ -141,6 +141,7 @@ class Capture:
             raise RuntimeError(
                 f"capture: {len(states)} of {len(self.layer_names)} decoder layers ran in this pass (layer drop?)"
             )
+        running.inputs.pop("past_key_values", None)  # not to keep a cache alive
         shape = (states[0].shape[0], states[0].shape[1])
         roles = _Roles(running, shape, self._text, self._given_vision, self._given_text)
         self._states, self._roles = states, roles

@@ -77,7 +77,7 @@ def refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                f"model: {name or 'it'} is compiled already, and compiled code does not see hooks that are added later; "
+                f"model: {name or 'it'} is compiled already, and compiled code does not see hooks that come later; "
                 "give the model before torch.compile (the one in `_orig_mod`)"
             )
 
