@@ -1,0 +1,124 @@
+// The Python module mir_kernels._C: addresses, sizes and a stream in, nothing out. The only file that names pybind11.
+//
+// Nothing is checked here but what would be undefined behaviour for any address: the Python callers in
+// mir_kernels/*/native.py own the tensors and their shapes. The interpreter lock is released during every call.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/isa.h"
+#include "moca/moca.h"
+#include "moments/moments.h"
+
+namespace py = pybind11;
+
+namespace mir {
+namespace {
+
+using Address = std::uintptr_t;
+
+void* at(Address address) { return reinterpret_cast<void*>(address); }
+const uint8_t* mask_at(Address address) { return reinterpret_cast<const uint8_t*>(address); }
+
+DType dtype_of(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("dtype: takes a code of DTYPES, got " + std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+MocaForward moca_forward(Address x, int64_t x_stride, Address scale, Address shift, Address mask, Address out,
+                         int64_t out_stride, int64_t rows, int64_t cols, int dtype) {
+  return {at(x), x_stride, at(scale), at(shift), mask_at(mask), at(out), out_stride, rows, cols, dtype_of(dtype)};
+}
+
+MocaBackward moca_backward(Address grad, int64_t grad_stride, Address x, int64_t x_stride, Address scale, Address mask,
+                           Address dx, int64_t dx_stride, Address partial, Address dscale, Address dshift,
+                           int64_t rows, int64_t cols, int dtype) {
+  return {at(grad), grad_stride, at(x),      x_stride,   at(scale), mask_at(mask), at(dx),
+          dx_stride, at(partial), at(dscale), at(dshift), rows,      cols,          dtype_of(dtype)};
+}
+
+AddRmsForward add_rms_forward(Address x, int64_t x_stride, Address residual, int64_t residual_stride, Address scale,
+                              Address shift, Address mask, Address weight, double eps, Address out,
+                              int64_t out_stride, Address h, int64_t h_stride, Address rstd, int64_t rows,
+                              int64_t cols, int dtype) {
+  return {at(x), at(residual), x_stride, residual_stride, at(scale), at(shift), mask_at(mask), at(weight), eps,
+          at(out), at(h), out_stride, h_stride, at(rstd), rows, cols, dtype_of(dtype)};
+}
+
+AddRmsBackward add_rms_backward(Address grad_out, int64_t grad_out_stride, Address grad_h, int64_t grad_h_stride,
+                                Address h, int64_t h_stride, Address x, int64_t x_stride, Address residual,
+                                int64_t residual_stride, Address scale, Address mask, Address weight, Address rstd,
+                                Address dx, int64_t dx_stride, Address partial, Address dscale, Address dshift,
+                                Address dweight, int64_t rows, int64_t cols, int dtype) {
+  return {at(grad_out), at(grad_h), at(h), at(x), at(residual), grad_out_stride, grad_h_stride, h_stride, x_stride,
+          residual_stride, at(scale), mask_at(mask), at(weight), at(rstd), at(dx), dx_stride, at(partial), at(dscale),
+          at(dshift), at(dweight), rows, cols, dtype_of(dtype)};
+}
+
+TokenNorms token_norms(Address x, int64_t x_stride, Address out, int64_t rows, int64_t cols, int dtype) {
+  return {at(x), x_stride, static_cast<float*>(at(out)), rows, cols, dtype_of(dtype)};
+}
+
+// A Python function whose arguments are those of `make`, which packs them into the parameter struct, followed by
+// those of `run` after the struct (threads, or device and stream).
+template <class Params, class... Packed, class... Extra>
+auto unlocked(Params (*make)(Packed...), void (*run)(const Params&, Extra...)) {
+  return [make, run](Packed... packed, Extra... extra) {
+    const Params params = make(packed...);
+    py::gil_scoped_release release;
+    run(params, extra...);
+  };
+}
+
+#if defined(MIR_WITH_CUDA)
+void moca_forward_on_stream(const MocaForward& p, int device, Address stream) {
+  moca_forward_cuda(p, device, at(stream));
+}
+void moca_backward_on_stream(const MocaBackward& p, int device, Address stream) {
+  moca_backward_cuda(p, device, at(stream));
+}
+#endif
+
+// "80;90" as (80, 90): what nvcc compiled for; empty where the module was built without nvcc.
+py::tuple cuda_archs() {
+  py::list archs;
+  std::istringstream text(MIR_CUDA_ARCHS);
+  for (std::string arch; std::getline(text, arch, ';');) archs.append(std::stoi(arch));
+  return py::tuple(archs);
+}
+
+}  // namespace
+}  // namespace mir
+
+PYBIND11_MODULE(_C, m) {
+  using namespace mir;
+  m.doc() = "Compiled kernels of mir_kernels. Takes addresses: call them through mir_kernels, which checks.";
+  m.attr("VERSION") = MIR_VERSION;
+  m.attr("CPU_ISA") = isa_name(cpu_isa());
+  m.attr("CUDA_ARCHS") = cuda_archs();
+#ifdef _OPENMP
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;
+#endif
+  py::dict dtypes;
+  dtypes["float32"] = static_cast<int>(DType::kFloat32);
+  dtypes["bfloat16"] = static_cast<int>(DType::kBFloat16);
+  dtypes["float16"] = static_cast<int>(DType::kFloat16);
+  dtypes["float64"] = static_cast<int>(DType::kFloat64);
+  m.attr("DTYPES") = dtypes;
+
+  m.def("moca_partial_rows", [](int64_t rows) { return moca_partial_rows(rows); });
+  m.def("moca_forward", unlocked(moca_forward, MIR_AT_ISA(moca_cpu).forward));
+  m.def("moca_backward", unlocked(moca_backward, MIR_AT_ISA(moca_cpu).backward));
+  m.def("add_rms_forward", unlocked(add_rms_forward, MIR_AT_ISA(add_rms_cpu).forward));
+  m.def("add_rms_backward", unlocked(add_rms_backward, MIR_AT_ISA(add_rms_cpu).backward));
+  m.def("token_norms", unlocked(token_norms, MIR_AT_ISA(moments_cpu).token_norms));
+#if defined(MIR_WITH_CUDA)
+  m.def("moca_forward_cuda", unlocked(moca_forward, moca_forward_on_stream));
+  m.def("moca_backward_cuda", unlocked(moca_backward, moca_backward_on_stream));
+#endif
+}

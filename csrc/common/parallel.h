@@ -1,0 +1,27 @@
+// Parallel loop for CPU kernels (see isa.h for the namespace rule).
+#pragma once
+
+#include <cstdint>
+
+namespace mir {
+namespace MIR_ISA {
+namespace {
+
+// f(i) for i in [0, n), on up to `threads` threads, in any order: whoever needs the same bits for every thread count
+// must let f(i) depend on i alone. Work below `bytes` of a quarter megabyte stays on the calling thread.
+template <class F>
+void parallel_for(int64_t n, int threads, int64_t bytes, const F& f) {
+#ifdef _OPENMP
+  if (threads > 1 && n > 1 && bytes >= (int64_t{1} << 18)) {
+    const int team = n < threads ? static_cast<int>(n) : threads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+}  // namespace
+}  // namespace MIR_ISA
+}  // namespace mir

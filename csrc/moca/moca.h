@@ -1,0 +1,114 @@
+// MoCa (Eq. 5 of the MIR paper): out = scale * x + shift on rows whose mask byte is not zero, x elsewhere; alone,
+// and fused between a residual add and RMSNorm.
+//
+// Rows have `cols` elements side by side and lie `stride` elements apart. A is float, or double for float64 elements:
+// scale, shift, weight, rstd, column sums and partial sums are A. Pointers of one call do not overlap, except where
+// said. Column sums are cut into chunks of rows that depend on the number of rows alone, each chunk writes one partial
+// row per sum, and the partial rows are added in order in double: same bits on every run, for any number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/isa.h"
+
+namespace mir {
+
+struct MocaForward {
+  const void* x;  // (rows, cols)
+  int64_t x_stride;
+  const void* scale;    // (cols,) A
+  const void* shift;    // (cols,) A
+  const uint8_t* mask;  // (rows,)
+  void* out;            // (rows, cols); may be x: rows outside the mask are then neither read nor written
+  int64_t out_stride;
+  int64_t rows, cols;
+  DType dtype;
+};
+
+struct MocaBackward {
+  const void* grad;  // (rows, cols), of out
+  int64_t grad_stride;
+  const void* x;  // (rows, cols), read inside the mask only
+  int64_t x_stride;
+  const void* scale;    // (cols,) A
+  const uint8_t* mask;  // (rows,)
+  void* dx;             // (rows, cols); may be grad: rows outside the mask are then left alone
+  int64_t dx_stride;
+  void* partial;  // (moca_partial_rows(rows), 2, cols) A, scratch
+  void* dscale;   // (cols,) A
+  void* dshift;   // (cols,) A
+  int64_t rows, cols;
+  DType dtype;
+};
+
+// h = moca(x + residual), out = weight * (h * rstd), rstd = 1 / sqrt(mean(h^2) + eps). Rounded to the element type as
+// the separate operations do, in the order of Llama's RMSNorm: x + residual, h, h * rstd, out.
+struct AddRmsForward {
+  const void* x;         // (rows, cols)
+  const void* residual;  // (rows, cols)
+  int64_t x_stride, residual_stride;
+  const void* scale;    // (cols,) A
+  const void* shift;    // (cols,) A
+  const uint8_t* mask;  // (rows,)
+  const void* weight;   // (cols,) A
+  double eps;
+  void* out;  // (rows, cols)
+  void* h;    // (rows, cols); may be x or residual
+  int64_t out_stride, h_stride;
+  void* rstd;  // (rows,) A
+  int64_t rows, cols;
+  DType dtype;
+};
+
+struct AddRmsBackward {
+  const void* grad_out;  // (rows, cols)
+  const void* grad_h;    // (rows, cols), or null where h has no gradient of its own
+  const void* h;         // (rows, cols)
+  const void* x;         // (rows, cols), read inside the mask only
+  const void* residual;  // (rows, cols), read inside the mask only
+  int64_t grad_out_stride, grad_h_stride, h_stride, x_stride, residual_stride;
+  const void* scale;    // (cols,) A
+  const uint8_t* mask;  // (rows,)
+  const void* weight;   // (cols,) A
+  const void* rstd;     // (rows,) A
+  void* dx;             // (rows, cols), of x and of residual alike; may be grad_out or grad_h
+  int64_t dx_stride;
+  void* partial;  // (moca_partial_rows(rows), 3, cols) A, scratch
+  void* dscale;   // (cols,) A
+  void* dshift;   // (cols,) A
+  void* dweight;  // (cols,) A
+  int64_t rows, cols;
+  DType dtype;
+};
+
+// Rows per partial sum: 128 chunks of 16 to 128 rows each, beyond that more chunks.
+constexpr int64_t kMocaMinChunk = 16, kMocaMaxChunk = 128;
+static constexpr int64_t moca_chunk_rows(int64_t rows) {
+  int64_t chunk = kMocaMinChunk;
+  while (chunk < kMocaMaxChunk && chunk * 128 < rows) chunk *= 2;
+  return chunk;
+}
+static constexpr int64_t moca_partial_rows(int64_t rows) {
+  return (rows + moca_chunk_rows(rows) - 1) / moca_chunk_rows(rows);
+}
+
+struct MocaCpu {
+  void (*forward)(const MocaForward&, int threads);
+  void (*backward)(const MocaBackward&, int threads);
+};
+MIR_DECLARE_PER_ISA(const MocaCpu moca_cpu)
+
+struct AddRmsCpu {
+  void (*forward)(const AddRmsForward&, int threads);
+  void (*backward)(const AddRmsBackward&, int threads);
+};
+MIR_DECLARE_PER_ISA(const AddRmsCpu add_rms_cpu)
+
+#if defined(MIR_WITH_CUDA)
+// `stream` is a cudaStream_t of `device`. Launches only: nothing waits. Throws std::runtime_error with CUDA's message.
+void moca_forward_cuda(const MocaForward& p, int device, void* stream);
+void moca_backward_cuda(const MocaBackward& p, int device, void* stream);
+#endif
+
+}  // namespace mir
