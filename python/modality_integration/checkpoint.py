@@ -1,0 +1,94 @@
+"""What `mir compute` leaves on disk while it streams, so that a killed run goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from modality_integration.data import InputError
+
+
+class Checkpoint:
+    """The metric's state after so many samples, and the arguments it belongs to; one per process.
+
+    `<folder>/rank<r>.json` names the state file that counts, `<folder>/rank<r>-<samples>.safetensors`. The state is
+    complete on disk before the JSON that names it is put in its place, so a kill at any moment leaves a valid pair.
+    """
+
+    def __init__(self, folder: Path, arguments: dict[str, Any], rank: int = 0) -> None:
+        self.folder = folder
+        self.arguments = json.loads(json.dumps(arguments))  # as they will read back: tuples become lists
+        self.rank = rank
+        self._progress = folder / f"rank{rank}.json"
+
+    def done(self) -> int:
+        """How many of this process's samples a checkpoint holds, 0 without one.
+
+        Raises InputError if it was written with other arguments, naming each, or cannot be read.
+        """
+        if not self._progress.exists():
+            return 0
+        saved = self._read()
+        differing = [
+            f"{key.replace('_', '-')} was {saved['arguments'].get(key)}, now {self.arguments.get(key)}"
+            for key in sorted({*saved["arguments"], *self.arguments})
+            if saved["arguments"].get(key) != self.arguments.get(key)
+        ]
+        if differing:
+            raise InputError(
+                f"{self.folder} holds an unfinished run with other arguments ({'; '.join(differing)}): finish it with "
+                "those, choose another --out, or add --restart to drop it"
+            )
+        return saved["done"]
+
+    def load(self, metric: Any) -> None:
+        """Put the checkpoint's state into `metric`."""
+        state = self.folder / self._read()["state"]
+        try:
+            metric.load(state)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"the checkpoint {state} cannot be read ({error}): add --restart to begin anew") from error
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # it derives from Exception alone
+                raise
+            raise InputError(f"the checkpoint {state} is damaged ({error}): add --restart to begin anew") from error
+
+    def save(self, metric: Any, done: int) -> None:
+        """Write `metric`'s state after `done` samples, then drop the state before it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / f"rank{self.rank}-{done:06d}.safetensors"
+        metric.save(state)
+        write_json(self._progress, {"done": done, "state": state.name, "arguments": self.arguments})
+        for old in self.folder.glob(f"rank{self.rank}-*.safetensors"):
+            if old != state:
+                old.unlink()
+
+    def clear(self) -> None:
+        """Remove this process's checkpoint: the run is finished, or begins anew."""
+        self._progress.unlink(missing_ok=True)
+        for state in self.folder.glob(f"rank{self.rank}-*.safetensors"):
+            state.unlink()
+        with contextlib.suppress(OSError):  # gone already, or another process still has its checkpoint there
+            self.folder.rmdir()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._progress.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"the checkpoint {self._progress} is damaged ({error}): add --restart to begin anew"
+            ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step: a reader sees the old file or the new one, never half."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

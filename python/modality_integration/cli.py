@@ -1,0 +1,197 @@
+"""The `mir` command: arguments, help and errors for people; the work is done in the modules that each command imports."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+main = typer.Typer(
+    name="mir",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Modality Integration Rate (MIR): how well a vision-language model blends image and text tokens.
+
+    MIR is log10 of the Fréchet distance between vision and text tokens, summed over the decoder's layers; lower is
+    better blended. Start with [bold]mir demo[/], then point [bold]mir compute[/] at your model.""",
+)
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Template(str, Enum):
+    auto = "auto"
+    chat = "chat"
+    plain = "plain"
+
+
+class Last(str, Enum):
+    normed = "normed"
+    raw = "raw"
+
+
+class TextRole(str, Enum):
+    after = "after"
+    all = "all"
+
+
+class Outliers(str, Enum):
+    remove = "remove"
+    median = "median"
+    none = "none"
+
+
+def command(epilog: str) -> Callable:
+    """Register a command whose refusals end in one line and exit code 1, and Ctrl-C in one line and 130."""
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except KeyboardInterrupt as interrupt:
+                _say(str(interrupt) or "interrupted", "yellow")
+                raise typer.Exit(getattr(interrupt, "code", 130)) from None
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith(("modality_integration", "mir_kernels")):
+                    raise
+                _say(f'{error.name} is not installed: pip install "mir-kernels[mir]"', "red")
+                raise typer.Exit(1) from None
+            except ValueError as error:
+                if type(error).__name__ != "InputError":  # anything else is a bug and keeps its traceback
+                    raise
+                _say(str(error), "red")
+                raise typer.Exit(1) from None
+
+        return main.command(epilog=epilog, rich_help_panel=None)(guarded)
+
+    return register
+
+
+@command(epilog="Examples:\n\nmir demo\n\nmir demo --out demo-out --save demo-model   (then: mir compute --model demo-model ...)")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for mir.json, the plots and the numbers behind them.")] = Path(
+        "mir-out"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps on captions.")] = 60,
+    samples: Annotated[int, typer.Option(min=2, help="Image-text pairs in each measurement.")] = 64,
+    seed: Annotated[int, typer.Option(help="Same seed, same machine, same numbers.")] = 0,
+    save: Annotated[
+        Path | None, typer.Option(help="Also save model, processor, images and prose here, for `mir compute`.")
+    ] = None,
+    language_model: Annotated[
+        Path | None,
+        typer.Option(help="A folder with another causal language model of transformers, in place of SmolLM2-135M."),
+    ] = None,
+) -> None:
+    """MIR of a real model before, during and after training, offline, in a few minutes on a laptop.
+
+    SmolLM2-135M gets eyes: a small vision tower and projector, trained from scratch on captions of real images while
+    the language model stays frozen, as LLaVA pre-trains. MIR is measured along the way with unrelated prose.
+    """
+    from modality_integration import demo as work
+
+    work.run(
+        work.Options(out=out, steps=steps, samples=samples, seed=seed, save=save, language_model=language_model),
+        _console(),
+    )
+
+
+@command(
+    epilog="Examples:\n\n"
+    "mir compute --model ./llava-1.5-7b-hf --images ./photos --text ./news --out llava\n\n"
+    "mir compute --model ./model --images ./photos --text prose.jsonl --samples 20 --dtype bfloat16 --device cuda\n\n"
+    "torchrun --nproc-per-node 2 -m modality_integration compute --model ./model --images ./photos --text ./news\n\n"
+    "Interrupted (Ctrl-C, a kill, a power cut), the same command goes on from the last checkpoint with the same bits."
+)
+def compute(
+    model: Annotated[str, typer.Option(help="Folder of a saved vision-language model, or its hub name.")],
+    images: Annotated[Path, typer.Option(help="Folder of images, searched recursively; whatever Pillow opens.")],
+    text: Annotated[Path, typer.Option(help="Prose: a .txt, .story or .jsonl file, or a folder of them.")],
+    samples: Annotated[int, typer.Option(min=1, help="Random image-text pairs; the paper takes 100.")] = 100,
+    seed: Annotated[int, typer.Option(help="Chooses and pairs the images and texts.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto is as saved.")] = Dtype.auto,
+    out: Annotated[Path, typer.Option(help="Folder for mir.json, layers.png, run.json and the checkpoint.")] = Path(
+        "mir-out"
+    ),
+    text_tokens: Annotated[int, typer.Option(min=1, help="Prose is cut to this many tokens.")] = 512,
+    template: Annotated[
+        Template, typer.Option(help="Chat template or just image and prose; auto is chat where there is one.")
+    ] = Template.auto,
+    last: Annotated[
+        Last, typer.Option(help="Last layer after the model's final norm, as published, or before.")
+    ] = Last.normed,
+    text_role: Annotated[
+        TextRole, typer.Option(help="Text tokens after the image, as published, or all of them.")
+    ] = TextRole.after,
+    outliers: Annotated[
+        Outliers, typer.Option(help="3-sigma outliers: remove (paper), median (published code), none.")
+    ] = Outliers.remove,
+    normalize: Annotated[bool, typer.Option(help="Scale each layer by its mean text norm (Eq. 2).")] = True,
+    bounds: Annotated[bool, typer.Option(help="Prove an interval around the value.")] = True,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Samples between checkpoints.")] = 10,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the checkpoint in --out, if any.")] = False,
+) -> None:
+    """MIR of a model on your images and prose: one number, one per layer, a table and a plot."""
+    for path, option in ((images, "images"), (text, "text")):  # before seconds of imports
+        if not path.exists():
+            _say(f"{option}: {path} does not exist", "red")
+            raise typer.Exit(1)
+    from modality_integration import compute as work
+
+    options = work.Options(
+        model=model,
+        images=images,
+        text=text,
+        samples=samples,
+        seed=seed,
+        device=device,
+        dtype=dtype.value,
+        out=out,
+        text_tokens=text_tokens,
+        template=template.value,
+        last=last.value,
+        text_role=text_role.value,
+        outliers=outliers.value,
+        normalize=normalize,
+        bounds=bounds,
+        checkpoint_every=checkpoint_every,
+        restart=restart,
+    )
+    work.run(options, _console())
+
+
+@command(epilog="Example:\n\nmir doctor")
+def doctor() -> None:
+    """What is installed, what runs where and why the rest does not, free memory, and what to install."""
+    from modality_integration import doctor as work
+
+    work.run(_console())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe or a log has no width: tables there get one that fits them, and never a terminal's guess of 80.
+    width = None if Console().is_terminal or "COLUMNS" in os.environ else 120
+    return Console(width=width)
+
+
+def _say(message: str, color: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    typer.secho(("" if rank == "0" else f"[rank {rank}] ") + message, fg=color, err=True)

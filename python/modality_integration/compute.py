@@ -1,0 +1,330 @@
+"""`mir compute`: the MIR of a saved model on images and prose, one sample at a time, resumable, over several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from modality_integration import data, loading
+from modality_integration.capture import capture
+from modality_integration.checkpoint import Checkpoint, write_json
+from modality_integration.data import InputError, Sample
+from modality_integration.metric import ModalityIntegrationRate
+from modality_integration.result import MIRResult
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal; the message says what is kept and how to go on."""
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `mir compute`; all but the last four decide the value."""
+
+    model: str
+    images: Path
+    text: Path
+    samples: int = 100
+    seed: int = 0
+    text_tokens: int = 512
+    template: str = "auto"
+    dtype: str = "auto"
+    last: str = "normed"
+    text_role: str = "after"
+    outliers: str = "remove"
+    normalize: bool = True
+    bounds: bool = True
+    device: str = "auto"
+    out: Path = Path("mir-out")
+    checkpoint_every: int = 10
+    restart: bool = False
+
+
+def run(options: Options, console: Console) -> MIRResult:
+    """MIR of `options.model`; writes mir.json, layers.png and run.json below `options.out` and prints a table.
+
+    Raises InputError for what a person can mend, Interrupted after Ctrl-C or SIGTERM with the state saved.
+    """
+    with _processes() as (rank, world):
+        console.quiet = console.quiet or rank > 0
+        device = loading.pick_device(options.device)
+        images = data.choose_images(options.images, options.samples, options.seed)
+        texts = data.choose_texts(options.text, options.samples, options.seed)
+        notes = _notes(images, texts, options.samples)
+        for line in [*_skipped(images.skipped, "image"), *_skipped(texts.skipped, "text")]:
+            console.print(f"[yellow]note[/] {line}", highlight=False)
+        samples = data.pair(images.items, texts.items, options.samples, options.seed)
+
+        arguments = {**_deciding(options, device, world), "chosen_samples": _digest(samples)}
+        checkpoint = Checkpoint(options.out / "checkpoint", arguments, rank)
+        if options.restart:
+            checkpoint.clear()
+        done = checkpoint.done()
+        options.out.mkdir(parents=True, exist_ok=True)
+
+        began = time.monotonic()
+        with console.status(f"loading {options.model}"):
+            model, processor = loading.load(options.model, device, options.dtype)
+        metric = ModalityIntegrationRate(
+            outliers=options.outliers, normalize=options.normalize, bounds=options.bounds
+        ).to(device)
+        mine = samples[rank::world]
+        if done:
+            checkpoint.load(metric)
+            console.print(f"going on after {done} of {len(mine)} samples (checkpoint in {checkpoint.folder})")
+
+        with _Stop() as stop, _progress(console) as progress:
+            bar = progress.add_task(f"MIR of {Path(options.model).name}", total=len(mine), completed=done)
+
+            def after_sample(count: int) -> None:
+                progress.update(bar, completed=count)
+                if stop.signal or count % options.checkpoint_every == 0:
+                    checkpoint.save(metric, count)
+                if stop.signal:
+                    raise Interrupted(
+                        f"interrupted after {count} of {len(mine)} samples; the same command goes on from there",
+                        128 + stop.signal,
+                    )
+
+            stream(
+                model,
+                processor,
+                mine,
+                metric,
+                text_tokens=options.text_tokens,
+                template=options.template,
+                last=options.last,
+                text=options.text_role,
+                start=done,
+                after_sample=after_sample,
+            )
+        with console.status("square roots, layer by layer"):
+            result = finish(metric)
+        result.notes.extend(notes)
+        if rank == 0:
+            _write(result, options, arguments, images.skipped + texts.skipped, time.monotonic() - began)
+            _show(result, options, console)
+        checkpoint.clear()
+        return result
+
+
+def stream(
+    model: torch.nn.Module,
+    processor: Any,
+    samples: Sequence[Sample],
+    metric: ModalityIntegrationRate,
+    *,
+    text_tokens: int = 512,
+    template: str = "auto",
+    last: str = "normed",
+    text: str = "after",
+    start: int = 0,
+    after_sample: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Forward `samples[start:]` one at a time and feed the hidden states of every layer to `metric`.
+
+    `after_sample(count)` is called with the number of samples counted so far; the metric then holds exactly those.
+    """
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    forward = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        forward["logits_to_keep"] = 1  # the vocabulary's logits are not needed, and larger than everything else
+    name = "the first sample"
+    try:
+        with torch.inference_mode(), _naming("model"), capture(model, last=last, text=text) as captured:
+            for index in range(start, len(samples)):
+                sample = samples[index]
+                name = f"sample {index + 1} of {len(samples)} ({_name(sample.image)} with {sample.text.name})"
+                prose = data.truncate(sample.text.content, processor.tokenizer, text_tokens)
+                with _naming(name):
+                    inputs = loading.encode(processor, data.open_image(sample.image), prose, template)
+                model(**{k: _place(v, device, dtype) for k, v in inputs.items()}, **forward)
+                with _naming(name):
+                    metric.update(captured.hidden_states, captured.vision_mask, captured.text_mask)
+                after_sample(index + 1)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(device, name, text_tokens) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):  # torch's CPU allocator
+            raise _out_of_memory(device, name, text_tokens) from error
+        raise
+
+
+def finish(metric: ModalityIntegrationRate) -> MIRResult:
+    """The metric's result, what cannot be computed said as an InputError."""
+    with _naming("MIR is not defined for these samples"):
+        return metric.compute()
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """A refusal by the model, the processor or the metric, with what it was about, in words for a person."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"{what}: {error}") from error
+
+
+def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """(rank, number of processes); joins the group that torchrun announces, and leaves it again."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()
+
+
+class _Stop:
+    """While entered, the first SIGINT or SIGTERM is only noted in `signal`; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise Interrupted("stopped at once; the same command goes on from the last checkpoint", 128 + number)
+        self.signal = number
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _deciding(options: Options, device: torch.device, world: int) -> dict[str, Any]:
+    """What the bits of the result depend on, by the names a person typed."""
+    values = asdict(options)
+    for name in ("out", "checkpoint_every", "restart", "images", "text"):
+        del values[name]  # the data count by `chosen_samples`, so a moved folder does not
+    return values | {
+        "device": device.type,
+        "processes": world,
+        "model_files": _model_digest(options.model),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """A short hash of the content of every pair, in order."""
+    hashed = hashlib.sha256()
+    known: dict[Path, bytes] = {}
+    for sample in samples:
+        if sample.image not in known:
+            known[sample.image] = hashlib.sha256(sample.image.read_bytes()).digest()
+        hashed.update(known[sample.image] + hashlib.sha256(sample.text.content.encode()).digest())
+    return hashed.hexdigest()[:16]
+
+
+def _model_digest(name: str) -> str | None:
+    """A short hash of a local model's file names, sizes and times, so that a retrained one is not resumed into."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+
+def _notes(images: data.Chosen, texts: data.Chosen, samples: int) -> list[str]:
+    notes = []
+    for chosen, what in ((images, "image"), (texts, "text")):
+        if chosen.skipped:
+            notes.append(f"skipped {len(chosen.skipped)} broken {what}{'s' * (len(chosen.skipped) > 1)}")
+        if len(chosen.items) < samples:
+            notes.append(f"{len(chosen.items)} usable {what}s for {samples} samples: some are used more than once")
+    return notes
+
+
+def _skipped(skipped: Sequence[tuple[str, str]], what: str, most: int = 5) -> list[str]:
+    lines = [f"broken {what} {name}: {reason}" for name, reason in skipped[:most]]
+    return lines + ([f"and {len(skipped) - most} more broken {what}s"] if len(skipped) > most else [])
+
+
+def _out_of_memory(device: torch.device, name: str, text_tokens: int) -> InputError:
+    return InputError(
+        f"out of memory on {device} at {name}: lower --text-tokens (now {text_tokens}), load the weights smaller with "
+        "--dtype bfloat16, or use --device cpu; with changed arguments add --restart"
+    )
+
+
+def _name(image: Any) -> str:
+    return image.name if isinstance(image, Path) else "a picture in memory"
+
+
+def _write(result: MIRResult, options: Options, arguments: dict, skipped: list, seconds: float) -> None:
+    result.to_json(options.out / "mir.json")
+    result.plot(options.out / "layers.png")
+    write_json(
+        options.out / "run.json",
+        {
+            "mir": result.value,
+            "images": str(options.images),
+            "text": str(options.text),
+            "arguments": arguments,
+            "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+            "seconds": round(seconds, 3),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "torchmetrics")},
+            },
+        },
+    )
+
+
+def _show(result: MIRResult, options: Options, console: Console) -> None:
+    console.print(result.table())
+    for note in result.notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False)
+    interval = "" if result.lower is None else f"   (proved: {result.lower:.6f} to {result.upper:.6f})"
+    console.print(f"[bold]MIR {result.value:.4f}[/]{interval}", highlight=False)
+    console.print(f"wrote mir.json, layers.png and run.json in {options.out}", highlight=False)

@@ -1,0 +1,261 @@
+"""Images and prose from files, chosen by seed, and paired at random as the paper pairs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+T = TypeVar("T")
+
+TEXT_SUFFIXES = (".txt", ".story", ".jsonl")
+# Where a line of a .jsonl file keeps its prose: the first of these keys that holds a string.
+TEXT_KEYS = ("text", "article", "content", "story", "document", "caption")
+
+
+class InputError(ValueError):
+    """Something a person gave cannot be used; the message says what it was and what would do."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of prose and where it came from."""
+
+    name: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image (a file, or a picture in memory) with one piece of unrelated prose."""
+
+    image: Path | Image.Image
+    text: Text
+
+
+@dataclass
+class Chosen(Generic[T]):
+    """What was chosen, and what had to be skipped as (name, reason)."""
+
+    items: list[T] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def choose_images(path: Path | str, count: int, seed: int) -> Chosen[Path]:
+    """At most `count` readable images below `path` (a folder, searched recursively, or one file), in an order set by `seed`.
+
+    Every image is decoded once; one that cannot be is skipped with the reason. Raises InputError if `path` is not there
+    or holds no readable image.
+    """
+    path = Path(path)
+    candidates = image_files(path)
+    chosen = _choose(candidates, count, f"{seed}/images", lambda p: (open_image(p), p)[1], lambda p: _name(p, path))
+    if not chosen.items:
+        raise InputError(
+            f"no usable image in {path}: {_why_none(chosen, 'no file there is of an image type that Pillow opens')}"
+        )
+    return chosen
+
+
+def choose_texts(path: Path | str, count: int, seed: int) -> Chosen[Text]:
+    """At most `count` pieces of prose from `path`: a .txt, .story or .jsonl file or a folder of them, ordered by `seed`.
+
+    A .txt file is one piece; a .story (CNN / Daily Mail) one, up to its first @highlight; a .jsonl one a line, a string
+    or an object with one of the keys "text", "article", "content", "story", "document", "caption". A piece that is
+    empty, not UTF-8 or not JSON is skipped with the reason. Raises InputError if `path` is not there or nothing is usable.
+    """
+    path = Path(path)
+    candidates = list(_text_pieces(path))
+    chosen = _choose(candidates, count, f"{seed}/texts", lambda p: p.read(path), lambda p: p.name(path))
+    if not chosen.items:
+        raise InputError(
+            f"no usable text in {path}: {_why_none(chosen, 'there is no ' + ', '.join(TEXT_SUFFIXES) + ' file')}"
+        )
+    return chosen
+
+
+def pair(images: Sequence[Path | Image.Image], texts: Sequence[Text], count: int, seed: int) -> list[Sample]:
+    """`count` pairs of a random image with unrelated prose; what is too few is used again, in a new order each round."""
+    left = _rounds(images, count, f"{seed}/image rounds")
+    right = _rounds(texts, count, f"{seed}/text rounds")
+    return [Sample(image, text) for image, text in zip(left, right, strict=True)]
+
+
+def image_files(path: Path) -> list[Path]:
+    """Files below `path` that look like images, sorted: an extension that Pillow reads, or none at all; hidden ones not."""
+    if path.is_file():
+        return [path]
+    Image.init()
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return [p for p in _files(path, "images") if p.suffix.lower() in readable or (not p.suffix and _is_image(p))]
+
+
+def open_image(source: Path | Image.Image) -> Image.Image:
+    """The image as RGB: first frame, turned as its EXIF tag says, transparency on white, 16-bit and float grey scaled to 8."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters here is whether pixels come out
+        with Image.open(source) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I") or image.mode == "F":
+                image = _grey_to_8_bit(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+
+
+def truncate(text: str, tokenizer: Any, tokens: int) -> str:
+    """The first `tokens` tokens of `text`, as a slice of it where the tokenizer knows offsets."""
+    text = text[: 100 * tokens]  # tokenizers read the whole string before they cut it
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(
+            text, add_special_tokens=False, truncation=True, max_length=tokens, return_offsets_mapping=True
+        )
+        offsets = encoded["offset_mapping"]
+        return text[: offsets[-1][1]] if offsets else ""
+    ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=tokens)["input_ids"]
+    return tokenizer.decode(ids)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One piece of prose not yet read: a whole file, or the line of a .jsonl file that starts at byte `offset`."""
+
+    path: Path
+    offset: int | None = None
+    line: int | None = None
+
+    def name(self, root: Path) -> str:
+        return _name(self.path, root) + ("" if self.line is None else f":{self.line}")
+
+    def read(self, root: Path) -> Text:
+        with self.path.open("rb") as file:
+            if self.offset is None:
+                content = file.read().decode("utf-8-sig")
+            else:
+                file.seek(self.offset)
+                content = _json_prose(file.readline().decode("utf-8-sig"))
+        if self.path.suffix.lower() == ".story":
+            content = content.split("@highlight")[0]
+        content = content.strip()
+        if not content:
+            raise ValueError("it is empty")
+        return Text(self.name(root), content)
+
+
+def _text_pieces(path: Path) -> Iterator[_Piece]:
+    if path.is_file():
+        if path.suffix.lower() not in TEXT_SUFFIXES:
+            raise InputError(f"text: takes {', '.join(TEXT_SUFFIXES)} files or a folder of them, got {path}")
+        files = [path]
+    else:
+        files = [p for p in _files(path, "text") if p.suffix.lower() in TEXT_SUFFIXES]
+    for file in files:
+        if file.suffix.lower() != ".jsonl":
+            yield _Piece(file)
+            continue
+        offset = 0
+        with file.open("rb") as lines:  # only offsets are kept: such files outgrow memory
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _Piece(file, offset, number)
+                offset += len(line)
+
+
+def _json_prose(line: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg})") from error
+    if isinstance(value, dict):
+        found = next((value[key] for key in TEXT_KEYS if isinstance(value.get(key), str)), None)
+        if found is None:
+            raise ValueError(f"none of its keys {sorted(value)} is one of {', '.join(TEXT_KEYS)} with a string")
+        return found
+    if not isinstance(value, str):
+        raise ValueError(f"it is a {type(value).__name__}, not a string or an object")
+    return value
+
+
+def _files(path: Path, what: str) -> list[Path]:
+    """Every file below `path` in sorted order, hidden ones left out, linked folders followed once."""
+    if not path.exists():
+        raise InputError(f"{what}: {path} does not exist")
+    found, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(p for p in found if p.is_file())
+
+
+def _choose(
+    candidates: Sequence[Any], count: int, seed: str, read: Callable[[Any], T], name: Callable[[Any], str]
+) -> Chosen[T]:
+    chosen: Chosen[T] = Chosen()
+    order = list(range(len(candidates)))
+    random.Random(seed).shuffle(order)
+    for index in order:
+        if len(chosen.items) == count:
+            break
+        try:
+            chosen.items.append(read(candidates[index]))
+        except Exception as error:  # a broken file raises nearly anything, by format; the reason is kept and shown
+            chosen.skipped.append((name(candidates[index]), _reason(error)))
+    return chosen
+
+
+def _rounds(items: Sequence[T], count: int, seed: str) -> list[T]:
+    shuffler, out = random.Random(seed), list(items[:count])
+    while len(out) < count:
+        out += shuffler.sample(items, min(len(items), count - len(out)))
+    return out
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 (byte {error.start})"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is no image that Pillow knows"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _why_none(chosen: Chosen, nothing_found: str) -> str:
+    if not chosen.skipped:
+        return nothing_found
+    name, reason = chosen.skipped[0]
+    return f"all {len(chosen.skipped)} tried are broken, the first, {name}, because {reason}"
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # without an extension to claim otherwise, a file that Pillow does not know is no image
+        return False
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, dtype=np.float64)
+    low, high = (0.0, 65535.0) if image.mode.startswith("I") else (values.min(), values.max())
+    scaled = (values - low) / max(high - low, 1e-12)
+    return Image.fromarray((scaled.clip(0.0, 1.0) * 255.0).round().astype(np.uint8))
