@@ -1,18 +1,21 @@
-"""What every Triton launcher shares: the architecture of a device, its row of a block-size table, launch options."""
+"""What every Triton launcher shares: the architecture of a device, its row of a block-size table, launch options, casts."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
+import triton
+import triton.language as tl
 
 Row = TypeVar("Row")
 
 # Set before the first import of triton, or not at all: the interpreter runs the same kernels on CPU tensors.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # Fusion of a*b+c changes bits and its default changes between Triton versions: off here, and tl.fma where one rounding
 # is wanted.
@@ -38,3 +41,21 @@ def row(table: Mapping[str, Row], device: torch.device) -> Row:
     """The row of `table` for `device`. A table without an "interpreter" row is interpreted with its sm_80 row."""
     name = architecture(device)
     return table[name if name in table else "sm_80"]
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make `device` the one Triton launches on. Nothing to do for CPU tensors, which the interpreter runs."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x.to(dtype), to the nearest, ties to even. The interpreter's own cast from float32 to bfloat16 truncates."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where(x != x, 0x7FC0, nearest)  # adding to a NaN's bits may carry into the sign
+        y = nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y

@@ -65,9 +65,9 @@ def add_rms_forward(
 def add_rms_backward(
     grad_out: Tensor,
     grad_h: Tensor | None,
+    h: Tensor,
     x: Tensor,
     residual: Tensor,
-    h: Tensor,
     scale: Tensor,
     mask: Tensor,
     weight: Tensor,
