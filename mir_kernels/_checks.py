@@ -64,3 +64,28 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}: takes one of {allowed}, got {value!r}")
+
+
+def finite(name: str, value: Tensor) -> None:
+    """No entry of `value` is NaN or infinite. Reads the device; not asked while torch.compile traces."""
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise ValueError(f"{name}: takes finite values, got {bad} that are NaN or infinite")
+
+
+def symmetric(name: str, value: Tensor) -> None:
+    """`value` is square, finite, symmetric up to the rounding of its dtype and has no negative diagonal entry."""
+    square(name, value)
+    finite(name, value)
+    if torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    x = value.detach().double()
+    largest = x.abs().amax((-2, -1))
+    allowed = max(1e-8, 64 * torch.finfo(value.dtype).eps)
+    off = (x - x.mT).abs().amax((-2, -1))
+    if bool((off > allowed * largest).any()):
+        worst = float((off / largest.clamp(min=torch.finfo(torch.float64).tiny)).amax())
+        raise ValueError(f"{name}: takes symmetric matrices, got |a - a^T| of {worst:.2g} of the largest entry")
+    lowest = x.diagonal(dim1=-2, dim2=-1).amin(-1)
+    if bool((lowest < -allowed * largest).any()):
+        raise ValueError(f"{name}: takes positive semi-definite matrices, got {float(lowest.amin()):.3g} on the diagonal")

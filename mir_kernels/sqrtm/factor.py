@@ -1,0 +1,126 @@
+"""Factors of covariances that do not break: C with C C^T = A, in float64, for singular and badly scaled A too."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-53  # unit roundoff of float64
+_BLOCK = 128  # below four of these, one product is faster than the blocks of half of it
+
+
+class Scaled(NamedTuple):
+    """A = 4^exponent * D H D with D = diag(scale); every factor is a power of two, so nothing is rounded.
+
+    h: (..., d, d) with diagonal in [1/4, 1), a one where A has a zero row.  scale: (..., d), zero where A has a zero
+    row.  exponent: (...) float64 integers.
+    """
+
+    h: Tensor
+    scale: Tensor
+    exponent: Tensor
+
+
+class Factor(NamedTuple):
+    """A = 4^exponent * C C^T.
+
+    columns: C, (..., d, d), lower triangular unless `singular`.  singular: (...) bool, where a pivot was lost and the
+    eigenvectors of the equilibrated matrix took over; null directions are zero columns, the last ones.
+    lowest: (...) the smallest eigenvalue of the equilibrated matrix where `singular`, 0 elsewhere.
+    """
+
+    columns: Tensor
+    exponent: Tensor
+    singular: Tensor
+    lowest: Tensor
+
+
+def symmetrize(a: Tensor) -> Tensor:
+    """(A + A^T) / 2 in float64, without overflow."""
+    half = a.double() / 2
+    return half + half.mT
+
+
+def equilibrate(a: Tensor) -> Scaled:
+    """The symmetric float64 `a` with its diagonal scaled to [1/4, 1) by powers of two.
+
+    Van der Sluis: this is within a factor d of the best condition number any diagonal scaling gives, so one massive
+    coordinate costs the others no digits.
+    """
+    diagonal = a.diagonal(dim1=-2, dim2=-1)
+    zero = diagonal <= 0
+    exponent = _half_exponent(diagonal.amax(-1))
+    small = torch.exp2(-exponent)[..., None]
+    scale = torch.exp2(_half_exponent(diagonal * small * small)).masked_fill(zero, 0.0)
+    inverse = torch.where(zero, 0.0, small / scale)
+    h = a * inverse[..., :, None] * inverse[..., None, :]
+    return Scaled(h + torch.diag_embed(zero.to(h.dtype)), scale, exponent)
+
+
+def factor(a: Tensor) -> Factor:
+    """C with C C^T = A for symmetric positive semi-definite float64 `a` (..., d, d).
+
+    Cholesky of the equilibrated matrix (Higham, Accuracy and Stability, section 10.1); where a pivot is lost in
+    rounding, its eigenvectors times the square roots of the eigenvalues above rounding.
+    """
+    h, scale, exponent = equilibrate(a)
+    lower, singular = cholesky(h)
+    lowest = torch.zeros_like(exponent)
+    if bool(singular.any()):
+        lower[singular], lowest[singular] = spectral_factor(h[singular])
+    return Factor(scale[..., None] * lower, exponent, singular, lowest)
+
+
+def cross_product(x: Factor, y: Factor) -> Tensor:
+    """Cx^T Cy: its singular values are the square roots of the eigenvalues of the product of the two matrices."""
+    d = x.columns.shape[-1]
+    if d < 4 * _BLOCK or bool((x.singular | y.singular).any()):
+        return x.columns.mT @ y.columns
+    # Both are lower triangular: block (i, j) needs only the rows from max(i, j) on, 0.47 of the work in 4 x 4 blocks.
+    cuts = [d * i // 4 for i in range(5)]
+    out = torch.empty_like(x.columns)
+    for i0, i1 in zip(cuts, cuts[1:], strict=False):
+        for j0, j1 in zip(cuts, cuts[1:], strict=False):
+            k = max(i0, j0)
+            out[..., i0:i1, j0:j1] = x.columns[..., k:, i0:i1].mT @ y.columns[..., k:, j0:j1]
+    return out
+
+
+def gram(n: Tensor) -> Tensor:
+    """N^T N, each pair of mirrored blocks computed once."""
+    d = n.shape[-1]
+    if d < 4 * _BLOCK:
+        return n.mT @ n
+    cuts = [d * i // 4 for i in range(5)]
+    out = n.new_empty(*n.shape[:-2], d, d)
+    for j0, j1 in zip(cuts, cuts[1:], strict=False):
+        out[..., j0:, j0:j1] = n[..., :, j0:].mT @ n[..., :, j0:j1]
+        out[..., j0:j1, j1:] = out[..., j1:, j0:j1].mT
+    return out
+
+
+def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of equilibrated matrices, and where they lost a pivot in rounding (bool)."""
+    lower, info = torch.linalg.cholesky_ex(h)
+    pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    return lower, (info != 0) | ~(pivots > rank_tolerance(h.shape[-1]))
+
+
+def rank_tolerance(d: int) -> float:
+    """Below this, relative to a diagonal of at most one, a pivot or an eigenvalue is rounding."""
+    return 16 * d * UNIT
+
+
+def spectral_factor(h: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(h)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    floor = rank_tolerance(h.shape[-1]) * values[..., :1]
+    kept = values.where(values > floor, 0.0).clamp(min=0.0)
+    return vectors * kept.sqrt()[..., None, :], values[..., -1]
+
+
+def _half_exponent(x: Tensor) -> Tensor:
+    """k with x / 4^k in [1/4, 1), 0 for x = 0."""
+    return torch.where(x > 0, torch.ceil(torch.frexp(x).exponent.to(x.dtype) / 2), 0.0)
