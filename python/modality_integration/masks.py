@@ -39,6 +39,8 @@ class ForwardPass:
     def __init__(self, token_ids: tuple[int, ...], type_ids: str) -> None:
         self.token_ids, self.type_ids = token_ids, type_ids
         self.inputs: dict[str, Any] = {}
+        self.found: dict[str, Any] = {}  # for whoever works something out once a pass
+        self.differentiable = torch.is_grad_enabled()
 
     def decodes(self, length: int) -> bool:
         """Whether this pass is a decoding step: one new token after a cache."""

@@ -1,0 +1,324 @@
+"""Puts MoCa (section 3.4 of the MIR paper) into a vision-language model, at the end of every decoder layer."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mir_kernels.moca import MoCa
+
+from .decoder import Decoder, Layers, find_decoder, parameter_device, unwrap
+from .masks import ForwardPass, ForwardWatch
+
+# The submodule's name on each decoder layer and the checkpoint keys are those of the published checkpoints.
+NAME = "modality_layernorm"
+FILE = "moca.safetensors"
+KEY = re.compile(r"layers\.(\d+)\.modality_layernorm(?:\.modules_to_save\.[^.]+)?\.(scale|shift)$")
+
+
+@dataclass(frozen=True)
+class MoCaSite:
+    """One decoder layer's MoCa: the layer's name, the vector length, and the norm that reads its output next."""
+
+    layer: str
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    read_by: str | None
+
+
+@dataclass(frozen=True)
+class MoCaReport:
+    """What `add_moca` placed where, one site a decoder layer."""
+
+    sites: tuple[MoCaSite, ...]
+
+    def __str__(self) -> str:
+        lines = (f"{s.layer}: {s.hidden_size} {s.dtype} on {s.device}, read by {s.read_by}" for s in self.sites)
+        return f"MoCa at the end of {len(self.sites)} decoder layers\n" + "\n".join(lines)
+
+
+def add_moca(
+    model: nn.Module,
+    *,
+    std: float = 0.0,
+    dtype: torch.dtype | None = None,
+    layers: Layers = None,
+    vision_mask: str | None = None,
+) -> MoCaReport:
+    """h <- scale * h + shift on the vision tokens of every decoder layer's output (Eq. 5 of the MIR paper).
+
+    Each layer gets a submodule `modality_layernorm` with `scale` and `shift`, (d,) each: ones and zeros, or drawn from
+    normal(1, std) and normal(0, std). `dtype` is theirs: float32 unless given (float64 in a float64 model), so that
+    bf16 models train them in full precision. `layers` and `vision_mask` (the name of a forward argument) are as in
+    `capture`; for a mask that the caller holds, run the model inside `vision_tokens`.
+
+    The vision tokens are read from the model's own marker once a forward pass. Decoding steps and passes without an
+    image do nothing; only where gradients are synchronised between processes do the latter touch the parameters, with
+    gradients of zero, because every process has to have them. Add MoCa before DDP, `fully_shard` or torch.compile, and
+    on either side of PEFT: before `get_peft_model`, name `modality_layernorm` in its `modules_to_save`, or PEFT
+    freezes it. `fully_shard` wants one dtype a group: give `dtype`, or shard each `modality_layernorm` as a group.
+    Errors: ValueError for a model that has MoCa, and as `capture` has for models without vision tokens.
+    """
+    if not std >= 0:
+        raise ValueError(f"std: takes a number >= 0, got {std!r}")
+    decoder = find_decoder(model, layers)
+    _refuse_sharded(model)
+    if any(hasattr(layer, NAME) for layer in decoder.layers):
+        raise ValueError("model: has MoCa already; remove_moca first")
+    hidden_size = _hidden_size(model, decoder)
+    calibration = _Calibration(ForwardWatch(model, decoder, named=(vision_mask,) if vision_mask else ()), vision_mask)
+    sites = []
+    for i, (layer, name) in enumerate(zip(decoder.layers, decoder.names, strict=True)):
+        device = parameter_device(layer)
+        wide = any(p.dtype == torch.float64 for p in layer.parameters())
+        kind = dtype or (torch.float64 if wide else torch.float32)
+        layer.add_module(NAME, MoCa(hidden_size, std=std, device=device, dtype=kind))
+        layer._moca = calibration
+        calibration.handles.append(layer.register_forward_hook(calibration.apply))
+        sites.append(MoCaSite(name, hidden_size, kind, device, _reader(decoder, i)))
+    return MoCaReport(tuple(sites))
+
+
+def remove_moca(model: nn.Module) -> None:
+    """Takes MoCa and its hooks out of `model`; ValueError if there is none."""
+    for layer in _calibrated_layers(model):
+        layer._moca.remove()
+        del layer._moca, layer._modules[NAME]
+
+
+def moca_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The scale and shift of every layer, for an optimizer group with weight_decay 0.
+
+    transformers' Trainer leaves them out of weight decay by itself: it does so for every name with `layernorm` in it.
+    """
+    return [p for layer in _calibrated_layers(model) for p in _module(layer).parameters()]
+
+
+@contextmanager
+def vision_tokens(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Inside the block, MoCa in `model` goes by `mask`, (B, T) nonzero at vision tokens, not by the model's marker."""
+    calibration = _calibrated_layers(model)[0]._moca
+    before, calibration.given = calibration.given, mask
+    try:
+        yield
+    finally:
+        calibration.given = before
+
+
+def save_moca(model: nn.Module, path: str | Path) -> Path:
+    """Writes scale and shift of every layer as safetensors, under the keys of the published checkpoints.
+
+    `path` is a .safetensors file, or a directory for moca.safetensors; keys are `model.layers.{i}.modality_layernorm.`
+    and `scale` or `shift`. Sharded parameters are gathered, so every process must call it; rank 0 writes. Returns the
+    file.
+    """
+    path = Path(path)
+    file = path if path.suffix == ".safetensors" else path / FILE
+    tensors = {}
+    for i, layer in enumerate(_calibrated_layers(model)):
+        for name, parameter in _module(layer).named_parameters():
+            value = parameter.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            tensors[f"model.layers.{i}.{NAME}.{name}"] = value.cpu().contiguous()
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return file
+
+
+def load_moca(model: nn.Module, path: str | Path) -> None:
+    """Reads what `save_moca` wrote, or a published checkpoint, into `model`; adds MoCa first where there is none.
+
+    `path` is a .safetensors or torch file, or a directory of such. Keys that end in
+    `layers.{i}.modality_layernorm.{scale,shift}` are taken, whatever stands before. ValueError where layers are
+    missing, left over or of another size, in which case nothing is changed.
+    """
+    values = _read(Path(path))
+    placed = any(hasattr(m, "_moca") for m in model.modules())
+    layers = _calibrated_layers(model) if placed else find_decoder(model).layers
+    expected = {(i, name) for i in range(len(layers)) for name in ("scale", "shift")}
+    if set(values) != expected:
+        odd = sorted(f"{i}.{name}" for i, name in set(values) ^ expected)
+        raise ValueError(f"path: takes scale and shift of {len(layers)} layers; missing or left over: {', '.join(odd)}")
+    hidden_size = _module(layers[0]).scale.shape[0] if placed else _hidden_size(model, find_decoder(model))
+    wrong = sorted(f"{i}.{name}" for (i, name), value in values.items() if tuple(value.shape) != (hidden_size,))
+    if wrong:
+        raise ValueError(f"path: takes vectors of length {hidden_size}; of another shape: {', '.join(wrong)}")
+    if not placed:
+        add_moca(model)
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            for name, parameter in _module(layer).named_parameters():
+                value = values[i, name].to(parameter.device, parameter.dtype)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
+
+
+class _Calibration:
+    """What the MoCa hooks of one model share: its watch, and the mask of each forward pass."""
+
+    def __init__(self, watch: ForwardWatch, given: str | None) -> None:
+        self.watch = watch
+        self.given: Tensor | str | None = given
+        self.handles: list[Any] = []
+        # Masks of passes that may yet be recomputed in backward, for checkpoints that wrap a layer with its hooks.
+        self._replayable: deque[Tensor] = deque(maxlen=64)
+        self._replayed = False
+
+    def remove(self) -> None:
+        self.watch.remove()
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def apply(self, layer: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook of a decoder layer."""
+        state = output[0] if isinstance(output, tuple) else output
+        if state.shape[-2] == 1:  # a decoding step
+            return None
+        mask = self._mask(layer, state)
+        if mask is None:
+            return None
+        state = getattr(layer, NAME)(state, mask, inplace=_may_overwrite(state, args))
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    def _mask(self, layer: nn.Module, state: Tensor) -> Tensor | None:
+        shape, running = (state.shape[0], state.shape[1]), self.watch.running
+        if running is None:
+            return self._mask_outside(shape).to(state.device)
+        if "vision" not in running.found:
+            vision = running.vision(shape, self.given)
+            idle = not torch.compiler.is_compiling() and not bool(vision.any())
+            running.found["vision"] = vision
+            running.found["idle"] = idle and not _synchronises_gradients(layer)
+            self._remember(running, vision)
+        if running.found["idle"]:
+            return None
+        if running.found["vision"].device != state.device:
+            running.found["vision"] = running.found["vision"].to(state.device)
+        return running.found["vision"]
+
+    def _remember(self, running: ForwardPass, vision: Tensor) -> None:
+        if torch.compiler.is_compiling() or not running.differentiable:
+            return
+        if self._replayed:
+            self._replayable.clear()
+            self._replayed = False
+        self._replayable.append(vision)
+
+    def _mask_outside(self, shape: tuple[int, int]) -> Tensor:
+        if isinstance(self.given, Tensor):
+            if tuple(self.given.shape) != shape:
+                raise ValueError(f"mask: takes one entry per token, shape {shape}, got {tuple(self.given.shape)}")
+            return self.given != 0
+        if torch._C._current_graph_task_id() == -1:  # not inside backward
+            raise RuntimeError(
+                "MoCa: a decoder layer ran outside a forward pass of the model, so its vision tokens are not known; "
+                "run the model that add_moca was given, or use vision_tokens"
+            )
+        self._replayed = True
+        first, *rest = [mask for mask in self._replayable if tuple(mask.shape) == shape] or [None]
+        if first is None or not all(torch.equal(first, mask) for mask in rest):
+            raise RuntimeError(
+                "MoCa: a checkpoint around whole decoder layers is recomputed after several forward passes and does "
+                "not say which; run backward after each pass, or use the model's own gradient checkpointing"
+            )
+        return first
+
+
+def _synchronises_gradients(layer: nn.Module) -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return False
+    return torch.is_grad_enabled() and any(p.requires_grad for p in getattr(layer, NAME).parameters())
+
+
+def _may_overwrite(state: Tensor, args: tuple) -> bool:
+    """Whether nobody else reads this layer output: it is no view, not the input, and autograd has not saved it."""
+    if torch.compiler.is_compiling() or (args and state is args[0]) or state._is_view():
+        return False
+    if not torch.is_grad_enabled() or not state.requires_grad:
+        return True
+    return state.grad_fn is not None and state.grad_fn.name() == "AddBackward0"  # the residual add saves nothing
+
+
+def _calibrated_layers(model: nn.Module) -> list[nn.Module]:
+    layers = [module for module in model.modules() if "_moca" in module.__dict__]
+    if not layers:
+        raise ValueError("model: has no MoCa; add_moca first")
+    return layers
+
+
+def _module(layer: nn.Module) -> nn.Module:
+    """The layer's MoCa, inside PEFT's wrapper if it is among `modules_to_save`."""
+    module = getattr(layer, NAME)
+    if hasattr(module, "modules_to_save"):
+        module = module.modules_to_save[module.active_adapter]
+    return module
+
+
+def _hidden_size(model: nn.Module, decoder: Decoder) -> int:
+    config = getattr(unwrap(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    weight = getattr(decoder.norm, "weight", None)
+    size = getattr(text, "hidden_size", None) or (weight.shape[-1] if weight is not None else None)
+    if size is None:
+        raise ValueError("model: neither its configuration nor a final norm says the hidden size")
+    return int(size)
+
+
+def _reader(decoder: Decoder, i: int) -> str | None:
+    """The norm that reads layer i's output first: the next layer's first norm, or the final norm."""
+    if i + 1 == len(decoder.layers):
+        return decoder.norm_name
+    norms = (n for n, child in decoder.layers[i + 1].named_children() if "norm" in type(child).__name__.lower())
+    name = next((n for n in norms if n in ("input_layernorm", "ln_1", "norm1", "self_attn_layer_norm")), None)
+    return None if name is None else f"{decoder.names[i + 1]}.{name}"
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule | nn.parallel.DistributedDataParallel) or hasattr(
+            module, "_fsdp_wrapped_module"
+        ):
+            raise ValueError(
+                f"model: is wrapped by {type(module).__name__} already, which would leave MoCa's gradients "
+                "unsynchronised; add MoCa first"
+            )
+
+
+def _read(path: Path) -> dict[tuple[int, str], Tensor]:
+    files = [path]
+    if path.is_dir():
+        own = path / FILE
+        files = [own] if own.exists() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"path: no safetensors or torch file at {path}")
+    values: dict[tuple[int, str], Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as stored:
+                tensors = {key: stored.get_tensor(key) for key in stored.keys() if KEY.search(key)}  # noqa: SIM118
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        for key, value in tensors.items():
+            if match := KEY.search(key):
+                values[int(match[1]), match[2]] = value
+    if not values:
+        raise ValueError(f"path: no key ending in layers.{{i}}.{NAME}.scale or .shift in {path}")
+    return values
