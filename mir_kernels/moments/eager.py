@@ -1,0 +1,76 @@
+"""Norms and the block update of the second moment in plain torch: BLAS on a CPU, correct everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mir_kernels.moments.packed import add_outer, panels
+
+CHUNK = 256  # rows shifted at a time: a chunk's two passes stay in the cache
+
+
+def token_norms(x: Tensor) -> Tensor:
+    """l2 norms over the last axis, float32; squared and added in float64, so that no finite input overflows on the way."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).float()
+
+
+def accumulate(
+    second: Tensor, x: Tensor, mask: Tensor | None, centre: Tensor, vectors: Tensor, weights: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """second += sum_r weights[r] vectors[r] vectors[r]^T + sum_t (x_t - shift)(x_t - shift)^T over the rows where mask.
+
+    second: packed triangle, float64, in place. x: (rows, d). mask: (rows,) bool, or None for all rows.
+    centre: (d,) float64, near the rows' mean. vectors (r, d), weights (r,): float64, what the last block left to add.
+    Returns the shift that was used and sum_t (x_t - shift), both (d,) float64. The products are float32 unless
+    precision is "exact" or x is float64, and then float64.
+    """
+    d = x.shape[1]
+    dtype = torch.float64 if precision == "exact" or x.dtype == torch.float64 else torch.float32
+    shift = centre.to(dtype)
+    y = _shifted(x, mask, shift)
+    add_outer(second, d, vectors, weights)
+    with _float32_products_in_float32():
+        for start, stop, panel in panels(second, d):
+            if dtype == torch.float64:
+                panel.addmm_(y[:, start:stop].T, y[:, :stop])
+            else:
+                panel += torch.mm(y[:, start:stop].T, y[:, :stop])
+    return shift.double(), y.sum(0).double()
+
+
+def _shifted(x: Tensor, mask: Tensor | None, shift: Tensor) -> Tensor:
+    """x - shift in shift's dtype, zero where not mask."""
+    y = torch.empty(x.shape, dtype=shift.dtype, device=x.device)
+    step = CHUNK if x.device.type == "cpu" else x.shape[0]
+    for start in range(0, x.shape[0], step):
+        part = y[start : start + step].copy_(x[start : start + step]).sub_(shift)
+        if mask is not None:
+            part.masked_fill_(~mask[start : start + step, None], 0.0)
+    return y
+
+
+@contextlib.contextmanager
+def _float32_products_in_float32() -> Iterator[None]:
+    """Whatever the process has set, torch.mm multiplies float32 in float32 here: no autocast, no tf32, no bf16 passes."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+            return
+        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        found = [switch.fp32_precision for switch in switches]
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for switch, precision in zip(switches, found, strict=True):
+                switch.fp32_precision = precision
