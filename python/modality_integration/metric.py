@@ -1,0 +1,402 @@
+"""The Modality Integration Rate: `mir` of features in memory, `ModalityIntegrationRate` of a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
+
+from mir_kernels import _checks
+from mir_kernels.moments import token_norms
+from modality_integration.layer import OUTLIERS, LayerStream, Options, assemble, layer_result, require_finite
+from modality_integration.outliers import three_sigma
+from modality_integration.result import MODALITIES, MIRResult
+from modality_integration.sync import gathered
+
+_FORMAT, _VERSION = "modality-integration-rate-state", 1
+
+
+def mir(
+    vision: Sequence[Tensor],
+    text: Sequence[Tensor],
+    *,
+    outliers: str = "remove",
+    normalize: bool = True,
+    bounds: bool = False,
+    sqrt_precision: str = "float64",
+    backend: str | None = None,
+) -> MIRResult:
+    """MIR = log10 sum_k FID(omega(alpha_k f_k^v), omega(alpha_k f_k^t)), Eq. 3 of the MIR paper.
+
+    vision, text: one tensor (n_k, d) per decoder layer 1..K (embeddings left out), f32/bf16/f16/f64; a layer's two
+    tensors share d, dtype may differ. Inputs are unchanged.
+    outliers: what happens to tokens with |norm - median| > 3 std (ddof 1), a modality and layer at a time: "remove"
+    (the paper's text), "median" (replaced by the column medians, as the published code has it), "none".
+    normalize: multiply by alpha_k = s / sum_j ||t_kj|| (Eq. 2), over all text tokens, outliers included.
+    bounds: also give `lower` and `upper`, between which MIR lies provably.
+    sqrt_precision: of Tr((Sigma_v Sigma_t)^(1/2)), see `mir_kernels.trace_sqrt_product`; means and covariances are
+    float64 throughout. backend: of the kernels.
+    Raises ValueError or TypeError that names the layer, the modality and, where one token is at fault, its index.
+    """
+    options = _options(outliers, normalize, bounds, sqrt_precision=sqrt_precision, backend=backend)
+    vision, text = _layers("vision", vision), _layers("text", text)
+    if len(vision) != len(text):
+        raise ValueError(f"vision and text: take as many layers each, got {len(vision)} and {len(text)}")
+    return assemble(
+        [layer_result(v, t, k, options) for k, (v, t) in enumerate(zip(vision, text, strict=True), 1)], options
+    )
+
+
+class ModalityIntegrationRate(Metric):
+    """MIR (Eq. 3) of hidden states that pass by once, as a torchmetrics.Metric; no features are kept beyond `hold`.
+
+    The norms of all tokens are kept (4 bytes a token and layer), so the 3-sigma limits are exact at the end. Per layer
+    and modality, up to `hold` rows are held back until the end, always the most extreme ones so far, and the others go
+    into a mean and a covariance. The result is that of `mir` with the same tokens; should a token that was already
+    counted lie beyond the final limits, `notes` says so with the count, and `second_pass()` gives a metric that makes
+    it exact. With fewer tokens than `hold`, everything is decided and computed from the features themselves.
+
+    outliers: "remove" or "none", as for `mir`; "median" needs all features at once and is refused. normalize, bounds,
+    sqrt_precision: as for `mir`; bounds hold for the covariances as accumulated.
+    precision: of the accumulation, "fast", "auto" or "exact"; see `mir_kernels.StreamingMoments`.
+    hold: rows held back per layer and modality at most; 2048, or hidden size + 1 if that is more (also the least).
+    backend: of the kernels. The rest goes to torchmetrics.Metric (process_group, sync_on_compute, ...).
+
+    Memory: 2K accumulators of d^2 float64 numbers at most, 2K hold rows in the features' dtype, on the device where a
+    layer's hidden states lie; `held_bytes` tells the latter. `compute()` gives a MIRResult, repeatably, and changes
+    nothing; under torch.distributed it is that of all processes' tokens, and a process may have none.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = True
+
+    def __init__(
+        self,
+        *,
+        outliers: str = "remove",
+        normalize: bool = True,
+        bounds: bool = False,
+        precision: str = "auto",
+        sqrt_precision: str = "float64",
+        hold: int | None = None,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if outliers == "median":
+            raise ValueError(
+                'outliers: "median" takes the column medians of all tokens, which one pass cannot have; use mir() with '
+                'the features in memory, or "remove" (the paper\'s rule) here'
+            )
+        _checks.choice("precision", precision, ("fast", "auto", "exact"))
+        self.options = _options(outliers, normalize, bounds, precision, sqrt_precision, hold, backend)
+        self._streams: list[LayerStream] = []
+        self._limits: list[dict] | None = None
+
+    def update(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> None:
+        """Count the tokens of one forward pass.
+
+        hidden_states: one tensor (B, T, d) or (T, d) per decoder layer 1..K, f32/bf16/f16/f64, any strides, each on any
+        device. vision_mask, text_mask: bool or uint8 (B, T) or (T,), no token in both; either may be empty.
+        Raises ValueError or TypeError if anything does not fit, or a masked token is not finite; then nothing changes.
+        """
+        try:
+            indices, norms = self._check_update(hidden_states, vision_mask, text_mask)
+        except Exception:
+            self._update_count -= 1  # the wrapper of torchmetrics has counted this call already
+            raise
+        # Not in inference mode even if the model ran in it: the accumulators outlive it.
+        with torch.inference_mode(False), torch.no_grad():
+            if not self._streams:
+                self._device = hidden_states[0].device
+                self._streams = [self._stream(k, h.shape[-1], h.dtype, h.device) for k, h in enumerate(hidden_states)]
+            for k, (stream, hidden) in enumerate(zip(self._streams, hidden_states, strict=True)):
+                if stream.device != hidden.device:
+                    stream.to(hidden.device)
+                for modality, index in indices.items():
+                    if len(index):
+                        rows = hidden.detach()[tuple(index.to(hidden.device).unbind(1))]
+                        stream.push(modality, rows, norms[modality][k])
+
+    def compute(self) -> MIRResult:
+        """MIR of all tokens so far, as a MIRResult.
+
+        Raises ValueError that names the layer and modality where a covariance is undefined (fewer than two tokens).
+        """
+        if not self._streams:
+            raise ValueError("no hidden states yet: MIR takes at least one update")
+        return assemble([stream.result(k) for k, stream in enumerate(self._streams, 1)], self.options)
+
+    def forward(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> MIRResult:
+        """Update, and give the MIR of this call's tokens alone. If they have none (too few tokens), nothing changes."""
+        if self._is_synced:
+            raise TorchMetricsUserError("the metric is synced: call unsync() before forward()")
+        batch = self._sibling()
+        batch.sync_on_compute = batch._to_sync = self.dist_sync_on_step
+        batch.update(hidden_states, vision_mask, text_mask)
+        result = batch.compute()
+        self.update(hidden_states, vision_mask, text_mask)
+        self._forward_cache: Any = result
+        return result
+
+    def second_pass(self) -> ModalityIntegrationRate:
+        """A fresh metric with this one's final 3-sigma limits: fed the same tokens again, its result is exact."""
+        if self.options.outliers == "none":
+            raise ValueError('outliers: with "none" the first pass is exact')
+        other = self._sibling()
+        other._limits = [
+            {modality: three_sigma(stream.tokens[modality].norms) for modality in MODALITIES}
+            for stream in self._streams
+        ]
+        return other
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self._streams = []
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the rows held back now."""
+        return sum(s.tokens[m].held * s.hidden_size * s.dtype.itemsize for s in self._streams for m in MODALITIES)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state to one safetensors file, in one step: the old file or the new is there, never half."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "options": json.dumps(self.options._asdict())}
+        try:
+            save_file({key: value.contiguous() for key, value in self.state_dict().items()}, partial, metadata=metadata)
+            _flush_to_disk(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _flush_to_disk(path.parent)
+
+    def load(self, path: str | Path) -> ModalityIntegrationRate:
+        """Take over, in place, the state that `save` wrote; goes on with the same bits. Gives the metric itself.
+
+        ValueError if the file is none of ours or was gathered with another outlier rule; then nothing changes.
+        """
+        _read_options(path)
+        self.load_state_dict(load_file(path))
+        return self
+
+    @classmethod
+    def from_file(cls, path: str | Path, **kwargs: Any) -> ModalityIntegrationRate:
+        """A metric with the options and the state that `save` wrote; keyword arguments replace options."""
+        return cls(**{**_read_options(path)._asdict(), **kwargs}).load(path)
+
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+        """Plain tensors: `version`, and under `layers.<k>.` the state of each layer (see `LayerStream`)."""
+        destination = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return self._state_into(destination, prefix)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Count another metric's tokens too: the metric, or its `state_dict()`."""
+        if isinstance(incoming_state, Metric):
+            if (
+                not isinstance(incoming_state, ModalityIntegrationRate)
+                or incoming_state.options.outliers != self.options.outliers
+            ):
+                raise ValueError(
+                    f'incoming_state: takes a ModalityIntegrationRate with outliers="{self.options.outliers}", '
+                    f"got {incoming_state!r}"
+                )
+            other = incoming_state
+        else:
+            other = self._sibling()
+            other.load_state_dict(incoming_state)
+        if not other._streams:
+            return
+        if not self._streams:
+            self._streams = [self._stream(k, s.hidden_size, s.dtype, s.device) for k, s in enumerate(other._streams)]
+        self._check_shapes("incoming_state", [(s.hidden_size, s.dtype) for s in other._streams])
+        for stream, incoming in zip(self._streams, other._streams, strict=True):
+            stream.merge(incoming)
+        self._computed = None
+        self._update_count += max(other._update_count, 1)
+
+    @property
+    def metric_state(self) -> dict[str, Any]:
+        """The state as plain tensors."""
+        return self._state_into({}, "")
+
+    def _check_update(
+        self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+        """Refuse what does not fit; else each modality's token indices (n, 1 or 2) and norms per layer, on the CPU."""
+        hidden_states = _layers("hidden_states", hidden_states)
+        lead = hidden_states[0].shape[:-1]
+        for k, hidden in enumerate(hidden_states):
+            name = f"hidden_states[{k}]"
+            _checks.tokens(name, hidden)
+            if hidden.dim() not in (2, 3):
+                raise ValueError(f"{name}: takes shape (B, T, d) or (T, d), got {tuple(hidden.shape)}")
+            if hidden.shape[:-1] != lead:
+                raise ValueError(f"{name}: has tokens {tuple(hidden.shape[:-1])}, hidden_states[0] has {tuple(lead)}")
+        masks = dict(zip(MODALITIES, (vision_mask, text_mask), strict=True))
+        for modality, mask in masks.items():
+            _checks.mask(f"{modality}_mask", mask, tuple(lead))
+        self._check_shapes("hidden_states", [(hidden.shape[-1], hidden.dtype) for hidden in hidden_states])
+        masks = {modality: mask.cpu().bool() for modality, mask in masks.items()}
+        both = (masks["vision"] & masks["text"]).nonzero()
+        if len(both):
+            raise ValueError(f"vision_mask and text_mask: {len(both)} tokens are in both, the first {_place(both, 0)}")
+
+        indices = {modality: mask.nonzero() for modality, mask in masks.items()}
+        all_norms = [token_norms(hidden.detach(), backend=self.options.backend) for hidden in hidden_states]
+        if len({norms.device for norms in all_norms}) == 1:
+            all_norms = list(torch.stack(all_norms).cpu())  # one wait for the device, not one a layer
+        norms = {m: [layer.cpu()[tuple(i.unbind(1))] for layer in all_norms] for m, i in indices.items()}
+        for k in range(len(hidden_states)):
+            for modality, index in indices.items():
+                require_finite(norms[modality][k], k + 1, modality, partial(_place, index))
+        return indices, norms
+
+    def _check_shapes(self, name: str, shapes: list[tuple[int, torch.dtype]]) -> None:
+        known = [(stream.hidden_size, stream.dtype) for stream in self._streams]
+        expected = len(known) or len(self._limits or shapes)
+        if len(shapes) != expected:
+            raise ValueError(f"{name}: has {len(shapes)} layers, the tokens before had {expected}")
+        for k, (new, old) in enumerate(zip(shapes, known, strict=False), 1):
+            if new != old:
+                raise ValueError(
+                    f"{name}: layer {k} has d = {new[0]}, {new[1]}; the tokens before had d = {old[0]}, {old[1]}"
+                )
+
+    def _stream(self, k: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> LayerStream:
+        limits = self._limits[k] if self._limits else None
+        return LayerStream(hidden_size, dtype, device, self.options, limits)
+
+    def _sibling(self) -> ModalityIntegrationRate:
+        other = type(self)(**self.options._asdict(), process_group=self.process_group, dist_sync_fn=self.dist_sync_fn)
+        other._limits = self._limits
+        return other
+
+    def _state_into(self, destination: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        destination[f"{prefix}version"] = torch.tensor(_VERSION)
+        for k, stream in enumerate(self._streams):
+            destination |= {f"{prefix}layers.{k}.{key}": value for key, value in stream.state_dict().items()}
+        return destination
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing: list,
+        unexpected: list,
+        errors: list,
+    ) -> None:
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        version = own.pop("version", None)
+        if version is None:
+            missing.append(f"{prefix}version")
+            return
+        layers: dict[int, dict[str, Tensor]] = {}
+        for key, value in own.items():
+            place, _, rest = key.removeprefix("layers.").partition(".")
+            if key.startswith("layers.") and place.isdigit():
+                layers.setdefault(int(place), {})[rest] = value
+            else:
+                unexpected.append(prefix + key)
+        if int(version) != _VERSION:
+            errors.append(f"{prefix}version: takes {_VERSION}, got {int(version)}")
+            return
+        streams = []
+        for k in range(len(layers)):
+            held = layers[k]["vision.held"]
+            stream = self._stream(k, held.shape[1], held.dtype, self._device)
+            stream.load_state_dict(layers[k])
+            streams.append(stream)
+        if any(stream.keeps_all != (self.options.outliers == "none") for stream in streams):
+            errors.append(f'{prefix}: was gathered with another outlier rule than outliers="{self.options.outliers}"')
+            return
+        self._streams, self._computed = streams, None
+        self._update_count = max(self._update_count, 1)
+
+    def _copy_state_dict(self) -> dict[str, Any]:
+        return {"_streams": self._streams}  # what replaces them, in sync, is made anew
+
+    def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
+        group = process_group or self.process_group
+        device = _transport_device(group, self.device)
+        self._streams = gathered(self._streams, self.options, lambda tensor: dist_sync_fn(tensor, group=group), device)
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        this = super()._apply(fn, exclude_state)
+        for stream in self._streams:
+            device = fn(torch.empty(0, device=stream.device)).device
+            if device != stream.device:
+                stream.to(device)
+        return this
+
+
+def _options(
+    outliers: str,
+    normalize: bool,
+    bounds: bool,
+    precision: str = "exact",
+    sqrt_precision: str = "float64",
+    hold: int | None = None,
+    backend: str | None = None,
+) -> Options:
+    _checks.choice("outliers", outliers, OUTLIERS)
+    _checks.choice("sqrt_precision", sqrt_precision, ("bfloat16", "float32", "float64"))
+    return Options(outliers, bool(normalize), bool(bounds), precision, sqrt_precision, hold, backend)
+
+
+def _layers(name: str, value: Sequence[Tensor]) -> Sequence[Tensor]:
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: takes a list with one tensor per decoder layer, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name}: takes at least one layer, got an empty list")
+    return value
+
+
+def _place(indices: Tensor, i: int) -> int | tuple[int, ...]:
+    place = tuple(indices[i].tolist())
+    return place[0] if len(place) == 1 else place
+
+
+def _transport_device(group: Any, device: torch.device) -> torch.device:
+    # NCCL moves CUDA tensors only; everything else moves CPU tensors.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return device if "nccl" in torch.distributed.get_backend(group) else torch.device("cpu")
+    return device
+
+
+def _read_options(path: str | Path) -> Options:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error})") from error
+    if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
+        raise ValueError(
+            f"{path} is no state of ModalityIntegrationRate: takes format {_FORMAT} version {_VERSION}, "
+            f"got {metadata.get('format')} version {metadata.get('version')}"
+        )
+    return Options(**json.loads(metadata["options"]))
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,165 @@
+"""MIRResults for people: tables for the terminal, plots as files, two results side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modality_integration.result import MODALITIES, MIRResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_TITLE = "Fréchet distance of vision and text tokens, layer by layer"
+
+
+@dataclass
+class Comparison:
+    """Two results of as many layers: b against a.
+
+    difference: MIR of b minus MIR of a (below 0: b's modalities are closer). per_layer: each layer's distance in b over
+    that in a. disjoint: whether the proved intervals do not overlap, None where a result has no bounds. notes: what
+    makes the two not comparable as they stand.
+    """
+
+    a: MIRResult
+    b: MIRResult
+    difference: float
+    per_layer: list[float]
+    disjoint: bool | None
+    notes: list[str]
+
+    def table(self, names: tuple[str, str] = ("A", "B")) -> Table:
+        """A rich table: each layer's distances and their ratio, MIR at the foot."""
+        columns = {name: _column(result) for name, result in zip(names, (self.a, self.b), strict=True)}
+        ratios = [f"{ratio:.3f}" for ratio in self.per_layer]
+        return _distance_table({**columns, f"{names[1]} / {names[0]}": (ratios, f"{self.difference:+.4f}")})
+
+
+def compare(a: MIRResult, b: MIRResult) -> Comparison:
+    """Set b beside a. ValueError unless both have as many layers."""
+    if len(a.terms) != len(b.terms):
+        raise ValueError(f"a has {len(a.terms)} layers and b has {len(b.terms)}: their MIR cannot be compared")
+    notes = [
+        f"{name} differs: {getattr(a, name)} and {getattr(b, name)}"
+        for name in ("outliers", "normalize")
+        if getattr(a, name) != getattr(b, name)
+    ]
+    disjoint = None
+    if a.lower is not None and b.lower is not None:
+        disjoint = a.upper < b.lower or b.upper < a.lower  # type: ignore[operator]
+    # Two results of -inf are equal, and inf - inf is not a number.
+    difference = 0.0 if a.value == b.value else b.value - a.value
+    ratios = [_ratio(y, x) for x, y in zip(a.per_layer, b.per_layer, strict=True)]
+    return Comparison(a, b, difference, ratios, disjoint, notes)
+
+
+def layer_table(result: MIRResult) -> Table:
+    """A rich table of one result: each layer's distance and its terms (Eq. 3), tokens kept and out, MIR at the foot."""
+    table = _table()
+    table.add_column("layer", justify="right", footer="MIR")
+    table.add_column("distance", justify="right", no_wrap=True, footer=f"{result.value:.4f}")
+    for name in ("mean", "Tr v", "Tr t", "Tr root", "alpha", *(f"{m} -out" for m in MODALITIES)):
+        table.add_column(name, justify="right")
+    for index, terms in enumerate(result.terms):
+        numbers = (terms.mean, terms.trace_vision, terms.trace_text, terms.trace_root, result.alpha[index])
+        counts = [f"{result.kept[m][index]} -{result.removed[m][index]}" for m in MODALITIES]
+        table.add_row(str(index + 1), _number(terms.distance), *(f"{number:.3g}" for number in numbers), *counts)
+    return table
+
+
+def comparison_table(results: Mapping[str, MIRResult]) -> Table:
+    """A rich table of several results: a column each with the layers' distances, MIR at the foot."""
+    return _distance_table({name: _column(result) for name, result in results.items()})
+
+
+def plot_layers(results: MIRResult | Mapping[str, MIRResult], path: str | Path) -> Path:
+    """The distance of each layer, a curve a result, as the paper's Figure 2, right; the file's suffix is the format."""
+    named = results if isinstance(results, Mapping) else {f"MIR {results.value:.3f}": results}
+    figure, axes = _figure()
+    drawn = False
+    for name, result in named.items():
+        layers = range(1, len(result.per_layer) + 1)
+        # A distance of 0 has no place on a logarithmic axis: a gap.
+        distances = [distance or math.nan for distance in result.per_layer]
+        drawn = drawn or any(distance > 0 for distance in distances)
+        label = name if not isinstance(results, Mapping) else f"{name} (MIR {result.value:.3f})"
+        axes.plot(layers, distances, marker="o", markersize=3, linewidth=1.5, label=label)
+    if drawn:
+        axes.set_yscale("log")
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("Fréchet distance, vision to text")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return _save(figure, path)
+
+
+def plot_training(results: Mapping[int, MIRResult | float], loss: Mapping[int, float], path: str | Path) -> Path:
+    """MIR (left axis) and loss (right axis) against training steps, as the paper's Figure 4.
+
+    results: step to MIRResult or MIR; loss: step to loss, at steps of its own; may be empty.
+    """
+    figure, axes = _figure()
+    steps = sorted(results)
+    color_mir, color_loss = "tab:blue", "tab:orange"
+    axes.plot(steps, [float(results[s]) for s in steps], marker="o", markersize=4, color=color_mir, zorder=3)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("MIR", color=color_mir)
+    axes.grid(alpha=0.3)
+    if loss:
+        right = axes.twinx()
+        right.plot(sorted(loss), [loss[s] for s in sorted(loss)], linewidth=1.0, alpha=0.7, color=color_loss)
+        right.set_ylabel("loss", color=color_loss)
+    return _save(figure, path)
+
+
+def _column(result: MIRResult) -> tuple[list[str], str]:
+    return [_number(distance) for distance in result.per_layer], f"{result.value:.4f}"
+
+
+def _distance_table(columns: Mapping[str, tuple[list[str], str]]) -> Table:
+    table = _table()
+    table.add_column("layer", justify="right", footer="MIR")
+    for name, (_, footer) in columns.items():
+        table.add_column(name, justify="right", footer=footer)
+    for layer, cells in enumerate(zip_longest(*(cells for cells, _ in columns.values()), fillvalue=""), 1):
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _table() -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=_TITLE, show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+
+
+def _figure() -> tuple[Any, Any]:
+    # A figure with its own canvas: no display is needed, and the caller's pyplot and backend stay as they are.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    figure.savefig(path)
+    return path
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _ratio(value: float, of: float) -> float:
+    if of == 0.0:
+        return 1.0 if value == 0.0 else math.inf
+    return value / of

@@ -1,0 +1,204 @@
+"""What a computation of MIR gives: the value, each layer's terms, what was left out, and what was not exact."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MODALITIES = ("vision", "text")
+SCHEMA = "modality-integration-rate"
+VERSION = 1
+
+
+@dataclass
+class LayerTerms:
+    """The terms of one layer's Fréchet distance (Eq. 3), after scaling by alpha.
+
+    mean: |mu_v - mu_t|^2; trace_vision, trace_text: Tr Sigma; trace_root: Tr((Sigma_v Sigma_t)^(1/2)), with
+    root_lower <= truth <= root_upper where bounds were asked for, None otherwise.
+    """
+
+    mean: float
+    trace_vision: float
+    trace_text: float
+    trace_root: float
+    root_lower: float | None = None
+    root_upper: float | None = None
+
+    @property
+    def distance(self) -> float:
+        """mean + trace_vision + trace_text - 2 trace_root, never negative: below what float64 resolves it is 0."""
+        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.trace_root
+        return value if value > self._resolution else 0.0
+
+    @property
+    def lower(self) -> float | None:
+        """A lower bound of the distance, from the upper bound of the root, rounded outward."""
+        if self.root_upper is None:
+            return None
+        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.root_upper
+        return max(value - self._resolution, 0.0)
+
+    @property
+    def upper(self) -> float | None:
+        """An upper bound of the distance, from the lower bound of the root, rounded outward."""
+        if self.root_lower is None:
+            return None
+        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.root_lower
+        return max(value, 0.0) + self._resolution
+
+    @property
+    def _resolution(self) -> float:
+        # The terms are sums over d of float64 numbers and cancel: what is left of them below this is rounding.
+        return 1e-12 * (self.mean + self.trace_vision + self.trace_text)
+
+
+@dataclass
+class MIRResult:
+    """The Modality Integration Rate (Eq. 3): log10 of the sum over layers of the Fréchet distances.
+
+    Every list has one entry per layer, in order.
+
+    terms: the distance's terms. alpha: the text-centric scale (Eq. 2), 1 without normalisation.
+    kept, removed: {"vision": [...], "text": [...]}, tokens counted and tokens the outlier rule left out (with
+    outliers="median": replaced). outliers, normalize: the settings. notes: sentences on anything that was not exact or
+    not ordinary; empty when all is well.
+
+    As JSON, version 1: {"schema": "modality-integration-rate", "version": 1, "mir": number, "lower": number or null,
+    "upper": number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "notes": [string],
+    "layers": [{"layer": 1.., "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root": number,
+    "root_lower", "root_upper": number or null, "kept": {"vision": int, "text": int}, "removed": likewise}]}.
+    A number that is not finite is the string "inf" or "-inf". "mir", "lower", "upper" and "distance" follow from the
+    rest and are written for readers. Readers refuse a version above theirs; a new version is one whose keys change.
+    """
+
+    terms: list[LayerTerms]
+    alpha: list[float]
+    kept: dict[str, list[int]]
+    removed: dict[str, list[int]]
+    outliers: str = "remove"
+    normalize: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def per_layer(self) -> list[float]:
+        """The Fréchet distance of each layer."""
+        return [terms.distance for terms in self.terms]
+
+    @property
+    def value(self) -> float:
+        """MIR; -inf where every layer's distance is 0."""
+        return _log10(math.fsum(self.per_layer))
+
+    @property
+    def lower(self) -> float | None:
+        """MIR is at least this (of the covariances as accumulated); None unless bounds were asked for."""
+        bounds = [terms.lower for terms in self.terms]
+        return None if None in bounds else _outward(_log10(math.fsum(bounds)), -math.inf)  # type: ignore[arg-type]
+
+    @property
+    def upper(self) -> float | None:
+        """MIR is at most this (of the covariances as accumulated); None unless bounds were asked for."""
+        bounds = [terms.upper for terms in self.terms]
+        return None if None in bounds else _outward(_log10(math.fsum(bounds)), math.inf)  # type: ignore[arg-type]
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        text = f"MIR {self.value:.4f} over {len(self.terms)} layers"
+        if self.lower is not None:
+            text += f", between {self.lower:.6f} and {self.upper:.6f}"
+        return "\n".join([text, *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The result as JSON (see the class), written to `path` if one is given."""
+        layers = []
+        for index, terms in enumerate(self.terms):
+            counts = {name: {m: getattr(self, name)[m][index] for m in MODALITIES} for name in ("kept", "removed")}
+            layers.append(
+                {"layer": index + 1, "distance": terms.distance, "alpha": self.alpha[index], **asdict(terms), **counts}
+            )
+        document = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "mir": self.value,
+            "lower": self.lower,
+            "upper": self.upper,
+            "outliers": self.outliers,
+            "normalize": self.normalize,
+            "notes": self.notes,
+            "layers": layers,
+        }
+        text = json.dumps(_encode(document), indent=2, allow_nan=False) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> MIRResult:
+        """Read what `to_json` wrote: a path, or the JSON text itself. ValueError if it is something else."""
+        text, name = str(source), "the text"
+        if isinstance(source, Path) or not text.lstrip().startswith("{"):
+            text, name = Path(source).read_text(encoding="utf-8"), str(source)
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+            raise ValueError(f'{name} is no MIR result: it takes JSON with "schema": "{SCHEMA}"')
+        if not isinstance(document.get("version"), int) or document["version"] > VERSION:
+            raise ValueError(f"{name} has version {document.get('version')} of the schema, this reader takes {VERSION}")
+        try:
+            layers = document["layers"]
+            names = LayerTerms.__dataclass_fields__
+            return cls(
+                terms=[LayerTerms(**{name: _decode(layer[name]) for name in names}) for layer in layers],
+                alpha=[_decode(layer["alpha"]) for layer in layers],
+                kept={m: [layer["kept"][m] for layer in layers] for m in MODALITIES},
+                removed={m: [layer["removed"][m] for layer in layers] for m in MODALITIES},
+                outliers=document["outliers"],
+                normalize=document["normalize"],
+                notes=list(document["notes"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{name} is an incomplete MIR result: {error!r}") from error
+
+    def table(self) -> Table:
+        """A rich table: one row per layer."""
+        from modality_integration.report import layer_table
+
+        return layer_table(self)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the distance of each layer (as the right of the paper's Figure 2) into an image file."""
+        from modality_integration.report import plot_layers
+
+        return plot_layers(self, path)
+
+
+def _log10(total: float) -> float:
+    return math.log10(total) if total > 0.0 else -math.inf
+
+
+def _outward(value: float, towards: float) -> float:
+    # Two steps: the sum is rounded once and log10 is right to a unit in the last place.
+    return math.nextafter(math.nextafter(value, towards), towards)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_encode(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decode(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value

@@ -1,0 +1,88 @@
+"""A metric's state between processes: every process's layers gathered and merged, in rank order, on every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mir_kernels._checks import FLOATS
+from modality_integration.layer import LayerStream, Options
+from modality_integration.result import MODALITIES
+
+Gather = Callable[[Tensor], "list[Tensor]"]
+
+
+def gathered(streams: list[LayerStream], options: Options, gather: Gather, device: torch.device) -> list[LayerStream]:
+    """New streams that hold the tokens of all processes; `streams` stay as they are and may be empty on some.
+
+    gather(tensor): the tensors of all processes, in rank order; sizes may differ, the number of dimensions may not.
+    ValueError, on every process alike, where the processes' layers do not match.
+    """
+    # One row a layer: d, dtype, and whether each modality has an accumulator yet.
+    about = [[s.hidden_size, FLOATS.index(s.dtype), *(int(m in s.moments) for m in MODALITIES)] for s in streams]
+    everyone = [rows.cpu() for rows in gather(torch.tensor(about, dtype=torch.int64, device=device).reshape(-1, 4))]
+    present = [rank for rank, rows in enumerate(everyone) if len(rows)]
+    if not present:
+        return []
+    layout = everyone[present[0]]
+    for rank in present:
+        if everyone[rank][:, :2].tolist() != layout[:, :2].tolist():
+            raise ValueError(
+                f"processes {present[0]} and {rank} have different layers: (d, dtype) "
+                f"{_describe(layout)} and {_describe(everyone[rank])}"
+            )
+    result = []
+    for k, (hidden_size, dtype_code, *_) in enumerate(layout.tolist()):
+        accumulated = {m: any(int(everyone[rank][k, 2 + i]) for rank in present) for i, m in enumerate(MODALITIES)}
+        place = streams[k].device if streams else device
+
+        def blank(
+            hidden_size: int = hidden_size, dtype_code: int = dtype_code, place: torch.device = place
+        ) -> LayerStream:
+            return LayerStream(hidden_size, FLOATS[dtype_code], place, options)
+
+        mine = streams[k] if streams else blank()
+        parts = _gather_state(mine, blank(), accumulated, gather, device)
+        merged = blank()
+        for rank in present:
+            part = blank()
+            has = [m for i, m in enumerate(MODALITIES) if int(everyone[rank][k, 2 + i])]
+            part.load_state_dict({key: v for key, v in parts[rank].items() if _belongs(key, has)})
+            merged.merge(part)
+            if rank == present[0]:
+                for m in MODALITIES:
+                    merged.tokens[m].limits = part.tokens[m].limits
+        result.append(merged)
+    return result
+
+
+def _gather_state(
+    mine: LayerStream, blank: LayerStream, accumulated: dict[str, bool], gather: Gather, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Every process's state_dict of one layer; processes without an accumulator send an empty one."""
+    state = mine.state_dict()
+    for modality in MODALITIES:
+        if accumulated[modality] and modality not in mine.moments:
+            empty = blank.accumulator(blank.options.precision).state_dict()
+            state |= {f"{modality}.moments.{key}": value for key, value in empty.items()}
+    parts: list[dict[str, Tensor]] = []
+    for key in sorted(state):
+        tensor = state[key].to(device).contiguous()
+        # Rows travel as bytes: not every transport knows every floating dtype.
+        as_bytes = key.endswith(".held")
+        received = gather(tensor.view(torch.uint8) if as_bytes else tensor)
+        parts = parts or [{} for _ in received]
+        for part, value in zip(parts, received, strict=True):
+            part[key] = (value.contiguous().view(tensor.dtype) if as_bytes else value).to(state[key].device)
+    return parts
+
+
+def _belongs(key: str, accumulated: list[str]) -> bool:
+    modality, _, rest = key.partition(".")
+    return not rest.startswith("moments.") or modality in accumulated
+
+
+def _describe(layout: Tensor) -> list[tuple[int, str]]:
+    return [(int(row[0]), str(FLOATS[int(row[1])]).removeprefix("torch.")) for row in layout]
