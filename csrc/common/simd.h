@@ -5,6 +5,7 @@
 // Narrowing rounds to nearest, ties to even, and keeps NaN.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -45,9 +46,70 @@ MIR_INLINE void store_bits(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Past the caches, to memory that nobody reads soon: saves reading the line first. p is aligned to the size of V;
+// stream_fence() comes before another thread may read.
+template <class V>
+MIR_INLINE void stream_bits(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
+  store_bits(p, v);
+}
+MIR_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 MIR_INLINE U32Vec select(U32Vec where, U32Vec yes, U32Vec no) { return (yes & where) | (no & ~where); }
 
-MIR_INLINE F64Vec widen(F32Half v) { return __builtin_convertvector(v, F64Vec); }
+// The two halves of v in double precision, and back.
+struct F64Pair {
+  F64Vec low, high;
+};
+MIR_INLINE F64Pair widen(F32Vec v) {
+#if defined(__AVX512F__)
+  return {(F64Vec)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
+          (F64Vec)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))};
+#elif defined(__AVX2__)
+  return {(F64Vec)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+          (F64Vec)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+#else
+  F32Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof v);
+  return {__builtin_convertvector(halves[0], F64Vec), __builtin_convertvector(halves[1], F64Vec)};
+#endif
+}
+MIR_INLINE F32Vec narrow(F64Pair v) {
+  const F32Half halves[2] = {__builtin_convertvector(v.low, F32Half), __builtin_convertvector(v.high, F32Half)};
+  return load_bits<F32Vec>(halves);
+}
+
+// Lanes of 16 bits to lanes of 32 and, of what fits 16 bits, back.
+MIR_INLINE U32Vec widen(U16Half v) {
+#if defined(__AVX512F__)
+  return (U32Vec)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (U32Vec)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, U32Vec);
+#endif
+}
+MIR_INLINE U16Half narrow(U32Vec v) {
+#if defined(__AVX512F__)
+  return (U16Half)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  return (U16Half)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, U16Half);
+#endif
+}
 
 // a * b + c, rounded once.
 MIR_INLINE F64Vec fma(F64Vec a, F64Vec b, F64Vec c) {
@@ -68,13 +130,8 @@ MIR_INLINE F32Vec fma(F32Vec a, F32Vec b, F32Vec c) {
   return (F32Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   // Through double: the product is exact there; rounding the sum twice differs from once in about 1 of 2^29 cases.
-  F32Half ha[2], hb[2], hc[2];
-  __builtin_memcpy(ha, &a, sizeof a);
-  __builtin_memcpy(hb, &b, sizeof b);
-  __builtin_memcpy(hc, &c, sizeof c);
-  for (int i = 0; i < 2; ++i) hc[i] = __builtin_convertvector(widen(ha[i]) * widen(hb[i]) + widen(hc[i]), F32Half);
-  __builtin_memcpy(&c, hc, sizeof c);
-  return c;
+  const F64Pair wa = widen(a), wb = widen(b), wc = widen(c);
+  return narrow(F64Pair{wa.low * wb.low + wc.low, wa.high * wb.high + wc.high});
 #endif
 }
 
@@ -88,7 +145,8 @@ MIR_INLINE V multiply_add(V a, V b, V c) {
 #endif
 }
 
-// Element type T in memory, as a vector of what it is computed in.
+// Element type T in memory, as a vector of what it is computed in. pack() is what a store writes, round() the value
+// that a load would then give, pack_rounded() the pack of what is rounded already.
 template <class T>
 struct Simd;
 
@@ -96,60 +154,64 @@ template <>
 struct Simd<double> {
   using Vec = F64Vec;
   static MIR_INLINE Vec load(const double* p) { return load_bits<Vec>(p); }
-  static MIR_INLINE void store(double* p, Vec v) { store_bits(p, v); }
+  static MIR_INLINE Vec pack(Vec v) { return v; }
   static MIR_INLINE Vec round(Vec v) { return v; }
+  static MIR_INLINE Vec pack_rounded(Vec v) { return v; }
 };
 
 template <>
 struct Simd<float> {
   using Vec = F32Vec;
   static MIR_INLINE Vec load(const float* p) { return load_bits<Vec>(p); }
-  static MIR_INLINE void store(float* p, Vec v) { store_bits(p, v); }
+  static MIR_INLINE Vec pack(Vec v) { return v; }
   static MIR_INLINE Vec round(Vec v) { return v; }
+  static MIR_INLINE Vec pack_rounded(Vec v) { return v; }
 };
 
 template <>
 struct Simd<BF16> {
   using Vec = F32Vec;
-  static MIR_INLINE Vec load(const BF16* p) {
-    return (Vec)(__builtin_convertvector(load_bits<U16Half>(p), U32Vec) << 16);
-  }
-  static MIR_INLINE void store(BF16* p, Vec v) { store_bits(p, __builtin_convertvector(high_half(v) >> 16, U16Half)); }
-  static MIR_INLINE Vec round(Vec v) { return (Vec)(high_half(v) & 0xffff0000u); }
+  static MIR_INLINE Vec load(const BF16* p) { return (Vec)(widen(load_bits<U16Half>(p)) << 16); }
+  static MIR_INLINE U16Half pack(Vec v) { return narrow(rounded(v) >> 16); }
+  static MIR_INLINE Vec round(Vec v) { return (Vec)(rounded(v) & 0xffff0000u); }
+  static MIR_INLINE U16Half pack_rounded(Vec v) { return narrow((U32Vec)v >> 16); }
 
  private:
-  static MIR_INLINE U32Vec high_half(Vec v) {
+  // Right in the upper 16 bits. NaN is cut off, not rounded, lest it carry into the sign: it stays NaN because what
+  // comes out of arithmetic is quiet, with its uppermost fraction bit set.
+  static MIR_INLINE U32Vec rounded(Vec v) {
     const U32Vec bits = (U32Vec)v;
-    return select((U32Vec)(v != v), bits | 0x400000u, bits + 0x7fffu + ((bits >> 16) & 1u));
+    return bits + ((0x7fffu + ((bits >> 16) & 1u)) & (U32Vec)(v == v));
   }
 };
 
 template <>
 struct Simd<F16> {
   using Vec = F32Vec;
-  static MIR_INLINE Vec load(const F16* p) { return widen(load_bits<U16Half>(p)); }
-  static MIR_INLINE void store(F16* p, Vec v) { store_bits(p, narrow(v)); }
-  static MIR_INLINE Vec round(Vec v) { return widen(narrow(v)); }
+  static MIR_INLINE Vec load(const F16* p) { return from_bits(load_bits<U16Half>(p)); }
+  static MIR_INLINE U16Half pack(Vec v) { return to_bits(v); }
+  static MIR_INLINE Vec round(Vec v) { return from_bits(to_bits(v)); }
+  static MIR_INLINE U16Half pack_rounded(Vec v) { return to_bits(v); }
 
  private:
 #if defined(__AVX512F__)
-  static MIR_INLINE Vec widen(U16Half h) { return (Vec)_mm512_cvtph_ps((__m256i)h); }
-  static MIR_INLINE U16Half narrow(Vec v) { return (U16Half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+  static MIR_INLINE Vec from_bits(U16Half h) { return (Vec)_mm512_cvtph_ps((__m256i)h); }
+  static MIR_INLINE U16Half to_bits(Vec v) { return (U16Half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__F16C__)
-  static MIR_INLINE Vec widen(U16Half h) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
-  static MIR_INLINE U16Half narrow(Vec v) { return (U16Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+  static MIR_INLINE Vec from_bits(U16Half h) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
+  static MIR_INLINE U16Half to_bits(Vec v) { return (U16Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
   // Half and single differ in bias by 112 and in fraction by 13 bits; subnormal halves go through a float addition
   // whose unit in the last place is theirs, 2^-24, so that the adder shifts and rounds.
-  static MIR_INLINE Vec widen(U16Half h) {
-    const U32Vec bits = __builtin_convertvector(h, U32Vec);
+  static MIR_INLINE Vec from_bits(U16Half h) {
+    const U32Vec bits = widen(h);
     const U32Vec sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu, shifted = magnitude << 13;
     const Vec smallest_normal = (Vec)(U32Vec{} + (113u << 23));
     const U32Vec subnormal = (U32Vec)((Vec)(shifted + (113u << 23)) - smallest_normal);
     const U32Vec finite = select((U32Vec)(magnitude < 0x400u), subnormal, shifted + (112u << 23));
     return (Vec)(sign | select((U32Vec)(magnitude >= 0x7c00u), shifted + (224u << 23), finite));
   }
-  static MIR_INLINE U16Half narrow(Vec v) {
+  static MIR_INLINE U16Half to_bits(Vec v) {
     const U32Vec bits = (U32Vec)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     const Vec half = Vec{} + 0.5f;
     const U32Vec subnormal = (U32Vec)((Vec)magnitude + half) - (U32Vec)half;
@@ -157,7 +219,7 @@ struct Simd<F16> {
     U32Vec out = select((U32Vec)(magnitude < (113u << 23)), subnormal, normal);
     out = select((U32Vec)(magnitude >= 0x477ff000u), U32Vec{} + 0x7c00u, out);  // rounds to 2^16 or more
     out = select((U32Vec)(magnitude > 0x7f800000u), 0x7e00u | ((magnitude >> 13) & 0x3ffu), out);
-    return __builtin_convertvector(sign | out, U16Half);
+    return narrow(sign | out);
   }
 #endif
 };
@@ -175,6 +237,10 @@ struct Whole {};
 struct First {
   int64_t n;
 };
+template <class Lanes>
+constexpr bool kIsWhole = false;
+template <>
+constexpr bool kIsWhole<Whole> = true;
 
 template <class T>
 MIR_INLINE typename Simd<T>::Vec load(const T* p, Whole) {
@@ -186,15 +252,57 @@ MIR_INLINE typename Simd<T>::Vec load(const T* p, First first) {
   __builtin_memcpy(lanes, p, first.n * sizeof(T));
   return Simd<T>::load(lanes);
 }
-template <class T>
-MIR_INLINE void store(T* p, typename Simd<T>::Vec v, Whole) {
-  Simd<T>::store(p, v);
+template <class V>
+MIR_INLINE void store_packed(void* p, V packed, size_t, Whole) {
+  store_bits(p, packed);
 }
-template <class T>
-MIR_INLINE void store(T* p, typename Simd<T>::Vec v, First first) {
-  T lanes[kLanes<T>];
-  Simd<T>::store(lanes, v);
-  __builtin_memcpy(p, lanes, first.n * sizeof(T));
+template <class V>
+MIR_INLINE void store_packed(void* p, V packed, size_t element_bytes, First first) {
+  __builtin_memcpy(p, &packed, first.n * element_bytes);
+}
+template <class T, class Lanes>
+MIR_INLINE void store(T* p, typename Simd<T>::Vec v, Lanes lanes) {
+  store_packed(p, Simd<T>::pack(v), sizeof(T), lanes);
+}
+template <class T, class Lanes>
+MIR_INLINE void store_rounded(T* p, typename Simd<T>::Vec v, Lanes lanes) {
+  store_packed(p, Simd<T>::pack_rounded(v), sizeof(T), lanes);
+}
+// store(), past the caches where kStream.
+template <bool kStream, class T, class Lanes>
+MIR_INLINE void store_to(T* p, typename Simd<T>::Vec v, Lanes lanes) {
+  if constexpr (kStream && kIsWhole<Lanes>) {
+    stream_bits(p, Simd<T>::pack(v));
+  } else {
+    store(p, v, lanes);
+  }
+}
+
+// Whether rows from `base` on, `stride_bytes` apart, may be streamed, and are so many that it pays: they would not be
+// in cache any more when the next operation reads them.
+MIR_INLINE bool worth_streaming(const void* base, int64_t stride_bytes, int64_t total_bytes) {
+  const bool aligned = (reinterpret_cast<uintptr_t>(base) | static_cast<uintptr_t>(stride_bytes)) % 64 == 0;
+  return aligned && total_bytes >= (int64_t{1} << 24);
+}
+
+template <bool kStream>
+MIR_INLINE void copy_bytes(void* to, const void* from, int64_t bytes) {
+  if constexpr (!kStream) {
+    __builtin_memcpy(to, from, bytes);
+  } else {
+    char* t = static_cast<char*>(to);
+    const char* f = static_cast<const char*>(from);
+    int64_t i = 0;
+    for (; i + kRegisterBytes <= bytes; i += kRegisterBytes) stream_bits(t + i, load_bits<U32Vec>(f + i));
+    __builtin_memcpy(t + i, f + i, bytes - i);
+  }
+}
+
+template <class Vec>
+MIR_INLINE double total(Vec v) {
+  double total = 0;
+  for (unsigned i = 0; i < sizeof(Vec) / sizeof(v[0]); ++i) total += v[i];
+  return total;
 }
 
 // f(column, Whole) for each whole vector of T's arithmetic, then f(column, First) for the rest.
@@ -204,27 +312,6 @@ MIR_INLINE void for_columns(int64_t cols, const F& f) {
   for (; c + kLanes<T> <= cols; c += kLanes<T>) f(c, Whole{});
   if (c < cols) f(c, First{cols - c});
 }
-
-// Sum of products in double precision: neither overflows nor loses digits for any float32 operands.
-class Dot {
- public:
-  MIR_INLINE void add(F32Vec a, F32Vec b) {
-    F32Half ha[2], hb[2];
-    __builtin_memcpy(ha, &a, sizeof a);
-    __builtin_memcpy(hb, &b, sizeof b);
-    for (int i = 0; i < 2; ++i) sum_[i] = multiply_add(widen(ha[i]), widen(hb[i]), sum_[i]);
-  }
-  MIR_INLINE void add(F64Vec a, F64Vec b) { sum_[0] = multiply_add(a, b, sum_[0]); }
-  MIR_INLINE double total() const {
-    const F64Vec both = sum_[0] + sum_[1];
-    double total = 0;
-    for (unsigned i = 0; i < sizeof(F64Vec) / sizeof(double); ++i) total += both[i];
-    return total;
-  }
-
- private:
-  F64Vec sum_[2] = {};
-};
 
 }  // namespace
 }  // namespace MIR_ISA

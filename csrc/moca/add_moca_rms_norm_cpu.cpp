@@ -19,7 +19,7 @@ T* row(void* base, int64_t r, int64_t stride) {
   return static_cast<T*>(base) + r * stride;
 }
 
-template <class T>
+template <class T, bool kStream>
 void forward_row(const AddRmsForward& p, int64_t r) {
   using A = typename AccumulateIn<T>::type;
   using Vec = typename Simd<T>::Vec;
@@ -32,29 +32,37 @@ void forward_row(const AddRmsForward& p, int64_t r) {
   T* h = row<T>(p.h, r, p.h_stride);
   const bool inside = p.mask[r] != 0;
 
-  Dot squares;
+  Vec squares = {};
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
     Vec v = Simd<T>::round(load(x + c, lanes) + load(residual + c, lanes));
     if (inside) v = Simd<T>::round(fma(v, load(scale + c, lanes), load(shift + c, lanes)));
-    store(h + c, v, lanes);
-    squares.add(v, load(h + c, lanes));  // lanes beyond the row load as zero
+    store_rounded(h + c, v, lanes);
+    squares = multiply_add(v, v, squares);  // lanes beyond the row are zero
   });
-  const A rstd = static_cast<A>(1 / __builtin_sqrt(squares.total() / static_cast<double>(p.cols) + p.eps));
+  const A rstd = static_cast<A>(1 / __builtin_sqrt(total(squares) / static_cast<double>(p.cols) + p.eps));
   static_cast<A*>(p.rstd)[r] = rstd;
   const Vec all_rstd = broadcast<Vec>(rstd);
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
-    store(out + c, load(weight + c, lanes) * Simd<T>::round(load(h + c, lanes) * all_rstd), lanes);
+    store_to<kStream>(out + c, load(weight + c, lanes) * Simd<T>::round(load(h + c, lanes) * all_rstd), lanes);
+  });
+}
+
+template <class T, bool kStream>
+void forward_rows(const AddRmsForward& p, int threads) {
+  const int64_t row_bytes = p.cols * static_cast<int64_t>(sizeof(T));
+  const int64_t piece = (int64_t{1} << 16) / row_bytes + 1;
+  parallel_for((p.rows + piece - 1) / piece, threads, p.rows * row_bytes, [&](int64_t i) {
+    const int64_t end = (i + 1) * piece < p.rows ? (i + 1) * piece : p.rows;
+    for (int64_t r = i * piece; r < end; ++r) forward_row<T, kStream>(p, r);
+    if (kStream) stream_fence();
   });
 }
 
 template <class T>
 void forward(const AddRmsForward& p, int threads) {
-  const int64_t row_bytes = p.cols * static_cast<int64_t>(sizeof(T));
-  const int64_t piece = (int64_t{1} << 16) / row_bytes + 1;
-  parallel_for((p.rows + piece - 1) / piece, threads, p.rows * row_bytes, [&](int64_t i) {
-    const int64_t end = (i + 1) * piece < p.rows ? (i + 1) * piece : p.rows;
-    for (int64_t r = i * piece; r < end; ++r) forward_row<T>(p, r);
-  });
+  const int64_t element = sizeof(T);
+  const bool stream = worth_streaming(p.out, p.out_stride * element, p.rows * p.cols * element);
+  return stream ? forward_rows<T, true>(p, threads) : forward_rows<T, false>(p, threads);
 }
 
 // With y = h rstd and dy = grad_out weight:  dh = rstd (dy - y mean(dy y)) + grad_h.
@@ -75,13 +83,13 @@ void backward_row(const AddRmsBackward& p, int64_t r, typename AccumulateIn<T>::
   A* dweight = partial + 2 * p.cols;
   const bool inside = p.mask[r] != 0;
 
-  Dot dot;
+  Vec dots = {};
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
-    dot.add(load(grad_out + c, lanes) * load(weight + c, lanes), load(h + c, lanes));
+    dots = multiply_add(load(grad_out + c, lanes) * load(weight + c, lanes), load(h + c, lanes), dots);
   });
   const double rstd = static_cast<const A*>(p.rstd)[r];
   const Vec all_rstd = broadcast<Vec>(static_cast<A>(rstd));
-  const Vec pull = broadcast<Vec>(static_cast<A>(dot.total() / static_cast<double>(p.cols) * rstd * rstd));
+  const Vec pull = broadcast<Vec>(static_cast<A>(total(dots) / static_cast<double>(p.cols) * rstd * rstd));
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
     const Vec g = load(grad_out + c, lanes), v = load(h + c, lanes);
     Vec dh = all_rstd * (g * load(weight + c, lanes) - v * pull);

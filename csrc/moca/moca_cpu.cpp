@@ -12,8 +12,8 @@ namespace {
 // Work is handed out in pieces of about this many bytes of x.
 constexpr int64_t kPieceBytes = int64_t{1} << 16;
 
-template <class T>
-void forward(const MocaForward& p, int threads) {
+template <class T, bool kStream>
+void forward_rows(const MocaForward& p, int threads) {
   using A = typename AccumulateIn<T>::type;
   const T* x = static_cast<const T*>(p.x);
   const A* scale = static_cast<const A*>(p.scale);
@@ -28,72 +28,72 @@ void forward(const MocaForward& p, int threads) {
       T* to = out + r * p.out_stride;
       if (p.mask[r]) {
         for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
-          store(to + c, fma(load(from + c, lanes), load(scale + c, lanes), load(shift + c, lanes)), lanes);
+          store_to<kStream>(to + c, fma(load(from + c, lanes), load(scale + c, lanes), load(shift + c, lanes)), lanes);
         });
       } else if (to != from) {
-        __builtin_memcpy(to, from, row_bytes);
+        copy_bytes<kStream>(to, from, row_bytes);
       }
     }
-  });
-}
-
-// Rows `rows[0..N)`, all inside the mask: dx, and their part of the two column sums added to `partial`.
-template <class T, int N>
-void backward_rows(const MocaBackward& p, const int64_t* rows, typename AccumulateIn<T>::type* partial) {
-  using A = typename AccumulateIn<T>::type;
-  const A* scale = static_cast<const A*>(p.scale);
-  const T* grad[N];
-  const T* x[N];
-  T* dx[N];
-  for (int n = 0; n < N; ++n) {
-    grad[n] = static_cast<const T*>(p.grad) + rows[n] * p.grad_stride;
-    x[n] = static_cast<const T*>(p.x) + rows[n] * p.x_stride;
-    dx[n] = static_cast<T*>(p.dx) + rows[n] * p.dx_stride;
-  }
-  for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
-    const auto s = load(scale + c, lanes);
-    typename Simd<T>::Vec dscale = {}, dshift = {};
-    for (int n = 0; n < N; ++n) {
-      const auto g = load(grad[n] + c, lanes);
-      dscale = multiply_add(g, load(x[n] + c, lanes), dscale);
-      dshift += g;
-      store(dx[n] + c, g * s, lanes);
-    }
-    store(partial + c, load(partial + c, lanes) + dscale, lanes);
-    store(partial + p.cols + c, load(partial + p.cols + c, lanes) + dshift, lanes);
+    if (kStream) stream_fence();
   });
 }
 
 template <class T>
-void backward(const MocaBackward& p, int threads) {
+void forward(const MocaForward& p, int threads) {
+  const int64_t element = sizeof(T);
+  const bool stream = p.out != p.x && worth_streaming(p.out, p.out_stride * element, p.rows * p.cols * element);
+  return stream ? forward_rows<T, true>(p, threads) : forward_rows<T, false>(p, threads);
+}
+
+// A row inside the mask: dx, and the row's part of the two column sums added to `partial`. One row at a time: several
+// at once would touch the partial sums less often, but streaming lines of several rows in turn takes four times as long.
+template <class T, bool kStream>
+void backward_row(const MocaBackward& p, int64_t r, typename AccumulateIn<T>::type* partial) {
   using A = typename AccumulateIn<T>::type;
-  constexpr int kTogether = 4;  // rows per pass over the partial sums: a quarter of their traffic, and short runs
+  const T* grad = static_cast<const T*>(p.grad) + r * p.grad_stride;
+  const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
+  const A* scale = static_cast<const A*>(p.scale);
+  T* dx = static_cast<T*>(p.dx) + r * p.dx_stride;
+  A* dscale = partial;
+  A* dshift = partial + p.cols;
+  for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
+    const auto g = load(grad + c, lanes);
+    store(dscale + c, multiply_add(g, load(x + c, lanes), load(dscale + c, lanes)), lanes);
+    store(dshift + c, load(dshift + c, lanes) + g, lanes);
+    store_to<kStream>(dx + c, g * load(scale + c, lanes), lanes);
+  });
+}
+
+template <class T, bool kStream>
+void backward_chunks(const MocaBackward& p, int threads) {
+  using A = typename AccumulateIn<T>::type;
   const int64_t chunk = moca_chunk_rows(p.rows), chunks = moca_partial_rows(p.rows);
   const int64_t row_bytes = p.cols * static_cast<int64_t>(sizeof(T));
   A* partials = static_cast<A*>(p.partial);
   parallel_for(chunks, threads, 3 * p.rows * row_bytes, [&](int64_t i) {
     A* partial = partials + i * 2 * p.cols;
     for (int64_t c = 0; c < 2 * p.cols; ++c) partial[c] = 0;
-    int64_t inside[kTogether];
-    int count = 0;
     const int64_t end = (i + 1) * chunk < p.rows ? (i + 1) * chunk : p.rows;
     for (int64_t r = i * chunk; r < end; ++r) {
       if (p.mask[r]) {
-        inside[count++] = r;
-        if (count == kTogether) {
-          backward_rows<T, kTogether>(p, inside, partial);
-          count = 0;
-        }
+        backward_row<T, kStream>(p, r, partial);
       } else {
         const T* from = static_cast<const T*>(p.grad) + r * p.grad_stride;
         T* to = static_cast<T*>(p.dx) + r * p.dx_stride;
-        if (to != from) __builtin_memcpy(to, from, row_bytes);
+        if (to != from) copy_bytes<kStream>(to, from, row_bytes);
       }
     }
-    for (int n = 0; n < count; ++n) backward_rows<T, 1>(p, inside + n, partial);
+    if (kStream) stream_fence();
   });
   A* const sums[] = {static_cast<A*>(p.dscale), static_cast<A*>(p.dshift)};
   add_partial_rows<2>(partials, chunks, p.cols, sums, threads);
+}
+
+template <class T>
+void backward(const MocaBackward& p, int threads) {
+  const int64_t element = sizeof(T);
+  const bool stream = p.dx != p.grad && worth_streaming(p.dx, p.dx_stride * element, p.rows * p.cols * element);
+  return stream ? backward_chunks<T, true>(p, threads) : backward_chunks<T, false>(p, threads);
 }
 
 void forward_any(const MocaForward& p, int threads) {

@@ -8,6 +8,17 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
+// Sum of squares in double precision.
+struct Squares {
+  F64Pair sum = {};
+  MIR_INLINE void add(F32Vec v) {
+    const F64Pair w = widen(v);
+    sum.low = multiply_add(w.low, w.low, sum.low);
+    sum.high = multiply_add(w.high, w.high, sum.high);
+  }
+  MIR_INLINE void add(F64Vec v) { sum.low = multiply_add(v, v, sum.low); }
+};
+
 template <class T>
 void token_norms(const TokenNorms& p, int threads) {
   const T* x = static_cast<const T*>(p.x);
@@ -16,12 +27,11 @@ void token_norms(const TokenNorms& p, int threads) {
   parallel_for((p.rows + piece - 1) / piece, threads, p.rows * row_bytes, [&](int64_t i) {
     const int64_t end = (i + 1) * piece < p.rows ? (i + 1) * piece : p.rows;
     for (int64_t r = i * piece; r < end; ++r) {
-      Dot dot;
+      Squares squares;
       for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
-        const auto v = load(x + r * p.x_stride + c, lanes);
-        dot.add(v, v);
+        squares.add(load(x + r * p.x_stride + c, lanes));
       });
-      p.out[r] = static_cast<float>(__builtin_sqrt(dot.total()));
+      p.out[r] = static_cast<float>(__builtin_sqrt(total(squares.sum.low + squares.sum.high)));
     }
   });
 }

@@ -16,7 +16,7 @@ _CODES = {getattr(torch, name): code for name, code in C.DTYPES.items()} if C is
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) -> None:
-    """out = scale * x + shift on masked rows, x elsewhere. With `out` the same memory as x, other rows stay untouched."""
+    """out = scale * x + shift on masked rows, x elsewhere. With `out` the same memory as x, those stay untouched."""
     scale, shift, mask = _vector(scale, x), _vector(shift, x), _bytes(mask)
     arguments = (*_rows(x), scale.data_ptr(), shift.data_ptr(), mask.data_ptr(), *_rows(out), *_shape(x))
     if x.is_cuda:
