@@ -23,27 +23,28 @@ from mir_kernels._triton import cast
 class Blocks(NamedTuple):
     """One architecture's block sizes.
 
-    tile_bytes: of one operand in a program's tile; 8 KB is four 16-byte accesses in flight a thread.
-    programs: in the backward kernels, all told: four a multiprocessor, few enough that partial sums stay a few percent of
-    the traffic.
-    row_programs: the same for the fused backward, whose programs hold whole rows: two a multiprocessor.
+    tile_bytes: of one operand in a program's tile; 8 KB with 128 threads is four 16-byte accesses in flight a thread.
+    programs: in the backward kernels, all told: four a multiprocessor, so that all are resident and the rows of partial
+    sums stay a few percent of the traffic.
+    row_programs: the same for a fused backward that holds whole rows: two a multiprocessor.
+    whole_row: the widest row that fits the registers beside its three column sums.
+    lanes: threads in a warp.
     """
 
     tile_bytes: int
     programs: int
     row_programs: int
+    whole_row: int
+    lanes: int
 
 
 TABLE = {
-    "sm_80": Blocks(tile_bytes=8192, programs=432, row_programs=216),
-    "sm_90": Blocks(tile_bytes=8192, programs=528, row_programs=264),
-    "sm_100": Blocks(tile_bytes=8192, programs=592, row_programs=296),
-    "gfx942": Blocks(tile_bytes=16384, programs=1216, row_programs=608),
-    "interpreter": Blocks(tile_bytes=8192, programs=3, row_programs=3),
+    "sm_80": Blocks(tile_bytes=8192, programs=432, row_programs=216, whole_row=4096, lanes=32),
+    "sm_90": Blocks(tile_bytes=8192, programs=528, row_programs=264, whole_row=4096, lanes=32),
+    "sm_100": Blocks(tile_bytes=8192, programs=592, row_programs=296, whole_row=4096, lanes=32),
+    "gfx942": Blocks(tile_bytes=16384, programs=1216, row_programs=608, whole_row=8192, lanes=64),
+    "interpreter": Blocks(tile_bytes=8192, programs=3, row_programs=3, whole_row=4096, lanes=32),
 }
-
-# The fused backward holds whole rows, with three column sums beside them, in the registers of at most 16 warps.
-WHOLE_ROW = 8192
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) -> None:
@@ -63,7 +64,7 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor) -
     """Write dx and return (dscale, dshift), float32 (float64 for float64). x is read in vision rows only."""
     rows, cols = grad.shape
     blocks = _triton.row(TABLE, grad.device)
-    block_m, block_n = tile(grad, blocks.tile_bytes)
+    block_m, block_n = tile(grad, blocks.tile_bytes // 2)
     grid = row_programs(rows, cols, block_m, block_n, blocks.programs)
     partial = torch.empty((2, grid[0], cols), dtype=accumulator(grad), device=grad.device)
     with _triton.on(grad.device):
@@ -96,7 +97,7 @@ def add_rms_forward(
             x, residual, scale, shift, mask, weight, out, h, rstd, cols,
             x.stride(0), residual.stride(0), out.stride(0), h.stride(0),
             EPS=eps, VECTOR=vector(x, residual, out, h), WIDE=wide(x), BLOCK_N=block_n,
-            num_warps=row_warps(block_n), **_triton.LAUNCH,
+            num_warps=row_warps(block_n, 16, _triton.row(TABLE, x.device).lanes), **_triton.LAUNCH,
         )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def add_rms_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx (which is dresidual too) and return (dscale, dshift, dweight), float32 (float64 for float64).
 
-    One pass over the data up to d = 8192; beyond, a first pass reads grad_out and h for one number a row.
+    One pass over the data up to d = 4096 (8192 on AMD); beyond, a first pass reads grad_out and h for one number a row.
     """
     rows, cols = grad_out.shape
     blocks = _triton.row(TABLE, grad_out.device)
@@ -122,14 +123,14 @@ def add_rms_backward(
     tensors = (grad_out, upstream, x, residual, h, dx)
     strides = [t.stride(0) for t in tensors]
     hints = {"HAS_GRAD_H": grad_h is not None, "VECTOR": vector(*tensors), "WIDE": wide(grad_out)}
-    whole = triton.next_power_of_2(cols) <= WHOLE_ROW
+    whole = triton.next_power_of_2(cols) <= blocks.whole_row
     if whole:
         block_m, block_n = 1, triton.next_power_of_2(cols)
         grid = (min(rows, blocks.row_programs), 1)
-        warps = row_warps(block_n)
+        warps = row_warps(block_n, 8, blocks.lanes)
         dots = rstd
     else:
-        block_m, block_n = tile(grad_out, blocks.tile_bytes // 2)
+        block_m, block_n = tile(grad_out, blocks.tile_bytes // 4)
         grid = row_programs(rows, cols, block_m, block_n, blocks.programs)
         warps = 4
         dots = torch.empty_like(rstd)
@@ -188,7 +189,9 @@ def backward_kernel(
         vision = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0
         m_vision = vision[:, None] & m_col[None, :]  # [BLOCK_M, BLOCK_N]
         m_used = (row < rows)[:, None] & m_col[None, :]
-        b_grad = tl.load(grad_ptr + row[:, None] * (grad_stride // VECTOR * VECTOR) + col[None, :], mask=m_used, other=0)
+        b_grad = tl.load(
+            grad_ptr + row[:, None] * (grad_stride // VECTOR * VECTOR) + col[None, :], mask=m_used, other=0
+        )
         b_x = tl.load(x_ptr + row[:, None] * (x_stride // VECTOR * VECTOR) + col[None, :], mask=m_vision, other=0)
         b_wide = b_grad.to(WIDE)
         b_dx = tl.where(m_vision, cast(b_wide * b_scale[None, :], b_grad.dtype), b_grad)
@@ -325,7 +328,7 @@ def column_sums(partial: Tensor) -> tuple[Tensor, ...]:
     k, parts, cols = partial.shape
     out = torch.empty((k, cols), dtype=partial.dtype, device=partial.device)
     column_sum_kernel[(triton.cdiv(cols, 64), k)](
-        partial, out, parts, cols, BLOCK_P=16, BLOCK_N=64, num_warps=4, **_triton.LAUNCH
+        partial, out, parts, cols, BLOCK_P=64, BLOCK_N=64, num_warps=4, **_triton.LAUNCH
     )
     return out.unbind(0)
 
@@ -345,9 +348,9 @@ def row_programs(rows: int, cols: int, block_m: int, block_n: int, programs: int
     return min(triton.cdiv(rows, block_m), max(1, programs // columns)), columns
 
 
-def row_warps(block_n: int) -> int:
-    """Warps for a program that holds whole rows: 16 elements a thread from 2048 columns on, 16 warps at most."""
-    return min(16, max(4, block_n // 512))
+def row_warps(block_n: int, elements: int, lanes: int) -> int:
+    """Warps for a program that holds whole rows, `elements` a thread, 16 warps at most."""
+    return min(16, max(1, block_n // (elements * lanes)))
 
 
 def vector(*tensors: Tensor) -> int:

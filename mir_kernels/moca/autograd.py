@@ -1,0 +1,217 @@
+"""Gradients of MoCa twice over: autograd.Function around the raw kernels for eager mode, registered operations for
+torch.compile, export and tensor subclasses. Both share the rules for what is saved and what is computed.
+
+Saved for backward: x (and residual) only where dscale is wanted, and in place a copy of the vision rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mir_kernels.moca import rows
+
+NO_TRANSFORM = (
+    "{}: torch.vmap and forward-mode derivatives are not supported. A batch needs no vmap: x may have any number of "
+    "leading axes, and the mask has the same ones"
+)
+
+
+class Moca(torch.autograd.Function):
+    """moca on tensors of which at least one requires grad. `kept`: x's vision rows before an in-place call changes them."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, kept: Tensor | None, inplace: bool, backend: str | None
+    ) -> Tensor:
+        if not inplace:
+            return rows.forward(x, scale, shift, mask, backend)
+        rows.forward_(x, scale, shift, mask, backend)
+        return x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, scale, shift, mask, kept, ctx.inplace, ctx.backend = inputs
+        if ctx.inplace:
+            ctx.mark_dirty(x)
+        elif scale.requires_grad:
+            kept = x
+        ctx.save_for_backward(kept, scale, shift, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, scale, shift, mask = ctx.saved_tensors
+        if ctx.inplace and x is not None:
+            x = torch.empty_like(grad).masked_scatter_(_vision(mask), x)
+        needs = ctx.needs_input_grad
+        return *_moca_gradients(rows.forward, rows.backward, needs, grad, x, scale, shift, mask, ctx.backend), *[
+            None
+        ] * 4
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        raise RuntimeError(NO_TRANSFORM.format("moca"))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(NO_TRANSFORM.format("moca"))
+
+
+class AddMocaRmsNorm(torch.autograd.Function):
+    """add_moca_rms_norm on tensors of which at least one requires grad; also returns rstd, which is not differentiable."""
+
+    @staticmethod
+    def forward(x, residual, scale, shift, mask, weight, eps: float, backend: str | None):
+        return rows.add_rms_forward(x, residual, scale, shift, mask, weight, eps, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, residual, scale, shift, mask, weight, _, ctx.backend = inputs
+        _, h, rstd = output
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        pre = (x, residual) if scale.requires_grad else (None, None)
+        ctx.save_for_backward(h, *pre, scale, shift, mask, weight, rstd)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor | None, grad_h: Tensor | None, _: None):
+        return _add_rms_gradients(rows.add_rms_backward, ctx, grad_out, grad_h)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        raise RuntimeError(NO_TRANSFORM.format("add_moca_rms_norm"))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(NO_TRANSFORM.format("add_moca_rms_norm"))
+
+
+def kept_rows(x: Tensor, mask: Tensor) -> Tensor:
+    """A copy of x's vision rows, (vision tokens * d,). Waits for the device, since their number is in the mask."""
+    return x.detach().masked_select(_vision(mask))
+
+
+def _vision(mask: Tensor) -> Tensor:
+    return mask.ne(0).unsqueeze(-1)
+
+
+def _moca_gradients(
+    forward: Callable, backward: Callable, needs, grad, x, scale, shift, mask, backend
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dscale, dshift). x may be None where dscale is not wanted."""
+    if not (needs[1] or needs[2]):
+        return forward(grad, scale, torch.zeros_like(shift), mask, backend), None, None
+    dx, dscale, dshift = backward(grad, grad if x is None else x, scale, mask, backend)
+    return (
+        dx if needs[0] else None,
+        dscale.to(scale.dtype) if needs[1] else None,
+        dshift.to(shift.dtype) if needs[2] else None,
+    )
+
+
+def _add_rms_gradients(backward: Callable, ctx, grad_out: Tensor | None, grad_h: Tensor | None) -> tuple:
+    """One entry for each input of add_rms_forward; dx is dresidual."""
+    h, x, residual, scale, shift, mask, weight, rstd = ctx.saved_tensors
+    grad_out = torch.zeros_like(h) if grad_out is None else grad_out
+    x, residual = (h, h) if x is None else (x, residual)
+    dx, dscale, dshift, dweight = backward(grad_out, grad_h, h, x, residual, scale, mask, weight, rstd, ctx.backend)
+    grads = (dx, dx, dscale.to(scale.dtype), dshift.to(shift.dtype), None, dweight.to(weight.dtype), None, None)
+    return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+# The registered operations. They call the same row kernels; the column sums of one backward call come as one tensor,
+# because an operation's results may not share memory and the kernels write them side by side.
+
+torch.library.define("mir_kernels::moca", "(Tensor x, Tensor scale, Tensor shift, Tensor mask, str? backend) -> Tensor")
+torch.library.define(
+    "mir_kernels::moca_backward",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor mask, str? backend) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "mir_kernels::add_moca_rms_norm",
+    "(Tensor x, Tensor residual, Tensor scale, Tensor shift, Tensor mask, Tensor weight, float eps, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "mir_kernels::add_moca_rms_norm_backward",
+    "(Tensor grad_out, Tensor? grad_h, Tensor h, Tensor x, Tensor residual, Tensor scale, Tensor mask, Tensor weight,"
+    " Tensor rstd, str? backend) -> (Tensor, Tensor)",
+)
+
+torch.library.impl("mir_kernels::moca", "default", rows.forward)
+torch.library.impl("mir_kernels::add_moca_rms_norm", "default", rows.add_rms_forward)
+
+
+@torch.library.impl("mir_kernels::moca_backward", "default")
+def _moca_backward(grad, x, scale, mask, backend):
+    dx, *sums = rows.backward(grad, x, scale, mask, backend)
+    return dx, torch.stack(sums)
+
+
+@torch.library.impl("mir_kernels::add_moca_rms_norm_backward", "default")
+def _add_rms_backward(grad_out, grad_h, h, x, residual, scale, mask, weight, rstd, backend):
+    dx, *sums = rows.add_rms_backward(grad_out, grad_h, h, x, residual, scale, mask, weight, rstd, backend)
+    return dx, torch.stack(sums)
+
+
+@torch.library.register_fake("mir_kernels::moca")
+def _(x, scale, shift, mask, backend):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("mir_kernels::moca_backward")
+def _(grad, x, scale, mask, backend):
+    return grad.new_empty(grad.shape), grad.new_empty((2, grad.shape[-1]), dtype=rows.accumulator(grad))
+
+
+@torch.library.register_fake("mir_kernels::add_moca_rms_norm")
+def _(x, residual, scale, shift, mask, weight, eps, backend):
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=rows.accumulator(x))
+
+
+@torch.library.register_fake("mir_kernels::add_moca_rms_norm_backward")
+def _(grad_out, grad_h, h, x, residual, scale, mask, weight, rstd, backend):
+    return h.new_empty(h.shape), h.new_empty((3, h.shape[-1]), dtype=rows.accumulator(h))
+
+
+def _moca_setup(ctx, inputs, output) -> None:
+    x, scale, shift, mask, ctx.backend = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, shift, mask)
+
+
+def _moca_op_backward(ctx, grad):
+    def backward(*arguments):
+        dx, sums = torch.ops.mir_kernels.moca_backward(*arguments)
+        return dx, *sums.unbind(0)
+
+    x, scale, shift, mask = ctx.saved_tensors
+    forward = torch.ops.mir_kernels.moca
+    return (
+        *_moca_gradients(forward, backward, ctx.needs_input_grad, grad, x, scale, shift, mask, ctx.backend),
+        None,
+        None,
+    )
+
+
+def _add_rms_setup(ctx, inputs, output) -> None:
+    x, residual, scale, shift, mask, weight, _, ctx.backend = inputs
+    _, h, rstd = output
+    pre = (x, residual) if ctx.needs_input_grad[2] else (None, None)
+    ctx.save_for_backward(h, *pre, scale, shift, mask, weight, rstd)
+
+
+def _add_rms_op_backward(ctx, grad_out, grad_h, _):
+    def backward(*arguments):
+        dx, sums = torch.ops.mir_kernels.add_moca_rms_norm_backward(*arguments)
+        return dx, *sums.unbind(0)
+
+    return _add_rms_gradients(backward, ctx, grad_out, grad_h)
+
+
+torch.library.register_autograd("mir_kernels::moca", _moca_op_backward, setup_context=_moca_setup)
+torch.library.register_autograd("mir_kernels::add_moca_rms_norm", _add_rms_op_backward, setup_context=_add_rms_setup)

@@ -1,0 +1,114 @@
+"""The public functions: checks, then the shortest way to the kernels that the situation allows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mir_kernels import _checks
+from mir_kernels.moca import autograd, rows
+
+
+def moca(
+    x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, *, inplace: bool = False, backend: str | None = None
+) -> Tensor:
+    """Scale and shift of vision tokens: `scale * x + shift` where mask, x bit for bit elsewhere (Eq. 5 of the MIR paper).
+
+    x: (..., d), float32, bfloat16, float16 or float64, any strides, any number of tokens including none.
+    scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token.
+    inplace: change x and return it; text rows are then neither read nor written. Where scale requires grad, the vision
+    rows are copied first, which waits for the device to count them.
+    Returns a tensor of x's shape and dtype; a new one is contiguous. Arithmetic in float32 (float64 for float64) with one
+    rounding. Differentiable once, for x, scale and shift; column sums in float32, the same bits on every run.
+    Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run here.
+    """
+    _check(x, scale, shift, mask)
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        # In place, what backward keeps must be another tensor than the one that changes; the compiler drops needless copies.
+        source = x.clone() if inplace and torch.is_grad_enabled() and scale.requires_grad else x
+        out = torch.ops.mir_kernels.moca(source, scale, shift, mask, backend)
+        return x.copy_(out) if inplace else out
+    gradient = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or shift.requires_grad)
+    if inplace:
+        _check_writable(x, gradient)
+    if gradient:
+        kept = autograd.kept_rows(x, mask) if inplace and scale.requires_grad else None
+        return autograd.Moca.apply(x, scale, shift, mask, kept, inplace, backend)
+    _check_plain("moca", x, scale, shift)
+    if not inplace:
+        return rows.forward(x, scale, shift, mask, backend)
+    rows.forward_(x, scale, shift, mask, backend)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # the kernels write behind autograd's back
+    return x
+
+
+def add_moca_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The seam between two decoder layers in one pass: residual add, MoCa on vision rows, RMSNorm.
+
+    h = moca(x + residual, scale, shift, mask); out = weight * h / sqrt(mean(h^2) + eps). Returns (out, h).
+
+    x, residual: (..., d), one dtype. scale, shift, weight: (d,), any floating dtype. mask: (...), as in `moca`.
+    Rounded to x's dtype after the addition, after MoCa, after the normalisation and after the weight: the order of
+    Llama's RMSNorm on top of the separate operations. rsqrt, mean and all sums in float32 (float64 for float64).
+    Differentiable once, for x, residual, scale, shift and weight. Errors as in `moca`.
+    """
+    _check(x, scale, shift, mask)
+    _checks.tokens("residual", residual)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual: takes x's shape and dtype, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+        )
+    _checks.vector("weight", weight, x.shape[-1])
+    _checks.same_device("residual", residual, "x", x)
+    _checks.same_device("weight", weight, "x", x)
+    arguments = (x, residual, scale, shift, mask, weight, float(eps), backend)
+    tensors = (x, residual, scale, shift, weight)
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        out, h, _ = torch.ops.mir_kernels.add_moca_rms_norm(*arguments)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments)
+    else:
+        _check_plain("add_moca_rms_norm", *tensors)
+        out, h, _ = rows.add_rms_forward(*arguments)
+    return out, h
+
+
+def _check(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
+    _checks.tokens("x", x)
+    _checks.vector("scale", scale, x.shape[-1])
+    _checks.vector("shift", shift, x.shape[-1])
+    _checks.mask("mask", mask, x.shape[:-1], floats=True)
+    _checks.same_device("scale", scale, "x", x)
+    _checks.same_device("shift", shift, "x", x)
+    _checks.same_device("mask", mask, "x", x)
+
+
+def _check_writable(x: Tensor, gradient: bool) -> None:
+    """x can be changed in place: checked before anything is written."""
+    if gradient and x.is_leaf and x.requires_grad:
+        raise RuntimeError("x: a leaf that requires grad cannot be changed in place; call with inplace=False")
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"x: an expanded tensor cannot be changed in place, got strides {x.stride()}; clone it first")
+
+
+def _check_plain(name: str, *tensors: Tensor) -> None:
+    """No tensor is a torch.vmap wrapper, whose memory kernels cannot see, or has a tangent, which they would drop."""
+    try:
+        for tensor in tensors:
+            tensor.untyped_storage()
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError
+    except NotImplementedError:
+        raise RuntimeError(autograd.NO_TRANSFORM.format(name)) from None
