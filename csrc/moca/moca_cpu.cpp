@@ -13,23 +13,26 @@ namespace {
 constexpr int64_t kPieceBytes = int64_t{1} << 16;
 
 template <class T, bool kStream>
-void forward_rows(const MocaForward& p, int threads) {
+void forward_row(const MocaForward& p, const T* x, T* out) {
   using A = typename AccumulateIn<T>::type;
-  const T* x = static_cast<const T*>(p.x);
   const A* scale = static_cast<const A*>(p.scale);
   const A* shift = static_cast<const A*>(p.shift);
-  T* out = static_cast<T*>(p.out);
+  for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
+    store_to<kStream>(out + c, fma(load(x + c, lanes), load(scale + c, lanes), load(shift + c, lanes)), lanes);
+  });
+}
+
+template <class T, bool kStream>
+void forward_rows(const MocaForward& p, int threads) {
   const int64_t row_bytes = p.cols * static_cast<int64_t>(sizeof(T));
   const int64_t piece = kPieceBytes / row_bytes + 1;
   parallel_for((p.rows + piece - 1) / piece, threads, p.rows * row_bytes, [&](int64_t i) {
     const int64_t end = (i + 1) * piece < p.rows ? (i + 1) * piece : p.rows;
     for (int64_t r = i * piece; r < end; ++r) {
-      const T* from = x + r * p.x_stride;
-      T* to = out + r * p.out_stride;
+      const T* from = static_cast<const T*>(p.x) + r * p.x_stride;
+      T* to = static_cast<T*>(p.out) + r * p.out_stride;
       if (p.mask[r]) {
-        for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
-          store_to<kStream>(to + c, fma(load(from + c, lanes), load(scale + c, lanes), load(shift + c, lanes)), lanes);
-        });
+        forward_row<T, kStream>(p, from, to);
       } else if (to != from) {
         copy_bytes<kStream>(to, from, row_bytes);
       }
