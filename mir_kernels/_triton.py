@@ -1,4 +1,4 @@
-"""What every Triton launcher shares: the architecture of a device, its row of a block-size table, launch options, casts."""
+"""What every Triton launcher shares: architecture, its row of a block-size table, launch options, casts."""
 
 from __future__ import annotations
 

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from mir_kernels import _triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+POINTERS = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 # Bytes a thread moves in one instruction: PTX spells a vector length and an element, AMD the words.
@@ -43,6 +61,53 @@ class Binary:
     shared: int
     loads: tuple[int, ...]
     stores: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a launcher asked for it: the kernel, the grid, its arguments in order, constexprs and options."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple
+    keywords: dict
+
+
+def record(launcher: Callable, *arguments: object, target: str) -> list[Launch]:
+    """What `launcher(*arguments)` launches on `target`, with nothing run: every kernel of its module is replaced.
+
+    Give tensors on the device "meta", which have shapes and strides but no memory.
+    """
+    module = sys.modules[launcher.__module__]
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    launches: list[Launch] = []
+    with contextlib.ExitStack() as stack:
+        for name, kernel in kernels.items():
+            stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
+        stack.enter_context(mock.patch.object(_triton, "architecture", lambda device: target))
+        launcher(*arguments)
+    return launches
+
+
+def compile_launch(target: str, launch: Launch, **constexprs: object) -> Binary:
+    """Compile a recorded launch as Triton would on first use: integers of 1 and multiples of 16 are specialised.
+
+    constexprs: values to use in place of the recorded ones.
+    """
+    kernel = launch.kernel
+    options = {name: launch.keywords[name] for name in OPTIONS if name in launch.keywords}
+    values = {name: value for name, value in launch.keywords.items() if name not in OPTIONS} | constexprs
+    fixed = {p.name for p in kernel.params if p.do_not_specialize}
+    signature, divisible = {}, set()
+    for name, value in zip(kernel.arg_names, launch.arguments, strict=False):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + POINTERS[value.dtype]
+        elif value == 1 and name not in fixed:
+            values[name] = 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            divisible |= {name} if value % 16 == 0 and name not in fixed else set()
+    return compile_for(target, kernel, signature, values, divisible=divisible, **options)
 
 
 def compile_for(
@@ -92,6 +157,16 @@ def compile_for(
         loads=tuple(size for is_load, size in accesses if is_load),
         stores=tuple(size for is_load, size in accesses if not is_load),
     )
+
+
+class _Recorder:
+    """Stands in for a kernel: kernel[grid](...) is written down instead of run."""
+
+    def __init__(self, kernel: triton.JITFunction, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        return lambda *a, **kw: self.launches.append(Launch(self.kernel, tuple(grid), a, kw))
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:

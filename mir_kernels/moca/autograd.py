@@ -21,7 +21,7 @@ NO_TRANSFORM = (
 
 
 class Moca(torch.autograd.Function):
-    """moca on tensors of which at least one requires grad. `kept`: x's vision rows before an in-place call changes them."""
+    """moca where a tensor requires grad. `kept`: x's vision rows before an in-place call changes them."""
 
     @staticmethod
     def forward(
@@ -62,7 +62,7 @@ class Moca(torch.autograd.Function):
 
 
 class AddMocaRmsNorm(torch.autograd.Function):
-    """add_moca_rms_norm on tensors of which at least one requires grad; also returns rstd, which is not differentiable."""
+    """add_moca_rms_norm where a tensor requires grad; also returns rstd, which is not differentiable."""
 
     @staticmethod
     def forward(x, residual, scale, shift, mask, weight, eps: float, backend: str | None):

@@ -1,7 +1,7 @@
 """MoCa in plain torch: runs wherever torch runs, traceable, no synchronisation. Formulas: see reference.py.
 
-Arithmetic in float32 (float64 for float64); every result is rounded once to the dtype of its output. The column sums are
-torch's own reduction over the rows.
+Arithmetic in float32 (float64 for float64); every result is rounded once to its dtype. The column sums are torch's own
+reduction over the rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) 
     """Write Eq. 5 into `out` (which may be x). x, out (n, d); scale, shift (d,); mask (n,), nonzero for vision rows."""
     dtype = _arithmetic(x)
     y = torch.empty_like(x)
-    torch.addcmul(shift.to(dtype), x, scale.to(dtype), out=y)  # 2 + 2 bytes an element in bf16: the casts are in the loop
+    torch.addcmul(
+        shift.to(dtype), x, scale.to(dtype), out=y
+    )  # 2 + 2 bytes an element in bf16: the casts are in the loop
     torch.where(mask.ne(0)[:, None], y, x, out=out)  # chosen in the storage dtype: text rows keep their bits, NaN too
 
 

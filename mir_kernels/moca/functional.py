@@ -9,23 +9,25 @@ from torch.autograd import forward_ad
 from mir_kernels import _checks
 from mir_kernels.moca import autograd, rows
 
+PLAIN = (Tensor, torch.nn.Parameter)  # any other subclass goes through the dispatcher, where it can say what it does
+
 
 def moca(
     x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, *, inplace: bool = False, backend: str | None = None
 ) -> Tensor:
-    """Scale and shift of vision tokens: `scale * x + shift` where mask, x bit for bit elsewhere (Eq. 5 of the MIR paper).
+    """Scale and shift of vision tokens (Eq. 5 of the MIR paper): `scale * x + shift` where mask, x bit for bit elsewhere.
 
     x: (..., d), float32, bfloat16, float16 or float64, any strides, any number of tokens including none.
     scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token.
     inplace: change x and return it; text rows are then neither read nor written. Where scale requires grad, the vision
     rows are copied first, which waits for the device to count them.
-    Returns a tensor of x's shape and dtype; a new one is contiguous. Arithmetic in float32 (float64 for float64) with one
-    rounding. Differentiable once, for x, scale and shift; column sums in float32, the same bits on every run.
+    Returns a tensor of x's shape and dtype; a new one is contiguous. Arithmetic in float32 (float64 for float64),
+    rounded once. Differentiable once, for x, scale and shift; column sums in float32, the same bits on every run.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run here.
     """
     _check(x, scale, shift, mask)
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        # In place, what backward keeps must be another tensor than the one that changes; the compiler drops needless copies.
+    if torch.compiler.is_compiling() or type(x) not in PLAIN:
+        # In place, what backward keeps must not be the tensor that changes.
         source = x.clone() if inplace and torch.is_grad_enabled() and scale.requires_grad else x
         out = torch.ops.mir_kernels.moca(source, scale, shift, mask, backend)
         return x.copy_(out) if inplace else out
@@ -67,15 +69,14 @@ def add_moca_rms_norm(
     _check(x, scale, shift, mask)
     _checks.tokens("residual", residual)
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"residual: takes x's shape and dtype, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
-        )
+        takes, got = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (x, residual))
+        raise ValueError(f"residual: takes x's shape and dtype, {takes}, got {got}")
     _checks.vector("weight", weight, x.shape[-1])
     _checks.same_device("residual", residual, "x", x)
     _checks.same_device("weight", weight, "x", x)
     arguments = (x, residual, scale, shift, mask, weight, float(eps), backend)
     tensors = (x, residual, scale, shift, weight)
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or type(x) not in PLAIN:
         out, h, _ = torch.ops.mir_kernels.add_moca_rms_norm(*arguments)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments)

@@ -11,8 +11,8 @@ from mir_kernels.moca.functional import moca
 class MoCa(nn.Module):
     """Learnable scale and shift of vision tokens, Eq. 5 of the MIR paper.
 
-    hidden_size: d. std: 0 starts from ones and zeros, as in the paper; otherwise scale ~ N(1, std), shift ~ N(0, std), as
-    in the published training code. Parameters `scale`, `shift`: (d,).
+    hidden_size: d. std: 0 starts from ones and zeros, as in the paper; otherwise scale ~ N(1, std), shift ~ N(0, std),
+    as in the published training code. Parameters `scale`, `shift`: (d,).
     """
 
     def __init__(

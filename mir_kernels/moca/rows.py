@@ -85,7 +85,7 @@ def add_rms_backward(
     rstd: Tensor,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dscale, dshift, dweight), the sums float32 (float64 for float64). Only vision rows of x, residual are read."""
+    """(dx, dscale, dshift, dweight), the sums in `accumulator`. x and residual are read in vision rows only."""
     dx = _like(grad_out)
     if not dx.numel():
         return dx, *_zero_sums(dx, 3)

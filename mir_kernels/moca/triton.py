@@ -2,8 +2,8 @@
 
 A program holds a tile of rows and columns. Lanes of text rows are switched off by the mask, so in place those rows are
 neither read nor written. The number of programs comes from the table and the shape alone, each keeps its column sums in
-registers and writes one row of partial sums, and a second small kernel adds those rows in order: the same bits on every run.
-Token counts are runtime arguments without specialisation: a new count or mask compiles nothing.
+registers and writes one row of partial sums, and a second small kernel adds those rows in order: the same bits on every
+run. Token counts are runtime arguments without specialisation: a new count or mask compiles nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
     programs: in the backward kernels, all told: four a multiprocessor, so that all are resident and the rows of partial
     sums stay a few percent of the traffic.
     row_programs: the same for a fused backward that holds whole rows: two a multiprocessor.
-    whole_row: the widest row that fits the registers beside its three column sums.
+    whole_row: the widest row that fits the registers beside its three float32 column sums.
     lanes: threads in a warp.
     """
 
@@ -48,13 +48,13 @@ TABLE = {
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Write Eq. 5 into `out`; where `out` is x, only vision rows are touched. x, out (n, d) with row strides; mask (n,)."""
+    """Write Eq. 5 into `out`; where `out` is x, only vision rows are touched. x, out (n, d), row-strided; mask (n,)."""
     rows, cols = x.shape
     block_m, block_n = tile(x, _triton.row(TABLE, x.device).tile_bytes)
     grid = (triton.cdiv(rows, block_m), triton.cdiv(cols, block_n))
     with _triton.on(x.device):
         forward_kernel[grid](
-            x, scale, shift, mask, out, rows, cols, x.stride(0), out.stride(0),
+            x, scale.contiguous(), shift.contiguous(), mask, out, rows, cols, x.stride(0), out.stride(0),
             IN_PLACE=x.data_ptr() == out.data_ptr(), VECTOR=vector(x, out), WIDE=wide(x),
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **_triton.LAUNCH,
         )  # fmt: skip
@@ -69,7 +69,7 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor) -
     partial = torch.empty((2, grid[0], cols), dtype=accumulator(grad), device=grad.device)
     with _triton.on(grad.device):
         backward_kernel[grid](
-            grad, x, scale, mask, dx, partial, rows, cols, grad.stride(0), x.stride(0), dx.stride(0),
+            grad, x, scale.contiguous(), mask, dx, partial, rows, cols, grad.stride(0), x.stride(0), dx.stride(0),
             VECTOR=vector(grad, x, dx), WIDE=wide(grad), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
             **_triton.LAUNCH,
         )  # fmt: skip
@@ -89,12 +89,12 @@ def add_rms_forward(
     h: Tensor,
     rstd: Tensor,
 ) -> None:
-    """Write h = psi(x + residual), rstd (n,) and out = weight * (h * rstd), in Llama's rounding order (see eager.py)."""
+    """Write h = psi(x + residual), rstd (n,) and out = weight * (h * rstd), rounded in Llama's order (see eager.py)."""
     rows, cols = x.shape
     block_n = triton.next_power_of_2(cols)
     with _triton.on(x.device):
         add_rms_forward_kernel[(rows,)](
-            x, residual, scale, shift, mask, weight, out, h, rstd, cols,
+            x, residual, scale.contiguous(), shift.contiguous(), mask, weight.contiguous(), out, h, rstd, cols,
             x.stride(0), residual.stride(0), out.stride(0), h.stride(0),
             EPS=eps, VECTOR=vector(x, residual, out, h), WIDE=wide(x), BLOCK_N=block_n,
             num_warps=row_warps(block_n, 16, _triton.row(TABLE, x.device).lanes), **_triton.LAUNCH,
@@ -120,12 +120,13 @@ def add_rms_backward(
     rows, cols = grad_out.shape
     blocks = _triton.row(TABLE, grad_out.device)
     upstream = grad_out if grad_h is None else grad_h
+    scale, weight = scale.contiguous(), weight.contiguous()
     tensors = (grad_out, upstream, x, residual, h, dx)
     strides = [t.stride(0) for t in tensors]
     hints = {"HAS_GRAD_H": grad_h is not None, "VECTOR": vector(*tensors), "WIDE": wide(grad_out)}
-    whole = triton.next_power_of_2(cols) <= blocks.whole_row
+    block_m, block_n = 1, triton.next_power_of_2(cols)
+    whole = block_n * accumulator(grad_out).itemsize <= blocks.whole_row * 4
     if whole:
-        block_m, block_n = 1, triton.next_power_of_2(cols)
         grid = (min(rows, blocks.row_programs), 1)
         warps = row_warps(block_n, 8, blocks.lanes)
         dots = rstd
@@ -159,10 +160,7 @@ def forward_kernel(
     m_col = col < cols // VECTOR * VECTOR
     vision = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0
     m_vision = vision[:, None] & m_col[None, :]  # [BLOCK_M, BLOCK_N]
-    if IN_PLACE:
-        m_used = m_vision
-    else:
-        m_used = (row < rows)[:, None] & m_col[None, :]
+    m_used = m_vision if IN_PLACE else (row < rows)[:, None] & m_col[None, :]
 
     b_scale = tl.load(scale_ptr + col, mask=m_col, other=0).to(WIDE)
     b_shift = tl.load(shift_ptr + col, mask=m_col, other=0).to(WIDE)

@@ -1,0 +1,98 @@
+"""MoCa's Triton kernels compiled ahead of time, exactly as their launchers launch them: no spills, 16-byte accesses."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import aot
+
+from mir_kernels.moca import triton as kernels
+
+KERNELS = ("forward", "backward", "add_rms_forward", "add_rms_backward", "row_dot", "column_sum")
+
+
+def launches(d, dtype, target, *, rows=16384, mask_dtype=torch.bool):
+    """Every launch of the four launchers on (rows, d) of `dtype`, by kernel name, the last one of each."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    wide = kernels.accumulator(empty(1))
+    x, mask, rstd = empty(rows, d), empty(rows, dtype=mask_dtype), empty(rows, dtype=wide)
+    scale = empty(d, dtype=wide)
+    calls = (
+        (kernels.forward, x, scale, scale, mask, x),
+        (kernels.backward, x, x, scale, mask, x),
+        (kernels.add_rms_forward, x, x, scale, scale, mask, scale, 1e-6, x, x, rstd),
+        (kernels.add_rms_backward, x, x, x, x, x, scale, mask, scale, rstd, x),
+    )
+    found = [launch for call in calls for launch in aot.record(*call, target=target)]
+    return {launch.kernel.__name__.removesuffix("_kernel"): launch for launch in found}
+
+
+def compiled(name, d, dtype, target, **constexprs):
+    return aot.compile_launch(target, launches(d, dtype, target)[name], **constexprs)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_kernel_spills_and_rows_move_in_16_byte_accesses(name, target):
+    # 8200 is a multiple of 8 only, and wider than the fused backward's whole rows on every target.
+    for d in (4096, 8200):
+        if name not in (of_d := launches(d, torch.bfloat16, target)):
+            continue
+        binary = aot.compile_launch(target, of_d[name])
+        assert binary.spills == 0, f"d = {d}: {binary.spills} bytes of spills with {binary.registers} registers"
+        moved = (*binary.loads, *binary.stores)
+        assert 2 not in moved, f"d = {d}: bf16 rows move in scalars, {moved}"
+        if name != "column_sum" or d == 4096:
+            assert 16 in moved, f"d = {d}: {moved}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d"), [(torch.float16, 576), (torch.float32, 4096), (torch.float64, 4096)], ids=["f16", "f32", "f64"]
+)
+def test_no_kernel_spills_in_other_dtypes_and_widths(dtype, d):
+    for name, launch in launches(d, dtype, "sm_90").items():
+        binary = aot.compile_launch("sm_90", launch)
+        assert binary.spills == 0, f"{name}: {binary.spills} bytes, {binary.registers} registers"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_four_backward_programs_fit_a_multiprocessor(target):
+    # The table launches four of 128 threads a multiprocessor: 65536 registers / (4 * 128) threads.
+    for d in (576, 4096, 8200):
+        assert compiled("backward", d, torch.bfloat16, target).registers <= 128
+
+
+def test_forward_multiplies_and_adds_with_one_rounding():
+    binary = compiled("forward", 4096, torch.bfloat16, "sm_90", IN_PLACE=False)
+    assert "fma.rn.f32" in binary.asm
+    assert "mul.f32" not in binary.asm
+    assert "mul.rn.f32" not in binary.asm
+
+
+def test_a_new_token_count_or_mask_compiles_nothing():
+    def key(launch):
+        fixed = {p.name for p in launch.kernel.params if p.do_not_specialize}
+        values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+        runtime = {n: (v == 1, v % 16) for n, v in values.items() if isinstance(v, int) and n not in fixed}
+        return runtime, launch.keywords
+
+    for d in (1, 7, 576, 4096, 8200):
+        base = {name: key(launch) for name, launch in launches(d, torch.bfloat16, "sm_90").items()}
+        for rows in (1, 2, 15, 16, 577, 1 << 20):
+            assert {n: key(v) for n, v in launches(d, torch.bfloat16, "sm_90", rows=rows).items()} == base
+
+
+def test_one_wide_and_odd_rows_compile():
+    for d, target in ((1, "sm_80"), (7, "gfx942")):
+        for launch in launches(d, torch.bfloat16, target).values():
+            assert aot.compile_launch(target, launch).spills == 0
+
+
+def test_partial_sums_stay_within_the_tables_number_of_programs():
+    for d in (576, 4096, 8200):
+        grid = launches(d, torch.bfloat16, "sm_90")["backward"].grid
+        assert grid[0] * grid[1] <= kernels.TABLE["sm_90"].programs
