@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,10 +11,19 @@ from torch import Tensor
 
 from mir_kernels import _checks
 from mir_kernels._dispatch import Operation
-from mir_kernels.sqrtm import certificate, factor
+from mir_kernels import sqrtm
+from mir_kernels.sqrtm import certificate, eager, factor, reference
+from mir_kernels.sqrtm.coefficients import SCHULZ
 
-OPERATION = Operation("trace_sqrt_product", orders={"cuda": ("lapack",), "cpu": ("lapack",)}, reasons={"lapack": lambda d: None})
+# "linalg": float64 singular values through torch.linalg; "eager" and "triton": the polar factor by Newton-Schulz.
+OPERATION = Operation(
+    "trace_sqrt_product",
+    orders={"cuda": ("triton", "eager", "linalg"), "cpu": ("linalg", "eager", "triton")},
+    reasons={"linalg": lambda device: None},
+)
+OPERATIONS = (OPERATION,)
 PRECISIONS = ("bfloat16", "float32", "float64")
+TOLERANCE = {"bfloat16": 2e-3, "float32": 1e-6, "float64": 1e-8}  # promised relative error of the trace
 
 # The squared form is kept where its own error bound is below this; the promise on the trace is 1e-8.
 _SQUARED_TOLERANCE = 2e-9
@@ -53,30 +63,64 @@ class TraceReport:
 def trace_sqrt_product(
     a: Tensor, b: Tensor, *, precision: str = "float32", bounds: bool = False, backend: str | None = None
 ) -> Tensor | TraceSqrt:
-    """Tr((AB)^(1/2)), the last term of Eq. 3 of the MIR paper, for covariances (..., d, d)."""
-    value = trace_sqrt_report(a, b, precision=precision, backend=backend).value
+    """Tr((AB)^(1/2)), the last term of Eq. 3 of the MIR paper, as the nuclear norm of Ca^T Cb with Ca Ca^T = A.
+
+    a, b: covariances (..., d, d) of one shape, any floating dtype; each is symmetrised and worked on in float64.
+    precision: the relative error of the trace is at most 2e-3 ("bfloat16"), 1e-6 ("float32") or 1e-8 ("float64"),
+    whatever the backend; a RuntimeWarning says what was reached where that could not be met.
+    bounds: return `TraceSqrt(value, lower, upper)` with lower <= truth <= upper proved in float64.
+    backend: "linalg" (float64 singular values), "eager" or "triton" (polar factor by Newton-Schulz).
+    Returns float64 of the batch's shape, without gradient. Raises ValueError for matrices that are not finite,
+    symmetric and positive semi-definite up to rounding, TypeError for other dtypes.
+    """
+    _check_pair("a", a, "b", b)
+    _checks.choice("precision", precision, PRECISIONS)
+    backend = OPERATION.choose(backend, a.device)
+    with torch.no_grad():
+        value, lower, upper = torch.ops.mir_kernels.trace_sqrt_product(a, b, precision, bounds, backend)
+    return TraceSqrt(value, lower, upper) if bounds else value
+
+
+@torch.library.custom_op("mir_kernels::trace_sqrt_product", mutates_args=())
+def _trace_sqrt_product(
+    a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    report = trace_sqrt_report(a, b, precision=precision, backend=backend)
+    missed = report.error.amax().item() if report.error.numel() else 0.0
+    if missed > TOLERANCE[precision]:
+        warnings.warn(
+            f"trace_sqrt_product: reached a relative error of {missed:.2g}, precision={precision!r} asks for "
+            f"{TOLERANCE[precision]:.0e}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if not bounds:
-        return value
-    return _bounded(value, *_bounds(a, b))
+        return report.value, report.value.new_empty(0), report.value.new_empty(0)
+    lower, upper = _bounds(a, b, precision, backend)
+    # The value comes from another computation than the bounds: inside them it is never further from the truth.
+    return torch.minimum(torch.maximum(report.value, lower), upper), lower, upper
+
+
+@_trace_sqrt_product.register_fake
+def _(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    value, ends = (
+        a.new_empty(shape, dtype=torch.float64) for shape in (a.shape[:-2], a.shape[:-2] if bounds else (0,))
+    )
+    return value, ends, torch.empty_like(ends)
 
 
 @torch.no_grad()
-def trace_sqrt_report(
-    a: Tensor, b: Tensor, *, precision: str = "float32", backend: str | None = None
-) -> TraceReport:
+def trace_sqrt_report(a: Tensor, b: Tensor, *, precision: str = "float32", backend: str | None = None) -> TraceReport:
     """`trace_sqrt_product` and how it came about: the error each value was accepted with, and the path that ran."""
     _check_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
-    OPERATION.choose(backend, a.device)
-    batch, d = a.shape[:-2], a.shape[-1]
-    x, y = a.reshape(-1, d, d), b.reshape(-1, d, d)
-    step = max(1, _CHUNK // (d * d))
-    parts = [
-        _lapack(x[i : i + step], y[i : i + step]) for i in range(0, x.shape[0], step)
-    ]
-    values = torch.cat([p.value for p in parts]) if parts else a.new_zeros(0, dtype=torch.float64)
-    errors = torch.cat([p.error for p in parts]) if parts else values
-    return TraceReport(values.reshape(batch), errors.reshape(batch), tuple(s for p in parts for s in p.path))
+    backend = OPERATION.choose(backend, a.device)
+    solve = _linalg if backend == "linalg" else _reference if backend == "reference" else _iterated
+    parts = [solve(x, y, precision, backend) for x, y in _chunks(a, b)]
+    values = torch.cat([part.value for part in parts]) if parts else a.new_zeros(0, dtype=torch.float64)
+    errors = torch.cat([part.error for part in parts]) if parts else values
+    batch = a.shape[:-2]
+    return TraceReport(values.reshape(batch), errors.reshape(batch), tuple(p for part in parts for p in part.path))
 
 
 @torch.no_grad()
@@ -92,13 +136,30 @@ def trace_sqrt_from_features(
         if value.dim() != 2 or value.shape[0] < 2:
             raise ValueError(f"{name}: takes features (n, d) with n >= 2, got {tuple(value.shape)}")
         _checks.finite(name, value)
+    _checks.same_device("y", y, "x", x)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: takes {x.shape[1]} columns as x has, got {y.shape[1]}")
-    cx, cy = _feature_factor(x), _feature_factor(y)
-    n = cx.columns.mT @ cy.columns
-    power = torch.exp2(cx.exponent + cy.exponent)
-    value = torch.linalg.svdvals(n).sum() * power
-    return value
+    _checks.choice("precision", precision, PRECISIONS)
+    if min(x.shape[0], y.shape[0]) > x.shape[1]:
+        (cx, ex), (cy, ey) = _covariance(x), _covariance(y)
+        root = trace_sqrt_product(cx, cy, precision=precision, bounds=bounds)
+        power = torch.exp2(ex + ey)
+        return TraceSqrt(*(t * power for t in root)) if bounds else root * power
+    (cx, ex), (cy, ey) = _centred(x), _centred(y)
+    power = torch.exp2(ex + ey) / ((x.shape[0] - 1) * (y.shape[0] - 1)) ** 0.5
+    if not bounds:
+        thin = [c if c.shape[0] <= c.shape[1] else torch.linalg.qr(c, mode="r").R for c in (cx, cy)]
+        return torch.linalg.svdvals(thin[0] @ thin[1].mT).sum() * power
+    n = cx @ cy.mT if x.shape[0] >= y.shape[0] else cy @ cx.mT
+    witness = certificate.spectral_witness(n)
+    # Centring: the subtraction, and the rounding of the mean of what was centred once already.
+    rows = max(x.shape[0], y.shape[0])
+    slack = certificate.product_error(cx.mT, cy.mT) + 3 * certificate.gamma(rows + 4) * (
+        certificate.frobenius(cx) * certificate.frobenius(cy)
+    )
+    lower = (certificate.nuclear_lower(n, witness) - slack).clamp(min=0.0) * power * (1 - 8 * factor.UNIT)
+    upper = (certificate.nuclear_upper(n, witness) + slack) * power * (1 + 8 * factor.UNIT)
+    return TraceSqrt((torch.linalg.svdvals(n).sum() * power).clamp(lower, upper), lower, upper)
 
 
 @torch.no_grad()
@@ -117,7 +178,9 @@ def frechet_distance(
         _checks.tokens(name, mean)
         _checks.finite(name, mean)
         if mean.shape != cov.shape[:-1]:
-            raise ValueError(f"{name}: takes shape {tuple(cov.shape[:-1])} beside its covariance, got {tuple(mean.shape)}")
+            raise ValueError(
+                f"{name}: takes shape {tuple(cov.shape[:-1])} beside its covariance, got {tuple(mean.shape)}"
+            )
     _check_pair("cov_x", cov_x, "cov_y", cov_y)
     root = trace_sqrt_product(cov_x, cov_y, precision=precision, bounds=bounds, backend=backend)
     rest = (mean_x.double() - mean_y.double()).square().sum(-1) + _trace(cov_x) + _trace(cov_y)
@@ -131,58 +194,113 @@ def frechet_distance(
     )
 
 
-def _lapack(a: Tensor, b: Tensor) -> TraceReport:
-    """Float64 factors, then the singular values of N = Ca^T Cb: as the square roots of the eigenvalues of N^T N where
-    a bound on the error of squaring allows it, else directly."""
-    x, y = factor.factor(factor.symmetrize(a)), factor.factor(factor.symmetrize(b))
-    _check_definite("a", a, x)
-    _check_definite("b", b, y)
-    n = factor.cross_product(x, y)
+def _linalg(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
+    """The singular values of N: as the square roots of the eigenvalues of N^T N where a bound on the error of squaring
+    allows it, else directly. As accurate in every precision."""
+    n, exponent, how = _product_of_factors(a, b)
     values = torch.linalg.eigvalsh(factor.gram(n))
     # Eigenvalues come with an error of a few units of the largest (LAPACK Users' Guide, section 4.7).
     delta = 4 * factor.UNIT * values[..., -1:]
-    squared = values.clamp(min=0.0).sqrt().sum(-1)
+    total = values.clamp(min=0.0).sqrt().sum(-1)
     spread = (values + delta).clamp(min=0.0).sqrt() - (values - delta).clamp(min=0.0).sqrt()
-    error = torch.where(squared > 0, spread.sum(-1) / (2 * squared), 0.0)
+    error = torch.where(total > 0, spread.sum(-1) / (2 * total), 0.0)
     direct = error > _SQUARED_TOLERANCE
     if bool(direct.any()):
-        squared[direct] = torch.linalg.svdvals(n[direct]).sum(-1)
+        total[direct] = torch.linalg.svdvals(n[direct]).sum(-1)
         error[direct] = n.shape[-1] * factor.UNIT
-    path = tuple(
-        ("eigh" if s else "cholesky") + ("+svdvals" if e else "+eigvalsh")
-        for s, e in zip((x.singular | y.singular).tolist(), direct.tolist(), strict=True)
-    )
-    return TraceReport(squared * torch.exp2(x.exponent + y.exponent), error, path)
+    path = tuple(h + ("+svdvals" if e else "+eigvalsh") for h, e in zip(how, direct.tolist(), strict=True))
+    return TraceReport(total * torch.exp2(exponent), error, path)
 
 
-def _bounds(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    batch, d = a.shape[:-2], a.shape[-1]
+def _iterated(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
+    """<U, N> with U the polar factor of N by Newton-Schulz, one precision after another until the dual bound says that
+    the error asked for is met."""
+    n, exponent, how = _product_of_factors(a, b)
+    value, error = n.new_zeros(n.shape[0]), n.new_full((n.shape[0],), float("inf"))
+    path = list(how)
+    for rung in PRECISIONS[PRECISIONS.index(precision) :]:
+        open_ = torch.nonzero(error > TOLERANCE[precision])[:, 0]
+        if open_.numel() == 0:
+            break
+        part = n[open_]
+        u = _polar_factor(part, rung, backend)
+        found = (u * part).sum((-2, -1))
+        witness = certificate.polar_witness(part, u, TOLERANCE[precision])
+        gap = _gap(part, witness)
+        better = gap < error[open_]
+        value[open_] = torch.where(better, found, value[open_])
+        error[open_] = torch.where(better, gap, error[open_])
+        for i in open_.tolist():
+            path[i] += f"+polar[{rung}]"
+    return TraceReport(value * torch.exp2(exponent), error, tuple(path))
+
+
+def _gap(n: Tensor, witness: certificate.Witness) -> Tensor:
+    """(upper - lower) / upper of the nuclear norm of N, 1 where the witness failed."""
+    lower, upper = certificate.nuclear_lower(n, witness), certificate.nuclear_upper(n, witness)
+    gap = torch.where(upper > 0, (upper - lower) / upper, 0.0)
+    return torch.where((witness.r == 0).all(-1).all(-1) & (upper > 0), 1.0, gap)
+
+
+def _polar_factor(n: Tensor, precision: str, backend: str) -> Tensor:
+    """The polar factor in float64: the iteration in `precision`, then one step that cubes the deviation from
+    orthogonality that rounding left, in float32 for bfloat16 and in float64 for the others."""
+    u = sqrtm.polar_iteration(n, precision, backend)
+    u = u.float() if precision == "bfloat16" else u.double()
+    return eager.polynomial_step(u, SCHULZ).double().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _reference(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
+    value = reference.trace_sqrt_product(a, b)
+    return TraceReport(value, torch.full_like(value, 1e-8), ("reference",) * value.shape[0])
+
+
+def _product_of_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """N with Tr((AB)^(1/2)) = 2^exponent |N|_*, and per matrix whether Cholesky or eigenvectors gave its factors."""
+    x, y = factor.factor(factor.symmetrize(a)), factor.factor(factor.symmetrize(b))
+    _check_definite("a", a, x)
+    _check_definite("b", b, y)
+    how = tuple("eigh" if s else "cholesky" for s in (x.singular | y.singular).tolist())
+    return factor.cross_product(x, y), x.exponent + y.exponent, how
+
+
+def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
+    def polar_witness(n: Tensor) -> certificate.Witness:
+        for rung in ("float32", "float64")[precision == "float64" :]:
+            found = certificate.polar_witness(n, _polar_factor(n, rung, backend), TOLERANCE[precision])
+            if bool((_gap(n, found) <= TOLERANCE[precision]).all()):
+                break
+        return found
+
+    witness = certificate.spectral_witness if backend in ("linalg", "reference") else polar_witness
+    ends = [certificate.trace_bounds(factor.symmetrize(x), factor.symmetrize(y), witness) for x, y in _chunks(a, b)]
+    if not ends:
+        return tuple(a.new_zeros(a.shape[:-2], dtype=torch.float64) for _ in range(2))
+    return tuple(torch.cat(end).reshape(a.shape[:-2]) for end in zip(*ends, strict=True))
+
+
+def _chunks(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The flattened batch in parts that bound the memory of the float64 intermediates."""
+    d = a.shape[-1]
+    step = max(1, _CHUNK // (d * d))
     x, y = a.reshape(-1, d, d), b.reshape(-1, d, d)
-    pairs = [certificate.trace_bounds(factor.symmetrize(s), factor.symmetrize(t)) for s, t in zip(x.split(1), y.split(1), strict=True)]
-    if not x.shape[0]:
-        return a.new_zeros(batch, dtype=torch.float64), a.new_zeros(batch, dtype=torch.float64)
-    return torch.cat([p[0] for p in pairs]).reshape(batch), torch.cat([p[1] for p in pairs]).reshape(batch)
+    return [(x[i : i + step], y[i : i + step]) for i in range(0, x.shape[0], step)]
 
 
-def _bounded(value: Tensor, lower: Tensor, upper: Tensor) -> TraceSqrt:
-    # The value comes from another computation than the bounds; a truth inside them is never further from either end.
-    return TraceSqrt(torch.minimum(torch.maximum(value, lower), upper), lower, upper)
-
-
-def _feature_factor(x: Tensor) -> factor.Factor:
-    """C with C C^T the covariance of the rows: the centred rows themselves, or the Cholesky factor when n > d."""
-    n, d = x.shape
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features minus their mean in float64, divided by 2^exponent so that squares neither over- nor underflow."""
     x = x.double()
     size = x.abs().amax()
     exponent = torch.where(size > 0, torch.frexp(size).exponent.double(), 0.0)
     centred = x * torch.exp2(-exponent)
     centred = centred - centred.mean(0)
-    centred = centred - centred.mean(0)
-    if n > d:
-        c = factor.factor((centred.mT @ centred / (n - 1))[None])
-        return factor.Factor(c.columns[0], c.exponent[0] + exponent, c.singular[0], c.lowest[0])
-    none = torch.zeros_like(exponent)
-    return factor.Factor(centred.mT / (n - 1) ** 0.5, exponent, none.bool(), none)
+    # Once more: the first mean was rounded to the size of the mean, the second to that of the deviations.
+    return centred - centred.mean(0), exponent
+
+
+def _covariance(x: Tensor) -> tuple[Tensor, Tensor]:
+    centred, exponent = _centred(x)
+    return factor.gram(centred) / (x.shape[0] - 1), exponent
 
 
 def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:

@@ -1,0 +1,362 @@
+"""Square roots, inverse square roots and polar factors of batches of matrices, with gradients."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mir_kernels import _checks
+from mir_kernels._dispatch import Operation
+from mir_kernels.sqrtm import eager, factor, reference
+
+_ORDERS = {"cuda": ("triton", "eager"), "cpu": ("eager", "triton")}
+SQRTM = Operation("sqrtm", orders=_ORDERS)
+INVERSE_SQRTM = Operation("inverse_sqrtm", orders=_ORDERS)
+POLAR = Operation("polar", orders=_ORDERS)
+NEWTON_SCHULZ = Operation("newton_schulz", orders=_ORDERS)
+OPERATIONS = (SQRTM, INVERSE_SQRTM, POLAR, NEWTON_SCHULZ)
+
+PRECISIONS = ("bfloat16", "float32", "float64")
+METHODS = ("auto", "polar", "coupled", "eigh")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class NewtonSchulz(NamedTuple):
+    """sqrt: A^(1/2).  inverse_sqrt: A^(-1/2).  residual: |I - ZY|_F / sqrt(d) of the scaled iterates, (...) ."""
+
+    sqrt: Tensor
+    inverse_sqrt: Tensor
+    residual: Tensor
+
+
+def sqrtm(
+    a: Tensor,
+    *,
+    method: str = "auto",
+    precision: str = "float32",
+    iterations: int | None = None,
+    tol: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The principal square roots X of symmetric positive semi-definite `a` (..., d, d): X X = A, X = X^T >= 0.
+
+    method: "eigh", eigenvectors in float64; "polar", A = L L^T in float64 and the polar factor U of L^T = U X in
+    `precision` (Higham, Functions of Matrices, Alg. 6.21); "coupled", the coupled Newton-Schulz iteration, for
+    well-conditioned matrices only; "auto", "eigh" on a CPU and for "float64", "polar" elsewhere.
+    precision: "bfloat16", "float32" or "float64": what the iteration is run in, and the accuracy of the result.
+    iterations: number of steps instead of the method's own.  tol: a RuntimeWarning says so if |XX - A|_F / |A|_F of a
+    matrix is above it.
+    dtypes float32, bfloat16, float64, kept.  Gradient: the Lyapunov equation X S + S X = G, null directions left out.
+    Raises ValueError for matrices that are not finite and symmetric, TypeError for other dtypes.
+    """
+    return _root("sqrt", SQRTM, a, method, precision, iterations, tol, backend)
+
+
+def inverse_sqrtm(
+    a: Tensor,
+    *,
+    method: str = "auto",
+    precision: str = "float32",
+    iterations: int | None = None,
+    tol: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The inverse square roots of symmetric positive definite `a` (..., d, d); arguments as in `sqrtm`.
+
+    tol bounds |X A X - I|_F / sqrt(d). Raises ValueError for a matrix that is singular to rounding.
+    """
+    return _root("inverse", INVERSE_SQRTM, a, method, precision, iterations, tol, backend)
+
+
+def polar(
+    m: Tensor, *, precision: str = "float32", iterations: int | None = None, backend: str | None = None
+) -> Tensor:
+    """The orthogonal polar factor U of M = U H, H = (M^T M)^(1/2), for `m` (..., m, n), wide ones transposed.
+
+    Degree-5 Newton-Schulz with the coefficients of The Polar Express (Amsel et al., 2025). U has orthonormal columns
+    over the singular values above 1e-3 ("bfloat16"), 1e-7 ("float32") or 1e-12 ("float64") of the largest; smaller
+    ones come out below 1, and a zero singular value as 0.
+    dtypes float32, bfloat16, float64, kept. Gradient included. Raises ValueError for values that are not finite.
+    """
+    _checks.floating("m", m, _DTYPES)
+    if m.dim() < 2 or min(m.shape[-2:]) < 1:
+        raise ValueError(f"m: takes matrices (..., m, n) with m, n >= 1, got {tuple(m.shape)}")
+    _checks.finite("m", m)
+    _check_run(precision, iterations)
+    return torch.ops.mir_kernels.polar(m, precision, iterations or -1, POLAR.choose(backend, m.device))
+
+
+def newton_schulz(
+    a: Tensor, *, iterations: int, precision: str = "float32", backend: str | None = None
+) -> NewtonSchulz:
+    """The coupled Newton-Schulz iteration for symmetric positive definite `a` (..., d, d).
+
+    Y' = Y (3I - ZY)/2, Z' = (3I - ZY)/2 Z from Y = A/s, Z = I, with s the largest absolute row sum, at least |A|_2
+    (Higham, Functions of Matrices, 6.35); returns sqrt(s) Y, Z / sqrt(s) and the residual. Past a condition of about
+    1e4 in bfloat16 and 1e6 in float32 rounding grows without bound: then the iterate with the best residual is
+    returned with a RuntimeWarning. `sqrtm` has no such limit. dtypes float32, bfloat16, float64, kept; gradients for both.
+    """
+    _checks.symmetric("a", a)
+    _checks.floating("a", a, _DTYPES)
+    _check_run(precision, iterations)
+    backend = NEWTON_SCHULZ.choose(backend, a.device)
+    return NewtonSchulz(*torch.ops.mir_kernels.newton_schulz(a, iterations, precision, backend))
+
+
+def polar_iteration(m: Tensor, precision: str, backend: str, iterations: int | None = None) -> Tensor:
+    """The raw iteration for (batch, m, n), m >= n, in the dtype of `precision`."""
+    if backend == "triton" and precision != "float64":
+        from mir_kernels.sqrtm import triton
+
+        return triton.polar(m, precision, iterations=iterations)
+    return eager.polar(m, precision, iterations=iterations)
+
+
+def _root(
+    kind: str,
+    operation: Operation,
+    a: Tensor,
+    method: str,
+    precision: str,
+    iterations: int | None,
+    tol: float | None,
+    backend: str | None,
+) -> Tensor:
+    _checks.symmetric("a", a)
+    _checks.floating("a", a, _DTYPES)
+    _checks.choice("method", method, METHODS)
+    _check_run(precision, iterations)
+    backend = operation.choose(backend, a.device)
+    if method == "auto":
+        method = "eigh" if a.device.type == "cpu" or precision == "float64" else "polar"
+    x = torch.ops.mir_kernels.root(a, kind, method, precision, iterations or -1, backend)
+    if tol is not None and not torch.compiler.is_compiling() and a.numel():
+        reached = _residual(kind, a.detach(), x.detach())
+        if not reached <= tol:
+            warnings.warn(
+                f"{operation.name}: reached a relative residual of {reached:.2g}, tol={tol:.2g}; "
+                'a higher precision or method="eigh" gets closer',
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    return x
+
+
+@torch.library.custom_op("mir_kernels::root", mutates_args=())
+def _root_op(a: Tensor, kind: str, method: str, precision: str, iterations: int, backend: str) -> Tensor:
+    d = a.shape[-1]
+    flat = a.reshape(-1, d, d)
+    if flat.shape[0] == 0:
+        return a.clone(memory_format=torch.contiguous_format)
+    if backend == "reference":
+        x = reference.sqrtm(flat) if kind == "sqrt" else reference.inverse_sqrtm(flat)
+    elif method == "eigh":
+        x = _by_eigenvectors(kind, flat)
+    elif method == "polar":
+        x = _by_polar(kind, flat, precision, None if iterations < 0 else iterations, backend)
+    else:
+        steps = _COUPLED[precision] if iterations < 0 else iterations
+        x = eager.coupled(factor.symmetrize(flat).to(_working(flat)), precision, steps)[0 if kind == "sqrt" else 1]
+    return x.to(a.dtype).reshape(a.shape).contiguous()
+
+
+@_root_op.register_fake
+def _(a: Tensor, kind: str, method: str, precision: str, iterations: int, backend: str) -> Tensor:
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+def _root_setup(ctx, inputs, output) -> None:
+    ctx.kind = inputs[1]
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _root_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, x = ctx.saved_tensors
+    return torch.ops.mir_kernels.root_backward(grad, a, x, ctx.kind), None, None, None, None, None
+
+
+_root_op.register_autograd(_root_backward, setup_context=_root_setup)
+
+
+@torch.library.custom_op("mir_kernels::root_backward", mutates_args=())
+def _root_backward_op(grad: Tensor, a: Tensor, x: Tensor, kind: str) -> Tensor:
+    d = a.shape[-1]
+    working = _working(a)
+    g, x = (_symmetric(t.reshape(-1, d, d).to(working)) for t in (grad, x))
+    if kind == "inverse":
+        # X = R^-1 with R R = A: dX = -X dR X.
+        g = -x @ g @ x
+        x = _symmetric(a.reshape(-1, d, d).to(working) @ x)
+    return _lyapunov(x, g).to(a.dtype).reshape(a.shape)
+
+
+@_root_backward_op.register_fake
+def _(grad: Tensor, a: Tensor, x: Tensor, kind: str) -> Tensor:
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mir_kernels::polar", mutates_args=())
+def _polar_op(m: Tensor, precision: str, iterations: int, backend: str) -> Tensor:
+    wide = m.shape[-2] < m.shape[-1]
+    x = (m.mT if wide else m).reshape(-1, max(m.shape[-2:]), min(m.shape[-2:]))
+    if x.shape[0] == 0:
+        return m.clone(memory_format=torch.contiguous_format)
+    u = (
+        reference.polar(x)
+        if backend == "reference"
+        else polar_iteration(x, precision, backend, None if iterations < 0 else iterations)
+    )
+    u = u.mT if wide else u
+    return u.to(m.dtype).reshape(m.shape).contiguous()
+
+
+@_polar_op.register_fake
+def _(m: Tensor, precision: str, iterations: int, backend: str) -> Tensor:
+    return torch.empty_like(m, memory_format=torch.contiguous_format)
+
+
+def _polar_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _polar_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.mir_kernels.polar_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+_polar_op.register_autograd(_polar_backward, setup_context=_polar_setup)
+
+
+@torch.library.custom_op("mir_kernels::polar_backward", mutates_args=())
+def _polar_backward_op(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
+    """U^T dU is skew and solves H W + W H = U^T dM - dM^T U; what of dM leaves the range of U is divided by H."""
+    wide = m.shape[-2] < m.shape[-1]
+    working = _working(m)
+    g, x, q = (
+        (t.mT if wide else t).reshape(-1, max(m.shape[-2:]), min(m.shape[-2:])).to(working) for t in (grad, m, u)
+    )
+    h = _symmetric(q.mT @ x)
+    inner = q.mT @ g
+    k = _lyapunov(h, (inner - inner.mT) / 2)
+    out = 2 * q @ k
+    if x.shape[-2] > x.shape[-1]:
+        values, vectors = torch.linalg.eigh(h)
+        floor = x.shape[-1] * torch.finfo(working).eps * values[..., -1:]
+        inverse = torch.where(values > floor, 1 / values, 0.0)
+        out = out + (g - q @ inner) @ (vectors * inverse[..., None, :]) @ vectors.mT
+    return (out.mT if wide else out).to(m.dtype).reshape(m.shape).contiguous()
+
+
+@_polar_backward_op.register_fake
+def _(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
+    return torch.empty_like(m, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mir_kernels::newton_schulz", mutates_args=())
+def _newton_schulz_op(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    d = a.shape[-1]
+    flat = factor.symmetrize(a.reshape(-1, d, d)).to(torch.float64 if precision == "float64" else torch.float32)
+    if flat.shape[0] == 0:
+        return a.clone(), a.clone(), a.new_zeros(a.shape[:-2], dtype=flat.dtype)
+    y, z, residual = eager.coupled(flat, precision, iterations)
+    diverged = residual > _DIVERGED[precision]
+    if bool(diverged.any()):
+        warnings.warn(
+            f"newton_schulz: {int(diverged.sum())} of {flat.shape[0]} matrices have not converged after {iterations} "
+            f"iterations in {precision}, with a residual of up to {residual.amax().item():.2g}; more iterations, a "
+            "higher precision or sqrtm(), which cannot diverge, may help",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    shaped = (t.to(a.dtype).reshape(a.shape).contiguous() for t in (y, z))
+    return (*shaped, residual.reshape(a.shape[:-2]))
+
+
+@_newton_schulz_op.register_fake
+def _(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    like = torch.empty_like(a, memory_format=torch.contiguous_format)
+    residual = a.new_empty(a.shape[:-2], dtype=torch.float64 if precision == "float64" else torch.float32)
+    return like, torch.empty_like(like), residual
+
+
+def _newton_schulz_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[:2])
+
+
+def _newton_schulz_backward(ctx, grad_y: Tensor, grad_z: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
+    y, z = ctx.saved_tensors
+    # Z = Y^-1: dZ = -Z dY Z.
+    g = grad_y - z.mT @ grad_z @ z.mT
+    return torch.ops.mir_kernels.root_backward(g, y, y, "sqrt"), None, None, None
+
+
+_newton_schulz_op.register_autograd(_newton_schulz_backward, setup_context=_newton_schulz_setup)
+
+_COUPLED = {"bfloat16": 12, "float32": 24, "float64": 40}
+# Residuals above this are not what rounding leaves of a converged iteration.
+_DIVERGED = {"bfloat16": 5e-2, "float32": 1e-3, "float64": 1e-8}
+
+
+def _by_eigenvectors(kind: str, a: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(factor.symmetrize(a))
+    floor = a.shape[-1] * factor.UNIT * values[..., -1:].clamp(min=0.0)
+    if kind == "inverse":
+        _check_positive(values[..., 0] > floor[..., 0])
+        return vectors * values.rsqrt()[..., None, :] @ vectors.mT
+    return vectors * values.clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT
+
+
+def _by_polar(kind: str, a: Tensor, precision: str, iterations: int | None, backend: str) -> Tensor:
+    c = factor.factor(factor.symmetrize(a))
+    if kind == "inverse":
+        _check_positive(~c.singular)
+    power = torch.exp2(c.exponent)[..., None, None]
+    u = polar_iteration(c.columns.mT, precision, backend, iterations).to(torch.float64)
+    if kind == "sqrt":
+        return _symmetric(u.mT @ c.columns.mT) * power
+    # L^T = U R, so R^-1 = L^-T U.
+    return _symmetric(torch.linalg.solve_triangular(c.columns.mT, u, upper=True)) / power
+
+
+def _lyapunov(x: Tensor, g: Tensor) -> Tensor:
+    """S with X S + S X = G for symmetric positive semi-definite X; nothing where both eigenvalues are rounding."""
+    if x.is_cuda and x.dtype == torch.float32:
+        return eager.lyapunov(x, g)
+    values, vectors = torch.linalg.eigh(x)
+    sums = values[..., :, None] + values[..., None, :]
+    floor = 4 * x.shape[-1] * torch.finfo(x.dtype).eps * values[..., -1:, None]
+    inner = torch.where(sums > floor, vectors.mT @ g @ vectors / sums, 0.0)
+    return vectors @ inner @ vectors.mT
+
+
+def _residual(kind: str, a: Tensor, x: Tensor) -> float:
+    a, x = a.double(), x.double()
+    if kind == "sqrt":
+        size = eager.frobenius(a)
+        return (eager.frobenius(x @ x - a) / torch.where(size > 0, size, 1.0)).amax().item()
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return eager.frobenius(x @ a @ x - eye).amax().item() / a.shape[-1] ** 0.5
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    return (x + x.mT) / 2
+
+
+def _working(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
+
+
+def _check_positive(positive: Tensor) -> None:
+    if not bool(positive.all()):
+        raise ValueError(
+            f"a: takes positive definite matrices, {int((~positive).sum())} of {positive.numel()} are singular to "
+            "rounding: add a multiple of the identity, or use sqrtm"
+        )
+
+
+def _check_run(precision: str, iterations: int | None) -> None:
+    _checks.choice("precision", precision, PRECISIONS)
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"iterations: takes a positive number of steps or None, got {iterations}")

@@ -5,6 +5,7 @@ The theorem and its sources are in this folder's README, section "Bounds".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,14 +46,17 @@ def gamma(n: int) -> float:
     return n * UNIT / (1 - n * UNIT)
 
 
-def trace_bounds(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """lower <= Tr((A+ B+)^(1/2)) <= upper for symmetric float64 (batch, d, d)."""
+def trace_bounds(a: Tensor, b: Tensor, witness: Callable[[Tensor], Witness]) -> tuple[Tensor, Tensor]:
+    """lower <= Tr((A+ B+)^(1/2)) <= upper for symmetric float64 (batch, d, d).
+
+    witness: makes one for N (batch, d, d); `spectral_witness`, or `polar_witness` of an iterated polar factor.
+    """
     x, y = enclose(a), enclose(b)
     n_outer = x.outer.mT @ y.outer
     n_inner = x.inner.mT @ y.inner
-    witness = spectral_witness(n_outer)
-    lower = nuclear_lower(n_inner, witness) - product_error(x.inner, y.inner)
-    upper = nuclear_upper(n_outer, witness) + product_error(x.outer, y.outer)
+    found = witness(n_outer)
+    lower = nuclear_lower(n_inner, found) - product_error(x.inner, y.inner)
+    upper = nuclear_upper(n_outer, found) + product_error(x.outer, y.outer)
     # f(A + s D^2, B) <= f(A, B) + sqrt(s) |D B^(1/2)|_*, and a nuclear norm is at most the sum of the row norms.
     scales = (x.scale * y.scale).sum(-1)
     grown = (1 + x.slack_in + x.slack_out).sqrt() * (1 + y.slack_in + y.slack_out).sqrt() * (1 + gamma(4 * a.shape[-1]))
@@ -130,6 +134,24 @@ def spectral_witness(n: Tensor) -> Witness:
     return Witness((q * sign[..., None, :]) @ v.mT, x, v.mT)
 
 
+def polar_witness(n: Tensor, u: Tensor, tolerance: float) -> Witness:
+    """X = N R^-1 with R^T R = sym(U^T N) + delta I: the dual bound (Tr P + Tr(P^-1 N^T N)) / 2 without an inverse.
+
+    delta costs tolerance/4 of the nuclear norm and makes up for the rounding in U, which can leave sym(U^T N)
+    indefinite; where it does not suffice, X and R are zero, and the bound is honest but useless.
+    """
+    p = u.mT @ n
+    p = (p + p.mT) / 2
+    d = p.shape[-1]
+    delta = (p.diagonal(dim1=-2, dim2=-1).sum(-1).abs() * (tolerance / (4 * d)))[..., None, None]
+    eye = torch.eye(d, dtype=p.dtype, device=p.device)
+    r, info = torch.linalg.cholesky_ex((p + delta * eye).nan_to_num(0.0), upper=True)
+    good = (info == 0)[..., None, None]
+    r = torch.where(good, r, eye)
+    x = torch.where(good, torch.linalg.solve_triangular(r, n, upper=True, left=False), 0.0)
+    return Witness(u, x, torch.where(good, r, 0.0))
+
+
 def nuclear_lower(n: Tensor, witness: Witness) -> Tensor:
     """<U, N> / |U|_2 <= |N|_*: the nuclear norm is the dual of the spectral norm."""
     m, k = n.shape[-2:]
@@ -149,12 +171,26 @@ def nuclear_upper(n: Tensor, witness: Witness) -> Tensor:
 
 
 def spectral_norm_bound(u: Tensor) -> Tensor:
-    """At least |U|_2, close to it when U is nearly orthogonal: |U|_2^2 <= 1 + |U^T U - I|_F."""
+    """At least |U|_2, close to it where the singular values are at most 1 and a little.
+
+    If Cholesky of S = (1 + tau) I - U^T U runs through, then S >= -gamma Tr S (Rump, Verification of positive
+    definiteness, BIT 2006), so |U|_2^2 <= 1 + tau + gamma Tr S. Otherwise the largest row sum of U^T U.
+    """
     m, k = u.shape[-2:]
     g = u.mT @ u if k <= m else u @ u.mT
-    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    d = g.shape[-1]
+    eye = torch.eye(d, dtype=g.dtype, device=g.device)
+    squared = g.abs().sum(-1).amax(-1) * (1 + gamma(d))
+    for tau in (1e-2, 1e-4, 1e-6, 1e-8, 1e-10):
+        s = (1 + tau) * eye - g
+        passes = torch.linalg.cholesky_ex(s.nan_to_num(0.0)).info == 0
+        trace = s.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
+        proved = 1 + tau + gamma(d + 1) / (1 - gamma(d + 1)) * trace * (1 + gamma(d)) + 4 * UNIT
+        squared = torch.where(passes, torch.minimum(squared, proved), squared)
+        if not bool(passes.any()):
+            break
     rounded = gamma(max(m, k) + 2) * frobenius(u).square()
-    return (1 + frobenius(g - eye) + rounded).sqrt() * (1 + 8 * UNIT)
+    return (squared + rounded).sqrt() * (1 + 8 * UNIT)
 
 
 def frobenius(x: Tensor) -> Tensor:
