@@ -1,4 +1,4 @@
-"""Trace of the square root of a product of covariances, and the Frechet distance of two Gaussians, with proved bounds."""
+"""Trace of the square root of a product of covariances and Frechet distance of two Gaussians, with proved bounds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mir_kernels import _checks
+from mir_kernels import _checks, sqrtm
 from mir_kernels._dispatch import Operation
-from mir_kernels import sqrtm
 from mir_kernels.sqrtm import certificate, eager, factor, reference
 from mir_kernels.sqrtm.coefficients import SCHULZ
 
@@ -103,10 +102,9 @@ def _trace_sqrt_product(
 
 @_trace_sqrt_product.register_fake
 def _(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    value, ends = (
-        a.new_empty(shape, dtype=torch.float64) for shape in (a.shape[:-2], a.shape[:-2] if bounds else (0,))
-    )
-    return value, ends, torch.empty_like(ends)
+    value = a.new_empty(a.shape[:-2], dtype=torch.float64)
+    lower, upper = (a.new_empty(a.shape[:-2] if bounds else (0,), dtype=torch.float64) for _ in range(2))
+    return value, lower, upper
 
 
 @torch.no_grad()
@@ -178,9 +176,7 @@ def frechet_distance(
         _checks.tokens(name, mean)
         _checks.finite(name, mean)
         if mean.shape != cov.shape[:-1]:
-            raise ValueError(
-                f"{name}: takes shape {tuple(cov.shape[:-1])} beside its covariance, got {tuple(mean.shape)}"
-            )
+            raise ValueError(f"{name}: takes shape {tuple(cov.shape[:-1])}, got {tuple(mean.shape)}")
     _check_pair("cov_x", cov_x, "cov_y", cov_y)
     root = trace_sqrt_product(cov_x, cov_y, precision=precision, bounds=bounds, backend=backend)
     rest = (mean_x.double() - mean_y.double()).square().sum(-1) + _trace(cov_x) + _trace(cov_y)

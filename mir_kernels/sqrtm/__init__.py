@@ -97,7 +97,8 @@ def newton_schulz(
     Y' = Y (3I - ZY)/2, Z' = (3I - ZY)/2 Z from Y = A/s, Z = I, with s the largest absolute row sum, at least |A|_2
     (Higham, Functions of Matrices, 6.35); returns sqrt(s) Y, Z / sqrt(s) and the residual. Past a condition of about
     1e4 in bfloat16 and 1e6 in float32 rounding grows without bound: then the iterate with the best residual is
-    returned with a RuntimeWarning. `sqrtm` has no such limit. dtypes float32, bfloat16, float64, kept; gradients for both.
+    returned with a RuntimeWarning. `sqrtm` has no such limit.
+    dtypes float32, bfloat16, float64, kept; gradients for both roots.
     """
     _checks.symmetric("a", a)
     _checks.floating("a", a, _DTYPES)
@@ -234,9 +235,8 @@ def _polar_backward_op(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
     """U^T dU is skew and solves H W + W H = U^T dM - dM^T U; what of dM leaves the range of U is divided by H."""
     wide = m.shape[-2] < m.shape[-1]
     working = _working(m)
-    g, x, q = (
-        (t.mT if wide else t).reshape(-1, max(m.shape[-2:]), min(m.shape[-2:])).to(working) for t in (grad, m, u)
-    )
+    shape = (-1, max(m.shape[-2:]), min(m.shape[-2:]))
+    g, x, q = ((t.mT if wide else t).reshape(shape).to(working) for t in (grad, m, u))
     h = _symmetric(q.mT @ x)
     inner = q.mT @ g
     k = _lyapunov(h, (inner - inner.mT) / 2)

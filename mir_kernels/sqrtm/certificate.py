@@ -28,9 +28,9 @@ class Witness(NamedTuple):
 
 
 class Enclosure(NamedTuple):
-    """inner inner^T - slack_in D^2 <= A+ <= outer outer^T + slack_out D^2 in the Loewner order, A scaled by 4^-exponent.
+    """inner inner^T - slack_in D^2 <= A+ <= outer outer^T + slack_out D^2 in the Loewner order.
 
-    A+ is the positive part of A (A itself where it is semi-definite), D = diag(scale).
+    A is scaled by 4^-exponent; A+ is the positive part of A (A itself where it is semi-definite), D = diag(scale).
     """
 
     inner: Tensor
@@ -126,7 +126,7 @@ def product_error(x: Tensor, y: Tensor) -> Tensor:
 
 def spectral_witness(n: Tensor) -> Witness:
     """X = N V and U = Q V^T from the eigenvectors V of N^T N and N V = Q R."""
-    values, v = torch.linalg.eigh(factor.gram(n))
+    _, v = torch.linalg.eigh(factor.gram(n))
     v = v.flip(-1)
     x = n @ v
     q, r = torch.linalg.qr(x)

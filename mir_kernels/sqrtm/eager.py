@@ -1,4 +1,4 @@
-"""Newton-Schulz iterations in plain torch: the polar factor in bfloat16, float32 or float64, and the coupled square root."""
+"""Newton-Schulz iterations in plain torch: polar factors in bfloat16, float32 or float64, coupled square roots."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -81,8 +82,8 @@ def cross_product(x: Factor, y: Factor) -> Tensor:
     # Both are lower triangular: block (i, j) needs only the rows from max(i, j) on, 0.47 of the work in 4 x 4 blocks.
     cuts = [d * i // 4 for i in range(5)]
     out = torch.empty_like(x.columns)
-    for i0, i1 in zip(cuts, cuts[1:], strict=False):
-        for j0, j1 in zip(cuts, cuts[1:], strict=False):
+    for i0, i1 in pairwise(cuts):
+        for j0, j1 in pairwise(cuts):
             k = max(i0, j0)
             out[..., i0:i1, j0:j1] = x.columns[..., k:, i0:i1].mT @ y.columns[..., k:, j0:j1]
     return out
@@ -95,7 +96,7 @@ def gram(n: Tensor) -> Tensor:
         return n.mT @ n
     cuts = [d * i // 4 for i in range(5)]
     out = n.new_empty(*n.shape[:-2], d, d)
-    for j0, j1 in zip(cuts, cuts[1:], strict=False):
+    for j0, j1 in pairwise(cuts):
         out[..., j0:, j0:j1] = n[..., :, j0:].mT @ n[..., :, j0:j1]
         out[..., j0:j1, j1:] = out[..., j1:, j0:j1].mT
     return out

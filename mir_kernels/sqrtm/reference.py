@@ -1,4 +1,4 @@
-"""Float64 matrix functions by eigen- and singular value decomposition: the oracle of the tests, never picked by itself."""
+"""Float64 matrix functions by eigen- and singular vectors: the oracle of the tests, never picked by itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inverse_sqrtm(a: Tensor) -> Tensor:
 
 
 def polar(m: Tensor) -> Tensor:
-    """W V^T of the thin singular value decomposition W S V^T of (..., m, n), over the singular values above rounding."""
+    """W V^T of the thin singular value decomposition W S V^T of (..., m, n), for singular values above rounding."""
     w, s, vt = torch.linalg.svd(m.double(), full_matrices=False)
     kept = s > max(m.shape[-2:]) * torch.finfo(torch.float64).eps * s[..., :1]
     return w * kept[..., None, :] @ vt

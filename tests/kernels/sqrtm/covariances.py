@@ -1,0 +1,105 @@
+"""The hard covariances every test of square roots runs over, and float64 truths that do not use the code under test."""
+
+from __future__ import annotations
+
+import mpmath
+import torch
+from torch import Tensor
+
+# What real hidden states look like, and worse.
+SPECTRA = (
+    "i^-0.5",
+    "i^-1",
+    "i^-2",
+    "i^-3",
+    "condition 1e12",
+    "rank d/4",
+    "one direction 1e6",
+    "one coordinate 1e6",
+    "flat",
+    "identity",
+    "diagonal",
+    "block",
+    "zero columns",
+    "zero",
+)
+
+
+def covariance(kind: str, d: int, seed: int) -> Tensor:
+    """A symmetric float64 (d, d) matrix of one of SPECTRA."""
+    generator = torch.Generator().manual_seed(seed)
+    i = torch.arange(1, d + 1, dtype=torch.float64)
+    if kind == "zero":
+        return torch.zeros(d, d, dtype=torch.float64)
+    if kind == "identity":
+        return torch.eye(d, dtype=torch.float64)
+    if kind == "diagonal":
+        return torch.diag(torch.rand(d, generator=generator, dtype=torch.float64) + 0.01)
+    if kind == "block":
+        half = d // 2
+        parts = [covariance("i^-1", half, seed + 1), covariance("i^-2", d - half, seed + 2)]
+        return torch.block_diag(*parts)
+    if kind == "zero columns":
+        a = covariance("i^-1", d, seed)
+        a[:, ::3] = 0
+        a[::3] = 0
+        return a
+    values = {
+        "rank d/4": torch.where(i <= max(d // 4, 1), 1 / i, 0.0),
+        "condition 1e12": torch.logspace(0, -12, d, dtype=torch.float64),
+        "one direction 1e6": torch.where(i == 1, 1e6, 1 / i),
+        "one coordinate 1e6": 1 / i,
+        "flat": torch.ones_like(i),
+    }.get(kind)
+    if values is None:
+        values = i ** float(kind.removeprefix("i^"))
+    q, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    a = q * values @ q.T
+    a = (a + a.T) / 2
+    if kind == "one coordinate 1e6":
+        scale = torch.ones(d, dtype=torch.float64)
+        scale[d // 2] = 1e3
+        a = scale[:, None] * a * scale
+    return a
+
+
+def truth(a: Tensor, b: Tensor) -> Tensor:
+    """Tr((AB)^(1/2)): singular values of A^(1/2) B^(1/2), the roots by eigenvectors, rounding left out; float64."""
+    return torch.linalg.svdvals(root(a) @ root(b)).sum()
+
+
+def root(a: Tensor) -> Tensor:
+    """A^(1/2) by the eigenvectors of A scaled to a unit diagonal, as a factor C with C C^T = A."""
+    scale = a.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    values, vectors = torch.linalg.eigh(inverse[:, None] * a * inverse)
+    values = torch.where(values > 1e-14 * values[-1] * a.shape[0], values, 0.0)
+    return (scale[:, None] * vectors * values.sqrt()).T
+
+
+def mpmath_truth(a: Tensor, b: Tensor, digits: int = 60) -> mpmath.mpf:
+    """Tr((A+ B+)^(1/2)) of the positive parts, in `digits` digits, from the float64 entries as they are."""
+    with mpmath.workdps(digits):
+        ra = _mp_root(a)
+        n = ra * _mp_positive(b) * ra
+        values = mpmath.eigsy((n + n.T) / 2, eigvals_only=True)
+        return mpmath.fsum(mpmath.sqrt(max(v, mpmath.mpf(0))) for v in values)
+
+
+def _mp_matrix(a: Tensor) -> mpmath.matrix:
+    m = mpmath.matrix(a.tolist())
+    return (m + m.T) / 2
+
+
+def _mp_apply(a: Tensor, function) -> mpmath.matrix:
+    values, vectors = mpmath.eigsy(_mp_matrix(a))
+    kept = mpmath.diag([function(max(v, mpmath.mpf(0))) for v in values])
+    return vectors * kept * vectors.T
+
+
+def _mp_root(a: Tensor) -> mpmath.matrix:
+    return _mp_apply(a, mpmath.sqrt)
+
+
+def _mp_positive(a: Tensor) -> mpmath.matrix:
+    return _mp_apply(a, lambda v: v)
