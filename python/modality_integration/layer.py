@@ -58,7 +58,7 @@ def layer_result(vision: Tensor, text: Tensor, layer: int, options: Options) -> 
         raise ValueError(f"layer {layer}: vision has d = {vision.shape[1]}, text has d = {text.shape[1]}")
     _checks.same_device(f"vision, layer {layer}", vision, "text", text)
 
-    sides, kept, removed, alpha = {}, {}, {}, 1.0
+    sides, kept, removed = {}, {}, {}
     for modality, features in (("vision", vision.detach()), ("text", text.detach())):
         norms = token_norms(features, backend=options.backend).cpu()
         require_finite(norms, layer, modality, lambda index: index)
@@ -72,8 +72,7 @@ def layer_result(vision: Tensor, text: Tensor, layer: int, options: Options) -> 
         elif removed[modality]:
             features = features[keep.to(features.device)]
         sides[modality] = CountedFeatures(features)
-        if modality == "text" and options.normalize:
-            alpha = alpha_of(norms, layer)
+    alpha = alpha_of(sum_of_norms(text.detach()), len(text), layer) if options.normalize else 1.0
     terms = distance_terms(sides["vision"], sides["text"], alpha, layer, options)
     return LayerResult(terms, alpha, kept, removed)
 
@@ -95,6 +94,7 @@ class LayerStream:
             m: OnePass(hidden_size, dtype, hold=hold, limits=limits[m] if limits else everything) for m in MODALITIES
         }
         self.moments: dict[str, StreamingMoments] = {}
+        self.text_norms = torch.zeros((), dtype=torch.float64, device=device)  # their sum
 
     @property
     def keeps_all(self) -> bool:
@@ -103,7 +103,10 @@ class LayerStream:
 
     def push(self, modality: str, rows: Tensor, norms: Tensor) -> None:
         """Take rows (n, d), which the stream then owns, and their norms (n,), float32 on the CPU."""
-        released = self.tokens[modality].push(rows.to(self.device), norms)
+        rows = rows.to(self.device)
+        if modality == "text":
+            self.text_norms = self.text_norms + sum_of_norms(rows)
+        released = self.tokens[modality].push(rows, norms)
         if released is not None:
             if modality not in self.moments:
                 self.moments[modality] = self.accumulator(self.options.precision)
@@ -113,7 +116,8 @@ class LayerStream:
         """The distance over all that was pushed; the stream stays as it is. `layer` (1..K) is for messages."""
         for modality in MODALITIES:
             require_tokens(len(self.tokens[modality].norms), layer, modality)
-        alpha = alpha_of(self.tokens["text"].norms, layer) if self.options.normalize else 1.0
+        count = len(self.tokens["text"].norms)
+        alpha = alpha_of(self.text_norms, count, layer) if self.options.normalize else 1.0
         decisions = {m: self.tokens[m].decide() for m in MODALITIES}
         sides: dict[str, Counted] = {}
         for modality, decision in decisions.items():
@@ -136,6 +140,7 @@ class LayerStream:
 
     def merge(self, other: LayerStream) -> None:
         """Take over another stream of the same layer."""
+        self.text_norms = self.text_norms + other.text_norms
         for modality in MODALITIES:
             self.tokens[modality].merge(other.tokens[modality])
             if modality in other.moments:
@@ -150,8 +155,10 @@ class LayerStream:
         self.load_state_dict({key: value.to(device) for key, value in state.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors; `vision.` and `text.` before the keys of OnePass, `vision.moments.` of StreamingMoments."""
-        state: dict[str, Tensor] = {}
+        """Plain tensors: `text_norms`, the keys of OnePass after `vision.` and `text.`, and those of StreamingMoments
+        after `vision.moments.` and `text.moments.` once there are any.
+        """
+        state = {"text_norms": self.text_norms}
         for modality in MODALITIES:
             state |= {f"{modality}.{key}": value for key, value in self.tokens[modality].state_dict().items()}
             if modality in self.moments:
@@ -162,6 +169,7 @@ class LayerStream:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave; goes on with the same bits."""
         self.moments = {}
+        self.text_norms = state["text_norms"].to(self.device, copy=True)
         for modality in MODALITIES:
             part = {key.removeprefix(f"{modality}."): v for key, v in state.items() if key.startswith(f"{modality}.")}
             self.tokens[modality].load_state_dict(part)
@@ -238,14 +246,20 @@ def distance_terms(vision: Counted, text: Counted, alpha: float, layer: int, opt
     return terms
 
 
-def alpha_of(text_norms: Tensor, layer: int) -> float:
+def sum_of_norms(rows: Tensor) -> Tensor:
+    """Sum of the l2 norms of rows (n, d), a float64 scalar: alpha is as exact as the distances it scales."""
+    parts = [part.double().norm(dim=-1).sum() for part in rows.split(4096)]
+    return torch.stack(parts).sum()
+
+
+def alpha_of(text_norms: Tensor, count: int, layer: int) -> float:
     """Eq. 2: the number of text tokens over the sum of their norms, before any outlier is taken out."""
-    total = text_norms.double().sum().item()
+    total = text_norms.item()
     if total == 0.0:
         raise ValueError(
             f"layer {layer}: every text token is zero, so alpha (Eq. 2) is undefined; normalize=False does without"
         )
-    return len(text_norms) / total
+    return count / total
 
 
 def require_tokens(count: int, layer: int, modality: str) -> None:

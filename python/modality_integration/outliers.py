@@ -83,16 +83,12 @@ class OnePass:
         self._norms: list[Tensor] = []  # of the held rows, in step with them
         self._released: list[Tensor] = []
         self._dropped: list[Tensor] = []
+        self.held = 0  # rows held back now
 
     @property
     def norms(self) -> Tensor:
         """Float32 norms of every token seen."""
         return torch.cat([*self._released, *self._norms, *self._dropped, torch.empty(0)])
-
-    @property
-    def held(self) -> int:
-        """How many rows are held back now."""
-        return sum(len(part) for part in self._norms)
 
     @property
     def all_held(self) -> bool:
@@ -113,6 +109,7 @@ class OnePass:
             return None
         self._rows.append(rows)
         self._norms.append(norms)
+        self.held += len(norms)
         return self._release() if self.held > self.hold else None
 
     def decide(self) -> Decision:
@@ -128,6 +125,7 @@ class OnePass:
         """Take over what another stream of the same layer and modality holds; may exceed `hold` until the next push."""
         for name in ("_rows", "_norms", "_released", "_dropped"):
             getattr(self, name).extend(getattr(other, name))
+        self.held += other.held
 
     def to(self, device: torch.device) -> None:
         """Move the held rows; norms stay on the CPU."""
@@ -148,6 +146,7 @@ class OnePass:
         self._rows = [state["held"].clone()] if len(state["held"]) else []
         for name, key in (("_norms", "held_norms"), ("_released", "released_norms"), ("_dropped", "dropped_norms")):
             setattr(self, name, [state[key].cpu().clone()] if len(state[key]) else [])
+        self.held = len(state["held_norms"])
         self.limits = Limits(*state["limits"].tolist()) if len(state["limits"]) else None
 
     def _release(self) -> Tensor:
@@ -162,6 +161,7 @@ class OnePass:
         self._rows = [self._cat_rows([_take(part, mask) for part, mask in self._split(~released)])]
         self._norms = [norms[~released]]
         self._released.append(norms[released])
+        self.held = len(self._norms[0])
         return out
 
     def _cat_rows(self, parts: list[Tensor]) -> Tensor:
