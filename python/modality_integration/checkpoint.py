@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modality_integration.data import InputError
 
 
+@dataclass(frozen=True)
+class Passage:
+    """Which pass over the samples (a second one makes the outlier rule exact) and how many of them it has counted."""
+
+    number: int = 1
+    done: int = 0
+
+
 class Checkpoint:
     """The metric's state after so many samples, and the arguments it belongs to; one per process.
 
-    `<folder>/rank<r>.json` names the state file that counts, `<folder>/rank<r>-<samples>.safetensors`. The state is
-    complete on disk before the JSON that names it is put in its place, so a kill at any moment leaves a valid pair.
+    `<folder>/rank<r>.json` names the state file that counts, `<folder>/rank<r>-pass<n>-<samples>.safetensors`. The
+    state is complete on disk before the JSON that names it takes its place: a kill at any moment leaves a valid pair.
     """
 
     def __init__(self, folder: Path, arguments: dict[str, Any], rank: int = 0) -> None:
@@ -24,13 +33,13 @@ class Checkpoint:
         self.rank = rank
         self._progress = folder / f"rank{rank}.json"
 
-    def done(self) -> int:
-        """How many of this process's samples a checkpoint holds, 0 without one.
+    def passage(self) -> Passage:
+        """How far this process had come, the start without a checkpoint.
 
         Raises InputError if it was written with other arguments, naming each, or cannot be read.
         """
         if not self._progress.exists():
-            return 0
+            return Passage()
         saved = self._read()
         differing = [
             f"{key.replace('_', '-')} was {saved['arguments'].get(key)}, now {self.arguments.get(key)}"
@@ -42,7 +51,7 @@ class Checkpoint:
                 f"{self.folder} holds an unfinished run with other arguments ({'; '.join(differing)}): finish it with "
                 "those, choose another --out, or add --restart to drop it"
             )
-        return saved["done"]
+        return Passage(saved["pass"], saved["done"])
 
     def load(self, metric: Any) -> None:
         """Put the checkpoint's state into `metric`."""
@@ -51,17 +60,16 @@ class Checkpoint:
             metric.load(state)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise InputError(f"the checkpoint {state} cannot be read ({error}): add --restart to begin anew") from error
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":  # it derives from Exception alone
-                raise
-            raise InputError(f"the checkpoint {state} is damaged ({error}): add --restart to begin anew") from error
 
-    def save(self, metric: Any, done: int) -> None:
-        """Write `metric`'s state after `done` samples, then drop the state before it."""
+    def save(self, metric: Any, passage: Passage) -> None:
+        """Write `metric`'s state at `passage`, then drop the state before it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / f"rank{self.rank}-{done:06d}.safetensors"
+        state = self.folder / f"rank{self.rank}-pass{passage.number}-{passage.done:06d}.safetensors"
         metric.save(state)
-        write_json(self._progress, {"done": done, "state": state.name, "arguments": self.arguments})
+        write_json(
+            self._progress,
+            {"pass": passage.number, "done": passage.done, "state": state.name, "arguments": self.arguments},
+        )
         for old in self.folder.glob(f"rank{self.rank}-*.safetensors"):
             if old != state:
                 old.unlink()

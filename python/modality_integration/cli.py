@@ -1,4 +1,4 @@
-"""The `mir` command: arguments, help and errors for people; the work is done in the modules that each command imports."""
+"""The `mir` command: arguments, help and errors for people; each command imports the module that does the work."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ class TextRole(str, Enum):
 
 class Outliers(str, Enum):
     remove = "remove"
+    none = "none"
+
+
+class AllOutliers(str, Enum):
+    remove = "remove"
     median = "median"
     none = "none"
 
@@ -71,9 +76,9 @@ def command(epilog: str) -> Callable:
                     raise
                 _say(f'{error.name} is not installed: pip install "mir-kernels[mir]"', "red")
                 raise typer.Exit(1) from None
-            except ValueError as error:
-                if type(error).__name__ != "InputError":  # anything else is a bug and keeps its traceback
-                    raise
+            except (ValueError, OSError) as error:
+                if not isinstance(error, OSError) and type(error).__name__ != "InputError":
+                    raise  # a bug, which keeps its traceback
                 _say(str(error), "red")
                 raise typer.Exit(1) from None
 
@@ -82,13 +87,15 @@ def command(epilog: str) -> Callable:
     return register
 
 
-@command(epilog="Examples:\n\nmir demo\n\nmir demo --out demo-out --save demo-model   (then: mir compute --model demo-model ...)")
+@command(
+    epilog="Examples:\n\nmir demo\n\nmir demo --steps 120 --save demo-model   (and mir compute --model demo-model ...)"
+)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for mir.json, the plots and the numbers behind them.")] = Path(
         "mir-out"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps on captions.")] = 60,
-    samples: Annotated[int, typer.Option(min=2, help="Image-text pairs in each measurement.")] = 64,
+    samples: Annotated[int, typer.Option(min=2, help="Image-text pairs in each measurement.")] = 48,
     seed: Annotated[int, typer.Option(help="Same seed, same machine, same numbers.")] = 0,
     save: Annotated[
         Path | None, typer.Option(help="Also save model, processor, images and prose here, for `mir compute`.")
@@ -125,26 +132,34 @@ def compute(
     samples: Annotated[int, typer.Option(min=1, help="Random image-text pairs; the paper takes 100.")] = 100,
     seed: Annotated[int, typer.Option(help="Chooses and pairs the images and texts.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto is as saved.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(metavar="DTYPE", help="Of the weights: auto (as saved), float32, bfloat16, float16, float64."),
+    ] = Dtype.auto,
     out: Annotated[Path, typer.Option(help="Folder for mir.json, layers.png, run.json and the checkpoint.")] = Path(
         "mir-out"
     ),
     text_tokens: Annotated[int, typer.Option(min=1, help="Prose is cut to this many tokens.")] = 512,
     template: Annotated[
-        Template, typer.Option(help="Chat template or just image and prose; auto is chat where there is one.")
+        Template,
+        typer.Option(metavar="NAME", help="chat template, plain image and prose, or auto: chat where there is one."),
     ] = Template.auto,
     last: Annotated[
-        Last, typer.Option(help="Last layer after the model's final norm, as published, or before.")
+        Last,
+        typer.Option(metavar="NAME", help="Last layer normed (after the final norm, as published) or raw (before it)."),
     ] = Last.normed,
     text_role: Annotated[
-        TextRole, typer.Option(help="Text tokens after the image, as published, or all of them.")
+        TextRole, typer.Option(metavar="NAME", help="Text tokens: those after the image (as published), or all.")
     ] = TextRole.after,
     outliers: Annotated[
-        Outliers, typer.Option(help="3-sigma outliers: remove (paper), median (published code), none.")
+        Outliers, typer.Option(metavar="NAME", help="Tokens beyond 3 sigma in norm: remove (as the paper), or none.")
     ] = Outliers.remove,
     normalize: Annotated[bool, typer.Option(help="Scale each layer by its mean text norm (Eq. 2).")] = True,
     bounds: Annotated[bool, typer.Option(help="Prove an interval around the value.")] = True,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Samples between checkpoints.")] = 10,
+    second_pass: Annotated[
+        bool, typer.Option("--second-pass", help="Stream again if the one-pass outlier rule turns out inexact.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Drop the checkpoint in --out, if any.")] = False,
 ) -> None:
     """MIR of a model on your images and prose: one number, one per layer, a table and a plot."""
@@ -171,9 +186,75 @@ def compute(
         normalize=normalize,
         bounds=bounds,
         checkpoint_every=checkpoint_every,
+        second_pass=second_pass,
         restart=restart,
     )
     work.run(options, _console())
+
+
+@command(
+    epilog="Examples:\n\nmir states run/*.safetensors --out run\n\nmir states run --outliers median\n\n"
+    "A file holds layer.1 ... layer.K, (T, d) or (B, T, d), vision_mask and text_mask, as "
+    "modality_integration.states.save_states writes them."
+)
+def states(
+    files: Annotated[list[Path], typer.Argument(help="Hidden states as safetensors, or folders of such files.")],
+    out: Annotated[Path, typer.Option(help="Folder for mir.json and layers.png.")] = Path("mir-out"),
+    device: Annotated[str, typer.Option(help="Where the arithmetic runs: auto, cpu, cuda.")] = "auto",
+    outliers: Annotated[
+        AllOutliers,
+        typer.Option(metavar="NAME", help="Tokens beyond 3 sigma: remove (paper), median (published code), none."),
+    ] = AllOutliers.remove,
+    normalize: Annotated[bool, typer.Option(help="Scale each layer by its mean text norm (Eq. 2).")] = True,
+    bounds: Annotated[bool, typer.Option(help="Prove an interval around the value.")] = True,
+) -> None:
+    """MIR of hidden states saved to files, from any model; memory for one layer at a time."""
+    from modality_integration import compute as work
+
+    work.run_states(files, out, device, outliers.value, normalize, bounds, _console())
+
+
+@command(epilog="Example:\n\nmir compare before/mir.json after/mir.json")
+def compare(
+    a: Annotated[Path, typer.Argument(help="mir.json of one run, or its folder.")],
+    b: Annotated[Path, typer.Argument(help="mir.json of the other.")],
+) -> None:
+    """Two runs side by side: each layer's distances and their ratio, and whether MIR differs."""
+    from modality_integration import report
+    from modality_integration.data import refusals
+
+    with refusals(""):
+        comparison = report.compare(_result(a), _result(b))
+    console = _console()
+    for letter, path in (("A", a), ("B", b)):
+        console.print(f"[bold]{letter}[/]  {path}", highlight=False, soft_wrap=True)
+    console.print(comparison.table())
+    for note in comparison.notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False)
+    lower, higher = "BA" if comparison.difference < 0 else "AB"
+    if comparison.difference == 0:
+        verdict = "the same MIR"
+    else:
+        verdict = f"{lower} blends the modalities better: its MIR is {abs(comparison.difference):.4f} below {higher}'s"
+    if comparison.disjoint is not None:
+        verdict += f" (their proved intervals {'do not overlap' if comparison.disjoint else 'overlap'})"
+    console.print(verdict, highlight=False, soft_wrap=True)
+
+
+@command(epilog="Examples:\n\nmir plot mir-out\n\nmir plot before/mir.json after/mir.json --out both.svg")
+def plot(
+    results: Annotated[list[Path], typer.Argument(help="mir.json files, or their folders: a curve each.")],
+    out: Annotated[Path, typer.Option(help="The picture; its suffix is the format (.png, .svg, .pdf).")] = Path(
+        "layers.png"
+    ),
+) -> None:
+    """The distance of every layer as a curve, one per run, as the paper's Figure 2."""
+    from modality_integration import report
+    from modality_integration.data import refusals
+
+    with refusals(""):
+        report.plot_layers({str(path): _result(path) for path in results}, out)
+    _console().print(f"wrote {out}", highlight=False)
 
 
 @command(epilog="Example:\n\nmir doctor")
@@ -182,6 +263,17 @@ def doctor() -> None:
     from modality_integration import doctor as work
 
     work.run(_console())
+
+
+def _result(path: Path) -> Any:
+    from modality_integration.data import InputError, refusals
+    from modality_integration.result import MIRResult
+
+    file = path / "mir.json" if path.is_dir() else path
+    if not file.exists():
+        raise InputError(f"{file} does not exist")
+    with refusals(""):
+        return MIRResult.from_json(file)
 
 
 def _console() -> Any:

@@ -1,4 +1,4 @@
-"""`mir compute`: the MIR of a saved model on images and prose, one sample at a time, resumable, over several processes."""
+"""`mir compute`: MIR of a saved model on images and prose, a sample at a time, resumable, over several processes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from modality_integration import data, loading
 from modality_integration.capture import capture
-from modality_integration.checkpoint import Checkpoint, write_json
-from modality_integration.data import InputError, Sample
+from modality_integration.checkpoint import Checkpoint, Passage, write_json
+from modality_integration.data import InputError, Sample, refusals
 from modality_integration.metric import ModalityIntegrationRate
 from modality_integration.result import MIRResult
+from modality_integration.states import mir_of_states
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `mir compute`; all but the last four decide the value."""
+    """The arguments of `mir compute`; device and what follows it do not decide the value."""
 
     model: str
     images: Path
@@ -58,6 +59,7 @@ class Options:
     device: str = "auto"
     out: Path = Path("mir-out")
     checkpoint_every: int = 10
+    second_pass: bool = False
     restart: bool = False
 
 
@@ -80,53 +82,65 @@ def run(options: Options, console: Console) -> MIRResult:
         checkpoint = Checkpoint(options.out / "checkpoint", arguments, rank)
         if options.restart:
             checkpoint.clear()
-        done = checkpoint.done()
+        passage = checkpoint.passage()
         options.out.mkdir(parents=True, exist_ok=True)
 
         began = time.monotonic()
         with console.status(f"loading {options.model}"):
             model, processor = loading.load(options.model, device, options.dtype)
-        metric = ModalityIntegrationRate(
-            outliers=options.outliers, normalize=options.normalize, bounds=options.bounds
-        ).to(device)
+        with refusals("options"):
+            metric = ModalityIntegrationRate(
+                outliers=options.outliers, normalize=options.normalize, bounds=options.bounds
+            ).to(device)
         mine = samples[rank::world]
-        if done:
+        if passage.done:
             checkpoint.load(metric)
-            console.print(f"going on after {done} of {len(mine)} samples (checkpoint in {checkpoint.folder})")
+            console.print(f"going on after {passage.done} of {len(mine)} samples", highlight=False)
 
-        with _Stop() as stop, _progress(console) as progress:
-            bar = progress.add_task(f"MIR of {Path(options.model).name}", total=len(mine), completed=done)
+        while True:
+            _pass(model, processor, mine, metric, passage, checkpoint, options, console)
+            with console.status("square roots, layer by layer"):
+                result = finish(metric)
+            if passage.number == 2 or not options.second_pass or not _missed(result):
+                break
+            with metric.sync_context():  # the limits are those of all processes' tokens
+                metric = metric.second_pass()
+            passage = Passage(2, 0)
 
-            def after_sample(count: int) -> None:
-                progress.update(bar, completed=count)
-                if stop.signal or count % options.checkpoint_every == 0:
-                    checkpoint.save(metric, count)
-                if stop.signal:
-                    raise Interrupted(
-                        f"interrupted after {count} of {len(mine)} samples; the same command goes on from there",
-                        128 + stop.signal,
-                    )
-
-            stream(
-                model,
-                processor,
-                mine,
-                metric,
-                text_tokens=options.text_tokens,
-                template=options.template,
-                last=options.last,
-                text=options.text_role,
-                start=done,
-                after_sample=after_sample,
-            )
-        with console.status("square roots, layer by layer"):
-            result = finish(metric)
         result.notes.extend(notes)
         if rank == 0:
             _write(result, options, arguments, images.skipped + texts.skipped, time.monotonic() - began)
-            _show(result, options, console)
+            _show(result, options.out, console)
         checkpoint.clear()
         return result
+
+
+def run_states(
+    files: Sequence[Path], out: Path, device: str, outliers: str, normalize: bool, bounds: bool, console: Console
+) -> MIRResult:
+    """MIR of saved hidden states (see `states`), a folder meaning its .safetensors files; reported as by `run`."""
+    paths: list[Path] = []
+    for path in files:
+        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not found or not found[0].exists():
+            raise InputError(f"{path} holds no .safetensors file" if path.is_dir() else f"{path} does not exist")
+        paths += found
+    with _bar(console) as bar, refusals(""):
+        task = bar.add_task(f"MIR of {len(paths)} file{'s' * (len(paths) > 1)}, layer by layer", total=None)
+        result = mir_of_states(
+            paths,
+            outliers=outliers,
+            normalize=normalize,
+            bounds=bounds,
+            device=loading.pick_device(device),
+            progress=lambda layer, layers: bar.update(task, completed=layer - 1, total=layers),
+        )
+        bar.update(task, completed=len(result.terms))
+    out.mkdir(parents=True, exist_ok=True)
+    result.to_json(out / "mir.json")
+    result.plot(out / "layers.png")
+    _show(result, out, console)
+    return result
 
 
 def stream(
@@ -152,15 +166,15 @@ def stream(
         forward["logits_to_keep"] = 1  # the vocabulary's logits are not needed, and larger than everything else
     name = "the first sample"
     try:
-        with torch.inference_mode(), _naming("model"), capture(model, last=last, text=text) as captured:
+        with torch.inference_mode(), refusals("model"), capture(model, last=last, text=text) as captured:
             for index in range(start, len(samples)):
                 sample = samples[index]
                 name = f"sample {index + 1} of {len(samples)} ({_name(sample.image)} with {sample.text.name})"
                 prose = data.truncate(sample.text.content, processor.tokenizer, text_tokens)
-                with _naming(name):
+                with refusals(name):
                     inputs = loading.encode(processor, data.open_image(sample.image), prose, template)
                 model(**{k: _place(v, device, dtype) for k, v in inputs.items()}, **forward)
-                with _naming(name):
+                with refusals(name):
                     metric.update(captured.hidden_states, captured.vision_mask, captured.text_mask)
                 after_sample(index + 1)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -173,19 +187,52 @@ def stream(
 
 def finish(metric: ModalityIntegrationRate) -> MIRResult:
     """The metric's result, what cannot be computed said as an InputError."""
-    with _naming("MIR is not defined for these samples"):
+    with refusals("MIR is not defined for these samples"):
         return metric.compute()
 
 
-@contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """A refusal by the model, the processor or the metric, with what it was about, in words for a person."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, NotImplementedError) as error:
-        raise InputError(f"{what}: {error}") from error
+def _pass(
+    model: torch.nn.Module,
+    processor: Any,
+    samples: Sequence[Sample],
+    metric: ModalityIntegrationRate,
+    passage: Passage,
+    checkpoint: Checkpoint,
+    options: Options,
+    console: Console,
+) -> None:
+    """Stream the samples that `passage` has not counted yet, with a bar, checkpoints, and a clean way out."""
+    with _Stop() as stop, _bar(console) as bar:
+        task = bar.add_task(
+            f"{Path(options.model).name}, pass {passage.number}", total=len(samples), completed=passage.done
+        )
+
+        def after_sample(count: int) -> None:
+            bar.update(task, completed=count)
+            if stop.signal or count % options.checkpoint_every == 0:
+                checkpoint.save(metric, Passage(passage.number, count))
+            if stop.signal:
+                raise Interrupted(
+                    f"interrupted after {count} of {len(samples)} samples; the same command goes on from there",
+                    128 + stop.signal,
+                )
+
+        stream(
+            model,
+            processor,
+            samples,
+            metric,
+            text_tokens=options.text_tokens,
+            template=options.template,
+            last=options.last,
+            text=options.text_role,
+            start=passage.done,
+            after_sample=after_sample,
+        )
+
+
+def _missed(result: MIRResult) -> bool:
+    return any("second pass" in note for note in result.notes)
 
 
 def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -231,7 +278,7 @@ class _Stop:
         self.signal = number
 
 
-def _progress(console: Console) -> Progress:
+def _bar(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -245,7 +292,7 @@ def _progress(console: Console) -> Progress:
 def _deciding(options: Options, device: torch.device, world: int) -> dict[str, Any]:
     """What the bits of the result depend on, by the names a person typed."""
     values = asdict(options)
-    for name in ("out", "checkpoint_every", "restart", "images", "text"):
+    for name in ("out", "checkpoint_every", "restart", "second_pass", "images", "text"):
         del values[name]  # the data count by `chosen_samples`, so a moved folder does not
     return values | {
         "device": device.type,
@@ -321,10 +368,10 @@ def _write(result: MIRResult, options: Options, arguments: dict, skipped: list, 
     )
 
 
-def _show(result: MIRResult, options: Options, console: Console) -> None:
+def _show(result: MIRResult, out: Path, console: Console) -> None:
     console.print(result.table())
     for note in result.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False)
     interval = "" if result.lower is None else f"   (proved: {result.lower:.6f} to {result.upper:.6f})"
     console.print(f"[bold]MIR {result.value:.4f}[/]{interval}", highlight=False)
-    console.print(f"wrote mir.json, layers.png and run.json in {options.out}", highlight=False)
+    console.print(f"wrote mir.json and layers.png in {out}", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -23,6 +24,17 @@ TEXT_KEYS = ("text", "article", "content", "story", "document", "caption")
 
 class InputError(ValueError):
     """Something a person gave cannot be used; the message says what it was and what would do."""
+
+
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """A ValueError raised inside becomes an InputError that begins with `what` it was about."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"{what}: {error}" if what else str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Chosen(Generic[T]):
 
 
 def choose_images(path: Path | str, count: int, seed: int) -> Chosen[Path]:
-    """At most `count` readable images below `path` (a folder, searched recursively, or one file), in an order set by `seed`.
+    """At most `count` readable images in an order set by `seed`; `path` is a folder, searched recursively, or one file.
 
     Every image is decoded once; one that cannot be is skipped with the reason. Raises InputError if `path` is not there
     or holds no readable image.
@@ -66,11 +78,11 @@ def choose_images(path: Path | str, count: int, seed: int) -> Chosen[Path]:
 
 
 def choose_texts(path: Path | str, count: int, seed: int) -> Chosen[Text]:
-    """At most `count` pieces of prose from `path`: a .txt, .story or .jsonl file or a folder of them, ordered by `seed`.
+    """At most `count` pieces of prose in an order set by `seed`; `path` is a .txt, .story or .jsonl file or a folder.
 
     A .txt file is one piece; a .story (CNN / Daily Mail) one, up to its first @highlight; a .jsonl one a line, a string
     or an object with one of the keys "text", "article", "content", "story", "document", "caption". A piece that is
-    empty, not UTF-8 or not JSON is skipped with the reason. Raises InputError if `path` is not there or nothing is usable.
+    empty, not UTF-8 or not JSON is skipped with the reason. Raises InputError if `path` is missing or has none.
     """
     path = Path(path)
     candidates = list(_text_pieces(path))
@@ -83,14 +95,14 @@ def choose_texts(path: Path | str, count: int, seed: int) -> Chosen[Text]:
 
 
 def pair(images: Sequence[Path | Image.Image], texts: Sequence[Text], count: int, seed: int) -> list[Sample]:
-    """`count` pairs of a random image with unrelated prose; what is too few is used again, in a new order each round."""
+    """`count` pairs of a random image with unrelated prose; what is too few comes again, in a new order each round."""
     left = _rounds(images, count, f"{seed}/image rounds")
     right = _rounds(texts, count, f"{seed}/text rounds")
     return [Sample(image, text) for image, text in zip(left, right, strict=True)]
 
 
 def image_files(path: Path) -> list[Path]:
-    """Files below `path` that look like images, sorted: an extension that Pillow reads, or none at all; hidden ones not."""
+    """Files below `path` that look like images, sorted: an extension that Pillow reads, or none; hidden ones not."""
     if path.is_file():
         return [path]
     Image.init()
@@ -99,7 +111,7 @@ def image_files(path: Path) -> list[Path]:
 
 
 def open_image(source: Path | Image.Image) -> Image.Image:
-    """The image as RGB: first frame, turned as its EXIF tag says, transparency on white, 16-bit and float grey scaled to 8."""
+    """The image as RGB: first frame, turned as EXIF says, transparency on white, 16-bit and float grey scaled to 8."""
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     with warnings.catch_warnings():

@@ -1,8 +1,10 @@
-"""`mir demo`: a real language model gets eyes, learns captions for a few dozen steps, and MIR is measured along the way."""
+"""`mir demo`: a real language model gets eyes and learns captions for a few dozen steps, MIR measured along the way."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import pydoc_data.topics
 import resource
@@ -28,9 +30,9 @@ from modality_integration.result import MIRResult
 
 IMAGE_SIZE, PATCH = 64, 16  # 16 vision tokens an image
 TEXT_TOKENS = 96  # of prose, in every measured sample
-BATCH, LEARNING_RATE = 16, 1e-3
+BATCH, LEARNING_RATE = 8, 1e-3
 
-DIGITS = "zero one two three four five six seven eight nine".split()
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # scikit-image's and scikit-learn's photographs, with the captions that the vision side learns.
 PHOTOGRAPHS = {
     "astronaut.png": "a photograph of an astronaut in an orange suit",
@@ -58,7 +60,7 @@ class Options:
 
     out: Path = Path("mir-out")
     steps: int = 60
-    samples: int = 64
+    samples: int = 48
     seed: int = 0
     save: Path | None = None
     language_model: Path | None = None
@@ -104,8 +106,8 @@ def run(options: Options, console: Console) -> list[MIRResult]:
     if options.save:
         save(options.save, model, processor, probe)
         console.print(
-            f"saved; try: mir compute --model {options.save} --images {options.save}/images "
-            f"--text {options.save}/prose.jsonl --samples {options.samples} --text-tokens {TEXT_TOKENS} --out mir-saved",
+            f"saved; now try: mir compute --model {options.save} --images {options.save}/images --text "
+            f"{options.save}/prose.jsonl --samples {options.samples} --text-tokens {TEXT_TOKENS} --out mir-of-saved",
             highlight=False,
             soft_wrap=True,
         )
@@ -137,16 +139,16 @@ def check_installed(options: Options) -> None:
 
 
 def build(language_model: Path | None) -> tuple[torch.nn.Module, Any]:
-    """A LLaVA of the language model and a small random CLIP tower, and its processor; only the vision side has gradients."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
+    """A LLaVA of the language model and a small random CLIP tower, and its processor; only the vision side trains."""
     with loading.quiet():
+        from transformers import (
+            CLIPImageProcessor,
+            CLIPVisionConfig,
+            LlavaConfig,
+            LlavaForConditionalGeneration,
+            LlavaProcessor,
+        )
+
         decoder, tokenizer = _language_model(language_model)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -200,9 +202,7 @@ class Pictures:
 
         digits = datasets.load_digits()
         order = np.random.default_rng(seed).permutation(len(digits.target))
-        drawn = [
-            Captioned(_digit(digits.images[i]), f"a handwritten digit {DIGITS[digits.target[i]]}") for i in order
-        ]
+        drawn = [Captioned(_digit(digits.images[i]), f"a handwritten digit {DIGITS[digits.target[i]]}") for i in order]
         self.held_out, self.digits = drawn[: len(drawn) // 6], drawn[len(drawn) // 6 :]
         folders = (Path(skimage.__file__).parent / "data", Path(datasets.__file__).parent / "images")
         self.photographs = [
@@ -253,7 +253,13 @@ def train(
     """Train the vision side on captions, yielding (step, loss), and measure MIR before, at a few steps, and after."""
     probes = sorted({0, options.steps // 6, options.steps // 3, 2 * options.steps // 3, options.steps})
     optimizer = torch.optim.AdamW(trainable(model), lr=LEARNING_RATE, weight_decay=0.0)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         training = progress.add_task("training on captions", total=options.steps)
         measuring = progress.add_task("measuring MIR", total=len(probes) * len(probe))
@@ -281,10 +287,9 @@ def training_step(
         return_tensors="pt",
     )
     newline = len(processor.tokenizer("\n", add_special_tokens=False)["input_ids"])
-    ids = inputs["input_ids"]
-    prompt = (ids == model.config.image_token_id).sum(1, keepdim=True) + newline
-    position = inputs["attention_mask"].cumsum(1)
-    labels = ids.masked_fill((position <= prompt) | (inputs["attention_mask"] == 0), -100)
+    ids, position = inputs["input_ids"], torch.arange(inputs["input_ids"].shape[1])
+    last_of_prompt = (position * (ids == model.config.image_token_id)).amax(1, keepdim=True) + newline
+    labels = ids.masked_fill((position <= last_of_prompt) | (inputs["attention_mask"] == 0), -100)
     loss = model(**inputs, labels=labels, use_cache=False).loss
     optimizer.zero_grad()
     loss.backward()
@@ -359,12 +364,14 @@ def _language_model(folder: Path | None) -> tuple[torch.nn.Module, Any]:
     else:
         package, source = folder, {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(package, local_files_only=True, **source)
-        model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, local_files_only=True, **source)
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a progress bar whatever it is told
+            tokenizer = AutoTokenizer.from_pretrained(package, local_files_only=True, **source)
+            model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, local_files_only=True, **source)
     except (OSError, ValueError) as error:
         raise InputError(f"language-model: {package} cannot be loaded: {str(error).splitlines()[0]}") from error
     # The weights are plain float32 now; a saved copy must not look quantised.
     model.config.__dict__.pop("quantization_config", None)
+    tokenizer.chat_template = None  # it would not know where to put an image
     return model, tokenizer
 
 

@@ -1,4 +1,4 @@
-"""A vision-language model and its processor from a folder or a hub name, and the prompt that puts an image before prose."""
+"""A vision-language model and its processor from a folder or a hub name, and the prompt of an image before prose."""
 
 from __future__ import annotations
 
@@ -34,26 +34,19 @@ _PLAIN_MARKERS = {
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """transformers and its progress bars say nothing but errors inside."""
-    import transformers
     from transformers.utils import logging
 
-    verbosity, tqdm_disable = transformers.logging.get_verbosity(), os.environ.get("TQDM_DISABLE")
-    bars = logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"  # the GGUF reader draws a bar of its own
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
-            transformers.logging.enable_progress_bar()
-        if tqdm_disable is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = tqdm_disable
+            logging.enable_progress_bar()
 
 
 def load(name: str, device: torch.device, dtype: str = "auto") -> tuple[torch.nn.Module, Any]:
@@ -105,7 +98,7 @@ def encode(processor: Any, image: Image.Image, text: str, template: str = "auto"
 
 def looks_like_path(name: str) -> bool:
     """Whether `name` can only be meant as a folder: a hub name is `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep != "/" and os.sep in name
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
 def pick_device(name: str) -> torch.device:
@@ -130,13 +123,24 @@ def _prompt(processor: Any, text: str, template: str) -> str:
     if template == "chat" and not has_chat:
         raise InputError("template: the processor has no chat template, use --template plain")
     if template == "chat" or (template == "auto" and has_chat):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        return _chat_prompt(processor, text)
     kind = type(processor).__name__
     plain = next((value for name, value in _PLAIN_MARKERS.items() if kind.startswith(name)), marker)
     if not plain and not kind.startswith(tuple(_PLAIN_MARKERS)):
         raise InputError(f"template: {kind} names no image token to write a plain prompt with, use --template chat")
     return f"{plain}\n{text}"
+
+
+def _chat_prompt(processor: Any, text: str) -> str:
+    from jinja2 import TemplateError
+
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    try:
+        return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except (TemplateError, TypeError) as error:  # a template for text alone adds strings to the list above
+        raise InputError(
+            f"template: the chat template does not take an image beside text ({error}), use --template plain"
+        ) from error
 
 
 def _why_not(name: str, local: bool, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Tiny models saved to a folder, built offline: what `mir compute --model` and `mir demo --language-model` are pointed at."""
+"""Tiny models, images and prose saved to folders, offline: what tests point `mir compute` and `mir demo` at."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-WORDS = "the a cat dog house sits runs on under of in and to river mountain photograph image handwritten digit".split()
+WORDS = ["the", "a", "cat", "dog", "house", "sits", "runs", "on", "under", "and", "to", "river", "mountain"]
 
 
 def tiny_tokenizer():
@@ -44,7 +44,12 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, layers: int = 3, hidden: int
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
         ),
         text_config=_llama_config(len(tokenizer), layers, hidden),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),

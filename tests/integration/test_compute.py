@@ -1,0 +1,284 @@
+"""`mir compute` end to end on a tiny saved model: the value, resuming, refusals, several processes."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from integration.saved_models import save_tiny_llama, save_tiny_llava, write_images, write_texts
+from modality_integration import compute, data, loading
+from modality_integration.capture import capture
+from modality_integration.compute import Interrupted, Options, run
+from modality_integration.data import InputError
+from modality_integration.metric import mir
+from modality_integration.result import MIRResult
+from rich.console import Console
+
+SAMPLES = 12
+# The command in a process of its own that dies, as by a power cut, once 7 samples are counted.
+KILLED_AFTER_7 = """
+import os, signal, sys
+from modality_integration import cli, metric
+update, counted = metric.ModalityIntegrationRate.update, 0
+def dying(self, *args):
+    global counted
+    if counted == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    counted += 1
+    return update(self, *args)
+metric.ModalityIntegrationRate.update = dying
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compute")
+    save_tiny_llava(root / "model")
+    write_images(root / "images", 7)
+    write_texts(root / "text", 9)
+    return root
+
+
+@pytest.fixture
+def options(folders, tmp_path):
+    return Options(
+        model=str(folders / "model"),
+        images=folders / "images",
+        text=folders / "text",
+        samples=SAMPLES,
+        out=tmp_path / "out",
+        device="cpu",
+        text_tokens=20,
+        checkpoint_every=5,
+    )
+
+
+def quiet_run(options, **changes):
+    return run(Options(**{**vars(options), **changes}), Console(quiet=True))
+
+
+def command(options):
+    """The arguments of `mir` for these options."""
+    out = ["compute"]
+    for name in ("model", "images", "text", "samples", "out", "device", "text_tokens", "checkpoint_every"):
+        out += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    return out
+
+
+def in_process(options, *before):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *before, *command(options)], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_value_is_mir_of_the_features_that_the_model_gives_sample_by_sample(options):
+    result = quiet_run(options)
+
+    model, processor = loading.load(options.model, torch.device("cpu"))
+    images = data.choose_images(options.images, SAMPLES, 0).items
+    texts = data.choose_texts(options.text, SAMPLES, 0).items
+    vision, text = [], []
+    for sample in data.pair(images, texts, SAMPLES, 0):
+        prose = data.truncate(sample.text.content, processor.tokenizer, options.text_tokens)
+        inputs = processor(images=[data.open_image(sample.image)], text=[f"<image>\n{prose}"], return_tensors="pt")
+        with torch.no_grad(), capture(model) as captured:
+            model(**inputs)
+        states = captured.hidden_states
+        vision.append([h[captured.vision_mask] for h in states])
+        text.append([h[captured.text_mask] for h in states])
+    expected = mir([torch.cat(x) for x in zip(*vision, strict=True)], [torch.cat(x) for x in zip(*text, strict=True)])
+    assert result.value == pytest.approx(expected.value, rel=1e-9)
+    assert result.per_layer == pytest.approx(expected.per_layer, rel=1e-9)
+    assert result.kept == expected.kept
+    assert result.lower <= result.value <= result.upper
+
+
+def test_it_writes_the_result_the_plot_and_what_was_run_and_leaves_no_checkpoint(options):
+    result = quiet_run(options)
+    assert MIRResult.from_json(options.out / "mir.json").value == result.value
+    assert (options.out / "layers.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((options.out / "run.json").read_text())
+    assert record["arguments"]["samples"] == SAMPLES
+    assert record["mir"] == result.value
+    assert not (options.out / "checkpoint").exists()
+
+
+def test_too_few_images_are_used_again_and_broken_ones_skipped_both_in_the_notes(options, tmp_path):
+    write_images(tmp_path / "few", 3)
+    (tmp_path / "few" / "broken.png").write_bytes(b"no picture")
+    result = quiet_run(options, images=tmp_path / "few")
+    assert "skipped 1 broken image" in result.notes
+    assert f"3 usable images for {SAMPLES} samples: some are used more than once" in result.notes
+    skipped = json.loads((options.out / "run.json").read_text())["skipped"]
+    assert [entry["name"] for entry in skipped] == ["broken.png"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_value(options, tmp_path):
+    first = quiet_run(options).to_json()
+    assert quiet_run(options, out=tmp_path / "again").to_json() == first
+    assert quiet_run(options, out=tmp_path / "other", seed=1).to_json() != first
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_with_the_same_bits(options, tmp_path):
+    whole = quiet_run(options, out=tmp_path / "whole")
+    killed = in_process(options, "-c", KILLED_AFTER_7)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert json.loads((options.out / "checkpoint" / "rank0.json").read_text())["done"] == 5
+
+    console = Console(record=True, file=io.StringIO())
+    assert run(options, console).to_json() == whole.to_json()
+    assert "going on after 5 of 12" in console.export_text()
+    assert not (options.out / "checkpoint").exists()
+
+
+def test_ctrl_c_finishes_the_sample_saves_and_resumes_to_the_same_bits(options, tmp_path, monkeypatch):
+    whole = quiet_run(options, out=tmp_path / "whole")
+
+    counted = 0
+    update = compute.ModalityIntegrationRate.update
+
+    def interrupted(self, *args):
+        nonlocal counted
+        counted += 1
+        if counted == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *args)
+
+    monkeypatch.setattr(compute.ModalityIntegrationRate, "update", interrupted)
+    with pytest.raises(Interrupted, match="after 7 of 12 samples; the same command goes on") as stopped:
+        quiet_run(options)
+    assert stopped.value.code == 130
+    monkeypatch.undo()
+    assert json.loads((options.out / "checkpoint" / "rank0.json").read_text())["done"] == 7
+    assert quiet_run(options).to_json() == whole.to_json()
+
+
+@pytest.fixture
+def unfinished(options, monkeypatch):
+    """The options of a run that was interrupted and left its checkpoint."""
+    update = compute.ModalityIntegrationRate.update
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, *args)
+
+    monkeypatch.setattr(compute.ModalityIntegrationRate, "update", interrupted)
+    with pytest.raises(Interrupted):
+        quiet_run(options)
+    monkeypatch.undo()
+    return options
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 11}, r"samples was 12, now 11"),
+        ({"seed": 3}, r"seed was 0, now 3"),
+        ({"text_tokens": 9, "last": "raw"}, r"last was normed, now raw; text-tokens was 20, now 9"),
+        ({"dtype": "float64"}, r"dtype was auto, now float64"),
+    ],
+)
+def test_other_arguments_are_refused_by_name_while_a_run_is_unfinished(unfinished, change, message):
+    with pytest.raises(InputError, match=message):
+        quiet_run(unfinished, **change)
+
+
+def test_other_data_under_the_same_name_are_refused(unfinished, tmp_path):
+    write_images(tmp_path / "images", 7, seed=99)
+    with pytest.raises(InputError, match="chosen-samples was"):
+        quiet_run(unfinished, images=tmp_path / "images")
+
+
+def test_restart_drops_the_checkpoint(unfinished):
+    assert quiet_run(unfinished, seed=3, restart=True).value == pytest.approx(
+        quiet_run(unfinished, seed=3, out=unfinished.out / "fresh").value
+    )
+
+
+def test_a_damaged_checkpoint_is_an_error_that_says_how_to_begin_anew(unfinished):
+    (state,) = (unfinished.out / "checkpoint").glob("*.safetensors")
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(InputError, match="--restart"):
+        quiet_run(unfinished)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./nowhere"}, "nowhere does not exist"),
+        ({"images": "nowhere"}, "images: nowhere does not exist"),
+        ({"text": "nowhere"}, "text: nowhere does not exist"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here"),
+        ({"device": "gpu"}, "device: 'gpu' cannot be used here"),
+        ({"template": "chat"}, "no chat template"),
+        ({"outliers": "median"}, "median"),
+        ({"samples": 1, "text_tokens": 1, "outliers": "none"}, "layer 1.*text"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_words(options, changes, message):
+    with pytest.raises(InputError, match=message):
+        quiet_run(options, **changes)
+
+
+def test_a_model_without_eyes_is_refused_with_its_type(options, tmp_path):
+    with pytest.raises(InputError, match="'llama', which takes no images"):
+        quiet_run(options, model=str(save_tiny_llama(tmp_path / "llama")))
+
+
+def test_a_model_saved_without_its_processor_is_refused_with_the_remedy(options, folders, tmp_path):
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).write_bytes((folders / "model" / name).read_bytes())
+    with pytest.raises(InputError, match=r"bare"):
+        quiet_run(options, model=str(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_lower(options, monkeypatch, error):
+    def exhausted(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(compute.ModalityIntegrationRate, "update", exhausted)
+    with pytest.raises(InputError, match=r"out of memory on cpu at sample 1 of 12 .*lower --text-tokens \(now 20\)"):
+        quiet_run(options)
+
+
+def test_a_second_pass_runs_where_the_first_missed_outliers_and_its_result_has_none_missed(options, monkeypatch):
+    made = compute.ModalityIntegrationRate
+
+    def small_hold(**kwargs):
+        return made(**kwargs, hold=17)
+
+    monkeypatch.setattr(compute, "ModalityIntegrationRate", small_hold)
+    changes = {"samples": 40, "images": options.images, "text": options.text}
+    first = quiet_run(options, **changes)
+    second = quiet_run(options, **changes, second_pass=True, out=options.out / "second")
+    monkeypatch.undo()
+    in_memory = quiet_run(options, **changes, out=options.out / "memory")
+    missed = [note for note in first.notes if "second pass" in note]
+    assert missed, "the stand-in no longer misses an outlier: choose one that does"
+    assert not [note for note in second.notes if "second pass" in note]
+    assert second.value == pytest.approx(in_memory.value, rel=1e-6)
+    assert second.kept == in_memory.kept
+
+
+def test_two_processes_give_what_one_does(options, tmp_path):
+    one = quiet_run(options, out=tmp_path / "alone")
+    both = in_process(
+        options, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "modality_integration"
+    )
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("wrote mir.json") == 1
+    two = MIRResult.from_json(options.out / "mir.json")
+    assert two.value == pytest.approx(one.value, rel=1e-9)
+    assert two.per_layer == pytest.approx(one.per_layer, rel=1e-9)
+    assert two.kept == one.kept
+    assert not (options.out / "checkpoint").exists()
