@@ -39,6 +39,7 @@ class ForwardPass:
     def __init__(self, token_ids: tuple[int, ...], type_ids: str) -> None:
         self.token_ids, self.type_ids = token_ids, type_ids
         self.inputs: dict[str, Any] = {}
+        self.embedded = False  # input_ids are those the embedding saw before the pass began
         self.found: dict[str, Any] = {}  # for whoever works something out once a pass
         self.differentiable = torch.is_grad_enabled()
 
@@ -57,6 +58,8 @@ class ForwardPass:
             return self.given("vision_mask", given, shape)
         ids, types = self.inputs.get("input_ids"), self.inputs.get(self.type_ids)
         if ids is not None and self.token_ids:
+            if self.embedded and ids.shape[0] != shape[0] and shape[0] % ids.shape[0] == 0:
+                ids = ids.repeat_interleave(shape[0] // ids.shape[0], 0)  # as generate repeats rows for its beams
             if tuple(ids.shape) != shape:
                 raise ValueError(
                     f"vision_mask: input_ids has shape {tuple(ids.shape)}, but the decoder ran on {shape} tokens: the "
@@ -144,8 +147,9 @@ class ForwardWatch:
             if name == "attention_mask" and self._depth > 1 and not (isinstance(value, Tensor) and value.dim() == 2):
                 continue  # the causal mask that an outer module built
             inputs[name] = value
-        if self._embedded is not None:
-            inputs.setdefault("input_ids", self._embedded)
+        if self._embedded is not None and "input_ids" not in inputs:
+            inputs["input_ids"] = self._embedded
+            self.running.embedded = True
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._depth -= 1

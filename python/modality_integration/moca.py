@@ -194,7 +194,10 @@ class _Calibration:
         mask = self._mask(layer, state)
         if mask is None:
             return None
-        state = getattr(layer, NAME)(state, mask, inplace=_may_overwrite(state, args))
+        module = getattr(layer, NAME)
+        # A module sharded on its own is handed views of its inputs by FSDP, which autograd does not let it overwrite.
+        inplace = not module._forward_pre_hooks and _may_overwrite(state, args)
+        state = module(state, mask, inplace=inplace)
         return (state, *output[1:]) if isinstance(output, tuple) else state
 
     def _mask(self, layer: nn.Module, state: Tensor) -> Tensor | None:

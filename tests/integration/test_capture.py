@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from integration.tiny_models import FAMILIES, HIDDEN, LAYERS, VOCAB, decoder_of, tiny_batch, tiny_model
+from modality_integration.capture import capture
 from tolerances import assert_close
 from torch import nn
-
-from modality_integration.capture import capture
 
 ROWS = ("ttittt", "tittittt")
 
@@ -44,6 +43,15 @@ def recorded(model, family, inputs):
 
 def hooks_in(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def with_failing(module, run):
+    """`run()` while `module` raises ZeroDivisionError."""
+    handle = module.register_forward_pre_hook(lambda *_: 1 / 0)
+    try:
+        run()
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -206,13 +214,10 @@ def test_hooks_come_off_after_an_exception_and_a_failed_pass_is_not_a_result():
         model(**batch.inputs)  # transformers puts hooks of its own on the vision tower in the first pass
     before = hooks_in(model)
     inner = model.model.language_model.layers[1].mlp
-    with torch.no_grad(), pytest.raises(ZeroDivisionError), capture(model) as seen:
+    longer = tiny_batch(model, "llava", ["titttt"])
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), capture(model) as seen:
         model(**batch.inputs)
-        handle = inner.register_forward_pre_hook(lambda *_: 1 / 0)
-        try:
-            model(**tiny_batch(model, "llava", ["titttt"]).inputs)
-        finally:
-            handle.remove()
+        with_failing(inner, lambda: model(**longer.inputs))
     assert hooks_in(model) == before
     assert seen.passes == 1
     assert seen.hidden_states[0].shape[1] == batch.vision.shape[1]
@@ -320,7 +325,7 @@ def test_cross_attention_models_are_refused_with_the_reason():
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
     model = tf.MllamaForCausalLM(text)
-    with pytest.raises(ValueError, match="cross-attention.*no vision tokens in its residual stream"), capture(model):
+    with pytest.raises(ValueError, match=r"cross-attention.*no vision tokens in its residual stream"), capture(model):
         pass
 
 
@@ -359,7 +364,7 @@ def test_any_module_can_be_captured_by_its_layers_and_a_named_mask(by_name):
     kept[1, 5:] = False
     layers = "blocks" if by_name else list(model.blocks)
     with torch.no_grad(), capture(model, layers=layers, vision_mask="images_seq_mask", last="raw") as seen:
-        out = model(x, images_seq_mask=vision, attention_mask=kept)
+        model(x, images_seq_mask=vision, attention_mask=kept)
         state, states = x, []
         for block in model.blocks:
             state = state + block(state)
