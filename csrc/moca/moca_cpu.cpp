@@ -48,8 +48,8 @@ void forward(const MocaForward& p, int threads) {
   return stream ? forward_rows<T, true>(p, threads) : forward_rows<T, false>(p, threads);
 }
 
-// A row inside the mask: dx, and the row's part of the two column sums added to `partial`. One row at a time: several
-// at once would touch the partial sums less often, but streaming lines of several rows in turn takes four times as long.
+// A row inside the mask: dx, and its part of the two column sums added to `partial`. One row at a time: several at
+// once would touch the partial sums less often, but streaming lines of several rows in turn takes four times as long.
 template <class T, bool kStream>
 void backward_row(const MocaBackward& p, int64_t r, typename AccumulateIn<T>::type* partial) {
   using A = typename AccumulateIn<T>::type;

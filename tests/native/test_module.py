@@ -1,0 +1,55 @@
+"""The compiled module loads anywhere and says what it was built with."""
+
+import importlib.metadata
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+
+def test_constants_say_what_was_built(native_module):
+    assert native_module.CPU_ISA in ("x86-64", "x86-64-v3", "x86-64-v4", "baseline")
+    assert isinstance(native_module.OPENMP, bool)
+    assert all(isinstance(arch, int) and arch >= 50 for arch in native_module.CUDA_ARCHS)
+    assert set(native_module.DTYPES) == {"float32", "bfloat16", "float16", "float64"}
+    assert hasattr(native_module, "moca_forward_cuda") == bool(native_module.CUDA_ARCHS)
+
+
+def test_version_is_the_package_version(native_module):
+    try:
+        installed = importlib.metadata.version("mir-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("mir-kernels is not installed here, only built in place")
+    assert installed == native_module.VERSION
+
+
+def test_module_needs_no_cuda_library_to_load(native_module):
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf not found")
+    text = subprocess.run(["readelf", "-d", native_module.__file__], capture_output=True, text=True, check=True).stdout
+    needed = [line for line in text.splitlines() if "NEEDED" in line]
+    assert needed
+    assert not [line for line in needed if "cuda" in line or "torch" in line]
+
+
+def test_unknown_instruction_set_is_refused_with_the_choices(run_python):
+    script = "from mir_kernels import _native; print(_native.MISSING)"
+    if run_python(script).stdout.strip() != "None":
+        pytest.skip("no compiled module")
+    out = run_python(script, MIR_CPU_ISA="x86-64-v9").stdout
+    assert "MIR_CPU_ISA: takes one of" in out
+    assert "x86-64-v9" in out
+
+
+def test_unknown_dtype_code_is_refused(native_module):
+    with pytest.raises(ValueError, match="dtype"):
+        native_module.token_norms(0, 0, 0, 0, 0, 7, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_launch_without_a_driver_raises_with_cudas_message(native_module):
+    if not native_module.CUDA_ARCHS:
+        pytest.skip("built without nvcc")
+    with pytest.raises(RuntimeError, match=r"CUDA|driver"):
+        native_module.moca_forward_cuda(0, 0, 0, 0, 0, 0, 0, 1, 8, 0, 0, 0)
