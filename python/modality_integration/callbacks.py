@@ -93,7 +93,9 @@ class MIRCallback(TrainerCallback):
             result = metric.compute()
         self.history.append((state.global_step, result))
         layers = {f"mir_layer_{k}": value for k, value in enumerate(result.per_layer, 1)}
+        due = control.should_log  # logging clears it, and the trainer's own log of this step would be lost
         self._trainer.log({"mir": result.value, **layers, "mir_seconds": time.perf_counter() - start})
+        control.should_log = due
         if _first_process_says(self.plateau(), args.device):
             control.should_training_stop = True
 

@@ -215,9 +215,17 @@ def test_hooks_come_off_after_an_exception_and_a_failed_pass_is_not_a_result():
     before = hooks_in(model)
     inner = model.model.language_model.layers[1].mlp
     longer = tiny_batch(model, "llava", ["titttt"])
-    with pytest.raises(ZeroDivisionError), torch.no_grad(), capture(model) as seen:
-        model(**batch.inputs)
-        with_failing(inner, lambda: model(**longer.inputs))
+
+    def one_good_pass_and_one_bad():
+        with torch.no_grad(), capture(model) as seen:
+            passes.append(seen)
+            model(**batch.inputs)
+            with_failing(inner, lambda: model(**longer.inputs))
+
+    passes = []
+    with pytest.raises(ZeroDivisionError):
+        one_good_pass_and_one_bad()
+    (seen,) = passes
     assert hooks_in(model) == before
     assert seen.passes == 1
     assert seen.hidden_states[0].shape[1] == batch.vision.shape[1]
