@@ -134,6 +134,11 @@ class LayerStream:
             for modality, decision in decisions.items()
             if decision.missed
         ]
+        notes += [
+            f"layer {layer}, {modality}: the second pass saw other tokens than the first pass, whose limits it applied"
+            for modality, tokens in self.tokens.items()
+            if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(three_sigma(tokens.norms))
+        ]
         terms = distance_terms(sides["vision"], sides["text"], alpha, layer, self.options)
         kept = {m: decisions[m].kept for m in MODALITIES}
         return LayerResult(terms, alpha, kept, {m: decisions[m].removed for m in MODALITIES}, notes)

@@ -101,6 +101,8 @@ class ModalityIntegrationRate(Metric):
                 'the features in memory, or "remove" (the paper\'s rule) here'
             )
         _checks.choice("precision", precision, ("fast", "auto", "exact"))
+        if hold is not None and hold < 2:
+            raise ValueError(f"hold: takes 2 rows or more, got {hold}")
         self.options = _options(outliers, normalize, bounds, precision, sqrt_precision, hold, backend)
         self._streams: list[LayerStream] = []
         self._limits: list[dict] | None = None

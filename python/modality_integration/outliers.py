@@ -5,6 +5,7 @@ MIR paper, section 2.1: occasional tokens with an unusually high l2 norm are tak
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ class Limits(NamedTuple):
     def keep(self, norms: Tensor) -> Tensor:
         """Bool (n,): which of the norms (n,) lie within."""
         return (norms.double() - self.center).abs() <= self.radius
+
+    def close_to(self, other: Limits) -> bool:
+        """Whether both come from the same norms: sums in another order differ by rounding."""
+        return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(self, other, strict=True))
 
 
 def three_sigma(norms: Tensor) -> Limits:

@@ -70,8 +70,10 @@ def _gather_state(
     parts: list[dict[str, Tensor]] = []
     for key in sorted(state):
         tensor = state[key].to(device).contiguous()
-        # Rows travel as bytes: not every transport knows every floating dtype.
-        as_bytes = key.endswith(".held")
+        # Rows travel as bytes: not every transport knows every floating dtype. No rows may come in another dtype.
+        as_bytes = key.endswith((".held", ".pending"))
+        if as_bytes:
+            tensor = tensor.to(mine.dtype)
         received = gather(tensor.view(torch.uint8) if as_bytes else tensor)
         parts = parts or [{} for _ in received]
         for part, value in zip(parts, received, strict=True):
