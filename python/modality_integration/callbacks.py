@@ -73,8 +73,6 @@ class MIRCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer is None:
-            raise RuntimeError("MIRCallback: add it with .attach(trainer), not through Trainer(callbacks=...)")
         self.history = [entry for entry in self.history if entry[0] < state.global_step]
         self._measure(args, state, control, kwargs["model"])
 
@@ -83,6 +81,8 @@ class MIRCallback(TrainerCallback):
             self._measure(args, state, control, kwargs["model"])
 
     def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        if self._trainer is None:
+            raise RuntimeError("MIRCallback: add it with .attach(trainer), not through Trainer(callbacks=...)")
         start = time.perf_counter()
         with _undisturbed(model), self._trainer.accelerator.autocast():
             metric = ModalityIntegrationRate(sync_on_compute=False, **self._metric)

@@ -162,6 +162,7 @@ class _Roles:
 
     def masks(self) -> tuple[Tensor, Tensor]:
         if self._masks is None:
+            assert self._pass is not None  # it is let go of only once there are masks
             self._masks = self._work_out(self._pass)
             self._pass = None  # lets go of the inputs and the cache
         return self._masks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,13 +64,20 @@ def find_decoder(model: nn.Module, layers: Layers = None) -> Decoder:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP, FSDP and PEFT wrappers."""
+    inner: Any = model
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_fsdp_wrapped_module"):
-            model = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+        if isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_fsdp_wrapped_module"):
+            inner = inner.module
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
         else:
-            return model
+            return inner
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model's language model; None for a model without one."""
+    config: Any = getattr(unwrap(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -82,7 +90,7 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def _holder(model: nn.Module) -> nn.Module:
+def _holder(model: Any) -> nn.Module:
     """The module that holds the decoder layers, by transformers' own `get_decoder`, followed to its end."""
     while hasattr(model, "get_decoder"):
         inner = model.get_decoder()
@@ -112,14 +120,15 @@ def _given_layers(model: nn.Module, layers: str | Sequence[nn.Module]) -> list[n
     if isinstance(layers, str):
         for root in (model, unwrap(model)):
             try:
-                found = root.get_submodule(layers)
+                named = root.get_submodule(layers)
             except AttributeError:
                 continue
-            layers = found if isinstance(found, nn.ModuleList | nn.Sequential) else []
+            found = list(named) if isinstance(named, nn.ModuleList | nn.Sequential) else []
             break
         else:
             raise ValueError(f"layers: no module {layers!r} in {type(unwrap(model)).__name__}")
-    found = list(layers)
+    else:
+        found = list(layers)
     if not found or not all(isinstance(layer, nn.Module) for layer in found):
         raise ValueError("layers: takes a non-empty list of decoder layers, or the qualified name of one")
     return found
@@ -149,9 +158,8 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _refuse_cross_attention(model: nn.Module, holder: nn.Module) -> None:
-    for config in (getattr(model, "config", None), getattr(holder, "config", None)):
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        if getattr(text, "is_encoder_decoder", False):
+    for part in (model, holder):
+        if getattr(text_config(part), "is_encoder_decoder", False):
             raise ValueError(
                 f"model: {type(model).__name__} has an encoder-decoder language model: its vision tokens end in the "
                 "encoder and its text in the decoder, so no layer holds both; name one stack with `layers` to insist"

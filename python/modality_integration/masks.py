@@ -113,7 +113,7 @@ class ForwardWatch:
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, *, named: tuple[str, ...] = ()) -> None:
-        model_type = getattr(getattr(unwrap(model), "config", None), "model_type", None)
+        model_type = getattr(getattr(unwrap(model), "config", None), "model_type", "")
         self.token_ids = vision_token_ids(model)
         self.type_ids = TYPE_IDS.get(model_type, "mm_token_type_ids")
         self.watched = ("input_ids", "attention_mask", "past_key_values", self.type_ids, *named)
@@ -126,7 +126,8 @@ class ForwardWatch:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         if model_type in EMBEDS_FIRST:
-            embedding = unwrap(model).get_input_embeddings()
+            inner: Any = unwrap(model)
+            embedding = inner.get_input_embeddings()
             self._handles.append(embedding.register_forward_pre_hook(self._embed))
 
     def remove(self) -> None:
@@ -136,7 +137,7 @@ class ForwardWatch:
         self._handles.clear()
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._depth == 0:
+        if self.running is None:
             self.running = ForwardPass(self.token_ids, self.type_ids)
         self._depth += 1
         inputs = self.running.inputs

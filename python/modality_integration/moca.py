@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mir_kernels.moca import MoCa
 
-from .decoder import Decoder, Layers, find_decoder, parameter_device, unwrap
+from .decoder import Decoder, Layers, find_decoder, parameter_device, text_config
 from .masks import ForwardPass, ForwardWatch
 
 # The submodule's name on each decoder layer and the checkpoint keys are those of the published checkpoints.
@@ -81,6 +81,7 @@ def add_moca(
     hidden_size = _hidden_size(model, decoder)
     calibration = _Calibration(ForwardWatch(model, decoder, named=(vision_mask,) if vision_mask else ()), vision_mask)
     sites = []
+    layer: Any
     for i, (layer, name) in enumerate(zip(decoder.layers, decoder.names, strict=True)):
         device = parameter_device(layer)
         wide = any(p.dtype == torch.float64 for p in layer.parameters())
@@ -235,13 +236,13 @@ class _Calibration:
                 "run the model that add_moca was given, or use vision_tokens"
             )
         self._replayed = True
-        first, *rest = [mask for mask in self._replayable if tuple(mask.shape) == shape] or [None]
-        if first is None or not all(torch.equal(first, mask) for mask in rest):
+        masks = [mask for mask in self._replayable if tuple(mask.shape) == shape]
+        if not masks or not all(torch.equal(masks[0], mask) for mask in masks[1:]):
             raise RuntimeError(
                 "MoCa: a checkpoint around whole decoder layers is recomputed after several forward passes and does "
                 "not say which; run backward after each pass, or use the model's own gradient checkpointing"
             )
-        return first
+        return masks[0]
 
 
 def _synchronises_gradients(layer: nn.Module) -> bool:
@@ -260,26 +261,24 @@ def _may_overwrite(state: Tensor, args: tuple) -> bool:
     return state.grad_fn is not None and state.grad_fn.name() == "AddBackward0"  # the residual add saves nothing
 
 
-def _calibrated_layers(model: nn.Module) -> list[nn.Module]:
+def _calibrated_layers(model: nn.Module) -> list[Any]:
     layers = [module for module in model.modules() if "_moca" in module.__dict__]
     if not layers:
         raise ValueError("model: has no MoCa; add_moca first")
     return layers
 
 
-def _module(layer: nn.Module) -> nn.Module:
+def _module(layer: nn.Module) -> Any:
     """The layer's MoCa, inside PEFT's wrapper if it is among `modules_to_save`."""
-    module = getattr(layer, NAME)
+    module: Any = getattr(layer, NAME)
     if hasattr(module, "modules_to_save"):
         module = module.modules_to_save[module.active_adapter]
     return module
 
 
 def _hidden_size(model: nn.Module, decoder: Decoder) -> int:
-    config = getattr(unwrap(model), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     weight = getattr(decoder.norm, "weight", None)
-    size = getattr(text, "hidden_size", None) or (weight.shape[-1] if weight is not None else None)
+    size = getattr(text_config(model), "hidden_size", None) or (weight.shape[-1] if weight is not None else None)
     if size is None:
         raise ValueError("model: neither its configuration nor a final norm says the hidden size")
     return int(size)
