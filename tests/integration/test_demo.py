@@ -1,0 +1,158 @@
+"""`mir demo`: the same code path on a tiny language model, and once, slowly, on the real one."""
+
+import io
+import json
+
+import pytest
+import torch
+from integration.saved_models import save_tiny_llama
+from modality_integration import demo
+from modality_integration.cli import main
+from modality_integration.compute import Interrupted
+from modality_integration.data import InputError
+from modality_integration.demo import Options, Pictures, build, run, trainable, training_step
+from modality_integration.result import MIRResult
+from rich.console import Console
+from typer.testing import CliRunner
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("demo") / "llama")
+
+
+@pytest.fixture(scope="module")
+def finished(llama, tmp_path_factory):
+    """A whole small demo: (options, results, what was printed)."""
+    root = tmp_path_factory.mktemp("finished")
+    options = Options(out=root / "out", steps=6, samples=6, save=root / "saved", language_model=llama)
+    console = Console(file=io.StringIO(), record=True, width=120)
+    return options, run(options, console), console.export_text()
+
+
+def test_it_measures_before_during_and_after_and_writes_every_number(finished):
+    options, results, _ = finished
+    history = json.loads((options.out / "history.json").read_text())
+    assert history["steps"] == [0, 1, 2, 4, 6]
+    assert history["mir"] == [result.value for result in results]
+    assert history["per_layer"] == [result.per_layer for result in results]
+    assert len(history["loss"]) == 6
+    assert MIRResult.from_json(options.out / "mir.json").value == results[-1].value
+    assert MIRResult.from_json(options.out / "before.json").value == results[0].value
+
+
+def test_it_prints_every_layer_of_every_probe_and_draws_both_plots(finished):
+    options, results, printed = finished
+    for step, result in zip([0, 1, 2, 4, 6], results, strict=True):
+        assert f"step {step:>3}: MIR {result.value:.4f}" in printed
+        for distance in result.per_layer:
+            assert f"{distance:.4g}" in printed
+    for name in ("layers.png", "training.png"):
+        assert (options.out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_saved_model_and_probe_are_what_mir_compute_takes(finished, tmp_path):
+    _, results, printed = finished
+    command = next(line for line in printed.splitlines() if "mir compute" in line).split("mir compute ")[1]
+    words = command.replace("mir-of-saved", str(tmp_path)).split()
+    outcome = CliRunner().invoke(main, ["compute", *words, "--device", "cpu"])
+    assert outcome.exit_code == 0, outcome.output
+    again = MIRResult.from_json(tmp_path / "mir.json")
+    # Same images, prose and weights; the pairs are drawn anew, which the vision tokens, being first, do not see.
+    assert again.kept["vision"] == results[-1].kept["vision"]
+    assert [t.trace_vision / a**2 for t, a in zip(again.terms, again.alpha, strict=True)] == pytest.approx(
+        [t.trace_vision / a**2 for t, a in zip(results[-1].terms, results[-1].alpha, strict=True)], rel=1e-5
+    )
+
+
+def test_the_same_seed_gives_the_same_bits(finished, llama, tmp_path):
+    _, results, _ = finished
+    again = run(Options(out=tmp_path, steps=6, samples=6, language_model=llama), Console(quiet=True))
+    assert [result.to_json() for result in again] == [result.to_json() for result in results]
+
+
+def test_only_the_vision_side_is_trained_and_all_of_it_is(llama):
+    model, processor = build(llama)
+    decoder = {name: p.clone() for name, p in model.model.language_model.state_dict().items()}
+    before = [p.clone() for p in trainable(model)]
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    training_step(model, processor, Pictures(0).batch(4), optimizer)
+    for name, parameter in model.model.language_model.state_dict().items():
+        assert torch.equal(parameter, decoder[name]), name
+    vision = dict(model.model.vision_tower.named_parameters(prefix="tower"))
+    vision |= dict(model.model.multi_modal_projector.named_parameters(prefix="projector"))
+    still = [name for (name, p), old in zip(vision.items(), before, strict=True) if torch.equal(p, old)]
+    # Biases of attention keys cancel in the softmax; the norm after the tower is for the class token alone.
+    assert all("k_proj.bias" in name or "post_layernorm" in name for name in still), still
+
+
+def test_the_loss_counts_caption_tokens_alone(llama):
+    model, processor = build(llama)
+    seen = {}
+
+    class Loss(Exception):
+        pass
+
+    def forward(**inputs):
+        seen.update(inputs)
+        raise Loss
+
+    model.forward = forward
+    batch = Pictures(0).batch(4)
+    with pytest.raises(Loss):
+        training_step(model, processor, batch, torch.optim.SGD(trainable(model), lr=0.1))
+    for ids, labels, item in zip(seen["input_ids"], seen["labels"], batch, strict=True):
+        caption = processor.tokenizer(item.caption + processor.tokenizer.eos_token, add_special_tokens=False).input_ids
+        assert labels[labels != -100].tolist() == caption
+        assert ids[labels != -100].tolist() == caption
+
+
+def test_the_probe_holds_digits_that_training_never_sees_and_is_the_same_for_a_seed():
+    pictures = Pictures(0)
+    trained = {item.image.tobytes() for item in pictures.digits}
+    probe = [image.tobytes() for image in pictures.probe(20, 0)]
+    pictures.batch(8)
+    assert [image.tobytes() for image in pictures.probe(20, 0)] == probe
+    assert len(trained & set(probe[:10])) <= 1  # one digit is drawn twice alike in the data set itself
+    assert {item.caption for item in pictures.photographs} == set(demo.PHOTOGRAPHS.values())
+
+
+def test_ctrl_c_keeps_what_was_measured(llama, tmp_path, monkeypatch):
+    step, taken = demo.training_step, []
+
+    def interrupted(*args):
+        taken.append(0)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(demo, "training_step", interrupted)
+    with pytest.raises(Interrupted, match=r"interrupted at step 3; what was measured is in .*history.json"):
+        run(Options(out=tmp_path, steps=6, samples=4, language_model=llama), Console(quiet=True))
+    assert json.loads((tmp_path / "history.json").read_text())["steps"] == [0, 1, 2]
+
+
+def test_a_language_model_that_is_none_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no folder"):
+        run(Options(out=tmp_path, language_model=tmp_path / "nowhere"), Console(quiet=True))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        run(Options(out=tmp_path, language_model=tmp_path / "empty"), Console(quiet=True))
+
+
+@pytest.mark.slow
+def test_the_real_demo_learns_and_stays_within_its_memory(tmp_path):
+    pytest.importorskip("gguf")
+    import resource
+
+    console = Console(file=io.StringIO(), record=True, width=120)
+    results = run(Options(out=tmp_path), console)
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert len(results) == 5
+    assert len(results[0].per_layer) == 30
+    assert sum(history["loss"][-10:]) < 0.5 * sum(history["loss"][:10])
+    assert all(result.lower <= result.value <= result.upper for result in results)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 6e6  # kB
