@@ -89,7 +89,8 @@ def cuda_archs(nvcc: str) -> list[str]:
     listed = [arch for arch in re.split(r"[;,\s]+", os.environ.get("MIR_CUDA_ARCHS", DEFAULT_ARCHS)) if arch]
     if wrong := [arch for arch in listed if not arch.isdecimal()]:
         raise SystemExit(f"mir-kernels: MIR_CUDA_ARCHS takes compute capabilities such as 80;90, got {wrong}")
-    known = re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]).stdout)
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = re.findall(r"compute_(\d+)", listing)
     if skipped := [arch for arch in listed if arch not in known]:
         say(f"{nvcc} does not compile for {', '.join(skipped)}: left out")
     archs = [arch for arch in listed if arch in known]
@@ -98,8 +99,8 @@ def cuda_archs(nvcc: str) -> list[str]:
     return archs
 
 
-def run(command: list[str], **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, check=True, **options)
+def is_clang(cxx: list[str]) -> bool:
+    return "clang" in subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
 
 
 def has_openmp(cxx: list[str]) -> bool:
@@ -125,7 +126,7 @@ def write_ninja(path: Path, output: Path, cxx: list[str], nvcc: str | None, vers
     openmp = ["-fopenmp"] if has_openmp(cxx) else []
     includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     # GCC's own AVX-512 headers trip -Wmaybe-uninitialized.
-    quiet = ["-Wno-maybe-uninitialized"] if "clang" not in run([*cxx, "--version"]).stdout else []
+    quiet = [] if is_clang(cxx) else ["-Wno-maybe-uninitialized"]
     x86_64 = platform.machine() in ("x86_64", "AMD64")
     levels = X86_64_LEVELS if x86_64 else {"baseline": []}
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
