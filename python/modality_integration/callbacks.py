@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .capture import capture
-from .metric import ModalityIntegrationRate
-from .result import MIRResult
+from modality_integration.capture import capture
+from modality_integration.metric import ModalityIntegrationRate
+from modality_integration.result import MIRResult
 
 
 class MIRCallback(TrainerCallback):

@@ -9,9 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mir_kernels import _checks
-
-from .decoder import Decoder, Layers, find_decoder
-from .masks import ForwardPass, ForwardWatch, Mask, text_after_vision
+from modality_integration.decoder import Decoder, Layers, find_decoder
+from modality_integration.masks import ForwardPass, ForwardWatch, Mask, text_after_vision
 
 
 @contextmanager

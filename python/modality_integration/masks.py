@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decoder import Decoder, unwrap
+from modality_integration.decoder import Decoder, unwrap
 
 # A mask (B, T), nonzero where the role holds, or the name of the forward argument that carries one.
 Mask = Tensor | str | None

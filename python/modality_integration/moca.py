@@ -18,9 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mir_kernels.moca import MoCa
-
-from .decoder import Decoder, Layers, find_decoder, parameter_device, text_config
-from .masks import ForwardPass, ForwardWatch
+from modality_integration.decoder import Decoder, Layers, find_decoder, parameter_device, text_config
+from modality_integration.masks import ForwardPass, ForwardWatch
 
 # The submodule's name on each decoder layer and the checkpoint keys are those of the published checkpoints.
 NAME = "modality_layernorm"
