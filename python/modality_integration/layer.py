@@ -46,6 +46,15 @@ class Options(NamedTuple):
     hold: int | None = None
     backend: str | None = None
 
+    def checked(self) -> Options:
+        """Itself, once every option is one that exists."""
+        _checks.choice("outliers", self.outliers, OUTLIERS)
+        _checks.choice("precision", self.precision, ("fast", "auto", "exact"))
+        _checks.choice("sqrt_precision", self.sqrt_precision, ("bfloat16", "float32", "float64"))
+        if self.hold is not None and self.hold < 2:
+            raise ValueError(f"hold: takes 2 rows or more, got {self.hold}")
+        return self
+
 
 def layer_result(vision: Tensor, text: Tensor, layer: int, options: Options) -> LayerResult:
     """One layer of `mir`: features (n, d) and (m, d) to its share of the result; `layer` (1..K) is for messages."""
@@ -121,12 +130,14 @@ class LayerStream:
         decisions = {m: self.tokens[m].decide() for m in MODALITIES}
         sides: dict[str, Counted] = {}
         for modality, decision in decisions.items():
+            require_tokens(decision.kept, layer, f"{modality} within the outlier limits")
+            rows = decision.rows.to(self.device)
             if self.tokens[modality].all_held:
-                sides[modality] = CountedFeatures(decision.rows)
+                sides[modality] = CountedFeatures(rows)
             else:
                 counted = self.accumulator("exact")
                 counted.load_state_dict(self.moments[modality].state_dict())
-                counted.update(decision.rows)
+                counted.update(rows)
                 sides[modality] = Counted(counted)
         notes = [
             f"layer {layer}, {modality}: {decision.missed} tokens beyond the final 3-sigma limits had already been "
@@ -279,7 +290,8 @@ def require_finite(norms: Tensor, layer: int, modality: str, where: Callable[[in
     bad = (~torch.isfinite(norms)).nonzero()
     if len(bad):
         raise ValueError(
-            f"layer {layer}: {modality} token {where(int(bad[0]))} is not finite (its norm is {norms[bad[0]].item()})"
+            f"layer {layer}: {modality} token {where(int(bad[0]))} is not finite: "
+            f"its norm in float32 is {norms[bad[0]].item()}"
         )
 
 

@@ -19,7 +19,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from mir_kernels import _checks
 from mir_kernels.moments import token_norms
-from modality_integration.layer import OUTLIERS, LayerStream, Options, assemble, layer_result, require_finite
+from modality_integration.layer import LayerStream, Options, assemble, layer_result, require_finite
 from modality_integration.outliers import three_sigma
 from modality_integration.result import MODALITIES, MIRResult
 from modality_integration.sync import gathered
@@ -49,7 +49,7 @@ def mir(
     float64 throughout. backend: of the kernels.
     Raises ValueError or TypeError that names the layer, the modality and, where one token is at fault, its index.
     """
-    options = _options(outliers, normalize, bounds, sqrt_precision=sqrt_precision, backend=backend)
+    options = Options(outliers, normalize, bounds, "exact", sqrt_precision, backend=backend).checked()
     vision, text = _layers("vision", vision), _layers("text", text)
     if len(vision) != len(text):
         raise ValueError(f"vision and text: take as many layers each, got {len(vision)} and {len(text)}")
@@ -100,10 +100,7 @@ class ModalityIntegrationRate(Metric):
                 'outliers: "median" takes the column medians of all tokens, which one pass cannot have; use mir() with '
                 'the features in memory, or "remove" (the paper\'s rule) here'
             )
-        _checks.choice("precision", precision, ("fast", "auto", "exact"))
-        if hold is not None and hold < 2:
-            raise ValueError(f"hold: takes 2 rows or more, got {hold}")
-        self.options = _options(outliers, normalize, bounds, precision, sqrt_precision, hold, backend)
+        self.options = Options(outliers, normalize, bounds, precision, sqrt_precision, hold, backend).checked()
         self._streams: list[LayerStream] = []
         self._limits: list[dict] | None = None
 
@@ -346,20 +343,6 @@ class ModalityIntegrationRate(Metric):
             if device != stream.device:
                 stream.to(device)
         return this
-
-
-def _options(
-    outliers: str,
-    normalize: bool,
-    bounds: bool,
-    precision: str = "exact",
-    sqrt_precision: str = "float64",
-    hold: int | None = None,
-    backend: str | None = None,
-) -> Options:
-    _checks.choice("outliers", outliers, OUTLIERS)
-    _checks.choice("sqrt_precision", sqrt_precision, ("bfloat16", "float32", "float64"))
-    return Options(outliers, bool(normalize), bool(bounds), precision, sqrt_precision, hold, backend)
 
 
 def _layers(name: str, value: Sequence[Tensor]) -> Sequence[Tensor]:

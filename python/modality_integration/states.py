@@ -62,9 +62,7 @@ def mir_of_states(
     device: where the arithmetic runs. progress(layer, layers) is called before each layer, 1..K.
     Raises ValueError that names the file, the layer and, where one token is at fault, its index.
     """
-    options = Options(outliers, normalize, bounds, precision, sqrt_precision, hold, backend)
-    _checks.choice("outliers", outliers, ("remove", "median", "none"))
-    _checks.choice("precision", precision, ("fast", "auto", "exact"))
+    options = Options(outliers, normalize, bounds, precision, sqrt_precision, hold, backend).checked()
     if not paths:
         raise ValueError("paths: takes at least one file, got none")
     states = [_States(Path(path)) for path in paths]
