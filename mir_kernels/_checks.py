@@ -88,4 +88,10 @@ def symmetric(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: takes symmetric matrices, got |a - a^T| of {worst:.2g} of the largest entry")
     lowest = x.diagonal(dim1=-2, dim2=-1).amin(-1)
     if bool((lowest < -allowed * largest).any()):
-        raise ValueError(f"{name}: takes positive semi-definite matrices, got {float(lowest.amin()):.3g} on the diagonal")
+        raise ValueError(f"{name}: takes positive semi-definite matrices, got a diagonal entry {float(lowest.amin()):.3g}")
+    deviation = x.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
+    limit = (1 + allowed) * deviation[..., :, None] * deviation[..., None, :] + allowed * largest[..., None, None]
+    if bool((x.abs() > limit).any()):
+        raise ValueError(
+            f"{name}: takes positive semi-definite matrices, got a covariance above the product of its two deviations"
+        )

@@ -125,8 +125,11 @@ def trace_sqrt_report(a: Tensor, b: Tensor, *, precision: str = "float32", backe
 def trace_sqrt_from_features(
     x: Tensor, y: Tensor, *, precision: str = "float32", bounds: bool = False
 ) -> Tensor | TraceSqrt:
-    """Tr((SxSy)^(1/2)) of the ddof-1 covariances of the rows of x (n, d) and y (m, d), without forming a covariance
-    that has more columns than rows: the singular values of Xc Yc^T / sqrt((n-1)(m-1)), exact to rounding.
+    """Tr((Sx Sy)^(1/2)) of the covariances (ddof 1) of the rows of x (n, d) and y (m, d), n, m >= 2, in float64.
+
+    The singular values of Xc Yc^T / sqrt((n-1)(m-1)), exact to rounding, where one of them has no more rows than
+    columns; otherwise `trace_sqrt_product` of the two covariances, and then bounds are those of the covariances as
+    rounded to float64. The features need not be centred. A scalar, or `TraceSqrt` with `bounds`.
     """
     _checks.tokens("x", x)
     _checks.tokens("y", y)
@@ -171,7 +174,13 @@ def frechet_distance(
     bounds: bool = False,
     backend: str | None = None,
 ) -> Tensor | FrechetDistance:
-    """|mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), Eq. 3 of the MIR paper. Never negative."""
+    """|mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), the distance of Eq. 3 of the MIR paper.
+
+    mean_x, mean_y: (..., d).  cov_x, cov_y: (..., d, d).  precision, bounds, backend and errors as for
+    `trace_sqrt_product`; the error of the root is relative to the root, so where the distance is far smaller than the
+    traces it holds fewer digits: `bounds=True` returns `FrechetDistance(value, lower, upper)` and says how many.
+    Never negative, and zero for equal Gaussians. float64, of the batch's shape, without gradient.
+    """
     for name, mean, cov in (("mean_x", mean_x, cov_x), ("mean_y", mean_y, cov_y)):
         _checks.tokens(name, mean)
         _checks.finite(name, mean)
@@ -179,6 +188,9 @@ def frechet_distance(
             raise ValueError(f"{name}: takes shape {tuple(cov.shape[:-1])}, got {tuple(mean.shape)}")
     _check_pair("cov_x", cov_x, "cov_y", cov_y)
     root = trace_sqrt_product(cov_x, cov_y, precision=precision, bounds=bounds, backend=backend)
+    if not bounds:
+        # (AA)^(1/2) = A: equal covariances are at no distance in any precision.
+        root = torch.where((cov_x == cov_y).all(-1).all(-1), _trace(cov_x), root)
     rest = (mean_x.double() - mean_y.double()).square().sum(-1) + _trace(cov_x) + _trace(cov_y)
     if not bounds:
         return (rest - 2 * root).clamp(min=0.0)

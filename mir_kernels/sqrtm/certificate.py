@@ -158,7 +158,8 @@ def nuclear_lower(n: Tensor, witness: Witness) -> Tensor:
     u = witness.u
     inner = (u * n).sum(-1).sum(-1)
     inner = inner - gamma(m + k + 2) * frobenius(u) * frobenius(n) * (1 + gamma(4 * m * k))
-    return inner.clamp(min=0.0) / spectral_norm_bound(u) * (1 - 8 * UNIT)
+    norm = spectral_norm_bound(u)
+    return torch.where(norm > 0, inner.clamp(min=0.0) / norm, 0.0) * (1 - 8 * UNIT)
 
 
 def nuclear_upper(n: Tensor, witness: Witness) -> Tensor:

@@ -50,16 +50,15 @@ def minimax(low: float, high: float) -> tuple[Step, float]:
         step = (SCHULZ[0] * scale, SCHULZ[1] * scale**3, SCHULZ[2] * scale**5)
         return step, max(abs(1 - evaluate(step, x)) for x in (low, high))
     q, r = (3 * low + high) / 4, (low + 3 * high) / 4
-    error = previous = 2.0
-    for _ in range(200):
-        a, b, c, error = _solve([[x, x**3, x**5, sign] for x, sign in ((low, 1), (q, -1), (r, 1), (high, -1))])
-        if abs(error - previous) < 1e-15:
-            break
-        previous = error
+    for _ in range(100):
+        a, b, c, _ = _solve([[x, x**3, x**5, sign] for x, sign in ((low, 1), (q, -1), (r, 1), (high, -1))])
         # a + 3b x^2 + 5c x^4 = 0
         root = sqrt(max(9 * b * b - 20 * a * c, 0.0))
-        q, r = sqrt((-3 * b - root) / (10 * c)), sqrt((-3 * b + root) / (10 * c))
-    return (a, b, c), abs(error)
+        before, (q, r) = (q, r), (sqrt((-3 * b - root) / (10 * c)), sqrt((-3 * b + root) / (10 * c)))
+        # The error itself hardly moves when it is close to 1: its places say whether the exchange has settled.
+        if abs(q - before[0]) + abs(r - before[1]) < 1e-14 * high:
+            break
+    return (a, b, c), max(abs(1 - evaluate((a, b, c), x)) for x in (low, q, r, high))
 
 
 def evaluate(step: Step, x: float) -> float:

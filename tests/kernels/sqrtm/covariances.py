@@ -64,20 +64,20 @@ def covariance(kind: str, d: int, seed: int) -> Tensor:
 
 
 def truth(a: Tensor, b: Tensor) -> Tensor:
-    """Tr((AB)^(1/2)): singular values of A^(1/2) B^(1/2), the roots by eigenvectors, rounding left out; float64."""
-    return torch.linalg.svdvals(root(a) @ root(b)).sum()
+    """Tr((AB)^(1/2)) as the singular values of Ca^T Cb, the factors by eigenvectors, rounding left out; float64."""
+    return torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
 
 
-def root(a: Tensor) -> Tensor:
-    """A^(1/2) by the eigenvectors of A scaled to a unit diagonal, as a factor C with C C^T = A."""
+def _factor(a: Tensor) -> Tensor:
+    """C with C C^T = A from the eigenvectors of A scaled to a unit diagonal."""
     scale = a.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     values, vectors = torch.linalg.eigh(inverse[:, None] * a * inverse)
     values = torch.where(values > 1e-14 * values[-1] * a.shape[0], values, 0.0)
-    return (scale[:, None] * vectors * values.sqrt()).T
+    return scale[:, None] * vectors * values.sqrt()
 
 
-def mpmath_truth(a: Tensor, b: Tensor, digits: int = 60) -> mpmath.mpf:
+def mpmath_truth(a: Tensor, b: Tensor, digits: int = 45) -> mpmath.mpf:
     """Tr((A+ B+)^(1/2)) of the positive parts, in `digits` digits, from the float64 entries as they are."""
     with mpmath.workdps(digits):
         ra = _mp_root(a)

@@ -1,0 +1,283 @@
+"""Newton-Schulz in Triton: symmetric products at half the work, the fused step, and small batches in one launch.
+
+A batch is one launch: the matrix index is part of the grid and every offset is 64 bits wide. Products are accumulated
+in float32; a float32 product is three tf32 ones where the hardware has them, never one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mir_kernels import _triton
+from mir_kernels._triton import INTERPRET, cast
+from mir_kernels.sqrtm import eager
+from mir_kernels.sqrtm.coefficients import Step
+
+ALIGN = 16  # rows are padded with zeros to a multiple of this: 16-byte loads, and zero columns stay zero
+
+
+class Blocks(NamedTuple):
+    """One architecture's tiles.
+
+    tile, step: edge of an output tile and depth of one product.  warps, stages: of the tiled kernels.
+    small: {edge: warps} of the kernels that keep a whole matrix of that size in registers and shared memory.
+    float32: how float32 products are made.
+    """
+
+    tile: int
+    step: int
+    warps: int
+    stages: int
+    small: dict[int, int]
+    float32: str
+
+
+TABLE = {
+    torch.bfloat16: {
+        "sm_80": Blocks(128, 32, 8, 3, {16: 1, 32: 2, 64: 4, 128: 16}, "ieee"),
+        "sm_90": Blocks(128, 64, 8, 3, {16: 1, 32: 2, 64: 4, 128: 16}, "ieee"),
+        "sm_100": Blocks(128, 64, 8, 3, {16: 1, 32: 2, 64: 4, 128: 16}, "ieee"),
+        "gfx942": Blocks(128, 32, 8, 2, {16: 1, 32: 2, 64: 4, 128: 8}, "ieee"),
+        "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1, 64: 1, 128: 1}, "ieee"),
+    },
+    torch.float32: {
+        "sm_80": Blocks(64, 32, 4, 3, {16: 1, 32: 4, 64: 8}, "tf32x3"),
+        "sm_90": Blocks(64, 32, 4, 3, {16: 1, 32: 4, 64: 8}, "tf32x3"),
+        "sm_100": Blocks(64, 32, 4, 3, {16: 1, 32: 4, 64: 8}, "tf32x3"),
+        "gfx942": Blocks(64, 32, 4, 2, {16: 1, 32: 4, 64: 8}, "ieee"),
+        "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1, 64: 1}, "ieee"),
+    },
+}
+
+
+def polar(m: Tensor, precision: str, *, iterations: int | None = None, lower: float | None = None) -> Tensor:
+    """The orthogonal polar factor of (batch, m, n), m >= n, in bfloat16 or float32; see `eager.polar`."""
+    dtype = eager.DTYPES[precision]
+    steps = eager.steps_for(precision, iterations, lower)
+    x = eager.normalize(m, dtype).contiguous()
+    if _edge(x) in _triton.row(TABLE[dtype], m.device).small:
+        return small_polar(x, steps)
+    rows, cols = x.shape[-2:]
+    x = torch.nn.functional.pad(x, (0, -cols % ALIGN, 0, -rows % ALIGN))
+    for coefficients in steps:
+        x = polynomial_step(x, coefficients)
+    return x[..., :rows, :cols]
+
+
+def small_polar(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """Every step for every normalized matrix of x (batch, m, n) in one launch, a program a matrix."""
+    batch, rows, cols = x.shape
+    blocks = _triton.row(TABLE[x.dtype], x.device)
+    edge = _edge(x)
+    table = torch.tensor(steps, dtype=torch.float32).to(x.device)
+    out = torch.empty_like(x)
+    if batch:
+        with _triton.on(x.device):
+            kernel = _small_polar_fwd if edge <= 64 else _middling_polar_fwd
+            kernel[(batch,)](
+                *(x, out, table, len(steps), rows, cols, x.stride(0)),
+                EDGE=edge, FLOAT32=blocks.float32, num_warps=blocks.small[edge], num_stages=1, **_triton.LAUNCH,
+            )  # fmt: skip
+    return out
+
+
+def polynomial_step(x: Tensor, coefficients: Step) -> Tensor:
+    """a X + X (b G + c G^2), G = X^T X, for contiguous (batch, m, n): two symmetric products and one full one."""
+    a, b, c = coefficients
+    g = symmetric_product(x, transposed=True)
+    z = symmetric_product(g, transposed=False, add=g, alpha=c, beta=b)
+    return product(x, z, beta=a)
+
+
+def symmetric_product(
+    x: Tensor, *, transposed: bool, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """alpha X X^T + beta add (X^T X where `transposed`) for contiguous (batch, m, n); `add` is symmetric.
+
+    Only the tiles on and below the diagonal are computed; those below are stored twice, once mirrored.
+    """
+    batch, rows, cols = x.shape
+    size, depth = (cols, rows) if transposed else (rows, cols)
+    out = torch.empty(batch, size, size, dtype=x.dtype, device=x.device)
+    blocks = _triton.row(TABLE[x.dtype], x.device)
+    tiles = triton.cdiv(size, blocks.tile)
+    if batch:
+        with _triton.on(x.device):
+            _symmetric_product_fwd[(batch * (tiles * (tiles + 1) // 2),)](
+                *(x, out if add is None else add, out, alpha, beta, size, depth, rows * cols),
+                *((1, cols) if transposed else (cols, 1)),
+                HAS_ADD=add is not None, FLOAT32=blocks.float32, TILE=blocks.tile, STEP=blocks.step,
+                num_warps=blocks.warps, num_stages=blocks.stages, **_triton.LAUNCH,
+            )  # fmt: skip
+    return out
+
+
+def product(x: Tensor, z: Tensor, *, beta: float) -> Tensor:
+    """X Z + beta X for contiguous (batch, m, n) and symmetric (batch, n, n), rounded once."""
+    batch, rows, cols = x.shape
+    out = torch.empty_like(x)
+    blocks = _triton.row(TABLE[x.dtype], x.device)
+    tiles = triton.cdiv(rows, blocks.tile) * triton.cdiv(cols, blocks.tile)
+    if batch:
+        with _triton.on(x.device):
+            _product_fwd[(batch * tiles,)](
+                *(x, z, out, beta, rows, cols),
+                FLOAT32=blocks.float32, TILE=blocks.tile, STEP=blocks.step,
+                num_warps=blocks.warps, num_stages=blocks.stages, **_triton.LAUNCH,
+            )  # fmt: skip
+    return out
+
+
+def _edge(x: Tensor) -> int:
+    return max(16, triton.next_power_of_2(max(x.shape[-2:])))
+
+
+@triton.jit
+def _dot(x, y, acc, FLOAT32: tl.constexpr):
+    # The interpreter multiplies bfloat16 wrongly; products of bfloat16 are exact in float32 anyway.
+    if INTERPRET:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(x, y, acc, input_precision=FLOAT32)
+
+
+@triton.jit
+def _small_polar_fwd(
+    p_x, p_out, p_steps, steps, rows, cols, stride,
+    EDGE: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.arange(0, EDGE)[:, None]
+    o_n = tl.arange(0, EDGE)[None, :]
+    inside = (o_m < rows) & (o_n < cols)
+    offsets = tl.program_id(0).to(tl.int64) * stride + o_m * cols + o_n
+    x = tl.load(p_x + offsets, mask=inside, other=0.0)  # [EDGE, EDGE]
+    dtype: tl.constexpr = x.dtype
+    zero = tl.zeros((EDGE, EDGE), dtype=tl.float32)
+    for s in range(steps):
+        a = tl.load(p_steps + 3 * s)
+        b = tl.load(p_steps + 3 * s + 1)
+        c = tl.load(p_steps + 3 * s + 2)
+        g = cast(_dot(tl.trans(x), x, zero, FLOAT32), dtype)
+        z = cast(c * _dot(g, g, zero, FLOAT32) + b * g.to(tl.float32), dtype)
+        x = cast(_dot(x, z, a * x.to(tl.float32), FLOAT32), dtype)
+    tl.store(p_out + offsets, x, mask=inside)
+
+
+@triton.jit
+def _middling_polar_fwd(
+    p_x, p_out, p_steps, steps, rows, cols, stride,
+    EDGE: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    # Four quarters: of the symmetric G and Z only three are made, and no accumulator is wider than HALF.
+    HALF: tl.constexpr = EDGE // 2
+    o_m = tl.arange(0, HALF)[:, None]
+    o_n = tl.arange(0, HALF)[None, :]
+    base = tl.program_id(0).to(tl.int64) * stride
+    top = base + o_m * cols + o_n
+    low = top + HALF * cols
+    in_m, in_n, in_m2, in_n2 = o_m < rows, o_n < cols, o_m + HALF < rows, o_n + HALF < cols
+    x00 = tl.load(p_x + top, mask=in_m & in_n, other=0.0)  # [HALF, HALF]
+    x01 = tl.load(p_x + top + HALF, mask=in_m & in_n2, other=0.0)
+    x10 = tl.load(p_x + low, mask=in_m2 & in_n, other=0.0)
+    x11 = tl.load(p_x + low + HALF, mask=in_m2 & in_n2, other=0.0)
+    dtype: tl.constexpr = x00.dtype
+    zero = tl.zeros((HALF, HALF), dtype=tl.float32)
+    for s in range(steps):
+        a = tl.load(p_steps + 3 * s)
+        b = tl.load(p_steps + 3 * s + 1)
+        c = tl.load(p_steps + 3 * s + 2)
+        g00 = cast(_dot(tl.trans(x10), x10, _dot(tl.trans(x00), x00, zero, FLOAT32), FLOAT32), dtype)
+        g10 = cast(_dot(tl.trans(x11), x10, _dot(tl.trans(x01), x00, zero, FLOAT32), FLOAT32), dtype)
+        g11 = cast(_dot(tl.trans(x11), x11, _dot(tl.trans(x01), x01, zero, FLOAT32), FLOAT32), dtype)
+        square = _dot(tl.trans(g10), g10, _dot(g00, g00, zero, FLOAT32), FLOAT32)
+        z00 = cast(c * square + b * g00.to(tl.float32), dtype)
+        square = _dot(g11, g10, _dot(g10, g00, zero, FLOAT32), FLOAT32)
+        z10 = cast(c * square + b * g10.to(tl.float32), dtype)
+        square = _dot(g11, g11, _dot(g10, tl.trans(g10), zero, FLOAT32), FLOAT32)
+        z11 = cast(c * square + b * g11.to(tl.float32), dtype)
+        z01 = tl.trans(z10)
+        new = cast(_dot(x01, z10, _dot(x00, z00, a * x00.to(tl.float32), FLOAT32), FLOAT32), dtype)
+        x01 = cast(_dot(x01, z11, _dot(x00, z01, a * x01.to(tl.float32), FLOAT32), FLOAT32), dtype)
+        x00 = new
+        new = cast(_dot(x11, z10, _dot(x10, z00, a * x10.to(tl.float32), FLOAT32), FLOAT32), dtype)
+        x11 = cast(_dot(x11, z11, _dot(x10, z01, a * x11.to(tl.float32), FLOAT32), FLOAT32), dtype)
+        x10 = new
+    tl.store(p_out + top, x00, mask=in_m & in_n)
+    tl.store(p_out + top + HALF, x01, mask=in_m & in_n2)
+    tl.store(p_out + low, x10, mask=in_m2 & in_n)
+    tl.store(p_out + low + HALF, x11, mask=in_m2 & in_n2)
+
+
+@triton.jit(do_not_specialize=["alpha", "beta"])
+def _symmetric_product_fwd(
+    p_x, p_add, p_out, alpha, beta, size, depth, matrix, stride_size, stride_depth,
+    HAS_ADD: tl.constexpr, FLOAT32: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(size, TILE)
+    triangle = tiles * (tiles + 1) // 2
+    batch = (tl.program_id(0) // triangle).to(tl.int64)
+    t = tl.program_id(0) % triangle
+    # Tile t of the lower triangle, row by row; the root may be off by one, never by two, below 2^23 tiles.
+    i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+    j = t - i * (i + 1) // 2
+    o_i = i * TILE + tl.arange(0, TILE)
+    o_j = j * TILE + tl.arange(0, TILE)
+    o_k = tl.arange(0, STEP)
+    p_x += batch * matrix
+    p_i = p_x + o_i[:, None].to(tl.int64) * stride_size + o_k[None, :].to(tl.int64) * stride_depth  # [TILE, STEP]
+    p_j = p_x + o_j[None, :].to(tl.int64) * stride_size + o_k[:, None].to(tl.int64) * stride_depth  # [STEP, TILE]
+    acc = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for k in range(0, depth, STEP):
+        left = depth - k
+        b_i = tl.load(p_i, mask=(o_i[:, None] < size) & (o_k[None, :] < left), other=0.0)
+        b_j = tl.load(p_j, mask=(o_j[None, :] < size) & (o_k[:, None] < left), other=0.0)
+        acc = _dot(b_i, b_j, acc, FLOAT32)
+        p_i += STEP * stride_depth
+        p_j += STEP * stride_depth
+    acc = acc * alpha
+    base = batch * size * size
+    inside = (o_i[:, None] < size) & (o_j[None, :] < size)
+    offsets = base + o_i[:, None].to(tl.int64) * size + o_j[None, :]
+    if HAS_ADD:
+        acc += beta * tl.load(p_add + offsets, mask=inside, other=0.0).to(tl.float32)
+    out = cast(acc, p_out.dtype.element_ty)
+    tl.store(p_out + offsets, out, mask=inside)
+    if i != j:
+        mirrored = base + o_j[:, None].to(tl.int64) * size + o_i[None, :]
+        tl.store(p_out + mirrored, tl.trans(out), mask=(o_j[:, None] < size) & (o_i[None, :] < size))
+
+
+@triton.jit(do_not_specialize=["beta"])
+def _product_fwd(
+    p_x, p_z, p_out, beta, rows, cols,
+    FLOAT32: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(cols, TILE)
+    tiles = tl.cdiv(rows, TILE) * across
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    t = tl.program_id(0) % tiles
+    o_m = (t // across) * TILE + tl.arange(0, TILE)
+    o_n = (t % across) * TILE + tl.arange(0, TILE)
+    o_k = tl.arange(0, STEP)
+    p_x += batch * rows * cols
+    p_a = p_x + o_m[:, None].to(tl.int64) * cols + o_k[None, :]  # [TILE, STEP]
+    # Z is symmetric: column n of it is its row n, read along memory.
+    p_b = p_z + batch * cols * cols + o_k[:, None].to(tl.int64) * cols + o_n[None, :]  # [STEP, TILE]
+    acc = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for k in range(0, cols, STEP):
+        left = cols - k
+        b_a = tl.load(p_a, mask=(o_m[:, None] < rows) & (o_k[None, :] < left), other=0.0)
+        b_b = tl.load(p_b, mask=(o_k[:, None] < left) & (o_n[None, :] < cols), other=0.0)
+        acc = _dot(b_a, b_b, acc, FLOAT32)
+        p_a += STEP
+        p_b += STEP * cols
+    inside = (o_m[:, None] < rows) & (o_n[None, :] < cols)
+    offsets = o_m[:, None].to(tl.int64) * cols + o_n[None, :]
+    acc += beta * tl.load(p_x + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(p_out + batch * rows * cols + offsets, cast(acc, p_out.dtype.element_ty), mask=inside)
