@@ -20,7 +20,8 @@ OPERATIONS = (TOKEN_NORMS, STREAMING_MOMENTS)
 def token_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
     """The l2 norms ||x_t|| of tokens x `(..., d)`, f32/bf16/f16/f64, as float32 `(...)`.
 
-    No finite f16/bf16/f32 token overflows on the way; a norm beyond float32 is infinite. Any strides. Not differentiable.
+    No finite f16/bf16/f32 token overflows on the way; a norm beyond float32 is infinite. Any strides; not
+    differentiable.
     """
     _checks.tokens("x", x)
     name = TOKEN_NORMS.choose(backend, x.device)

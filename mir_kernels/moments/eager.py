@@ -14,7 +14,7 @@ CHUNK = 256  # rows shifted at a time: a chunk's two passes stay in the cache
 
 
 def token_norms(x: Tensor) -> Tensor:
-    """l2 norms over the last axis, float32; squared and added in float64, so that no finite input overflows on the way."""
+    """l2 norms over the last axis, float32; squared and added in float64, so that nothing overflows on the way."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).float()
 
 
@@ -55,7 +55,7 @@ def _shifted(x: Tensor, mask: Tensor | None, shift: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _float32_products_in_float32() -> Iterator[None]:
-    """Whatever the process has set, torch.mm multiplies float32 in float32 here: no autocast, no tf32, no bf16 passes."""
+    """torch.mm multiplies float32 in float32 here, whatever the process has set: no autocast, tf32 or bf16 passes."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
             before = torch.get_float32_matmul_precision()

@@ -1,4 +1,4 @@
-"""The packed lower triangle that the second moment is stored in: panels of PANEL rows, each cut off at its diagonal block.
+"""The packed lower triangle of the second moment: panels of PANEL rows, each cut off at its diagonal block.
 
 Panel p holds rows pP..(p+1)P-1 and columns 0..(p+1)P-1, row by row, one panel after the other: P^2 p(p+1)/2 entries lie
 before it. That is d^2/2 + dP/2 entries in place of d^2, every panel a plain matrix that a product can be written to.

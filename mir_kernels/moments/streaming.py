@@ -24,14 +24,15 @@ SAMPLE = 512
 class StreamingMoments:
     """Mean and covariance of tokens in one pass: mu = sum x_t / n, C = sum (x_t - mu)(x_t - mu)^T / (n - ddof).
 
-    Blocks of rows are shifted by a vector near their mean, multiplied, and joined by the rule of Chan, Golub and LeVeque
-    (Updating formulae and a pairwise algorithm for computing sample variances, 1979), which is exact algebra for any
-    split and order. Small updates are gathered until a product pays; reading a property folds them in.
+    Blocks of rows are shifted by a vector near their mean, multiplied, and joined by the rule of Chan, Golub and
+    LeVeque (Updating formulae and a pairwise algorithm for computing sample variances, 1979), which is exact algebra
+    for any split and order. Small updates are gathered until a product pays; reading a property folds them in.
 
     hidden_size: d. device: where the tokens are and the state lies.
     precision: "auto": every covariance entry is within 1e-5 of sigma_i sigma_j whatever the mean, with products in
     float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 1e18. "exact": products in
-    float64. "fast": one low-precision pass on CUDA (its error grows with the square of mean / deviation), "auto" on CPU.
+    float64. "fast": one low-precision pass by Triton, whose error grows with the square of mean / deviation; "auto"
+    elsewhere.
     backend: "triton" or "eager" (`mir_kernels.backends()`), or "reference".
 
     A refused update leaves the state as it was. Non-finite tokens are not looked for: they make the results non-finite.
@@ -72,7 +73,7 @@ class StreamingMoments:
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Adds the tokens of x `(..., d)`, f32/bf16/f16/f64, any strides; where a mask `(...)` (bool or uint8) is nonzero.
+        """Adds the tokens x `(..., d)`, f32/bf16/f16/f64, any strides, where mask `(...)`, bool or uint8, is nonzero.
 
         On CUDA nothing waits for the device.
         """
@@ -271,7 +272,7 @@ class StreamingMoments:
                 self._fold_pending()
 
     def _gather_on_device(self, rows: Tensor, keep: Tensor | None) -> None:
-        """The same without asking how many rows a mask keeps: they are moved together, and only the device counts them."""
+        """The same without asking how many rows a mask keeps: only the device moves and counts them."""
         size = self._rows()
         if keep is None and rows.shape[0] >= size:
             for part in rows.split(size):
@@ -309,7 +310,7 @@ class StreamingMoments:
         added = torch.full_like(self._count, x.shape[0]) if mask is None else mask.sum()
         n, total = self._count.double(), (self._count + added).double()
         centre = self._centre(x, mask, added)
-        shift, sums = self._implementation().accumulate(
+        shift, sums = self._implementation(x.dtype).accumulate(
             self._second, x, mask, centre, self._owed, self._weights, self.precision
         )
         a = self._mean - shift
@@ -345,8 +346,9 @@ class StreamingMoments:
         self._owed.zero_()
         self._weights.zero_()
 
-    def _implementation(self) -> ModuleType:
-        if self.backend == "triton" and self.precision != "exact":
+    def _implementation(self, dtype: torch.dtype) -> ModuleType:
+        # Products in float64 are BLAS's, whatever the backend.
+        if self.backend == "triton" and self.precision != "exact" and dtype != torch.float64:
             from mir_kernels.moments import triton
 
             return triton

@@ -1,0 +1,84 @@
+"""The moments' Triton kernels compiled ahead of time as they are launched: tensor cores, no spills, wide accesses."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import aot
+
+from mir_kernels.moments import packed
+from mir_kernels.moments import triton as kernels
+
+TENSOR_CORE = {"sm_80": "mma.sync.aligned", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma_f32"}
+
+
+def empty(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def products(target, dtype, d=4096, rows=4096, precision="auto", masked=True):
+    """The launches of one block update on (rows, d)."""
+    second, centre = empty(packed.entries(d), dtype=torch.float64), empty(d, dtype=torch.float64)
+    vectors, weights = empty(2, d, dtype=torch.float64), empty(2, dtype=torch.float64)
+    x, mask = empty(rows, d, dtype=dtype), empty(rows, dtype=torch.bool) if masked else None
+    return aot.record(kernels.accumulate, second, x, mask, centre, vectors, weights, precision, target=target)
+
+
+def norms(target, dtype, d=4096, rows=4096):
+    (launch,) = aot.record(kernels.token_norms, empty(rows, d, dtype=dtype), target=target)
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        *((target, torch.bfloat16) for target in aot.TARGETS),
+        ("sm_90", torch.float16),
+        *((target, torch.float32) for target in ("sm_80", "sm_90")),
+        *(pytest.param(t, torch.float16, marks=pytest.mark.slow) for t in ("sm_80", "sm_100", "gfx942")),
+        *(pytest.param(t, torch.float32, marks=pytest.mark.slow) for t in ("sm_100", "gfx942")),
+    ],
+    ids=str,
+)
+def test_products_run_on_tensor_cores_without_spills(target, dtype):
+    launches = products(target, dtype)
+    assert [launch.keywords["SHIFTED"] for launch in launches] == ([True] if dtype == torch.float32 else [False, True])
+    for launch in launches:
+        binary = aot.compile_launch(target, launch)
+        assert TENSOR_CORE[target] in binary.asm
+        assert binary.spills == 0, f"{binary.spills} bytes of spills with {binary.registers} registers"
+        assert 16 in binary.loads
+        assert 16 in binary.stores
+
+
+def test_a_fast_product_is_one_launch_of_bfloat16_as_it_is():
+    (launch,) = products("sm_90", torch.bfloat16, precision="fast", masked=False)
+    binary = aot.compile_launch("sm_90", launch)
+    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in binary.asm
+    assert binary.spills == 0
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_norms_read_rows_in_16_byte_accesses_without_spills(target):
+    for d in (4096, 8192):
+        binary = aot.compile_launch(target, norms(target, torch.bfloat16, d))
+        assert binary.spills == 0
+        assert set(binary.loads) == {16}
+
+
+def test_a_new_token_count_compiles_nothing():
+    def keys(launches):
+        found = []
+        for launch in launches:
+            fixed = {p.name for p in launch.kernel.params if p.do_not_specialize}
+            values = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+            runtime = {n: (v == 1, v % 16 == 0) for n, v in values if isinstance(v, int) and n not in fixed}
+            found.append((launch.kernel.__name__, runtime, launch.keywords))
+        return found
+
+    for d in (576, 4096, 5001):
+        for make in (products, lambda *args, **kwargs: [norms(*args, **kwargs)]):
+            base = keys(make("sm_90", torch.bfloat16, d))
+            for rows in (1, 2, 16, 577, 4096):
+                assert keys(make("sm_90", torch.bfloat16, d, rows=rows)) == base

@@ -1,0 +1,128 @@
+"""The Triton kernels of the moments on a GPU, or in Triton's interpreter (test_interpreted.py starts that process)."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tolerances import assert_close
+
+from mir_kernels.moments import StreamingMoments, packed, reference, streaming, token_norms
+from mir_kernels.moments import triton as kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(1, 1), (33, 37), (70, 131)] if INTERPRETED else [(1, 1), (33, 37), (70, 131), (3001, 520), (5000, 1111)]
+
+
+def product(x, mask=None, precision="auto", centre=None, second=None, vectors=None, weights=None):
+    """What the launcher adds to a triangle of zeros, as a square matrix; and the shift and the column sums."""
+    d = x.shape[1]
+    second = torch.zeros(packed.entries(d), dtype=torch.float64, device=DEVICE) if second is None else second
+    centre = torch.zeros(d, dtype=torch.float64, device=DEVICE) if centre is None else centre
+    vectors = torch.zeros(2, d, dtype=torch.float64, device=DEVICE) if vectors is None else vectors
+    weights = torch.zeros(2, dtype=torch.float64, device=DEVICE) if weights is None else weights
+    shift, sums = kernels.accumulate(second, x, mask, centre, vectors, weights, precision)
+    return packed.unpack(second, d), shift, sums
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("rows", "d"), SIZES)
+def test_small_integers_multiply_exactly_under_any_mask(rows, d, dtype):
+    x = torch.randint(-4, 5, (rows, d + 5), device=DEVICE).to(dtype)[:, 2 : d + 2]
+    before = x.clone()
+    for mask in (None, torch.rand(rows, device=DEVICE) < 0.5):
+        # What a mask leaves out is poison, and never read into a product.
+        poisoned = x if mask is None else torch.where(mask[:, None], x, float("nan"))
+        kept = (x if mask is None else x[mask]).double()
+        full, shift, sums = product(poisoned, mask, precision="fast" if dtype != torch.float32 else "auto")
+        assert not shift.any()
+        assert torch.equal(full, kept.T @ kept)
+        assert torch.equal(sums, kept.sum(0))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_shifted_tiles_and_plain_tiles_meet_in_one_triangle(dtype):
+    """One column of 131 is shifted: its 128 columns go by the second launch, the corner tile by the first."""
+    x = torch.randint(-3, 4, (41, 131), device=DEVICE).to(dtype)
+    x[:, 7] += 64  # the sum is exact in every dtype, and so is its difference from the shift
+    centre = x.double().mean(0).round()
+    full, shift, sums = product(x, centre=centre)
+    assert shift[7] == centre[7]
+    assert (shift[1] == 0) == (dtype != torch.float32) or centre[1] == 0
+    away = x.double() - shift
+    assert torch.equal(full, away.T @ away)
+    assert torch.equal(sums, away.sum(0))
+
+
+def test_what_the_last_block_left_is_added_in_the_same_pass():
+    d = 37
+    x = torch.randint(-3, 4, (20, d), device=DEVICE).bfloat16()
+    vectors = torch.randint(-9, 9, (2, d), device=DEVICE).double()
+    weights = torch.tensor([3.0, -2.0], dtype=torch.float64, device=DEVICE)
+    second = torch.full((packed.entries(d),), 0.5, dtype=torch.float64, device=DEVICE)
+    full, _, _ = product(x, second=second, vectors=vectors, weights=weights)
+    assert torch.equal(full, 0.5 + x.double().T @ x.double() + vectors.T @ (weights[:, None] * vectors))
+
+
+def test_sums_of_several_chunks_of_rows_are_whole(monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 32)
+    x = torch.randint(-4, 5, (101, 40), device=DEVICE).bfloat16()
+    full, _, sums = product(x)
+    assert torch.equal(full, x.double().T @ x.double())
+    assert torch.equal(sums, x.double().sum(0))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("ratio", [0, 150])
+def test_error_is_within_the_promise_whatever_the_mean(dtype, ratio, monkeypatch, assert_moments):
+    rows, d = (90, 40) if INTERPRETED else (9001, 777)
+    monkeypatch.setattr(streaming, "ROWS", {"cpu": 48, "cuda": 4096})
+    x = torch.randn(rows, d, dtype=torch.float64, device=DEVICE)
+    x[:, 0] += ratio
+    x[:, 1:20] -= torch.linspace(0, ratio / 15, 19, device=DEVICE)
+    x[5, 3] = 900.0  # an outlier that its column's shift leaves inexact
+    x = x.to(dtype)
+    mask = torch.rand(rows, device=DEVICE) < 0.8
+    moments = StreamingMoments(d, device=DEVICE, backend="triton")
+    for part, keep in zip(x.split(37), mask.split(37), strict=True):
+        moments.update(part, keep)
+    assert_moments(moments, x[mask])
+
+
+def test_a_block_larger_than_what_is_gathered_goes_in_directly(monkeypatch, assert_moments):
+    monkeypatch.setattr(streaming, "ROWS", {"cpu": 16, "cuda": 16})
+    x = torch.randn(70, 9, device=DEVICE).bfloat16() + 3
+    moments = StreamingMoments(9, device=DEVICE, backend="triton")
+    moments.update(x[:10])
+    moments.update(x[10:60])
+    moments.update(x[60:])
+    assert_moments(moments, x)
+
+
+def test_float64_is_multiplied_in_float64(assert_moments):
+    x = torch.randn(40, 9, device=DEVICE, dtype=torch.float64) + 1e5
+    moments = StreamingMoments(9, device=DEVICE, backend="triton")
+    moments.update(x)
+    assert_moments(moments, x, 1e-9)
+    with pytest.raises(TypeError, match="x: the Triton product takes float32, bfloat16 or float16, got float64"):
+        product(x)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [1, 37, 5000])
+def test_norms_are_right_to_float32_and_nothing_overflows_on_the_way(d, dtype):
+    x = torch.rand(7, d, device=DEVICE, dtype=torch.float64) - 0.5
+    for scale in (1.0, float(torch.finfo(dtype).max) / d if dtype != torch.float64 else 1e30 / d, 1e-30):
+        scaled = (x * scale).to(dtype)
+        assert_close(token_norms(scaled, backend="triton"), reference.token_norms(scaled))
+    x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [0.0, 0.0], [3.0, 4.0]], device=DEVICE).to(dtype)
+    norms = token_norms(x, backend="triton")
+    assert norms[0].isnan()
+    assert norms[1:].tolist() == [float("inf"), 0.0, 5.0]
