@@ -313,6 +313,25 @@ MIR_INLINE void for_columns(int64_t cols, const F& f) {
   if (c < cols) f(c, First{cols - c});
 }
 
+// Sum over columns of a[c] * b[c], where f(column, lanes, a, b) sets the two vectors: in T's arithmetic over runs of
+// 512 columns, so that few roundings pile up, and in double over the runs.
+template <class T, class F>
+MIR_INLINE double sum_of_products(int64_t cols, const F& f) {
+  using Vec = typename Simd<T>::Vec;
+  constexpr int64_t kRun = 512;
+  double sum = 0;
+  for (int64_t start = 0; start < cols; start += kRun) {
+    Vec run = {};
+    for_columns<T>(cols - start < kRun ? cols - start : kRun, [&](int64_t c, auto lanes) {
+      Vec a, b;
+      f(start + c, lanes, a, b);
+      run = multiply_add(a, b, run);
+    });
+    sum += total(run);
+  }
+  return sum;
+}
+
 }  // namespace
 }  // namespace MIR_ISA
 }  // namespace mir

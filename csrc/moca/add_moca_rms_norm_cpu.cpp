@@ -32,14 +32,14 @@ void forward_row(const AddRmsForward& p, int64_t r) {
   T* h = row<T>(p.h, r, p.h_stride);
   const bool inside = p.mask[r] != 0;
 
-  Vec squares = {};
-  for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
+  // Lanes beyond the row are zero, so they add nothing.
+  const double squares = sum_of_products<T>(p.cols, [&](int64_t c, auto lanes, Vec& a, Vec& b) {
     Vec v = Simd<T>::round(load(x + c, lanes) + load(residual + c, lanes));
     if (inside) v = Simd<T>::round(fma(v, load(scale + c, lanes), load(shift + c, lanes)));
     store_rounded(h + c, v, lanes);
-    squares = multiply_add(v, v, squares);  // lanes beyond the row are zero
+    a = b = v;
   });
-  const A rstd = static_cast<A>(1 / __builtin_sqrt(total(squares) / static_cast<double>(p.cols) + p.eps));
+  const A rstd = static_cast<A>(1 / __builtin_sqrt(squares / static_cast<double>(p.cols) + p.eps));
   static_cast<A*>(p.rstd)[r] = rstd;
   const Vec all_rstd = broadcast<Vec>(rstd);
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
@@ -83,13 +83,13 @@ void backward_row(const AddRmsBackward& p, int64_t r, typename AccumulateIn<T>::
   A* dweight = partial + 2 * p.cols;
   const bool inside = p.mask[r] != 0;
 
-  Vec dots = {};
-  for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
-    dots = multiply_add(load(grad_out + c, lanes) * load(weight + c, lanes), load(h + c, lanes), dots);
+  const double dot = sum_of_products<T>(p.cols, [&](int64_t c, auto lanes, Vec& a, Vec& b) {
+    a = load(grad_out + c, lanes) * load(weight + c, lanes);
+    b = load(h + c, lanes);
   });
   const double rstd = static_cast<const A*>(p.rstd)[r];
   const Vec all_rstd = broadcast<Vec>(static_cast<A>(rstd));
-  const Vec pull = broadcast<Vec>(static_cast<A>(total(dots) / static_cast<double>(p.cols) * rstd * rstd));
+  const Vec pull = broadcast<Vec>(static_cast<A>(dot / static_cast<double>(p.cols) * rstd * rstd));
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
     const Vec g = load(grad_out + c, lanes), v = load(h + c, lanes);
     Vec dh = all_rstd * (g * load(weight + c, lanes) - v * pull);
