@@ -84,7 +84,7 @@ def record(launcher: Callable, *arguments: object, target: str) -> list[Launch]:
     with contextlib.ExitStack() as stack:
         for name, kernel in kernels.items():
             stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
-        stack.enter_context(mock.patch.object(_triton, "architecture", lambda device: target))
+        stack.enter_context(mock.patch.object(_triton, "architecture", return_value=target))
         launcher(*arguments)
     return launches
 

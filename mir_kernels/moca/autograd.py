@@ -14,11 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from mir_kernels.moca import rows
 
-NO_TRANSFORM = (
-    "{}: torch.vmap and forward-mode derivatives are not supported. A batch needs no vmap: x may have any number of "
-    "leading axes, and the mask has the same ones"
-)
-
 
 class Moca(torch.autograd.Function):
     """moca where a tensor requires grad. `kept`: x's vision rows before an in-place call changes them."""
@@ -52,14 +47,6 @@ class Moca(torch.autograd.Function):
             None
         ] * 4
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        raise RuntimeError(NO_TRANSFORM.format("moca"))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(NO_TRANSFORM.format("moca"))
-
 
 class AddMocaRmsNorm(torch.autograd.Function):
     """add_moca_rms_norm where a tensor requires grad; also returns rstd, which is not differentiable."""
@@ -81,14 +68,6 @@ class AddMocaRmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out: Tensor | None, grad_h: Tensor | None, _: None):
         return _add_rms_gradients(rows.add_rms_backward, ctx, grad_out, grad_h)
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        raise RuntimeError(NO_TRANSFORM.format("add_moca_rms_norm"))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(NO_TRANSFORM.format("add_moca_rms_norm"))
 
 
 def kept_rows(x: Tensor, mask: Tensor) -> Tensor:

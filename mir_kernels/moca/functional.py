@@ -15,7 +15,7 @@ PLAIN = (Tensor, torch.nn.Parameter)  # any other subclass goes through the disp
 def moca(
     x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, *, inplace: bool = False, backend: str | None = None
 ) -> Tensor:
-    """Scale and shift of vision tokens (Eq. 5 of the MIR paper): `scale * x + shift` where mask, x bit for bit elsewhere.
+    """Scale and shift vision tokens (Eq. 5 of the MIR paper): `scale * x + shift` where mask, x bit for bit elsewhere.
 
     x: (..., d), float32, bfloat16, float16 or float64, any strides, any number of tokens including none.
     scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token.
@@ -31,13 +31,13 @@ def moca(
         source = x.clone() if inplace and torch.is_grad_enabled() and scale.requires_grad else x
         out = torch.ops.mir_kernels.moca(source, scale, shift, mask, backend)
         return x.copy_(out) if inplace else out
+    _check_plain("moca", x, scale, shift)
     gradient = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or shift.requires_grad)
     if inplace:
         _check_writable(x, gradient)
     if gradient:
         kept = autograd.kept_rows(x, mask) if inplace and scale.requires_grad else None
         return autograd.Moca.apply(x, scale, shift, mask, kept, inplace, backend)
-    _check_plain("moca", x, scale, shift)
     if not inplace:
         return rows.forward(x, scale, shift, mask, backend)
     rows.forward_(x, scale, shift, mask, backend)
@@ -78,10 +78,11 @@ def add_moca_rms_norm(
     tensors = (x, residual, scale, shift, weight)
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
         out, h, _ = torch.ops.mir_kernels.add_moca_rms_norm(*arguments)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return out, h
+    _check_plain("add_moca_rms_norm", *tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments)
     else:
-        _check_plain("add_moca_rms_norm", *tensors)
         out, h, _ = rows.add_rms_forward(*arguments)
     return out, h
 
@@ -105,11 +106,14 @@ def _check_writable(x: Tensor, gradient: bool) -> None:
 
 
 def _check_plain(name: str, *tensors: Tensor) -> None:
-    """No tensor is a torch.vmap wrapper, whose memory kernels cannot see, or has a tangent, which they would drop."""
+    """No tensor is a torch.func wrapper, which has no memory, or has a tangent, which would be dropped."""
     try:
         for tensor in tensors:
             tensor.untyped_storage()
             if forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError
     except NotImplementedError:
-        raise RuntimeError(autograd.NO_TRANSFORM.format(name)) from None
+        raise RuntimeError(
+            f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode derivatives are not supported; "
+            "autograd is, and a batch needs no vmap: x may have any number of leading axes, with the mask"
+        ) from None

@@ -28,6 +28,7 @@ class Blocks(NamedTuple):
     sums stay a few percent of the traffic.
     row_programs: the same for a fused backward that holds whole rows: two a multiprocessor.
     whole_row: the widest row that fits the registers beside its three float32 column sums.
+    sum_columns: columns of one program of the last, small kernel.
     lanes: threads in a warp.
     """
 
@@ -35,15 +36,16 @@ class Blocks(NamedTuple):
     programs: int
     row_programs: int
     whole_row: int
+    sum_columns: int
     lanes: int
 
 
 TABLE = {
-    "sm_80": Blocks(tile_bytes=8192, programs=432, row_programs=216, whole_row=4096, lanes=32),
-    "sm_90": Blocks(tile_bytes=8192, programs=528, row_programs=264, whole_row=4096, lanes=32),
-    "sm_100": Blocks(tile_bytes=8192, programs=592, row_programs=296, whole_row=4096, lanes=32),
-    "gfx942": Blocks(tile_bytes=16384, programs=1216, row_programs=608, whole_row=8192, lanes=64),
-    "interpreter": Blocks(tile_bytes=8192, programs=3, row_programs=3, whole_row=4096, lanes=32),
+    "sm_80": Blocks(tile_bytes=8192, programs=432, row_programs=216, whole_row=4096, sum_columns=64, lanes=32),
+    "sm_90": Blocks(tile_bytes=8192, programs=528, row_programs=264, whole_row=4096, sum_columns=64, lanes=32),
+    "sm_100": Blocks(tile_bytes=8192, programs=592, row_programs=296, whole_row=4096, sum_columns=64, lanes=32),
+    "gfx942": Blocks(tile_bytes=16384, programs=1216, row_programs=608, whole_row=8192, sum_columns=64, lanes=64),
+    "interpreter": Blocks(tile_bytes=32768, programs=3, row_programs=3, whole_row=4096, sum_columns=2048, lanes=32),
 }
 
 
@@ -325,8 +327,9 @@ def column_sums(partial: Tensor) -> tuple[Tensor, ...]:
     """Sums of (k, parts, cols) over the parts, as k tensors (cols,)."""
     k, parts, cols = partial.shape
     out = torch.empty((k, cols), dtype=partial.dtype, device=partial.device)
-    column_sum_kernel[(triton.cdiv(cols, 64), k)](
-        partial, out, parts, cols, BLOCK_P=64, BLOCK_N=64, num_warps=4, **_triton.LAUNCH
+    block_n = _triton.row(TABLE, partial.device).sum_columns
+    column_sum_kernel[(triton.cdiv(cols, block_n), k)](
+        partial, out, parts, cols, BLOCK_P=64, BLOCK_N=block_n, num_warps=4, **_triton.LAUNCH
     )
     return out.unbind(0)
 

@@ -1,0 +1,34 @@
+"""The backends and devices on which MoCa's promises are checked."""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from mir_kernels.moca import OPERATIONS
+
+
+class Run(NamedTuple):
+    """Where a test runs."""
+
+    backend: str
+    device: str
+
+
+CPU = [Run("eager", "cpu"), Run("native", "cpu")]
+GPU = [Run("cuda", "cuda"), Run("triton", "cuda"), Run("eager", "cuda")]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS = [Run("triton", "cpu")] if INTERPRETED else [*CPU, *(pytest.param(r, marks=pytest.mark.gpu) for r in GPU)]
+
+
+@pytest.fixture(params=RUNS, ids=lambda r: f"{r.backend}-{r.device}")
+def run(request: pytest.FixtureRequest) -> Run:
+    """A backend and a device; skipped where it cannot run, or where the fused operation has no such backend."""
+    run = request.param
+    operation = OPERATIONS["add" in request.module.__name__]
+    if run.backend not in operation.names():
+        pytest.skip(f"{operation.name} has no backend {run.backend!r}")
+    if reason := operation.reason(run.backend, torch.device(run.device)):
+        pytest.skip(reason)
+    return run

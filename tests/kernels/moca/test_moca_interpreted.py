@@ -1,0 +1,57 @@
+"""MoCa's Triton kernels on CPU tensors, in Triton's interpreter: the promises of the two kernel test files, elsewhere.
+
+The interpreter must be chosen before triton is first imported, so the files run in one process of their own.
+"""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+FILES = ("test_moca.py", "test_add_moca_rms_norm.py")
+CPU_ONLY = "test_sums_do_not_depend_on_the_number_of_threads"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """{file: {test name with its parameters: "passed", "skipped" or the failure's text}} of the interpreted run."""
+    report = tmp_path_factory.mktemp("interpreted") / "report.xml"
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *(str(here / f) for f in FILES)]
+    done = subprocess.run(
+        command,
+        cwd=here.parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert report.exists(), done.stdout + done.stderr
+    found = {f: {} for f in FILES}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        file = case.get("classname").rsplit(".", 1)[-1] + ".py"
+        bad = [child for child in case if child.tag in ("failure", "error")]
+        skipped = any(child.tag == "skipped" for child in case)
+        found[file][case.get("name")] = bad[0].text if bad else "skipped" if skipped else "passed"
+    return found
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_promise_holds_in_the_interpreter(outcomes, file):
+    ran = outcomes[file]
+    failed = {name: text for name, text in ran.items() if text not in ("passed", "skipped")}
+    assert not failed, "\n\n".join(f"{name}\n{text}" for name, text in failed.items())
+    assert {name.split("[")[0] for name, text in ran.items() if text == "skipped"} == {CPU_ONLY}
+    assert all("[triton-cpu" in name for name in ran)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_promise_was_interpreted(outcomes, file):
+    source = (Path(__file__).parent / file).read_text()
+    names = {line.split("(")[0].removeprefix("def ") for line in source.splitlines() if line.startswith("def test_")}
+    assert names - {CPU_ONLY} == {name.split("[")[0] for name, text in outcomes[file].items() if text == "passed"}
