@@ -82,8 +82,8 @@ def layer_result(vision: Tensor, text: Tensor, layer: int, options: Options) -> 
             features = features[keep.to(features.device)]
         sides[modality] = CountedFeatures(features)
     alpha = alpha_of(sum_of_norms(text.detach()), len(text), layer) if options.normalize else 1.0
-    terms = distance_terms(sides["vision"], sides["text"], alpha, layer, options)
-    return LayerResult(terms, alpha, kept, removed)
+    terms, notes = distance_terms(sides["vision"], sides["text"], alpha, layer, options)
+    return LayerResult(terms, alpha, kept, removed, notes)
 
 
 class LayerStream:
@@ -138,7 +138,10 @@ class LayerStream:
                 counted = self.accumulator("exact")
                 counted.load_state_dict(self.moments[modality].state_dict())
                 counted.update(rows)
-                sides[modality] = Counted(counted)
+                # Float64 features are accumulated in float64 in every precision but "fast".
+                precision = self.options.precision
+                rounded = precision == "fast" or (precision == "auto" and self.dtype != torch.float64)
+                sides[modality] = Counted(counted, rounded)
         notes = [
             f"layer {layer}, {modality}: {decision.missed} tokens beyond the final 3-sigma limits had already been "
             "counted (the norms moved while the stream passed): a larger hold, or a second pass, makes this exact"
@@ -150,9 +153,9 @@ class LayerStream:
             for modality, tokens in self.tokens.items()
             if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(three_sigma(tokens.norms))
         ]
-        terms = distance_terms(sides["vision"], sides["text"], alpha, layer, self.options)
+        terms, inexact = distance_terms(sides["vision"], sides["text"], alpha, layer, self.options)
         kept = {m: decisions[m].kept for m in MODALITIES}
-        return LayerResult(terms, alpha, kept, {m: decisions[m].removed for m in MODALITIES}, notes)
+        return LayerResult(terms, alpha, kept, {m: decisions[m].removed for m in MODALITIES}, notes + inexact)
 
     def merge(self, other: LayerStream) -> None:
         """Take over another stream of the same layer."""
@@ -201,25 +204,31 @@ class LayerStream:
 
 
 class Counted:
-    """The counted tokens of one modality as a mean and a covariance with ddof 1, in float64."""
+    """The counted tokens of one modality as a mean and a covariance with ddof 1, in float64.
 
-    def __init__(self, moments: StreamingMoments) -> None:
-        self.moments = moments
+    rounded: the moments carry more than float64's rounding, so that a covariance short of rank may come out indefinite.
+    """
+
+    def __init__(self, moments: StreamingMoments, rounded: bool = False) -> None:
+        self.moments, self.rounded = moments, rounded
 
     def mean_and_trace(self) -> tuple[Tensor, float]:
         """The mean (d,) and the trace of the covariance."""
-        return self.moments.mean, self.covariance().trace().item()
+        return self.moments.mean, self.moments.covariance(ddof=1).trace().item()
 
-    def covariance(self) -> Tensor:
-        """(d, d)."""
-        return self.moments.covariance(ddof=1)
+    def covariance(self) -> tuple[Tensor, bool]:
+        """(d, d), positive semi-definite to float64's rounding; and whether it had to be made so."""
+        covariance = self.moments.covariance(ddof=1)
+        if not self.rounded or torch.linalg.cholesky_ex(covariance).info == 0:
+            return covariance, False
+        return nearest_semidefinite(covariance), True
 
 
 class CountedFeatures(Counted):
     """The same with the features (n, d) themselves at hand; accumulated only if the covariance is asked for."""
 
     def __init__(self, features: Tensor) -> None:
-        self.features = features
+        self.features, self.rounded = features, False
 
     @property
     def short(self) -> bool:
@@ -241,15 +250,26 @@ class CountedFeatures(Counted):
         return mean, (self.features.double() - mean).square().sum().item() / (len(self.features) - 1)
 
 
-def distance_terms(vision: Counted, text: Counted, alpha: float, layer: int, options: Options) -> LayerTerms:
-    """The terms of Eq. 3 for one layer, scaled by alpha."""
+def distance_terms(
+    vision: Counted, text: Counted, alpha: float, layer: int, options: Options
+) -> tuple[LayerTerms, list[str]]:
+    """The terms of Eq. 3 for one layer, scaled by alpha, and notes on what was not exact in them."""
     (mean_vision, trace_vision), (mean_text, trace_text) = vision.mean_and_trace(), text.mean_and_trace()
     precision, bounds = options.sqrt_precision, options.bounds
+    notes: list[str] = []
     root: Any
     if isinstance(vision, CountedFeatures) and isinstance(text, CountedFeatures) and (vision.short or text.short):
         root = trace_sqrt_from_features(vision.features, text.features, precision=precision, bounds=bounds)
     else:
-        root = trace_sqrt_product(vision.covariance(), text.covariance(), precision=precision, bounds=bounds)
+        covariances = {"vision": vision.covariance(), "text": text.covariance()}
+        notes = [
+            f"layer {layer}, {modality}: the covariance lacks rank to the precision it was accumulated in, so its "
+            'smallest directions are rounding; precision="exact" resolves them'
+            for modality, (_, mended) in covariances.items()
+            if mended
+        ]
+        pair = (covariance for covariance, _ in covariances.values())
+        root = trace_sqrt_product(*pair, precision=precision, bounds=bounds)
     value, lower, upper = (float(entry) for entry in root) if bounds else (float(root), None, None)
     square = alpha * alpha
     mean = (mean_vision - mean_text).square().sum().item()
@@ -259,7 +279,16 @@ def distance_terms(vision: Counted, text: Counted, alpha: float, layer: int, opt
     )
     if not math.isfinite(terms.distance):
         raise ValueError(f"layer {layer}: the distance is not finite ({terms})")
-    return terms
+    return terms, notes
+
+
+def nearest_semidefinite(covariance: Tensor) -> Tensor:
+    """A covariance (d, d), float64, with the negative eigenvalues of its correlation matrix set to zero."""
+    scale = covariance.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(covariance / scale / scale[:, None])
+    root = vectors * values.clamp(min=0.0).sqrt() * scale[:, None]
+    return root @ root.mT
 
 
 def sum_of_norms(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""MIR in float64 numpy, written from Eq. 1-4 of the paper and the published accurate mode: the oracle of these tests."""
+"""MIR in float64 numpy, written from Eq. 1-4 of the paper and the published accurate mode: the tests' oracle."""
 
 import numpy as np
 import scipy.linalg

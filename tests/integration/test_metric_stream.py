@@ -91,6 +91,18 @@ def test_a_modality_may_be_absent_from_an_update():
     assert parts.compute().per_layer == fed([(hidden, vision, text)]).compute().per_layer
 
 
+def test_a_covariance_short_of_rank_is_survived_and_told_unless_it_is_exact():
+    one = sample(0, tokens=14, batch=1)  # 14 tokens again and again: many more than d, spanning less
+    samples = [one] * 30
+    expected = whole(samples)
+    rounded = fed(samples, hold=60).compute()
+    assert rounded.per_layer == pytest.approx(expected.per_layer, rel=1e-3)
+    exact = fed(samples, hold=60, precision="exact").compute()
+    assert exact.per_layer == pytest.approx(expected.per_layer, rel=1e-6)
+    assert exact.notes == []
+    assert any("lacks rank to the precision it was accumulated in" in note for note in rounded.notes)
+
+
 def test_a_massive_token_in_every_sample_is_removed():
     samples = [sample(seed) for seed in range(10)]
     for hidden, _, text in samples:
