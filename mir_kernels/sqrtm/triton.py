@@ -18,6 +18,7 @@ from mir_kernels._triton import INTERPRET, cast
 from mir_kernels.sqrtm import eager
 from mir_kernels.sqrtm.coefficients import Step
 
+SMALL = 128  # up to this size all steps of a matrix are one program's
 ALIGN = 16  # rows are padded with zeros to a multiple of this: 16-byte loads, and zero columns stay zero
 
 
@@ -25,7 +26,8 @@ class Blocks(NamedTuple):
     """One architecture's tiles.
 
     tile, step: edge of an output tile and depth of one product.  warps, stages: of the tiled kernels.
-    small: {edge: warps} of the kernels that keep a whole matrix of that size in registers and shared memory.
+    small: {edge: warps} of the kernels that keep a whole matrix of that size in registers.
+    looped: edge of a tile of the kernel that keeps a matrix in the first-level cache.
     float32: how float32 products are made.
     """
 
@@ -34,23 +36,24 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     small: dict[int, int]
+    looped: int
     float32: str
 
 
 TABLE = {
     torch.bfloat16: {
-        "sm_80": Blocks(128, 32, 8, 3, {16: 1, 32: 2, 64: 4, 128: 16}, "ieee"),
-        "sm_90": Blocks(128, 64, 8, 3, {16: 1, 32: 2, 64: 4, 128: 16}, "ieee"),
-        "sm_100": Blocks(128, 64, 8, 3, {16: 1, 32: 2, 64: 4, 128: 16}, "ieee"),
-        "gfx942": Blocks(128, 32, 8, 2, {16: 1, 32: 2, 64: 4, 128: 8}, "ieee"),
-        "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1, 64: 1, 128: 1}, "ieee"),
+        "sm_80": Blocks(128, 32, 8, 3, {16: 1, 32: 1, 64: 4}, 64, "ieee"),
+        "sm_90": Blocks(128, 64, 8, 3, {16: 1, 32: 1, 64: 4}, 64, "ieee"),
+        "sm_100": Blocks(128, 64, 8, 3, {16: 1, 32: 1, 64: 4}, 64, "ieee"),
+        "gfx942": Blocks(128, 32, 8, 2, {16: 1, 32: 2, 64: 4}, 64, "ieee"),
+        "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1, 64: 1}, 64, "ieee"),
     },
     torch.float32: {
-        "sm_80": Blocks(64, 32, 4, 3, {16: 1, 32: 4, 64: 8}, "tf32x3"),
-        "sm_90": Blocks(64, 32, 4, 3, {16: 1, 32: 4, 64: 8}, "tf32x3"),
-        "sm_100": Blocks(64, 32, 4, 3, {16: 1, 32: 4, 64: 8}, "tf32x3"),
-        "gfx942": Blocks(64, 32, 4, 2, {16: 1, 32: 4, 64: 8}, "ieee"),
-        "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1, 64: 1}, "ieee"),
+        "sm_80": Blocks(64, 32, 4, 3, {16: 1, 32: 4}, 32, "tf32x3"),
+        "sm_90": Blocks(64, 32, 4, 3, {16: 1, 32: 4}, 32, "tf32x3"),
+        "sm_100": Blocks(64, 32, 4, 3, {16: 1, 32: 4}, 32, "tf32x3"),
+        "gfx942": Blocks(64, 32, 4, 2, {16: 1, 32: 4}, 32, "ieee"),
+        "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1}, 32, "ieee"),
     },
 }
 
@@ -60,7 +63,7 @@ def polar(m: Tensor, precision: str, *, iterations: int | None = None, lower: fl
     dtype = eager.DTYPES[precision]
     steps = eager.steps_for(precision, iterations, lower)
     x = eager.normalize(m, dtype).contiguous()
-    if _edge(x) in _triton.row(TABLE[dtype], m.device).small:
+    if _edge(x) <= SMALL:
         return small_polar(x, steps)
     rows, cols = x.shape[-2:]
     x = torch.nn.functional.pad(x, (0, -cols % ALIGN, 0, -rows % ALIGN))
@@ -70,20 +73,35 @@ def polar(m: Tensor, precision: str, *, iterations: int | None = None, lower: fl
 
 
 def small_polar(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    """Every step for every normalized matrix of x (batch, m, n) in one launch, a program a matrix."""
+    """Every step for every normalized matrix of x (batch, m, n) in one launch, a program a matrix.
+
+    Up to the edge in the table a matrix stays in registers; above, in four scratch matrices of its own that fit the
+    first-level cache.
+    """
     batch, rows, cols = x.shape
     blocks = _triton.row(TABLE[x.dtype], x.device)
     edge = _edge(x)
     table = torch.tensor(steps, dtype=torch.float32).to(x.device)
-    out = torch.empty_like(x)
+    if edge in blocks.small:
+        out = torch.empty_like(x)
+        if batch:
+            with _triton.on(x.device):
+                _small_polar_fwd[(batch,)](
+                    *(x, out, table, len(steps), rows, cols, x.stride(0)),
+                    EDGE=edge, FLOAT32=blocks.float32, num_warps=blocks.small[edge], num_stages=1, **_triton.LAUNCH,
+                )  # fmt: skip
+        return out
+    # A copy, for the kernel writes over its input.
+    x = torch.nn.functional.pad(x, (0, edge - cols, 0, edge - rows)).contiguous()
+    x = x.clone() if (rows, cols) == (edge, edge) else x
+    g, z, out = (torch.empty_like(x) for _ in range(3))
     if batch:
         with _triton.on(x.device):
-            kernel = _small_polar_fwd if edge <= 64 else _middling_polar_fwd
-            kernel[(batch,)](
-                *(x, out, table, len(steps), rows, cols, x.stride(0)),
-                EDGE=edge, FLOAT32=blocks.float32, num_warps=blocks.small[edge], num_stages=1, **_triton.LAUNCH,
+            _looped_polar_fwd[(batch,)](
+                *(x, g, z, out, table, len(steps), edge * edge),
+                EDGE=edge, TILE=blocks.looped, FLOAT32=blocks.float32, num_warps=4, num_stages=1, **_triton.LAUNCH,
             )  # fmt: skip
-    return out
+    return (out if len(steps) % 2 else x)[:, :rows, :cols]
 
 
 def polynomial_step(x: Tensor, coefficients: Step) -> Tensor:
@@ -168,48 +186,64 @@ def _small_polar_fwd(
 
 
 @triton.jit
-def _middling_polar_fwd(
-    p_x, p_out, p_steps, steps, rows, cols, stride,
-    EDGE: tl.constexpr, FLOAT32: tl.constexpr,
+def _looped_polar_fwd(
+    p_x, p_g, p_z, p_out, p_steps, steps, batch_stride,
+    EDGE: tl.constexpr, TILE: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    # Four quarters: of the symmetric G and Z only three are made, and no accumulator is wider than HALF.
-    HALF: tl.constexpr = EDGE // 2
-    o_m = tl.arange(0, HALF)[:, None]
-    o_n = tl.arange(0, HALF)[None, :]
-    base = tl.program_id(0).to(tl.int64) * stride
-    top = base + o_m * cols + o_n
-    low = top + HALF * cols
-    in_m, in_n, in_m2, in_n2 = o_m < rows, o_n < cols, o_m + HALF < rows, o_n + HALF < cols
-    x00 = tl.load(p_x + top, mask=in_m & in_n, other=0.0)  # [HALF, HALF]
-    x01 = tl.load(p_x + top + HALF, mask=in_m & in_n2, other=0.0)
-    x10 = tl.load(p_x + low, mask=in_m2 & in_n, other=0.0)
-    x11 = tl.load(p_x + low + HALF, mask=in_m2 & in_n2, other=0.0)
-    dtype: tl.constexpr = x00.dtype
-    zero = tl.zeros((HALF, HALF), dtype=tl.float32)
+    # One program a matrix, whose four scratch matrices stay in its multiprocessor's cache; a barrier after each product
+    # makes what the program's other threads wrote visible.
+    base = tl.program_id(0).to(tl.int64) * batch_stride
+    p_x += base
+    p_g += base
+    p_z += base
+    p_out += base
+    o_r = tl.arange(0, TILE)[:, None]
+    o_c = tl.arange(0, TILE)[None, :]
+    tiles: tl.constexpr = EDGE // TILE
     for s in range(steps):
         a = tl.load(p_steps + 3 * s)
         b = tl.load(p_steps + 3 * s + 1)
         c = tl.load(p_steps + 3 * s + 2)
-        g00 = cast(_dot(tl.trans(x10), x10, _dot(tl.trans(x00), x00, zero, FLOAT32), FLOAT32), dtype)
-        g10 = cast(_dot(tl.trans(x11), x10, _dot(tl.trans(x01), x00, zero, FLOAT32), FLOAT32), dtype)
-        g11 = cast(_dot(tl.trans(x11), x11, _dot(tl.trans(x01), x01, zero, FLOAT32), FLOAT32), dtype)
-        square = _dot(tl.trans(g10), g10, _dot(g00, g00, zero, FLOAT32), FLOAT32)
-        z00 = cast(c * square + b * g00.to(tl.float32), dtype)
-        square = _dot(g11, g10, _dot(g10, g00, zero, FLOAT32), FLOAT32)
-        z10 = cast(c * square + b * g10.to(tl.float32), dtype)
-        square = _dot(g11, g11, _dot(g10, tl.trans(g10), zero, FLOAT32), FLOAT32)
-        z11 = cast(c * square + b * g11.to(tl.float32), dtype)
-        z01 = tl.trans(z10)
-        new = cast(_dot(x01, z10, _dot(x00, z00, a * x00.to(tl.float32), FLOAT32), FLOAT32), dtype)
-        x01 = cast(_dot(x01, z11, _dot(x00, z01, a * x01.to(tl.float32), FLOAT32), FLOAT32), dtype)
-        x00 = new
-        new = cast(_dot(x11, z10, _dot(x10, z00, a * x10.to(tl.float32), FLOAT32), FLOAT32), dtype)
-        x11 = cast(_dot(x11, z11, _dot(x10, z01, a * x11.to(tl.float32), FLOAT32), FLOAT32), dtype)
-        x10 = new
-    tl.store(p_out + top, x00, mask=in_m & in_n)
-    tl.store(p_out + top + HALF, x01, mask=in_m & in_n2)
-    tl.store(p_out + low, x10, mask=in_m2 & in_n)
-    tl.store(p_out + low + HALF, x11, mask=in_m2 & in_n2)
+        for t in range(tiles * tiles):
+            i = t // tiles * TILE
+            j = t % tiles * TILE
+            if i >= j:
+                acc = tl.zeros((TILE, TILE), dtype=tl.float32)
+                for k in range(0, EDGE, TILE):
+                    left = tl.load(p_x + (k + o_c) * EDGE + i + o_r)
+                    acc = _dot(left, tl.load(p_x + (k + o_r) * EDGE + j + o_c), acc, FLOAT32)
+                _store_mirrored(p_g, acc, i, j, o_r, o_c, EDGE)
+        tl.debug_barrier()
+        for t in range(tiles * tiles):
+            i = t // tiles * TILE
+            j = t % tiles * TILE
+            if i >= j:
+                acc = tl.zeros((TILE, TILE), dtype=tl.float32)
+                for k in range(0, EDGE, TILE):
+                    left = tl.load(p_g + (i + o_r) * EDGE + k + o_c)
+                    acc = _dot(left, tl.load(p_g + (k + o_r) * EDGE + j + o_c), acc, FLOAT32)
+                acc = c * acc + b * tl.load(p_g + (i + o_r) * EDGE + j + o_c).to(tl.float32)
+                _store_mirrored(p_z, acc, i, j, o_r, o_c, EDGE)
+        tl.debug_barrier()
+        for t in range(tiles * tiles):
+            i = t // tiles * TILE
+            j = t % tiles * TILE
+            acc = a * tl.load(p_x + (i + o_r) * EDGE + j + o_c).to(tl.float32)
+            for k in range(0, EDGE, TILE):
+                left = tl.load(p_x + (i + o_r) * EDGE + k + o_c)
+                acc = _dot(left, tl.load(p_z + (k + o_r) * EDGE + j + o_c), acc, FLOAT32)
+            tl.store(p_out + (i + o_r) * EDGE + j + o_c, cast(acc, p_out.dtype.element_ty))
+        tl.debug_barrier()
+        # The result of this step is the input of the next.
+        p_x, p_out = p_out, p_x
+
+
+@triton.jit
+def _store_mirrored(p_out, acc, i, j, o_r, o_c, EDGE: tl.constexpr):
+    out = cast(acc, p_out.dtype.element_ty)
+    tl.store(p_out + (i + o_r) * EDGE + j + o_c, out)
+    if i != j:
+        tl.store(p_out + (j + o_r) * EDGE + i + o_c, tl.trans(out))
 
 
 @triton.jit(do_not_specialize=["alpha", "beta"])
