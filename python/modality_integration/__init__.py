@@ -4,13 +4,15 @@ Names are loaded when first used, so that `import modality_integration` and `mir
 """
 
 import importlib
+from typing import Any
 
+# Public name to the module it lives in. No function shares its module's name: importing the module would hide it.
 _HOMES = {
     "MIRCallback": "callbacks",
     "MIRResult": "result",
     "ModalityIntegrationRate": "metric",
     "add_moca": "moca",
-    "capture": "capture",
+    "capture": "residual_stream",
     "load_moca": "moca",
     "mir": "metric",
     "moca_parameters": "moca",
@@ -21,13 +23,11 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    value = module if name == _HOMES[name] and name == "official" else getattr(module, name)
-    globals()[name] = value  # also puts a name such as `capture` back in front of the submodule that carries it
-    return value
+    return module if name == _HOMES[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

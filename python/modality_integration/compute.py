@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from modality_integration import data, loading
-from modality_integration.capture import capture
 from modality_integration.checkpoint import Checkpoint, Passage, write_json
 from modality_integration.data import InputError, Sample, refusals
 from modality_integration.metric import ModalityIntegrationRate
+from modality_integration.residual_stream import capture
 from modality_integration.result import MIRResult
 from modality_integration.states import mir_of_states
 
@@ -82,12 +82,12 @@ def run(options: Options, console: Console) -> MIRResult:
         checkpoint = Checkpoint(options.out / "checkpoint", arguments, rank)
         if options.restart:
             checkpoint.clear()
-        passage = checkpoint.passage()
-        options.out.mkdir(parents=True, exist_ok=True)
+        passage = _agreed(checkpoint.passage(), world)
 
         began = time.monotonic()
         with console.status(f"loading {options.model}"):
             model, processor = loading.load(options.model, device, options.dtype)
+        options.out.mkdir(parents=True, exist_ok=True)
         with refusals("options"):
             metric = ModalityIntegrationRate(
                 outliers=options.outliers, normalize=options.normalize, bounds=options.bounds
@@ -161,12 +161,13 @@ def stream(
     `after_sample(count)` is called with the number of samples counted so far; the metric then holds exactly those.
     """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    forward = {"use_cache": False}
+    forward: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         forward["logits_to_keep"] = 1  # the vocabulary's logits are not needed, and larger than everything else
+    tokens: dict[str, Any] = {"last": last, "text": text}
     name = "the first sample"
     try:
-        with torch.inference_mode(), refusals("model"), capture(model, last=last, text=text) as captured:
+        with torch.inference_mode(), refusals("model"), capture(model, **tokens) as captured:
             for index in range(start, len(samples)):
                 sample = samples[index]
                 name = f"sample {index + 1} of {len(samples)} ({_name(sample.image)} with {sample.text.name})"
@@ -255,6 +256,15 @@ def _processes() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
+def _agreed(passage: Passage, world: int) -> Passage:
+    """Where to go on, every process in the same pass: a kill between two passes leaves some without their first one."""
+    if world == 1:
+        return passage
+    passages: list[Any] = [None] * world
+    dist.all_gather_object(passages, passage)
+    return passage if len({other.number for other in passages}) == 1 else Passage()
+
+
 class _Stop:
     """While entered, the first SIGINT or SIGTERM is only noted in `signal`; a second Ctrl-C stops at once."""
 
@@ -305,11 +315,9 @@ def _deciding(options: Options, device: torch.device, world: int) -> dict[str, A
 def _digest(samples: Sequence[Sample]) -> str:
     """A short hash of the content of every pair, in order."""
     hashed = hashlib.sha256()
-    known: dict[Path, bytes] = {}
     for sample in samples:
-        if sample.image not in known:
-            known[sample.image] = hashlib.sha256(sample.image.read_bytes()).digest()
-        hashed.update(known[sample.image] + hashlib.sha256(sample.text.content.encode()).digest())
+        image = sample.image.read_bytes() if isinstance(sample.image, Path) else sample.image.tobytes()
+        hashed.update(hashlib.sha256(image).digest() + hashlib.sha256(sample.text.content.encode()).digest())
     return hashed.hexdigest()[:16]
 
 

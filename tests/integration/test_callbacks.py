@@ -7,7 +7,7 @@ import pytest
 import torch
 from integration.tiny_models import LAYERS, tiny_batch, tiny_model
 from modality_integration.callbacks import MIRCallback
-from modality_integration.capture import capture
+from modality_integration.residual_stream import capture
 from modality_integration.metric import mir
 from transformers import Trainer, TrainingArguments
 

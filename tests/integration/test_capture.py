@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from integration.tiny_models import FAMILIES, HIDDEN, LAYERS, VOCAB, decoder_of, tiny_batch, tiny_model
-from modality_integration.capture import capture
+from modality_integration.residual_stream import capture
 from tolerances import assert_close
 from torch import nn
 

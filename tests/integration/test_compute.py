@@ -11,10 +11,10 @@ import pytest
 import torch
 from integration.saved_models import save_tiny_llama, save_tiny_llava, write_images, write_texts
 from modality_integration import compute, data, loading
-from modality_integration.capture import capture
 from modality_integration.compute import Interrupted, Options, run
 from modality_integration.data import InputError
 from modality_integration.metric import mir
+from modality_integration.residual_stream import capture
 from modality_integration.result import MIRResult
 from rich.console import Console
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from integration.saved_models import save_tiny_llava
 from integration.tiny_models import FAMILIES, IMAGE, VIDEO, tiny_batch, tiny_model
-from modality_integration.capture import capture
+from modality_integration.residual_stream import capture
 from modality_integration.masks import text_after_vision, vision_token_ids
 from PIL import Image
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from integration.tiny_models import FAMILIES, HIDDEN, LAYERS, Batch, decoder_of, tiny_batch, tiny_model
-from modality_integration.capture import capture
+from modality_integration.residual_stream import capture
 from modality_integration.moca import (
     NAME,
     add_moca,

@@ -1,0 +1,92 @@
+"""The README's tables and plots, made from benchmarks/data/*.csv alone; `--check` fails where the README says otherwise.
+
+A table stands in README.md between `<!-- table NAME -->` and `<!-- end -->`, NAME being a CSV in benchmarks/data/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import harness
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(path: Path) -> str:
+    """One CSV as a Markdown table: median, time against the case's first rival, error; device and versions below."""
+    rows = harness.read_csv(path)
+    lines = ["| case | rival | p50 ms | x first | error |", "| --- | --- | ---: | ---: | ---: |"]
+    first: dict[tuple[str, str], float | None] = {}
+    for row in rows:
+        key = (row["operation"], row["case"].split("; peak")[0])
+        shown = "" if key in first else f"{key[0]}: {key[1]}"
+        base = first.setdefault(key, row["p50_ms"])
+        ms = "not timed" if row["p50_ms"] is None else f"{row['p50_ms']:.3g}"
+        ratio = f"{row['p50_ms'] / base:.2f}" if row["p50_ms"] and base else ""
+        error = "" if row["error"] is None else f"{row['error']:.0e}"
+        lines.append(f"| {shown} | {row['rival']} | {ms} | {ratio} | {error} |")
+    one = rows[0]
+    lines.append("")
+    lines.append(
+        f"[{path.name}](benchmarks/data/{path.name}): {one['device']}, {one['threads']} threads, torch {one['torch']}, "
+        f"Python {one['python']}, commit {one['commit']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def rendered(readme: str) -> str:
+    """The README with every table replaced by what its CSV says now."""
+    return BLOCK.sub(lambda m: m[1] + table(harness.DATA / f"{m['name']}.csv") + m[3], readme)
+
+
+def plot_convergence(source: Path, target: Path) -> None:
+    """Relative error of the trace of the square root against iterations, one line an iteration and precision."""
+    import csv
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    with source.open(newline="") as file:
+        for row in csv.DictReader(file):
+            lines.setdefault((row["method"], row["precision"]), []).append((int(row["iteration"]), float(row["error"])))
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for (method, precision), points in lines.items():
+        style = {"linestyle": "--" if method == "coupled" else "-", "marker": "o" if precision == "bfloat16" else "s"}
+        x, y = zip(*((i, e) for i, e in points if e == e and e < 1e6), strict=True)
+        axes.semilogy(x, y, label=f"{method}, {precision}", markersize=3, **style)
+    axes.set_ylim(1e-10, 1e6)
+    axes.set_xlabel("iterations")
+    axes.set_ylabel("relative error of Tr((AB)^1/2)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(target, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README differs from the CSVs")
+    flags = parser.parse_args()
+    path = ROOT / "README.md"
+    before = path.read_text()
+    after = rendered(before)
+    if flags.check:
+        if after != before:
+            print("README.md: a table differs from its CSV; run `make figures`")
+        return int(after != before)
+    path.write_text(after)
+    convergence = harness.DATA / "sqrtm_convergence.csv"
+    if convergence.exists():
+        plot_convergence(convergence, harness.DATA / "sqrtm_convergence.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""The package's public names: each is what it says, in whatever order modules were imported, and costs nothing until used."""
+
+import subprocess
+import sys
+
+import pytest
+
+import modality_integration
+
+
+@pytest.mark.parametrize("name", modality_integration.__all__)
+def test_public_name_is_documented_and_no_bare_module(name):
+    value = getattr(modality_integration, name)
+    assert value.__doc__
+    assert name == "official" or callable(value)
+
+
+@pytest.mark.parametrize("first", ["residual_stream", "metric", "moca", "callbacks"])
+def test_name_is_the_function_after_its_module_was_imported(first):
+    code = f"import modality_integration.{first}; from modality_integration import capture, mir, add_moca; "
+    code += "print(all(callable(f) for f in (capture, mir, add_moca)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_import_loads_neither_torch_nor_transformers():
+    code = "import sys, modality_integration; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = modality_integration.nothing
