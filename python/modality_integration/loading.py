@@ -78,7 +78,7 @@ def load(name: str, device: torch.device, dtype: str = "auto") -> tuple[torch.nn
                     f"model: {name} has a tokenizer but no image processor: save its processor there with "
                     "processor.save_pretrained(folder)"
                 )
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=DTYPES[dtype], local_files_only=local)
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=DTYPES[dtype], local_files_only=local)
         except InputError:
             raise
         except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from integration.saved_models import save_tiny_llama, save_tiny_llava, write_images, write_texts
 from modality_integration import compute, data, loading
+from modality_integration.checkpoint import Passage
 from modality_integration.compute import Interrupted, Options, run
 from modality_integration.data import InputError
 from modality_integration.metric import mir
@@ -282,3 +283,12 @@ def test_two_processes_give_what_one_does(options, tmp_path):
     assert two.per_layer == pytest.approx(one.per_layer, rel=1e-9)
     assert two.kept == one.kept
     assert not (options.out / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(("other", "expected"), [(Passage(2, 3), Passage(2, 5)), (Passage(1, 9), Passage())])
+def test_processes_that_were_killed_in_different_passes_begin_anew_together(monkeypatch, other, expected):
+    def gather(passages, own):
+        passages[:] = [own, other]
+
+    monkeypatch.setattr(compute.dist, "all_gather_object", gather)
+    assert compute._agreed(Passage(2, 5), world=2) == expected
