@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mir_kernels import _checks, sqrtm
 from mir_kernels._dispatch import Operation
-from mir_kernels.sqrtm import certificate, eager, factor, reference
-from mir_kernels.sqrtm.coefficients import SCHULZ
+from mir_kernels.sqrtm import certificate, factor, reference
 
 # "linalg": float64 singular values through torch.linalg; "eager" and "triton": the polar factor by Newton-Schulz.
 OPERATION = Operation(
@@ -231,7 +230,7 @@ def _iterated(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport
         if open_.numel() == 0:
             break
         part = n[open_]
-        u = _polar_factor(part, rung, backend)
+        u = sqrtm.polished_polar(part, rung, backend)
         found = (u * part).sum((-2, -1))
         witness = certificate.polar_witness(part, u, TOLERANCE[precision])
         gap = _gap(part, witness)
@@ -248,14 +247,6 @@ def _gap(n: Tensor, witness: certificate.Witness) -> Tensor:
     lower, upper = certificate.nuclear_lower(n, witness), certificate.nuclear_upper(n, witness)
     gap = torch.where(upper > 0, (upper - lower) / upper, 0.0)
     return torch.where((witness.r == 0).all(-1).all(-1) & (upper > 0), 1.0, gap)
-
-
-def _polar_factor(n: Tensor, precision: str, backend: str) -> Tensor:
-    """The polar factor in float64: the iteration in `precision`, then one step that cubes the deviation from
-    orthogonality that rounding left, in float32 for bfloat16 and in float64 for the others."""
-    u = sqrtm.polar_iteration(n, precision, backend)
-    u = u.float() if precision == "bfloat16" else u.double()
-    return eager.polynomial_step(u, SCHULZ).double().nan_to_num(0.0, 0.0, 0.0)
 
 
 def _reference(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
@@ -275,7 +266,7 @@ def _product_of_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[str
 def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
     def polar_witness(n: Tensor) -> certificate.Witness:
         for rung in ("float32", "float64")[precision == "float64" :]:
-            found = certificate.polar_witness(n, _polar_factor(n, rung, backend), TOLERANCE[precision])
+            found = certificate.polar_witness(n, sqrtm.polished_polar(n, rung, backend), TOLERANCE[precision])
             if bool((_gap(n, found) <= TOLERANCE[precision]).all()):
                 break
         return found

@@ -102,6 +102,8 @@ def compile_launch(target: str, launch: Launch, **constexprs: object) -> Binary:
     for name, value in zip(kernel.arg_names, launch.arguments, strict=False):
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif value == 1 and name not in fixed:
             values[name] = 1
         else:

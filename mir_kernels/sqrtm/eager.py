@@ -15,7 +15,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 # rounding moves the singular values that far anyway; the smallest relative singular value one schedule brings home.
 SAFETY = {"bfloat16": 1.1, "float32": 1.001, "float64": 1.0 + 1e-9}
 TARGET = {"bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-14}
-LOWER = {"bfloat16": 1e-3, "float32": 1e-7, "float64": 1e-12}
+LOWER = {"bfloat16": 3e-4, "float32": 1e-7, "float64": 1e-12}
 
 StepFunction = Callable[[Tensor, Step], Tensor]
 

@@ -121,7 +121,9 @@ def test_bounds_hold_the_truth_next_to_singular(seed, smallest):
         assert mpmath.mpf(bounds.lower.item()) <= mpmath_truth(x, y) <= mpmath.mpf(bounds.upper.item())
 
 
-@pytest.mark.parametrize("kind", ["i^-0.5", "i^-1", "i^-2", "i^-3", "flat", "diagonal", "one coordinate 1e6", "identity"])
+@pytest.mark.parametrize(
+    "kind", ["i^-0.5", "i^-1", "i^-2", "i^-3", "flat", "diagonal", "one coordinate 1e6", "identity"]
+)
 @pytest.mark.parametrize("backend", ["linalg", "eager"])
 def test_bounds_are_close(kind, backend):
     value, lower, upper = trace_sqrt_product(*pair(kind), bounds=True, backend=backend)
@@ -221,7 +223,9 @@ def test_a_precision_that_is_missed_is_said(monkeypatch):
         trace_sqrt_product(*pair("i^-1"), precision="float64", backend="eager")
 
 
-@pytest.mark.parametrize(("n", "m", "d"), [(5, 9, 30), (9, 5, 30), (40, 9, 30), (9, 40, 30), (50, 70, 30), (30, 30, 30), (2, 2, 3)])
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(5, 9, 30), (9, 5, 30), (40, 9, 30), (9, 40, 30), (50, 70, 30), (30, 30, 30), (2, 2, 3)]
+)
 @pytest.mark.parametrize("bounds", [False, True])
 def test_features_give_what_their_covariances_give(n, m, d, bounds):
     generator = torch.Generator().manual_seed(n)
@@ -292,7 +296,12 @@ def good() -> torch.Tensor:
         (good(), -good(), ValueError, "b: takes positive semi-definite matrices, got a diagonal entry -1"),
         (INDEFINITE, good(), ValueError, "a: takes positive semi-definite matrices, got one with an eigenvalue"),
         (good(), good() + 2 - 2 * good(), ValueError, "b: .* got a covariance above the product of its two deviations"),
-        (good(), torch.tensor([[1.0, 1.0, 0], [1.0, 0, 0], [0, 0, 1.0]]), ValueError, "b: takes positive semi-definite"),
+        (
+            good(),
+            torch.tensor([[1.0, 1.0, 0], [1.0, 0, 0], [0, 0, 1.0]]),
+            ValueError,
+            "b: takes positive semi-definite",
+        ),
     ],
 )
 @pytest.mark.parametrize("backend", ["linalg", "eager"])

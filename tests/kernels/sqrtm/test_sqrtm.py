@@ -1,0 +1,284 @@
+"""sqrtm, inverse_sqrtm, polar and newton_schulz: accuracy, gradients, shapes, dtypes, refusals."""
+
+import warnings
+
+import pytest
+import torch
+from covariances import SPECTRA, covariance
+from tolerances import relative_error
+
+from mir_kernels.sqrtm import eager, inverse_sqrtm, newton_schulz, polar, reference, sqrtm
+
+D = 48
+METHODS = ["auto", "eigh", "polar"]
+# What a root may be off by, |X - A^(1/2)| / |A^(1/2)|, per precision of the iteration.
+LIMIT = {"bfloat16": 2e-2, "float32": 4e-6, "float64": 2e-7}
+DEFINITE = [k for k in SPECTRA if k not in ("rank d/4", "zero columns", "zero", "condition 1e12")]
+
+
+def matrices(kind: str) -> torch.Tensor:
+    return torch.stack([covariance(kind, D, seed) for seed in range(2)])
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", list(LIMIT))
+def test_square_root_is_as_accurate_as_its_precision(kind, method, precision):
+    a = matrices(kind)
+    x = sqrtm(a, method=method, precision=precision)
+    assert torch.isfinite(x).all()
+    assert torch.equal(x, x.mT)
+    assert relative_error(x, reference.sqrtm(a)) <= LIMIT[precision]
+    assert relative_error(x @ x, a) <= LIMIT[precision]
+
+
+@pytest.mark.parametrize("kind", DEFINITE)
+@pytest.mark.parametrize("method", METHODS)
+def test_inverse_square_root_inverts_the_root(kind, method):
+    a = matrices(kind)
+    z = inverse_sqrtm(a, method=method, precision="float64")
+    assert relative_error(z, reference.inverse_sqrtm(a)) <= 1e-6
+    eye = torch.eye(D, dtype=a.dtype).expand_as(a)
+    assert relative_error(z @ a @ z, eye) <= 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("precision", "limit"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_inverse_square_root_in_low_precision(method, precision, limit):
+    a = matrices("i^-1")
+    assert relative_error(inverse_sqrtm(a, method=method, precision=precision), reference.inverse_sqrtm(a)) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["auto", "polar", "coupled"])
+def test_dtypes_are_kept(dtype, method):
+    a = matrices("i^-0.5").to(dtype)
+    a = (a + a.mT) / 2
+    x = sqrtm(a, method=method)
+    assert x.dtype == dtype
+    assert relative_error(x, reference.sqrtm(a)) <= 10 * torch.finfo(dtype).eps + 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12, 1e-280, 1e280])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_scale(scale, method):
+    a = matrices("i^-1")
+    assert relative_error(sqrtm(a * scale, method=method) / scale**0.5, reference.sqrtm(a)) <= 4e-6
+
+
+@pytest.mark.parametrize("function", [sqrtm, inverse_sqrtm])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 1), (2, 1)])
+@pytest.mark.parametrize("d", [1, 2, 7])
+def test_batches_of_every_shape(function, method, shape, d):
+    x = torch.randn(*shape, d, 2 * d + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+    a = x @ x.mT
+    big = torch.full((*shape, 2 * d, 2 * d), float("nan"), dtype=torch.float64)
+    big[..., ::2, ::2] = a
+    strided = big[..., ::2, ::2]
+    found = function(strided, method=method, precision="float64")
+    expected = (reference.sqrtm if function is sqrtm else reference.inverse_sqrtm)(a)
+    assert relative_error(found, expected) <= 1e-9
+    assert torch.equal(strided, a)
+
+
+@pytest.mark.parametrize("kind", [k for k in SPECTRA if k not in ("zero", "zero columns", "rank d/4")])
+@pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 0.15), ("float32", 1e-5), ("float64", 1e-12)])
+def test_polar_factor_is_orthogonal_where_singular_values_are_resolved(kind, precision, limit):
+    n = covariance(kind, D, 1) @ covariance("identity", D, 0)
+    w, s, vt = torch.linalg.svd(n)
+    s = s.clamp(min=2 * eager.LOWER[precision] * s[0])
+    n = w * s @ vt.flip(0)
+    u = polar(n, precision=precision)
+    assert relative_error(u.T @ u, torch.eye(D, dtype=n.dtype)) <= limit
+    assert (u * n).sum() == pytest.approx(s.sum().item(), rel=0.1 * limit)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("precision", list(LIMIT))
+@pytest.mark.parametrize("seed", range(3))
+def test_polar_factor_never_blows_up(kind, precision, seed):
+    n = covariance(kind, D, seed) @ covariance(kind, D, seed + 50)
+    u = polar(n.to(torch.float32), precision=precision)
+    assert torch.isfinite(u).all()
+    assert torch.linalg.matrix_norm(u.double(), 2) <= 1.15
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (1, 6), (6, 1), (2, 3, 8, 5), (0, 4, 4), (5, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_polar_of_rectangular_matrices(shape, dtype):
+    m = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    u = polar(m, precision="float64")
+    assert u.dtype == dtype
+    assert relative_error(u, reference.polar(m)) <= 2 * torch.finfo(dtype).eps + 1e-12
+
+
+def test_polar_of_zero_is_zero_and_of_low_rank_is_a_partial_isometry():
+    assert torch.equal(polar(torch.zeros(3, 4)), torch.zeros(3, 4))
+    m = torch.randn(10, 2, dtype=torch.float64) @ torch.randn(2, 10, dtype=torch.float64)
+    u = polar(m, precision="float64")
+    assert relative_error((u * m).sum(), torch.linalg.svdvals(m).sum()) <= 1e-6
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_coupled_iteration_converges_on_well_conditioned_matrices(precision):
+    a = matrices("i^-0.5")
+    root, inverse, residual = newton_schulz(a, iterations=20, precision=precision)
+    limit = {"float32": 1e-5, "float64": 1e-13}[precision]
+    assert relative_error(root, reference.sqrtm(a)) <= limit
+    assert relative_error(inverse, reference.inverse_sqrtm(a)) <= limit
+    assert residual.shape == (2,)
+    assert (residual <= limit).all()
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("precision", list(LIMIT))
+def test_coupled_iteration_is_finite_and_says_when_it_has_not_converged(kind, precision):
+    a = matrices(kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        root, inverse, residual = newton_schulz(a, iterations=40, precision=precision)
+    assert torch.isfinite(root).all()
+    assert torch.isfinite(inverse).all()
+    unconverged = bool((residual > {"bfloat16": 5e-2, "float32": 1e-3, "float64": 1e-8}[precision]).any())
+    assert unconverged == any("newton_schulz: " in str(w.message) for w in caught)
+    if not unconverged:
+        assert (
+            relative_error(root, reference.sqrtm(a)) <= {"bfloat16": 0.3, "float32": 1e-2, "float64": 1e-6}[precision]
+        )
+
+
+def test_coupled_iteration_warns_where_rounding_wins():
+    with pytest.warns(RuntimeWarning, match="have not converged after 40 iterations in bfloat16"):
+        newton_schulz(covariance("i^-3", D, 0), iterations=40, precision="bfloat16")
+
+
+def test_a_tolerance_that_is_missed_is_said():
+    with pytest.warns(RuntimeWarning, match=r"sqrtm: reached a relative residual of .*, tol=1e-10"):
+        sqrtm(matrices("i^-1"), method="polar", precision="bfloat16", tol=1e-10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sqrtm(matrices("i^-1"), method="eigh", tol=1e-10)
+        inverse_sqrtm(matrices("i^-1"), method="eigh", tol=1e-8)
+
+
+def symmetric(x: torch.Tensor) -> torch.Tensor:
+    return (x + x.mT) / 2
+
+
+SPREAD = {
+    "spread": [1.0, 2.0, 3.0, 4.0],
+    "repeated": [1.0, 1.0, 2.0, 2.0],
+    "multiple of the identity": [2.0] * 4,
+    "small": [1e-3, 1e-3, 1.0, 2.0],
+}
+
+
+def leaf(values: list[float]) -> torch.Tensor:
+    q, _ = torch.linalg.qr(torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    return symmetric(q * torch.tensor(values, dtype=torch.float64) @ q.mT).requires_grad_()
+
+
+@pytest.mark.parametrize("values", SPREAD.values(), ids=SPREAD)
+@pytest.mark.parametrize("function", [sqrtm, inverse_sqrtm])
+@pytest.mark.parametrize("method", ["eigh", "polar"])
+def test_gradients_of_roots(values, function, method):
+    a = leaf(values)
+    assert torch.autograd.gradcheck(
+        lambda x: function(symmetric(x), method=method, precision="float64"), a, eps=1e-6, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (3, 6), (2, 4, 3)])
+def test_gradients_of_polar(shape):
+    m = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: polar(x, precision="float64"), m, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_the_coupled_iteration():
+    a = leaf(SPREAD["repeated"])
+    call = lambda x: newton_schulz(symmetric(x), iterations=30, precision="float64")[:2]  # noqa: E731
+    assert torch.autograd.gradcheck(call, a, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rank d/4", "zero", "zero columns", "condition 1e12", "identity"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_next_to_singular_are_finite(kind, dtype):
+    a = matrices(kind).to(dtype)
+    a = symmetric(a).requires_grad_()
+    sqrtm(a).sum().backward()
+    assert torch.isfinite(a.grad).all()
+    m = matrices(kind).to(dtype).requires_grad_()
+    polar(m).sum().backward()
+    assert torch.isfinite(m.grad).all()
+
+
+@pytest.mark.parametrize("values", SPREAD.values(), ids=SPREAD)
+def test_iterated_lyapunov_solution_is_the_one_by_eigenvectors(values):
+    x = leaf(values).detach()
+    g = symmetric(torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    s = eager.lyapunov(x, g)
+    assert relative_error(x @ s + s @ x, g) <= 1e-10
+
+
+COMPILED = {
+    "sqrtm": lambda x: sqrtm(x, method="polar"),
+    "inverse_sqrtm": inverse_sqrtm,
+    "polar": polar,
+    "newton_schulz": lambda x: newton_schulz(x, iterations=12)[:2],
+}
+
+
+@pytest.mark.parametrize("call", COMPILED.values(), ids=COMPILED)
+def test_compiles_without_a_graph_break_backward_included(call):
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (call, compiled):
+        a = leaf(SPREAD["spread"]).detach().float().requires_grad_()
+        out = function(a)
+        sum(o.square().sum() * (i + 1) for i, o in enumerate(out if isinstance(out, tuple) else (out,))).backward()
+        results.append(a.grad)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        ("root", ("sqrt", "eigh", "float64", -1, "eager")),
+        ("root", ("inverse", "polar", "float64", -1, "eager")),
+        ("polar", ("float64", -1, "eager")),
+        ("newton_schulz", (20, "float64", "eager")),
+    ],
+)
+def test_operators_pass_opcheck(operator, arguments):
+    a = leaf(SPREAD["spread"])
+    result = torch.library.opcheck(getattr(torch.ops.mir_kernels, operator).default, (a, *arguments))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+EYE = torch.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: sqrtm([[1.0]]), TypeError, "a: takes a torch.Tensor"),
+        (lambda: sqrtm(EYE.half()), TypeError, "a: takes a dtype of float32, bfloat16, float64, got float16"),
+        (lambda: sqrtm(torch.zeros(2, 3)), ValueError, r"a: takes square matrices \(..., d, d\)"),
+        (lambda: sqrtm(EYE / 0), ValueError, "a: takes finite values"),
+        (lambda: sqrtm(EYE + EYE.roll(1, 0)), ValueError, "a: takes symmetric matrices"),
+        (lambda: sqrtm(-EYE), ValueError, "a: takes positive semi-definite matrices"),
+        (lambda: sqrtm(EYE, method="fast"), ValueError, "method: takes one of"),
+        (lambda: sqrtm(EYE, precision="half"), ValueError, "precision: takes one of"),
+        (lambda: sqrtm(EYE, iterations=0), ValueError, "iterations: takes a positive number"),
+        (lambda: sqrtm(EYE, backend="cuda"), ValueError, "backend: sqrtm has no backend 'cuda'"),
+        (lambda: inverse_sqrtm(EYE - EYE), ValueError, "a: takes positive definite matrices, 1 of 1"),
+        (lambda: inverse_sqrtm(EYE - EYE, method="polar"), ValueError, "a: takes positive definite matrices, 1 of 1"),
+        (lambda: polar(torch.zeros(3)), ValueError, r"m: takes matrices \(..., m, n\)"),
+        (lambda: polar(EYE / 0), ValueError, "m: takes finite values"),
+        (lambda: newton_schulz(EYE, iterations=0), ValueError, "iterations: takes a positive number"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,69 @@
+"""The square root kernels compiled ahead of time as `polar` launches them: no spills, wide accesses, 64-bit offsets."""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import aot
+
+from mir_kernels.sqrtm import triton as kernels
+
+STEPS = ((3.2, -2.4, 0.5),) * 6
+CASES = [
+    *((torch.bfloat16, d) for d in (32, 64, 128, 1024)),
+    *((torch.float32, d) for d in (32, 64, 1024)),
+]
+
+
+def launches(d, dtype, target, batch=4):
+    """What one polar factor launches: one kernel up to SMALL, the three products of a step above it."""
+    x = torch.empty(batch, d, d, dtype=dtype, device="meta")
+    if d <= kernels.SMALL:
+        return aot.record(kernels.small_polar, x, STEPS, target=target)
+    return aot.record(kernels.polynomial_step, x, STEPS[0], target=target)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(("dtype", "d"), CASES, ids=lambda v: str(v).removeprefix("torch."))
+def test_no_kernel_spills_and_memory_moves_in_wide_accesses(dtype, d, target):
+    for launch in launches(d, dtype, target)[-2:]:
+        binary = aot.compile_launch(target, launch)
+        assert binary.spills == 0, f"{launch.kernel.__name__}: {binary.spills} bytes, {binary.registers} registers"
+        assert max(binary.stores) >= 8
+        if target == "sm_90" and d in (64, 128, 1024) and (dtype == torch.bfloat16 or d == 1024):
+            assert "wgmma" in binary.asm
+
+
+def test_a_batch_of_small_matrices_is_one_launch_and_of_large_ones_three_a_step():
+    for d in (8, 64, 100, 128):
+        assert len(launches(d, torch.bfloat16, "sm_90", batch=512)) == 1
+    recorded = launches(256, torch.bfloat16, "sm_90", batch=256)
+    assert [launch.kernel.__name__ for launch in recorded] == [
+        "_symmetric_product_fwd",
+        "_symmetric_product_fwd",
+        "_product_fwd",
+    ]
+
+
+def test_symmetric_products_launch_half_the_tiles():
+    tile = kernels.TABLE[torch.bfloat16]["sm_90"].tile
+    symmetric, _, full = launches(8 * tile, torch.bfloat16, "sm_90", batch=3)
+    assert symmetric.grid == (3 * 36,)
+    assert full.grid == (3 * 64,)
+
+
+@pytest.mark.parametrize("d", [32, 128, 1024])
+def test_batch_offsets_are_64_bits_wide(d):
+    """(320, 2560, 3072) overflows a 32-bit product of batch index and matrix size: it must be formed in 64 bits."""
+    for launch in launches(d, torch.bfloat16, "sm_80"):
+        ir = aot.compile_launch("sm_80", launch).ttir
+        narrow = re.findall(r"tt\.addptr %p_\w+, %\w+ : !tt\.ptr<\w+>, (i\d+)", ir)
+        scalar = [width for width in narrow if width == "i32"]
+        pid_products = re.findall(r"arith\.muli %(\w+), %\w+(?: [^:]*)?: (i\d+)", ir)
+        assert any(width == "i64" for _, width in pid_products)
+        if d != 128:
+            assert "i64" in ir
+        assert len(scalar) <= 3, "only the step table is addressed with 32 bits"

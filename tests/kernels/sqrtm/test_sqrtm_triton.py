@@ -1,0 +1,110 @@
+"""The Triton kernels against float64: on a CUDA device, or in the interpreter if that was chosen before import."""
+
+import os
+
+import pytest
+import torch
+from covariances import SPECTRA, covariance
+from tolerances import relative_error
+
+pytest.importorskip("triton")
+
+from mir_kernels.frechet import TOLERANCE, trace_sqrt_report
+from mir_kernels.sqrtm import eager, polar, sqrtm, triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+STEP = (3.2, -2.4, 0.5)
+# Odd and even sizes on every side of the tiles: within one program's registers, in its cache, in several tiles.
+SHAPES = [(3, 1, 1), (2, 7, 5), (2, 33, 33), (1, 64, 64), (1, 100, 70)]
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 5, 5), (1, 33, 65), (3, 40, 31)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_symmetric_product_is_symmetric_and_right(dtype, shape, transposed):
+    x = random(*shape, dtype=dtype)
+    wide = x.double().mT if transposed else x.double()
+    add = wide @ wide.mT
+    add = add.to(dtype)
+    add = (add + add.mT) / 2
+    out = triton.symmetric_product(x, transposed=transposed, add=add, alpha=0.5, beta=2.0)
+    assert torch.equal(out, out.mT)
+    assert relative_error(out, 0.5 * wide @ wide.mT + 2.0 * add.double()) <= 2 * torch.finfo(dtype).eps
+
+
+def test_symmetric_product_of_small_integers_is_exact_in_every_tile():
+    x = torch.randint(-3, 4, (2, 70, 35), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
+    assert torch.equal(triton.symmetric_product(x, transposed=False), x @ x.mT)
+    assert torch.equal(triton.symmetric_product(x, transposed=True), x.mT @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 16, 16), (1, 48, 80), (2, 70, 33)])
+def test_fused_step_is_no_worse_than_plain_torch(dtype, shape):
+    x = eager.normalize(random(*shape, dtype=torch.float64), dtype).contiguous()
+    exact = eager.polynomial_step(x.double(), STEP)
+    mine, torchs = triton.polynomial_step(x, STEP), eager.polynomial_step(x, STEP)
+    assert relative_error(mine, exact) <= 2 * relative_error(torchs, exact) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("steps", [1, 2] if not INTERPRETED else [2])
+def test_one_launch_does_what_its_steps_do(dtype, shape, steps):
+    x = eager.normalize(random(*shape, dtype=torch.float64), dtype).contiguous()
+    before = x.clone()
+    exact, plain = x.double(), x
+    for _ in range(steps):
+        exact, plain = eager.polynomial_step(exact, STEP), eager.polynomial_step(plain, STEP)
+    out = triton.small_polar(x, (STEP,) * steps)
+    assert out.shape == shape
+    assert torch.equal(x, before)
+    assert relative_error(out, exact) <= 2 * relative_error(plain, exact) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 4), (4, 9), (0, 5, 5), (1, 130, 20)])
+def test_polar_factor_of_every_shape(precision, shape):
+    m = random(*shape, dtype=torch.float32)
+    if m.numel():
+        w, s, vt = torch.linalg.svd(m, full_matrices=False)
+        m = w * s.clamp(min=0.1)[..., None, :] @ vt
+    u = polar(m, precision=precision, backend="triton")
+    expected = polar(m.double(), precision="float64", backend="eager")
+    torchs = relative_error(polar(m, precision=precision, backend="eager"), expected)
+    assert relative_error(u, expected) <= 2 * torchs + {"bfloat16": 1e-2, "float32": 1e-5}[precision]
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_trace_is_as_accurate_as_promised(kind, precision):
+    d = 20
+    a, b = (covariance(kind, d, seed).to(DEVICE) for seed in (0, 9))
+    found = trace_sqrt_report(a, b, precision=precision, backend="triton")
+    expected = trace_sqrt_report(a, b, backend="linalg").value
+    assert (found.value - expected).abs() <= TOLERANCE[precision] * expected
+    assert found.error <= TOLERANCE[precision]
+
+
+def test_root_of_a_batch():
+    a = torch.stack([covariance("i^-1", 24, seed) for seed in range(3)]).float().to(DEVICE)
+    x = sqrtm(a, method="polar", backend="triton")
+    assert relative_error(x @ x, a) <= 2e-6
+
+
+@pytest.mark.gpu
+def test_batch_offsets_pass_2_to_the_31():
+    """(320, 2560, 3072): the batch offset of the last matrices does not fit 32 bits."""
+    x = torch.zeros(320, 2560, 3072, dtype=torch.bfloat16, device="cuda")
+    x[-1] = torch.randn(2560, 3072, device="cuda") / 64
+    out = triton.product(
+        x, torch.eye(3072, dtype=torch.bfloat16, device="cuda").expand(320, -1, -1).contiguous(), beta=0
+    )
+    assert torch.equal(out[-1], x[-1])
+    assert not out[:-1].any()
