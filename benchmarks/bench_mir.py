@@ -3,9 +3,10 @@
     python benchmarks/bench_mir.py                                   # a small model's shape, minutes on a laptop
     python benchmarks/bench_mir.py --layers 32 --hidden 4096 --samples 100 --vision 576 --text 64   # LLaVA-1.5-7B
 
-Every rival gets the same synthetic hidden states, one sample at a time and already in memory, and returns MIR. The error is
-|MIR - reference| with the reference in float64 (symmetrised product, eigenvalues); peak memory is what a process of its own
-needs beyond the states. The states have power-law spectra, a large mean in a few columns and a massive first token.
+Every rival gets the same synthetic hidden states, one sample at a time and already in memory, and returns MIR. The
+error is |MIR - reference| with the reference in float64 (symmetrised product, eigenvalues); peak memory is what a
+process of its own needs beyond the states. The states have power-law spectra, a large mean in a few columns and a
+massive first token.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-import harness
 import torch
 from torch import Tensor
 
+import harness
 from modality_integration import ModalityIntegrationRate, mir
 
 Sample = tuple[list[Tensor], Tensor, Tensor]
@@ -67,7 +68,7 @@ def listed(data: list[Sample]) -> float:
 
 
 def _sum_over_layers(data: list[Sample], distance: Callable[[Tensor, Tensor], float], dtype: torch.dtype) -> float:
-    """The published script's loop: all features in memory, scaled by alpha, 3-sigma outliers dropped, one FID a layer."""
+    """The published loop: all features in memory, scaled by alpha, 3-sigma outliers dropped, one FID a layer."""
     total = 0.0
     for k in range(len(data[0][0])):
         v = torch.cat([s[0][k][s[1]] for s in data]).to(dtype)
@@ -158,7 +159,8 @@ def main() -> None:
         print(json.dumps({"peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
         return
     reference = plain_torch(data)
-    argv = [a for name in ("layers", "hidden", "samples", "vision", "text") for a in (f"--{name}", str(getattr(flags, name)))]
+    shape = {name: getattr(flags, name) for name in ("layers", "hidden", "samples", "vision", "text")}
+    argv = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
     case = f"{flags.layers} layers, d {flags.hidden}, {flags.samples} x ({flags.vision} vision + {flags.text} text)"
     rivals, peaks = [], {}
     for name, run in RIVALS.items():

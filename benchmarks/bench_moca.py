@@ -14,10 +14,10 @@ import ctypes
 import importlib.util
 from collections.abc import Callable
 
-import harness
 import torch
 from torch import Tensor
 
+import harness
 from mir_kernels.moca import OPERATIONS, add_moca_rms_norm, moca
 
 LIMIT = 1e-2  # relative, bf16

@@ -1,4 +1,4 @@
-"""The README's tables and plots, made from benchmarks/data/*.csv alone; `--check` fails where the README says otherwise.
+"""The README's tables and plots, made from benchmarks/data/*.csv; `--check` fails where the README says otherwise.
 
 A table stands in README.md between `<!-- table NAME -->` and `<!-- end -->`, NAME being a CSV in benchmarks/data/.
 """
@@ -72,7 +72,7 @@ def plot_convergence(source: Path, target: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README differs from the CSVs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README and a CSV differ")
     flags = parser.parse_args()
     path = ROOT / "README.md"
     before = path.read_text()

@@ -1,8 +1,8 @@
-"""What every benchmark shares: correctness before speed, rivals side by side, medians, counted bytes and operations, CSV.
+"""What every benchmark shares: correctness before speed, rivals side by side, medians, counted bytes, CSV.
 
-A benchmark lists its rivals as `Rival(name, call, error)`. `compare` first asks each for its error against float64 (a red
-check prints no time), then runs all of them in turn, round after round, so that a noisy machine is noisy for all alike.
-On CUDA it times with events, over rotating inputs, with the L2 cache flushed; on a CPU with a clock around each call.
+A benchmark lists its rivals as `Rival(name, call, error)`. `compare` first looks at each one's error against float64 (a
+red check prints no time), then runs all of them in turn, round after round, so that a noisy machine is noisy for all
+alike. On CUDA it times with events, over rotating inputs, with the L2 cache flushed; on a CPU with a clock.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def compare(
     red = {r.name for r in rivals if r.error is not None and r.limit is not None and not r.error <= r.limit}
     green = [r for r in rivals if r.name not in red]
     clock = _cuda_ms if device == "cuda" else _cpu_ms
-    first = {r.name: (clock(r.call, 0), clock(r.call, 1))[1] for r in green}  # the first call warms up, the second is timed
+    first = {r.name: (clock(r.call, 0), clock(r.call, 1))[1] for r in green}  # the first call only warms up
     slowest = max(first.values(), default=0.0)
     count = max(rounds[0], min(rounds[1], int(seconds * 1e3 / max(slowest, 1e-3))))
     times: dict[str, list[float]] = {r.name: [] for r in green}
@@ -81,7 +81,8 @@ def compare(
 def environment(device: str = "cpu") -> tuple[str, int, str, str, str]:
     """Device name, threads, torch version, Python version and commit, as the last columns of a row."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=DATA.parent, check=False)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, cwd=DATA.parent, check=False)
     return name, torch.get_num_threads(), torch.__version__, platform.python_version(), git.stdout.strip() or "unknown"
 
 
@@ -102,11 +103,14 @@ def print_rows(rows: Sequence[dict], *, baseline: str | None = None) -> None:
         mine = [r for r in rows if (r["operation"], r["case"]) == key]
         base = next((r["p50_ms"] for r in mine if r["rival"] == (baseline or mine[0]["rival"])), None)
         print(f"\n{key[0]}  {key[1]}")
-        print(f"  {'rival':<34}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'x base':>8}{'GB/s':>8}{'GFLOP/s':>9}  error")
+        times = f"{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}"
+        print(f"  {'rival':<34}{times}{'x base':>8}{'GB/s':>8}{'GFLOP/s':>9}  error")
         for r in mine:
             error = "" if r["error"] is None else f"{r['error']:.1e}"
             if r["p50_ms"] is None:
-                print(f"  {r['rival']:<34}{'not timed: its error is beyond the limit of':>46} {r['limit']:.0e}  {error}")
+                print(
+                    f"  {r['rival']:<34}{'not timed: its error is beyond the limit of':>46} {r['limit']:.0e}  {error}"
+                )
                 continue
             ms = r["p50_ms"]
             rate = f"{r['bytes'] / ms / 1e6:8.1f}" if r["bytes"] else " " * 8
@@ -128,7 +132,8 @@ def read_csv(path: Path) -> list[dict]:
     """The rows of a file that `write_csv` wrote, numbers as numbers."""
     numbers = ("p20_ms", "p50_ms", "p80_ms", "error", "limit", "bytes", "flops", "rounds")
     with path.open(newline="") as file:
-        return [{k: (float(v) if v else None) if k in numbers else v for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{k: (float(v) if v else None) if k in numbers else v for k, v in row.items()} for row in rows]
 
 
 def arguments(description: str, name: str) -> argparse.ArgumentParser:

@@ -115,9 +115,14 @@ def table(operations: tuple[Operation, ...]) -> BackendTable:
     return BackendTable(
         {
             op.name: {
-                kind: {name: op.reason(name, device) if kind == "cpu" or torch.cuda.is_available() else
-                       (op.reason(name, device) or "torch sees no CUDA device") for name in op.orders[kind]}
-                for kind, device in devices.items() if kind in op.orders
+                kind: {
+                    name: op.reason(name, device)
+                    if kind == "cpu" or torch.cuda.is_available()
+                    else (op.reason(name, device) or "torch sees no CUDA device")
+                    for name in op.orders[kind]
+                }
+                for kind, device in devices.items()
+                if kind in op.orders
             }
             for op in operations
         }

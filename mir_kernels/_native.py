@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  # imported first: _C then shares torch's OpenMP runtime instead of starting a second pool
+import torch  # imported before _C, which then shares its OpenMP runtime instead of starting a second pool
 
 try:
     from mir_kernels import _C as C
 except ImportError as error:
     C = None
-    if "_C" in str(error) and "cannot import name" in str(error) or isinstance(error, ModuleNotFoundError):
+    if "cannot import name" in str(error) or isinstance(error, ModuleNotFoundError):
         MISSING: str | None = (
             "the compiled module is not built (no C++ compiler was found at install, or MIR_NATIVE=0): "
             "install g++ or clang++ and reinstall mir-kernels"
@@ -32,7 +32,7 @@ def cuda_reason() -> str | None:
     if MISSING is not None:
         return MISSING
     if not C.CUDA_ARCHS:
-        return "built without nvcc: install the CUDA toolkit and reinstall mir-kernels (MIR_CUDA=1 makes its absence an error)"
+        return "built without nvcc: install the CUDA toolkit and reinstall mir-kernels with MIR_CUDA=1"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None

@@ -16,7 +16,9 @@ def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
     return (out - ref).norm().item() / (scale or 1.0)
 
 
-def assert_close(out: torch.Tensor, ref: torch.Tensor, *, dtype: torch.dtype | None = None, factor: float = 1.0) -> None:
+def assert_close(
+    out: torch.Tensor, ref: torch.Tensor, *, dtype: torch.dtype | None = None, factor: float = 1.0
+) -> None:
     """Relative error at most factor times the table's entry for `dtype` (out's own unless given)."""
     limit = factor * RELATIVE[dtype or out.dtype]
     error = relative_error(out, ref)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modality_integration.residual_stream import capture
 from modality_integration.metric import ModalityIntegrationRate
+from modality_integration.residual_stream import capture
 from modality_integration.result import MIRResult
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from integration.tiny_models import tiny_batch, tiny_model
-from modality_integration.moca import NAME, add_moca, load_moca, moca_parameters, save_moca
-from tolerances import assert_close
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from integration.tiny_models import tiny_batch, tiny_model
+from modality_integration.moca import NAME, add_moca, load_moca, moca_parameters, save_moca
+from tolerances import assert_close
 
 STEPS = 3
 LEARNING_RATE = 0.5

@@ -5,11 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
+
 from integration.tiny_models import LAYERS, tiny_batch, tiny_model
 from modality_integration.callbacks import MIRCallback
-from modality_integration.residual_stream import capture
 from modality_integration.metric import mir
-from transformers import Trainer, TrainingArguments
+from modality_integration.residual_stream import capture
 
 ROWS = ["tittttttt", "ttitttttt"]
 

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from integration.tiny_models import FAMILIES, HIDDEN, LAYERS, VOCAB, decoder_of, tiny_batch, tiny_model
 from modality_integration.residual_stream import capture
 from tolerances import assert_close
-from torch import nn
 
 ROWS = ("ttittt", "tittittt")
 

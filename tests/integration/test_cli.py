@@ -8,14 +8,14 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+import mir_kernels
 from integration.saved_models import save_tiny_llava, write_images, write_texts
 from modality_integration import compute, demo, doctor
 from modality_integration.cli import main
 from modality_integration.result import MIRResult
 from modality_integration.states import save_states
-from typer.testing import CliRunner
-
-import mir_kernels
 
 
 def mir(*arguments):

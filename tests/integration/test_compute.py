@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
+
 from integration.saved_models import save_tiny_llama, save_tiny_llava, write_images, write_texts
 from modality_integration import compute, data, loading
 from modality_integration.checkpoint import Passage
@@ -17,7 +19,6 @@ from modality_integration.data import InputError
 from modality_integration.metric import mir
 from modality_integration.residual_stream import capture
 from modality_integration.result import MIRResult
-from rich.console import Console
 
 SAMPLES = 12
 # The command in a process of its own that dies, as by a power cut, once 7 samples are counted.

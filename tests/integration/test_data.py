@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from integration.saved_models import tiny_tokenizer, write_images, write_texts
 from modality_integration.data import InputError, Text, choose_images, choose_texts, open_image, pair, truncate
-from PIL import Image
 
 
 def test_the_same_seed_chooses_the_same_images_and_another_seed_others(tmp_path):

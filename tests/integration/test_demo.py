@@ -5,6 +5,9 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
 from integration.saved_models import save_tiny_llama
 from modality_integration import demo
 from modality_integration.cli import main
@@ -12,8 +15,6 @@ from modality_integration.compute import Interrupted
 from modality_integration.data import InputError
 from modality_integration.demo import Options, Pictures, build, run, trainable, training_step
 from modality_integration.result import MIRResult
-from rich.console import Console
-from typer.testing import CliRunner
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from integration.saved_models import save_tiny_llava
 from integration.tiny_models import FAMILIES, IMAGE, VIDEO, tiny_batch, tiny_model
-from modality_integration.residual_stream import capture
 from modality_integration.masks import text_after_vision, vision_token_ids
-from PIL import Image
+from modality_integration.residual_stream import capture
 
 
 def images(count, size):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from integration import mir_oracle
 from modality_integration.metric import mir
 

@@ -1,6 +1,7 @@
 """The metric on a CUDA device: the CPU's value, whichever way the state got there."""
 
 import pytest
+
 from integration.test_metric import pair
 from integration.test_metric_stream import assert_same, fed, sample, whole
 from modality_integration.metric import ModalityIntegrationRate, mir

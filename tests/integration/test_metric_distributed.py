@@ -6,9 +6,10 @@ import traceback
 
 import pytest
 import torch
+from torch import distributed
+
 from integration.test_metric_stream import D, sample
 from modality_integration.metric import ModalityIntegrationRate
-from torch import distributed
 
 SAMPLES = 12
 

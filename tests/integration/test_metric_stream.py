@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from modality_integration.metric import ModalityIntegrationRate, mir
 from safetensors.torch import save_file
 from torchmetrics import MetricCollection
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
+
+from modality_integration.metric import ModalityIntegrationRate, mir
 
 LAYERS, D = 3, 24
 

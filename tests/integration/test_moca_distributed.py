@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from modality_integration import moca
 
 SCRIPT = Path(__file__).with_name("moca_processes.py")

@@ -6,8 +6,10 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from integration.tiny_models import FAMILIES, HIDDEN, LAYERS, Batch, decoder_of, tiny_batch, tiny_model
-from modality_integration.residual_stream import capture
 from modality_integration.moca import (
     NAME,
     add_moca,
@@ -17,9 +19,8 @@ from modality_integration.moca import (
     save_moca,
     vision_tokens,
 )
-from safetensors.torch import load_file, save_file
+from modality_integration.residual_stream import capture
 from tolerances import assert_close
-from torch import nn
 
 ROWS = ("ttittt", "tittittt")
 KEY = re.compile(r"layers\.\d+\.modality_layernorm\.(scale|shift)$")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+
 from integration import mir_oracle
 from integration.test_metric import features, pair
 from modality_integration import official

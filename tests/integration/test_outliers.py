@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modality_integration.outliers import Limits, OnePass, replace_by_column_medians, three_sigma
 
 

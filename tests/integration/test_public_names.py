@@ -1,4 +1,4 @@
-"""The package's public names: each is what it says, in whatever order modules were imported, and costs nothing until used."""
+"""The public names: each is what it says, in whatever order modules were imported, and costs nothing until used."""
 
 import subprocess
 import sys

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
+
 from modality_integration import report
 from modality_integration.metric import mir
 from modality_integration.result import LayerTerms
-from PIL import Image
-from rich.console import Console
 
 
 def result(seed=0, layers=3, **options):

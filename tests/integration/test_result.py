@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from modality_integration.result import LayerTerms, MIRResult
 
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from integration.test_metric_stream import LAYERS, sample, whole
 from modality_integration import layer as layer_module
 from modality_integration.states import mir_of_states, save_states
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture

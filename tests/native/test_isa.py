@@ -1,12 +1,17 @@
 """Every instruction set level gives right results, and no level's code can leak into another."""
 
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
 from tolerances import assert_close
 
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4")
 
 # Writes what each kernel gives for one fixed input, so that levels can be compared across processes.
@@ -42,17 +47,12 @@ torch.save(results, sys.argv[1])
 @pytest.fixture(scope="module")
 def results(native_module, tmp_path_factory):
     """Level to what SCRIPT wrote at that level, for the levels that this CPU runs."""
-    import os
-    import sys
-    from pathlib import Path
-
     folder = tmp_path_factory.mktemp("isa")
-    root = Path(__file__).resolve().parents[2]
     levels = LEVELS if native_module.CPU_ISA.startswith("x86-64") else ("baseline",)
     written = {}
     for level in levels[: levels.index(native_module.CPU_ISA) + 1]:
         path = folder / f"{level}.pt"
-        env = {**os.environ, "MIR_CPU_ISA": level, "PYTHONPATH": str(root)}
+        env = {**os.environ, "MIR_CPU_ISA": level, "PYTHONPATH": str(CSRC.parent)}
         done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         written[level] = torch.load(path)
@@ -99,17 +99,15 @@ def test_an_unavailable_level_is_refused(native_module, run_python):
     assert "MIR_CPU_ISA" in out
 
 
-@pytest.mark.parametrize("source", ["moca/moca_cpu.cpp", "moca/add_moca_rms_norm_cpu.cpp", "moments/moments_cpu.cpp"])
-def test_objects_share_no_inline_function_between_levels(source, tmp_path, request):
+@pytest.mark.skipif(not CSRC.exists(), reason="needs the sources")
+@pytest.mark.parametrize("source", sorted(CSRC.rglob("*_cpu.cpp")), ids=lambda path: path.stem)
+def test_objects_share_no_inline_function_between_levels(source, tmp_path):
     compiler, nm = shutil.which("c++") or shutil.which("g++"), shutil.which("nm")
     if compiler is None or nm is None:
         pytest.skip("needs a C++ compiler and nm")
-    path = request.config.rootpath / "csrc" / source
-    if not path.exists():
-        pytest.skip("needs the sources")
     output = tmp_path / "object.o"
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wno-psabi", "-fopenmp", "-DMIR_ISA=baseline"]
-    subprocess.run([compiler, *flags, "-c", str(path), "-o", str(output)], check=True, capture_output=True)
+    subprocess.run([compiler, *flags, "-c", str(source), "-o", str(output)], check=True, capture_output=True)
     lines = subprocess.run([nm, "-C", str(output)], check=True, capture_output=True, text=True).stdout.splitlines()
     defined = [line.split(maxsplit=2)[1:] for line in lines if len(line.split(maxsplit=2)) == 3]
     # What the linker may merge between objects (weak, unique) or sees by name must carry the level's namespace.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tolerances import assert_close, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

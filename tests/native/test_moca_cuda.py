@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tolerances import assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("native_module")]

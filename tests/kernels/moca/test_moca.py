@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from tolerances import RELATIVE, assert_close
 
 from mir_kernels.moca import moca
+from tolerances import RELATIVE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTHS = [1, 7, 576, 4096, 8200]

@@ -6,7 +6,6 @@ import torch
 pytest.importorskip("triton")
 
 import aot
-
 from mir_kernels.moments import packed
 from mir_kernels.moments import triton as kernels
 

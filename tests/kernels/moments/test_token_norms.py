@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close
 
 from mir_kernels.moments import TOKEN_NORMS, reference, token_norms
+from tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RUNS = [

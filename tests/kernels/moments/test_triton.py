@@ -7,10 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from tolerances import assert_close
-
 from mir_kernels.moments import StreamingMoments, packed, reference, streaming, token_norms
 from mir_kernels.moments import triton as kernels
+from tolerances import assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

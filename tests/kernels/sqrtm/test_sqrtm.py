@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 from covariances import SPECTRA, covariance
-from tolerances import relative_error
 
 from mir_kernels.sqrtm import eager, inverse_sqrtm, newton_schulz, polar, reference, sqrtm
+from tolerances import relative_error
 
 D = 48
 METHODS = ["auto", "eigh", "polar"]

@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("triton")
 
 import aot
-
 from mir_kernels.sqrtm import triton as kernels
 
 STEPS = ((3.2, -2.4, 0.5),) * 6

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from covariances import SPECTRA, covariance
+
 from tolerances import relative_error
 
 pytest.importorskip("triton")
