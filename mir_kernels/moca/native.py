@@ -61,6 +61,7 @@ def add_rms_forward(
     Rounded to x.dtype after the addition, after MoCa, after h * rstd and after the weight: the bits of the separate
     operations, in the order of Llama's RMSNorm. rstd: `(rows,)` float32 (float64 for float64). h may be x or residual.
     """
+    _on_cpu(x)
     scale, shift, weight, mask = _vector(scale, x), _vector(shift, x), _vector(weight, x), _bytes(mask)
     C.add_rms_forward(
         *(*_rows(x), *_rows(residual), scale.data_ptr(), shift.data_ptr(), mask.data_ptr(), weight.data_ptr(), eps),
@@ -85,6 +86,7 @@ def add_rms_backward(
     With y = h rstd and dy = grad_out weight: dh = rstd (dy - y mean(dy y)) + grad_h, then MoCa's backward. x and
     residual are read on masked rows only. dx may be grad_out or grad_h.
     """
+    _on_cpu(h)
     scale, weight, mask = _vector(scale, h), _vector(weight, h), _bytes(mask)
     sums = _column_sums(h, 3)
     partial = _partial(h, 3)
@@ -94,6 +96,11 @@ def add_rms_backward(
         *(*(s.data_ptr() for s in sums), *_shape(h), torch.get_num_threads()),
     )
     return sums[0], sums[1], sums[2]
+
+
+def _on_cpu(matrix: Tensor) -> None:
+    if matrix.device.type != "cpu":
+        raise ValueError(f"add_moca_rms_norm: the compiled kernels take CPU tensors, got {matrix.device}")
 
 
 def _rows(matrix: Tensor) -> tuple[int, int]:
