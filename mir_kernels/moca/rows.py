@@ -46,7 +46,7 @@ def backward(
     """(dx, dscale, dshift), the last two float32 (float64 for float64). Only x's vision rows are read."""
     dx = _like(grad)
     if not grad.numel():
-        return dx, *_zero_sums(grad, 2)
+        return dx, _zero_sum(grad), _zero_sum(grad)
     module = _module(0, backend, grad.device)
     dscale, dshift = module.backward(_rows(grad), _rows(x), scale, _flags(mask), _rows(dx))
     return dx, dscale, dshift
@@ -88,13 +88,13 @@ def add_rms_backward(
     """(dx, dscale, dshift, dweight), the sums in `accumulator`. x and residual are read in vision rows only."""
     dx = _like(grad_out)
     if not dx.numel():
-        return dx, *_zero_sums(dx, 3)
+        return dx, _zero_sum(dx), _zero_sum(dx), _zero_sum(dx)
     upstream = None if grad_h is None else _rows(grad_h)
-    sums = _module(1, backend, dx.device).add_rms_backward(
+    dscale, dshift, dweight = _module(1, backend, dx.device).add_rms_backward(
         *(_rows(grad_out), upstream, _rows(h), _rows(x), _rows(residual)),
         *(scale, _flags(mask), weight, rstd.reshape(-1), _rows(dx)),
     )
-    return dx, *sums
+    return dx, dscale, dshift, dweight
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -124,5 +124,5 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _zero_sums(x: Tensor, count: int) -> list[Tensor]:
-    return [torch.zeros(x.shape[-1], dtype=accumulator(x), device=x.device) for _ in range(count)]
+def _zero_sum(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[-1], dtype=accumulator(x), device=x.device)
