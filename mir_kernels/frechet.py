@@ -83,7 +83,7 @@ def trace_sqrt_product(
 def _trace_sqrt_product(
     a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    report = trace_sqrt_report(a, b, precision=precision, backend=backend)
+    report = _report(a, b, precision, backend)
     missed = report.error.amax().item() if report.error.numel() else 0.0
     if missed > TOLERANCE[precision]:
         warnings.warn(
@@ -112,6 +112,10 @@ def trace_sqrt_report(a: Tensor, b: Tensor, *, precision: str = "float32", backe
     _check_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
     backend = OPERATION.choose(backend, a.device)
+    return _report(a, b, precision, backend)
+
+
+def _report(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
     solve = _linalg if backend == "linalg" else _reference if backend == "reference" else _iterated
     parts = [solve(x, y, precision, backend) for x, y in _chunks(a, b)]
     values = torch.cat([part.value for part in parts]) if parts else a.new_zeros(0, dtype=torch.float64)
@@ -186,7 +190,10 @@ def frechet_distance(
         if mean.shape != cov.shape[:-1]:
             raise ValueError(f"{name}: takes shape {tuple(cov.shape[:-1])}, got {tuple(mean.shape)}")
     _check_pair("cov_x", cov_x, "cov_y", cov_y)
-    root = trace_sqrt_product(cov_x, cov_y, precision=precision, bounds=bounds, backend=backend)
+    _checks.choice("precision", precision, PRECISIONS)
+    backend = OPERATION.choose(backend, cov_x.device)
+    ends = torch.ops.mir_kernels.trace_sqrt_product(cov_x, cov_y, precision, bounds, backend)
+    root = TraceSqrt(*ends) if bounds else ends[0]
     if not bounds:
         # (AA)^(1/2) = A: equal covariances are at no distance in any precision.
         root = torch.where((cov_x == cov_y).all(-1).all(-1), _trace(cov_x), root)

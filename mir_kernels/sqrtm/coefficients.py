@@ -1,8 +1,8 @@
 """Odd polynomials of degree five whose composition takes [lower, 1] to 1 fastest: the steps of `polar`.
 
 Each is the minimax approximation of 1 on the interval that the one before left over, found by the exchange algorithm
-of Remez. Choosing each greedily gives the best composition of them all in exact arithmetic (Amsel, Persson, Musco, Gower: The Polar
-Express, 2025, theorem 3.1; Nakatsukasa and Freund, SIAM Review 2016, for the rational case).
+of Remez. In exact arithmetic choosing each greedily gives the best composition of them all (Amsel, Persson, Musco and
+Gower, The Polar Express, 2025; Nakatsukasa and Freund, SIAM Review 2016, for rational functions).
 """
 
 from __future__ import annotations

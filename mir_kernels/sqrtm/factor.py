@@ -57,7 +57,8 @@ def equilibrate(a: Tensor) -> Scaled:
     scale = torch.exp2(_half_exponent(diagonal * small * small)).masked_fill(zero, 0.0)
     inverse = torch.where(zero, 0.0, small / scale)
     h = a * inverse[..., :, None] * inverse[..., None, :]
-    return Scaled(h + torch.diag_embed(zero.to(h.dtype)), scale, exponent)
+    h.diagonal(dim1=-2, dim2=-1).add_(zero)
+    return Scaled(h, scale, exponent)
 
 
 def factor(a: Tensor) -> Factor:
