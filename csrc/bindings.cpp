@@ -62,6 +62,15 @@ TokenNorms token_norms(Address x, int64_t x_stride, Address out, int64_t rows, i
   return {at(x), x_stride, static_cast<float*>(at(out)), rows, cols, dtype_of(dtype)};
 }
 
+SecondMoment second_moment(Address x, int64_t x_stride, Address shift, Address vectors, Address weights,
+                           Address second, int64_t panel, Address sums, Address packed, int64_t rows, int64_t cols,
+                           int dtype) {
+  if (dtype_of(dtype) == DType::kFloat64) throw std::invalid_argument("dtype: takes 16- and 32-bit floats");
+  return {at(x), x_stride, static_cast<float*>(at(shift)), static_cast<double*>(at(vectors)),
+          static_cast<double*>(at(weights)), static_cast<double*>(at(second)), panel, static_cast<double*>(at(sums)),
+          static_cast<float*>(at(packed)), rows, cols, dtype_of(dtype)};
+}
+
 // A Python function whose arguments are those of `make`, which packs them into the parameter struct, followed by
 // those of `run` after the struct (threads, or device and stream).
 template <class Params, class... Packed, class... Extra>
@@ -117,6 +126,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_rms_forward", unlocked(add_rms_forward, MIR_AT_ISA(add_rms_cpu).forward));
   m.def("add_rms_backward", unlocked(add_rms_backward, MIR_AT_ISA(add_rms_cpu).backward));
   m.def("token_norms", unlocked(token_norms, MIR_AT_ISA(moments_cpu).token_norms));
+  m.def("second_moment", unlocked(second_moment, MIR_AT_ISA(second_moment_cpu).add));
+  m.def("second_moment_workspace", MIR_AT_ISA(second_moment_cpu).workspace);
 #if defined(MIR_WITH_CUDA)
   m.def("moca_forward_cuda", unlocked(moca_forward, moca_forward_on_stream));
   m.def("moca_backward_cuda", unlocked(moca_backward, moca_backward_on_stream));

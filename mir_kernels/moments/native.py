@@ -1,4 +1,4 @@
-"""Token norms by the compiled CPU kernel."""
+"""Token norms and the block update of the second moment by the compiled CPU kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels._native import C
+from mir_kernels.moments.packed import PANEL
 
 _CODES = {getattr(torch, name): code for name, code in C.DTYPES.items()} if C is not None else {}
 
@@ -22,3 +23,23 @@ def token_norms(x: Tensor) -> Tensor:
         *(x.data_ptr(), x.stride(0), out.data_ptr(), x.shape[0], x.shape[1], _CODES[x.dtype]), torch.get_num_threads()
     )
     return out
+
+
+def accumulate(
+    second: Tensor, x: Tensor, mask: Tensor | None, centre: Tensor, vectors: Tensor, weights: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """The block update of `eager.accumulate`, f32/bf16/f16 without a mask, with products in float32."""
+    if mask is not None or precision == "exact":
+        raise ValueError("the native product takes every row, and precision 'fast' or 'auto'")
+    rows, d = x.shape
+    if x.stride(1) != 1 and d > 1:
+        x = x.contiguous()
+    shift = centre.float()
+    sums = torch.empty(d, dtype=torch.float64)
+    packed = torch.empty(C.second_moment_workspace(rows, d), dtype=torch.float32)
+    C.second_moment(
+        *(x.data_ptr(), x.stride(0), shift.data_ptr(), vectors.data_ptr(), weights.data_ptr()),
+        *(second.data_ptr(), PANEL, sums.data_ptr(), packed.data_ptr(), rows, d, _CODES[x.dtype]),
+        torch.get_num_threads(),
+    )
+    return shift.double(), sums

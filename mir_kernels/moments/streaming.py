@@ -11,7 +11,7 @@ from mir_kernels import _checks
 from mir_kernels._dispatch import Operation
 from mir_kernels.moments import eager, packed, reference
 
-OPERATION = Operation("streaming_moments", orders={"cuda": ("triton", "eager"), "cpu": ("eager",)})
+OPERATION = Operation("streaming_moments", orders={"cuda": ("triton", "eager"), "cpu": ("native", "eager")})
 PRECISIONS = ("fast", "auto", "exact")
 VERSION = 1  # of the state's layout
 
@@ -33,7 +33,7 @@ class StreamingMoments:
     float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 1e18. "exact": products in
     float64. "fast": one low-precision pass by Triton, whose error grows with the square of mean / deviation; "auto"
     elsewhere.
-    backend: "triton" or "eager" (`mir_kernels.backends()`), or "reference".
+    backend: "triton", "native" or "eager" (`mir_kernels.backends()`), or "reference".
 
     A refused update leaves the state as it was. Non-finite tokens are not looked for: they make the results non-finite.
     """
@@ -348,8 +348,13 @@ class StreamingMoments:
 
     def _implementation(self, dtype: torch.dtype) -> ModuleType:
         # Products in float64 are BLAS's, whatever the backend.
-        if self.backend == "triton" and self.precision != "exact" and dtype != torch.float64:
+        in_float32 = self.precision != "exact" and dtype != torch.float64
+        if self.backend == "triton" and in_float32:
             from mir_kernels.moments import triton
 
             return triton
+        if self.backend == "native" and in_float32:
+            from mir_kernels.moments import native
+
+            return native
         return reference if self.backend == "reference" else eager

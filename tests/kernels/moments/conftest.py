@@ -1,6 +1,5 @@
 """Where the moments' promises are checked, and how an error is measured."""
 
-import os
 from typing import NamedTuple
 
 import pytest
@@ -16,16 +15,18 @@ class Run(NamedTuple):
     device: str
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = [
-    *(Run(name, "cpu") for name in ("eager", "reference")),
+    *(Run(name, "cpu") for name in ("native", "eager", "reference")),
     *(pytest.param(Run(name, "cuda"), marks=pytest.mark.gpu) for name in ("triton", "eager")),
 ]
 
 
 @pytest.fixture(params=RUNS, ids=lambda r: f"{r.backend}-{r.device}")
 def run(request: pytest.FixtureRequest) -> Run:
-    return request.param
+    run = request.param
+    if reason := streaming.OPERATION.reason(run.backend, torch.device(run.device)):
+        pytest.skip(reason)
+    return run
 
 
 @pytest.fixture

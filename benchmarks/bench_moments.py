@@ -1,0 +1,149 @@
+"""Streaming mean and covariance, and token norms, against what people use. `--help` for the sizes.
+
+Every rival computes sums or moments of (n, d) bfloat16 tokens, one of whose columns has a mean of 150 deviations.
+Beside the time stands the largest error of a covariance entry relative to sigma_i sigma_j. Ours must keep its promise
+to be timed (1e-5, for "exact" 1e-10), a rival only has to give a covariance (1e-1). flops counts one triangle,
+n d (d + 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import harness
+from mir_kernels.moments import TOKEN_NORMS, StreamingMoments, reference, token_norms
+from mir_kernels.moments.streaming import OPERATION
+
+PROMISE = {"auto": 1e-5, "exact": 1e-10, "fast": 1e-1}
+
+
+def tokens(n: int, d: int, device: str) -> Tensor:
+    """(n, d) bfloat16: one column at mean / deviation 150, forty up to 10, the others around zero."""
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 2 * x[:, 0] + 300
+    x[:, 1:41] += torch.linspace(0, 10, 40)[: max(0, min(40, d - 1))]
+    return x.bfloat16().to(device)
+
+
+def covariance_error(covariance: Tensor, true: Tensor) -> float:
+    sigma = true.diagonal().sqrt()
+    return ((covariance.double() - true).abs() / (sigma[:, None] * sigma)).max().item()
+
+
+def from_sums(total: Tensor, products: Tensor, n: int) -> Tensor:
+    """The covariance out of sum x and sum x x^T, in float64."""
+    mean = total.double() / n
+    return (products.double() - n * mean[:, None] * mean) / (n - 1)
+
+
+def ours(x: Tensor, precision: str, backend: str) -> StreamingMoments:
+    moments = StreamingMoments(x.shape[1], device=x.device, precision=precision, backend=backend)
+    moments.update(x)
+    return moments
+
+
+def float64_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What torchmetrics's FrechetInceptionDistance does for each batch."""
+    features = x.double()
+    return features.sum(0), features.t().mm(features)
+
+
+def covariance_rivals(xs: list[Tensor], true: Tensor) -> list[harness.Rival]:
+    n = xs[0].shape[0]
+    device = xs[0].device
+    rivals = []
+
+    def add(name, run, covariance, limit):  # covariance: of what run returned
+        error = covariance_error(covariance(run(xs[0])).to(true.device), true)
+        rivals.append(harness.Rival(name, lambda i: run(xs[i % len(xs)]), error, limit))
+
+    add("torchmetrics recipe (float64)", float64_sums, lambda out: from_sums(*out, n), 1e-1)
+    for backend in OPERATION.orders[device.type]:
+        if OPERATION.reason(backend, device) is None:
+            for precision, limit in PROMISE.items():
+                if precision == "fast" and backend != "triton":
+                    continue
+                name = f"ours, {precision}, {backend}"
+                add(name, lambda x, p=precision, b=backend: ours(x, p, b), lambda m: m.covariance(), limit)
+    gram = torch.compile(lambda x: (x.float().sum(0), x.float().t() @ x.float()), dynamic=False)
+    add("torch.compile, float32 sums", gram, lambda out: from_sums(*out, n), 1e-1)
+    if device.type == "cuda":
+        add("torch.addmm, bf16 to float32", gram_addmm, lambda out: from_sums(*out, n), 1e-1)
+        add("torch.cov, float32", lambda x: torch.cov(x.float().T), lambda c: c, 1e-1)
+    else:
+        add("torch.cov, float32", lambda x: torch.cov(x.float().T), lambda c: c, 1e-1)
+        add("numpy.cov, float64", numpy_cov, torch.from_numpy, 1e-1)
+        add("scipy ssyrk, float32 sums", ssyrk, lambda out: from_sums(*out, n), 1e-1)
+    return rivals
+
+
+def gram_addmm(x: Tensor) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    return x.sum(0, dtype=torch.float32), torch.addmm(zero, x.T, x, out_dtype=torch.float32)
+
+
+def numpy_cov(x: Tensor):
+    import numpy
+
+    return numpy.cov(x.double().numpy(), rowvar=False)
+
+
+def ssyrk(x: Tensor) -> tuple[Tensor, Tensor]:
+    from scipy.linalg import blas
+
+    features = x.float()
+    upper = torch.from_numpy(blas.ssyrk(1.0, features.numpy().T))
+    return features.sum(0), upper.triu() + upper.triu(1).T
+
+
+def norm_rivals(xs: list[Tensor]) -> list[harness.Rival]:
+    true = reference.token_norms(xs[0]).double()
+    rivals = []
+
+    def add(name, run, limit):
+        error = ((run(xs[0]).double() - true).norm() / true.norm()).item()
+        rivals.append(harness.Rival(name, lambda i: run(xs[i % len(xs)]), error, limit))
+
+    add("torch.linalg.vector_norm, bf16", lambda x: torch.linalg.vector_norm(x, dim=-1), 1e-1)
+    add("x.float().norm", lambda x: x.float().norm(dim=-1), 1e-1)
+    for backend in TOKEN_NORMS.orders[xs[0].device.type]:
+        if TOKEN_NORMS.reason(backend, xs[0].device) is None:
+            add(f"ours, {backend}", lambda x, b=backend: token_norms(x, backend=b), 1e-6)
+    return rivals
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__.splitlines()[0], "moments")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 576], help="n of each case")
+    parser.add_argument("--d", type=int, nargs="+", default=None, help="d of each case (2048 on a CPU, 4096 on CUDA)")
+    args = parser.parse_args()
+    rows = []
+    for d in args.d or [4096 if args.device == "cuda" else 2048]:
+        for n in args.tokens:
+            xs = [tokens(n, d, args.device) for _ in range(4 if args.device == "cuda" else 1)]
+            case = f"bfloat16 ({n}, {d})"
+            rows += harness.compare(
+                "covariance",
+                case,
+                covariance_rivals(xs, reference.covariance(xs[0])),
+                bytes_moved=2 * n * d + 8 * d * (d + 1),
+                flops=n * d * (d + 1),
+                seconds=args.seconds,
+                device=args.device,
+            )
+            rows += harness.compare(
+                "token_norms",
+                case,
+                norm_rivals(xs),
+                bytes_moved=2 * n * d + 4 * n,
+                flops=2 * n * d,
+                seconds=args.seconds / 4,
+                device=args.device,
+            )
+    harness.print_rows(rows)
+    harness.write_csv(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
