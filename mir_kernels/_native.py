@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch  # imported before _C, which then shares its OpenMP runtime instead of starting a second pool
 
 try:
-    from mir_kernels import _C as C
+    from mir_kernels import _C as C  # type: ignore[attr-defined]
 except ImportError as error:
     C = None
     if "cannot import name" in str(error) or isinstance(error, ModuleNotFoundError):

@@ -148,7 +148,7 @@ def trace_sqrt_from_features(
         (cx, ex), (cy, ey) = _covariance(x), _covariance(y)
         root = trace_sqrt_product(cx, cy, precision=precision, bounds=bounds)
         power = torch.exp2(ex + ey)
-        return TraceSqrt(*(t * power for t in root)) if bounds else root * power
+        return TraceSqrt(*(t * power for t in root)) if isinstance(root, TraceSqrt) else root * power
     (cx, ex), (cy, ey) = _centred(x), _centred(y)
     power = torch.exp2(ex + ey) / ((x.shape[0] - 1) * (y.shape[0] - 1)) ** 0.5
     if not bounds:
@@ -193,18 +193,17 @@ def frechet_distance(
     _checks.choice("precision", precision, PRECISIONS)
     backend = OPERATION.choose(backend, cov_x.device)
     ends = torch.ops.mir_kernels.trace_sqrt_product(cov_x, cov_y, precision, bounds, backend)
-    root = TraceSqrt(*ends) if bounds else ends[0]
-    if not bounds:
-        # (AA)^(1/2) = A: equal covariances are at no distance in any precision.
-        root = torch.where((cov_x == cov_y).all(-1).all(-1), _trace(cov_x), root)
     rest = (mean_x.double() - mean_y.double()).square().sum(-1) + _trace(cov_x) + _trace(cov_y)
     if not bounds:
+        # (AA)^(1/2) = A: equal covariances are at no distance in any precision.
+        root = torch.where((cov_x == cov_y).all(-1).all(-1), _trace(cov_x), ends[0])
         return (rest - 2 * root).clamp(min=0.0)
+    value, lower, upper = ends
     slack = rest * certificate.gamma(4 * cov_x.shape[-1])
     return FrechetDistance(
-        (rest - 2 * root.value).clamp(min=0.0),
-        (rest - 2 * root.upper - slack).clamp(min=0.0),
-        (rest - 2 * root.lower + slack).clamp(min=0.0),
+        (rest - 2 * value).clamp(min=0.0),
+        (rest - 2 * upper - slack).clamp(min=0.0),
+        (rest - 2 * lower + slack).clamp(min=0.0),
     )
 
 
@@ -281,8 +280,10 @@ def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor,
     witness = certificate.spectral_witness if backend in ("linalg", "reference") else polar_witness
     ends = [certificate.trace_bounds(factor.symmetrize(x), factor.symmetrize(y), witness) for x, y in _chunks(a, b)]
     if not ends:
-        return tuple(a.new_zeros(a.shape[:-2], dtype=torch.float64) for _ in range(2))
-    return tuple(torch.cat(end).reshape(a.shape[:-2]) for end in zip(*ends, strict=True))
+        empty = a.new_zeros(a.shape[:-2], dtype=torch.float64)
+        return empty, empty.clone()
+    lower, upper = (torch.cat(end).reshape(a.shape[:-2]) for end in zip(*ends, strict=True))
+    return lower, upper
 
 
 def _chunks(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,7 @@ def _token_norms(x: Tensor, backend: str) -> Tensor:
         return eager.token_norms(x)
     if backend == "reference":
         return reference.token_norms(x)
-    if backend == "native":
-        from mir_kernels.moments import native as implementation
-    else:
-        from mir_kernels.moments import triton as implementation
+    implementation = importlib.import_module(f"mir_kernels.moments.{backend}")  # not before: triton is optional
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()

@@ -65,7 +65,7 @@ def _float32_products_in_float32() -> Iterator[None]:
             finally:
                 torch.set_float32_matmul_precision(before)
             return
-        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
         found = [switch.fp32_precision for switch in switches]
         for switch in switches:
             switch.fp32_precision = "ieee"

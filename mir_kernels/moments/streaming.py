@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -58,14 +59,15 @@ class StreamingMoments:
     @torch.inference_mode(False)
     def reset(self) -> None:
         """Back to no rows."""
-        d, like = self.hidden_size, {"dtype": torch.float64, "device": self.device}
+        d = self.hidden_size
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         self._count = torch.zeros((), dtype=torch.int64, device=self.device)  # of the rows folded in
-        self._mean = torch.zeros(d, **like)
+        self._mean = zeros(d)
         # The centred second moment is _second + sum_r _weights[r] _owed[r] _owed[r]^T: the two outer products of Chan's
         # rule are left to the next block, which passes over the triangle anyway.
-        self._second = torch.zeros(packed.entries(d), **like)
-        self._owed = torch.zeros(2, d, **like)
-        self._weights = torch.zeros(2, **like)
+        self._second = zeros(packed.entries(d))
+        self._owed = zeros(2, d)
+        self._weights = zeros(2)
         self._pending: Tensor | None = None  # (rows + 1, d) of the tokens' dtype; the last row takes what a mask drops
         self._bound = 0  # rows of _pending in use, at most: on CUDA only the device knows how many a mask kept
         self._filled = torch.zeros((), dtype=torch.int64, device=self.device)  # and this is how many
@@ -213,8 +215,7 @@ class StreamingMoments:
             # A state from another device may hold more rows than are gathered here: then they are folded in at once.
             rows = pending.to(self.device)
             self._bound = max(rows.shape[0], int(state["bound"])) if self._waits_for_nothing() else rows.shape[0]
-            self._allocate(rows.dtype, max(self._rows(), self._bound))
-            self._pending[: rows.shape[0]] = rows
+            self._allocate(rows.dtype, max(self._rows(), self._bound))[: rows.shape[0]] = rows
             self._filled.fill_(rows.shape[0])
             if self._bound >= self._rows():
                 self._fold_pending()
@@ -245,8 +246,9 @@ class StreamingMoments:
     def _rows(self) -> int:
         return ROWS.get(self.device.type, ROWS["cuda"])
 
-    def _allocate(self, dtype: torch.dtype, rows: int) -> None:
+    def _allocate(self, dtype: torch.dtype, rows: int) -> Tensor:
         self._pending = torch.empty(rows + 1, self.hidden_size, dtype=dtype, device=self.device)
+        return self._pending
 
     def _kept(self, bound: int) -> Tensor:
         """Which of the first `bound` gathered rows are rows, (bound,) bool."""
@@ -263,9 +265,8 @@ class StreamingMoments:
             if take == size:
                 self._fold(part, None)
                 continue
-            if self._pending is None:
-                self._allocate(rows.dtype, size)
-            self._pending[self._bound : self._bound + take] = part
+            pending = self._allocate(rows.dtype, size) if self._pending is None else self._pending
+            pending[self._bound : self._bound + take] = part
             self._bound += take
             self._filled += take
             if self._bound == size:
@@ -283,20 +284,19 @@ class StreamingMoments:
             take = part.shape[0]
             if self._bound + take > size:
                 self._fold_pending()
-            if self._pending is None:
-                self._allocate(rows.dtype, size)
+            pending = self._allocate(rows.dtype, size) if self._pending is None else self._pending
             kept = (
                 torch.ones(take, dtype=torch.bool, device=self.device) if keep is None else keep[start : start + size]
             )
             place = torch.where(kept, self._filled + kept.cumsum(0) - 1, size)
-            self._pending.index_copy_(0, place, part)
+            pending.index_copy_(0, place, part)
             self._bound += take
             self._filled += kept.sum()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _fold_pending(self) -> None:
-        if self._bound:
+        if self._bound and self._pending is not None:
             host = not self._waits_for_nothing()
             self._fold(self._pending[: self._bound], None if host else self._kept(self._bound))
             self._bound = 0

@@ -283,8 +283,8 @@ def _newton_schulz_op(a: Tensor, iterations: int, precision: str, backend: str) 
             RuntimeWarning,
             stacklevel=2,
         )
-    shaped = (t.to(a.dtype).reshape(a.shape).contiguous() for t in (y, z))
-    return (*shaped, residual.reshape(a.shape[:-2]))
+    root, inverse = (t.to(a.dtype).reshape(a.shape).contiguous() for t in (y, z))
+    return root, inverse, residual.reshape(a.shape[:-2])
 
 
 @_newton_schulz_op.register_fake

@@ -102,7 +102,8 @@ def coupled(a: Tensor, precision: str, iterations: int) -> tuple[Tensor, Tensor,
         alive = alive & (residual < 10 * best[2])
         # The residual starts near 1 and may stay there for a while: until it falls, the last iterate is the best.
         better = better | (alive & (residual < 1.0 + 1e-3))
-        best = tuple(torch.where(better, new, old) for new, old in zip((y, z, residual), best, strict=True))
+        by, bz, br = best
+        best = torch.where(better, y, by), torch.where(better, z, bz), torch.where(better, residual, br)
         if i == iterations:
             break
         t = (1.5 * eye - 0.5 * t).to(dtype)
