@@ -74,12 +74,18 @@ def trace_sqrt_product(
     _check_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
     backend = OPERATION.choose(backend, a.device)
-    with torch.no_grad():
-        value, lower, upper = torch.ops.mir_kernels.trace_sqrt_product(a, b, precision, bounds, backend)
+    value, lower, upper = _call(a, b, precision, bounds, backend)
     return TraceSqrt(value, lower, upper) if bounds else value
 
 
-@torch.library.custom_op("mir_kernels::trace_sqrt_product", mutates_args=())
+def _call(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered operation where torch.compile traces, else its body: calling a custom_op loads the compiler."""
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            return torch.ops.mir_kernels.trace_sqrt_product(a, b, precision, bounds, backend)
+        return _trace_sqrt_product(a, b, precision, bounds, backend)
+
+
 def _trace_sqrt_product(
     a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +105,12 @@ def _trace_sqrt_product(
     return torch.minimum(torch.maximum(report.value, lower), upper), lower, upper
 
 
-@_trace_sqrt_product.register_fake
+_trace_sqrt_product_op = torch.library.custom_op(
+    "mir_kernels::trace_sqrt_product", _trace_sqrt_product, mutates_args=()
+)
+
+
+@_trace_sqrt_product_op.register_fake
 def _(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     value = a.new_empty(a.shape[:-2], dtype=torch.float64)
     lower, upper = (a.new_empty(a.shape[:-2] if bounds else (0,), dtype=torch.float64) for _ in range(2))
@@ -192,7 +203,7 @@ def frechet_distance(
     _check_pair("cov_x", cov_x, "cov_y", cov_y)
     _checks.choice("precision", precision, PRECISIONS)
     backend = OPERATION.choose(backend, cov_x.device)
-    ends = torch.ops.mir_kernels.trace_sqrt_product(cov_x, cov_y, precision, bounds, backend)
+    ends = _call(cov_x, cov_y, precision, bounds, backend)
     rest = (mean_x.double() - mean_y.double()).square().sum(-1) + _trace(cov_x) + _trace(cov_y)
     if not bounds:
         # (AA)^(1/2) = A: equal covariances are at no distance in any precision.

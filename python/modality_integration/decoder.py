@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 Layers = str | Sequence[nn.Module] | None
 
@@ -83,7 +82,9 @@ def text_config(model: nn.Module) -> Any:
 def refuse_compiled(model: nn.Module) -> None:
     """ValueError if `model`, or a part of it, is compiled already: compiled code does not see hooks that come later."""
     for name, module in model.named_modules():
-        if isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
+        # torch.compile(module) wraps in an OptimizedModule, which holds `_orig_mod`; module.compile() leaves the other
+        # mark. Asked by attribute: importing the class loads the whole compiler.
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"model: {name or 'it'} is compiled already, and compiled code does not see hooks that come later; "
                 "give the model before torch.compile (the one in `_orig_mod`)"
