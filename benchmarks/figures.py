@@ -43,8 +43,8 @@ def rendered(readme: str) -> str:
     return BLOCK.sub(lambda m: m[1] + table(harness.DATA / f"{m['name']}.csv") + m[3], readme)
 
 
-def plot_convergence(source: Path, target: Path) -> None:
-    """Relative error of the trace of the square root against iterations, one line an iteration and precision."""
+def plot_iterations(source: Path, target: Path) -> None:
+    """Relative error of the trace of the square root against iterations, one line a method and precision."""
     import csv
 
     import matplotlib
@@ -55,13 +55,15 @@ def plot_convergence(source: Path, target: Path) -> None:
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     with source.open(newline="") as file:
         for row in csv.DictReader(file):
-            lines.setdefault((row["method"], row["precision"]), []).append((int(row["iteration"]), float(row["error"])))
+            lines.setdefault((row["method"], row["precision"]), []).append((int(row["iterations"]), float(row["error"])))
+            case = row["case"]
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for (method, precision), points in lines.items():
-        style = {"linestyle": "--" if method == "coupled" else "-", "marker": "o" if precision == "bfloat16" else "s"}
+        style = {"linestyle": "--" if method.startswith("coupled") else "-", "marker": "o" if precision == "bfloat16" else "s"}
         x, y = zip(*((i, e) for i, e in points if e == e and e < 1e6), strict=True)
         axes.semilogy(x, y, label=f"{method}, {precision}", markersize=3, **style)
     axes.set_ylim(1e-10, 1e6)
+    axes.set_title(case)
     axes.set_xlabel("iterations")
     axes.set_ylabel("relative error of Tr((AB)^1/2)")
     axes.grid(alpha=0.3)
@@ -82,9 +84,7 @@ def main() -> int:
             print("README.md: a table differs from its CSV; run `make figures`")
         return int(after != before)
     path.write_text(after)
-    convergence = harness.DATA / "sqrtm_convergence.csv"
-    if convergence.exists():
-        plot_convergence(convergence, harness.DATA / "sqrtm_convergence.png")
+    plot_iterations(harness.DATA / "sqrtm_iterations.csv", harness.DATA / "sqrtm_iterations.png")
     return 0
 
 
