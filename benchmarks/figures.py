@@ -55,11 +55,16 @@ def plot_iterations(source: Path, target: Path) -> None:
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     with source.open(newline="") as file:
         for row in csv.DictReader(file):
-            lines.setdefault((row["method"], row["precision"]), []).append((int(row["iterations"]), float(row["error"])))
+            lines.setdefault((row["method"], row["precision"]), []).append(
+                (int(row["iterations"]), float(row["error"]))
+            )
             case = row["case"]
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for (method, precision), points in lines.items():
-        style = {"linestyle": "--" if method.startswith("coupled") else "-", "marker": "o" if precision == "bfloat16" else "s"}
+        style = {
+            "linestyle": "--" if method.startswith("coupled") else "-",
+            "marker": "o" if precision == "bfloat16" else "s",
+        }
         x, y = zip(*((i, e) for i, e in points if e == e and e < 1e6), strict=True)
         axes.semilogy(x, y, label=f"{method}, {precision}", markersize=3, **style)
     axes.set_ylim(1e-10, 1e6)

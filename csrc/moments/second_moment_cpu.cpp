@@ -56,10 +56,12 @@ void pack(const SecondMoment& p, int64_t group) {
   }
 }
 
-// tile[m][n] += sum over rows of a[row][m] * b[row][n]; a and b are micro-panels, tile has kTile columns.
-MIR_INLINE void multiply(const float* a, const float* b, int64_t rows, float* tile) {
+// tile[m][n] += sum over rows of a[row][m] * b[row][n]; a and b are micro-panels, tile has kTile columns. Meanwhile its
+// share of the next panel, kTall floats for each row from `ahead` on, comes closer.
+MIR_INLINE void multiply(const float* a, const float* b, int64_t rows, float* tile, const float* ahead) {
   F32Vec sum[kTall][kVectors] = {};
-  for (int64_t r = 0; r < rows; ++r, a += kBlock, b += kBlock) {
+  for (int64_t r = 0; r < rows; ++r, a += kBlock, b += kBlock, ahead += kTall) {
+    __builtin_prefetch(ahead);
     F32Vec right[kVectors];
 #pragma GCC unroll 8
     for (int n = 0; n < kVectors; ++n) right[n] = load_bits<F32Vec>(b + n * kLanes<float>);
@@ -80,6 +82,13 @@ MIR_INLINE void multiply(const float* a, const float* b, int64_t rows, float* ti
   }
 }
 
+// The first entry of a row of the packed triangle.
+MIR_INLINE double* row_of(const SecondMoment& p, int64_t row) {
+  const int64_t panel = row / p.panel, end = (panel + 1) * p.panel;
+  return p.second + p.panel * p.panel * (panel * (panel + 1) / 2) +
+         (row - panel * p.panel) * (end < p.cols ? end : p.cols);
+}
+
 // Adds macro-tile (i, j), i >= j, and the owed outer products to the triangle.
 void add_tile(const SecondMoment& p, int64_t i, int64_t j) {
   alignas(64) float tile[kTile * kTile] = {};
@@ -91,23 +100,26 @@ void add_tile(const SecondMoment& p, int64_t i, int64_t j) {
     // One panel of the left and one of the right lie in the first-level cache for kBlock / kTall micro-tiles.
     for (int m = 0; m < kTile; m += kBlock) {
       for (int n = 0; n < (i == j ? m + kBlock : kTile); n += kBlock) {
+        const float *a = left + m * kRun, *b = right + n * kRun;
         for (int strip = 0; strip < kBlock; strip += kTall) {
-          multiply(left + m * kRun + strip, right + n * kRun, rows, tile + (m + strip) * kTile + n);
+          multiply(a + strip, b, rows, tile + (m + strip) * kTile + n, b + (kBlock + strip) * kRun);
         }
       }
     }
   }
-  const int64_t last = (i + 1) * kTile < p.cols ? (i + 1) * kTile : p.cols;
-  const double* __restrict u = p.vectors;
-  const double* __restrict v = p.vectors + p.cols;
+  const int64_t first_column = j * kTile, last = (i + 1) * kTile < p.cols ? (i + 1) * kTile : p.cols;
+  const double *u = p.vectors, *v = p.vectors + p.cols;
+  const double *__restrict u_j = u + first_column, *__restrict v_j = v + first_column;
   for (int64_t row = i * kTile; row < last; ++row) {
-    const int64_t panel = row / p.panel, end = (panel + 1) * p.panel;
-    double* __restrict to = p.second + p.panel * p.panel * (panel * (panel + 1) / 2) +
-                            (row - panel * p.panel) * (end < p.cols ? end : p.cols);
+    // A row of the tile is too short for the hardware to see it coming.
+    if (row + 4 < last) {
+      for (int64_t c = 0; c < kTile; c += 8) __builtin_prefetch(row_of(p, row + 4) + first_column + c, 1);
+    }
+    double* __restrict to = row_of(p, row) + first_column;
     const float* __restrict from = tile + (row - i * kTile) * kTile;
     const double a = p.weights[0] * u[row], b = p.weights[1] * v[row];
-    const int64_t first = j * kTile, stop = first + kTile < row + 1 ? first + kTile : row + 1;
-    for (int64_t c = first; c < stop; ++c) to[c] += static_cast<double>(from[c - first]) + (a * u[c] + b * v[c]);
+    const int64_t count = kTile <= row - first_column ? kTile : row + 1 - first_column;
+    for (int64_t c = 0; c < count; ++c) to[c] += static_cast<double>(from[c]) + (a * u_j[c] + b * v_j[c]);
   }
 }
 
