@@ -25,9 +25,13 @@ def table(path: Path) -> str:
         key = (row["operation"], row["case"].split("; peak")[0])
         shown = "" if key in first else f"{key[0]}: {key[1]}"
         base = first.setdefault(key, row["p50_ms"])
-        ms = "not timed" if row["p50_ms"] is None else f"{row['p50_ms']:.3g}"
+        ms = (
+            "not timed"
+            if row["p50_ms"] is None
+            else (f"{row['p50_ms']:.0f}" if row["p50_ms"] >= 100 else f"{row['p50_ms']:.3g}")
+        )
         ratio = f"{row['p50_ms'] / base:.2f}" if row["p50_ms"] and base else ""
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
+        error = "" if row["error"] is None else f"{row['error']:.0e}" if row["error"] else "0"
         lines.append(f"| {shown} | {row['rival']} | {ms} | {ratio} | {error} |")
     one = rows[0]
     lines.append("")
