@@ -98,6 +98,15 @@ def test_a_bug_keeps_its_traceback(folders, tmp_path, monkeypatch):
     assert isinstance(outcome.exception, ValueError)
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C: a shell starts its background jobs with SIGINT ignored, and tests may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("place", ["loading", "streaming"])
 def test_ctrl_c_is_one_clean_line_and_exit_code_130(folders, tmp_path, monkeypatch, place):
     def interrupt(*args, **kwargs):
