@@ -22,7 +22,8 @@ def table(path: Path) -> str:
     lines = ["| case | rival | p50 ms | x first | error |", "| --- | --- | ---: | ---: | ---: |"]
     first: dict[tuple[str, str], float | None] = {}
     for row in rows:
-        key = (row["operation"], row["case"].split("; peak")[0])
+        case, _, peak = row["case"].partition("; peak ")
+        key = (row["operation"], case)
         shown = "" if key in first else f"{key[0]}: {key[1]}"
         base = first.setdefault(key, row["p50_ms"])
         ms = (
@@ -32,7 +33,7 @@ def table(path: Path) -> str:
         )
         ratio = f"{row['p50_ms'] / base:.2f}" if row["p50_ms"] and base else ""
         error = "" if row["error"] is None else f"{row['error']:.0e}" if row["error"] else "0"
-        lines.append(f"| {shown} | {row['rival']} | {ms} | {ratio} | {error} |")
+        lines.append(f"| {shown} | {row['rival']}{f' (peak {peak})' if peak else ''} | {ms} | {ratio} | {error} |")
     one = rows[0]
     lines.append("")
     lines.append(
