@@ -156,6 +156,10 @@ def compute(
     ] = Outliers.remove,
     normalize: Annotated[bool, typer.Option(help="Scale each layer by its mean text norm (Eq. 2).")] = True,
     bounds: Annotated[bool, typer.Option(help="Prove an interval around the value.")] = True,
+    groups: Annotated[
+        int,
+        typer.Option(min=0, help="Of samples, for a standard error; memory for covariances times this. 0: no error."),
+    ] = 5,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Samples between checkpoints.")] = 10,
     second_pass: Annotated[
         bool, typer.Option("--second-pass", help="Stream again if the one-pass outlier rule turns out inexact.")
@@ -185,6 +189,7 @@ def compute(
         outliers=outliers.value,
         normalize=normalize,
         bounds=bounds,
+        groups=groups,
         checkpoint_every=checkpoint_every,
         second_pass=second_pass,
         restart=restart,
@@ -207,11 +212,14 @@ def states(
     ] = AllOutliers.remove,
     normalize: Annotated[bool, typer.Option(help="Scale each layer by its mean text norm (Eq. 2).")] = True,
     bounds: Annotated[bool, typer.Option(help="Prove an interval around the value.")] = True,
+    groups: Annotated[
+        int, typer.Option(min=0, help="Of samples, for a standard error (a row of a batch is one). 0: no error.")
+    ] = 0,
 ) -> None:
     """MIR of hidden states saved to files, from any model; memory for one layer at a time."""
     from modality_integration import compute as work
 
-    work.run_states(files, out, device, outliers.value, normalize, bounds, _console())
+    work.run_states(files, out, device, outliers.value, normalize, bounds, _console(), groups)
 
 
 @command(epilog="Example:\n\nmir compare before/mir.json after/mir.json")

@@ -25,9 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from modality_integration import data, loading
 from modality_integration.checkpoint import Checkpoint, Passage, write_json
 from modality_integration.data import InputError, Sample, refusals
+from modality_integration.doctor import free_memory
 from modality_integration.metric import ModalityIntegrationRate
 from modality_integration.residual_stream import capture
-from modality_integration.result import MIRResult
+from modality_integration.result import MIRResult, with_error
 from modality_integration.states import mir_of_states
 
 
@@ -61,6 +62,7 @@ class Options:
     checkpoint_every: int = 10
     second_pass: bool = False
     restart: bool = False
+    groups: int = 5
 
 
 def run(options: Options, console: Console) -> MIRResult:
@@ -87,10 +89,12 @@ def run(options: Options, console: Console) -> MIRResult:
         began = time.monotonic()
         with console.status(f"loading {options.model}"):
             model, processor = loading.load(options.model, device, options.dtype)
+        if memory := _scarce(model, options.groups, device):
+            console.print(f"[yellow]note[/] {memory}", highlight=False)
         options.out.mkdir(parents=True, exist_ok=True)
         with refusals("options"):
             metric = ModalityIntegrationRate(
-                outliers=options.outliers, normalize=options.normalize, bounds=options.bounds
+                outliers=options.outliers, normalize=options.normalize, bounds=options.bounds, groups=options.groups
             ).to(device)
         mine = samples[rank::world]
         if passage.done:
@@ -101,7 +105,7 @@ def run(options: Options, console: Console) -> MIRResult:
             _pass(model, processor, mine, metric, passage, checkpoint, options, console)
             with console.status("square roots, layer by layer"):
                 result = finish(metric)
-            if passage.number == 2 or not options.second_pass or not _missed(result):
+            if passage.number == 2 or not options.second_pass or not result.total_missed:
                 break
             with metric.sync_context():  # the limits are those of all processes' tokens
                 metric = metric.second_pass()
@@ -116,7 +120,14 @@ def run(options: Options, console: Console) -> MIRResult:
 
 
 def run_states(
-    files: Sequence[Path], out: Path, device: str, outliers: str, normalize: bool, bounds: bool, console: Console
+    files: Sequence[Path],
+    out: Path,
+    device: str,
+    outliers: str,
+    normalize: bool,
+    bounds: bool,
+    console: Console,
+    groups: int = 0,
 ) -> MIRResult:
     """MIR of saved hidden states (see `states`), a folder meaning its .safetensors files; reported as by `run`."""
     paths: list[Path] = []
@@ -132,6 +143,7 @@ def run_states(
             outliers=outliers,
             normalize=normalize,
             bounds=bounds,
+            groups=groups,
             device=loading.pick_device(device),
             progress=lambda layer, layers: bar.update(task, completed=layer - 1, total=layers),
         )
@@ -230,10 +242,6 @@ def _pass(
             start=passage.done,
             after_sample=after_sample,
         )
-
-
-def _missed(result: MIRResult) -> bool:
-    return any("second pass" in note for note in result.notes)
 
 
 def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -347,8 +355,23 @@ def _skipped(skipped: Sequence[tuple[str, str]], what: str, most: int = 5) -> li
 
 def _out_of_memory(device: torch.device, name: str, text_tokens: int) -> InputError:
     return InputError(
-        f"out of memory on {device} at {name}: lower --text-tokens (now {text_tokens}), load the weights smaller with "
-        "--dtype bfloat16, or use --device cpu; with changed arguments add --restart"
+        f"out of memory on {device} at {name}: lower --text-tokens (now {text_tokens}) or --groups, load the weights "
+        "smaller with --dtype bfloat16, or use --device cpu; with changed arguments add --restart"
+    )
+
+
+def _scarce(model: Any, groups: int, device: torch.device) -> str | None:
+    """A note where the accumulators may outgrow the free memory: d (d + 1) / 2 float64 numbers a layer, modality and
+    group, each made once more tokens came than are held back.
+    """
+    config = model.config.get_text_config()
+    each = 8 * config.num_hidden_layers * config.hidden_size * (config.hidden_size + 1)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if free is None or max(groups, 1) * each < free:
+        return None
+    return (
+        f"mean and covariance of every layer may take {max(groups, 1) * each / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+        f"are free on {device}" + (f": --groups 0 takes {each / 1e9:.1f} GB" if groups else "")
     )
 
 
@@ -363,6 +386,7 @@ def _write(result: MIRResult, options: Options, arguments: dict, skipped: list, 
         options.out / "run.json",
         {
             "mir": result.value,
+            "error": result.error,
             "images": str(options.images),
             "text": str(options.text),
             "arguments": arguments,
@@ -381,5 +405,5 @@ def _show(result: MIRResult, out: Path, console: Console) -> None:
     for note in result.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False)
     interval = "" if result.lower is None else f"   (proved: {result.lower:.6f} to {result.upper:.6f})"
-    console.print(f"[bold]MIR {result.value:.4f}[/]{interval}", highlight=False)
+    console.print(f"[bold]MIR {with_error(result.value, result.error)}[/]{interval}", highlight=False)
     console.print(f"wrote mir.json and layers.png in {out}", highlight=False)

@@ -1,4 +1,4 @@
-"""One layer: its vision and text tokens on their way into two covariances, and the Fréchet distance between them."""
+"""One layer: the Fréchet distance between its vision and text tokens, from features or from moments, and its terms."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from torch import Tensor
 from mir_kernels import _checks
 from mir_kernels.frechet import trace_sqrt_from_features, trace_sqrt_product
 from mir_kernels.moments import StreamingMoments, token_norms
-from modality_integration.outliers import Limits, OnePass, replace_by_column_medians, three_sigma
+from modality_integration.outliers import replace_by_column_medians, three_sigma
 from modality_integration.result import MODALITIES, LayerTerms, MIRResult
 
 OUTLIERS = ("remove", "median", "none")
-# Rows held back in a stream while they might turn out to be outliers; at least one more than the hidden size, so that
-# a covariance short of rank is never formed: its root is taken from the features instead.
-HOLD = 2048
-KEEP_ALL = Limits(0.0, math.inf)
+MOST_GROUPS = 255  # a token's group is kept in a byte
 
 
 @dataclass
@@ -33,6 +30,8 @@ class LayerResult:
     kept: dict[str, int]
     removed: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    missed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0))
+    left_out: list[float] | None = None
 
 
 class Options(NamedTuple):
@@ -45,6 +44,7 @@ class Options(NamedTuple):
     sqrt_precision: str = "float64"
     hold: int | None = None
     backend: str | None = None
+    groups: int = 0
 
     def checked(self) -> Options:
         """Itself, once every option is one that exists."""
@@ -53,6 +53,8 @@ class Options(NamedTuple):
         _checks.choice("sqrt_precision", self.sqrt_precision, ("bfloat16", "float32", "float64"))
         if self.hold is not None and self.hold < 2:
             raise ValueError(f"hold: takes 2 rows or more, got {self.hold}")
+        if self.groups != 0 and not 2 <= self.groups <= MOST_GROUPS:
+            raise ValueError(f"groups: takes 0 (no standard error) or 2 to {MOST_GROUPS}, got {self.groups}")
         return self
 
 
@@ -84,123 +86,6 @@ def layer_result(vision: Tensor, text: Tensor, layer: int, options: Options) -> 
     alpha = alpha_of(sum_of_norms(text.detach()), len(text), layer) if options.normalize else 1.0
     terms, notes = distance_terms(sides["vision"], sides["text"], alpha, layer, options)
     return LayerResult(terms, alpha, kept, removed, notes)
-
-
-class LayerStream:
-    """Both modalities of one layer: `push` rows as they come, `result` at any time.
-
-    Holds two accumulators (one triangle of d^2 float64 numbers each), made when the first rows are released, and at
-    most `hold` rows a modality. limits: the outlier limits of a first pass over the same tokens, by modality.
-    """
-
-    def __init__(
-        self, hidden_size: int, dtype: torch.dtype, device: torch.device, options: Options, limits: dict | None = None
-    ) -> None:
-        self.hidden_size, self.dtype, self.device, self.options = hidden_size, dtype, device, options
-        hold = max(options.hold or HOLD, hidden_size + 1)
-        everything = KEEP_ALL if options.outliers == "none" else None
-        self.tokens = {
-            m: OnePass(hidden_size, dtype, hold=hold, limits=limits[m] if limits else everything) for m in MODALITIES
-        }
-        self.moments: dict[str, StreamingMoments] = {}
-        self.text_norms = torch.zeros((), dtype=torch.float64, device=device)  # their sum
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether no token counts as an outlier."""
-        return all(self.tokens[m].limits == KEEP_ALL for m in MODALITIES)
-
-    def push(self, modality: str, rows: Tensor, norms: Tensor) -> None:
-        """Take rows (n, d), which the stream then owns, and their norms (n,), float32 on the CPU."""
-        rows = rows.to(self.device)
-        if modality == "text":
-            self.text_norms = self.text_norms + sum_of_norms(rows)
-        released = self.tokens[modality].push(rows, norms)
-        if released is not None:
-            if modality not in self.moments:
-                self.moments[modality] = self.accumulator(self.options.precision)
-            self.moments[modality].update(released)
-
-    def result(self, layer: int) -> LayerResult:
-        """The distance over all that was pushed; the stream stays as it is. `layer` (1..K) is for messages."""
-        for modality in MODALITIES:
-            require_tokens(len(self.tokens[modality].norms), layer, modality)
-        count = len(self.tokens["text"].norms)
-        alpha = alpha_of(self.text_norms, count, layer) if self.options.normalize else 1.0
-        decisions = {m: self.tokens[m].decide() for m in MODALITIES}
-        sides: dict[str, Counted] = {}
-        for modality, decision in decisions.items():
-            require_tokens(decision.kept, layer, f"{modality} within the outlier limits")
-            rows = decision.rows.to(self.device)
-            if self.tokens[modality].all_held:
-                sides[modality] = CountedFeatures(rows)
-            else:
-                counted = self.accumulator("exact")
-                counted.load_state_dict(self.moments[modality].state_dict())
-                counted.update(rows)
-                # Float64 features are accumulated in float64 in every precision but "fast".
-                precision = self.options.precision
-                rounded = precision == "fast" or (precision == "auto" and self.dtype != torch.float64)
-                sides[modality] = Counted(counted, rounded)
-        notes = [
-            f"layer {layer}, {modality}: {decision.missed} tokens beyond the final 3-sigma limits had already been "
-            "counted (the norms moved while the stream passed): a larger hold, or a second pass, makes this exact"
-            for modality, decision in decisions.items()
-            if decision.missed
-        ]
-        notes += [
-            f"layer {layer}, {modality}: the second pass saw other tokens than the first pass, whose limits it applied"
-            for modality, tokens in self.tokens.items()
-            if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(three_sigma(tokens.norms))
-        ]
-        terms, inexact = distance_terms(sides["vision"], sides["text"], alpha, layer, self.options)
-        kept = {m: decisions[m].kept for m in MODALITIES}
-        return LayerResult(terms, alpha, kept, {m: decisions[m].removed for m in MODALITIES}, notes + inexact)
-
-    def merge(self, other: LayerStream) -> None:
-        """Take over another stream of the same layer."""
-        self.text_norms = self.text_norms + other.text_norms
-        for modality in MODALITIES:
-            self.tokens[modality].merge(other.tokens[modality])
-            if modality in other.moments:
-                if modality not in self.moments:
-                    self.moments[modality] = self.accumulator(self.options.precision)
-                self.moments[modality].merge(other.moments[modality])
-
-    def to(self, device: torch.device) -> None:
-        """Move rows and accumulators."""
-        state = self.state_dict()
-        self.device = device
-        self.load_state_dict({key: value.to(device) for key, value in state.items()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: `text_norms`, the keys of OnePass after `vision.` and `text.`, and those of StreamingMoments
-        after `vision.moments.` and `text.moments.` once there are any.
-        """
-        state = {"text_norms": self.text_norms}
-        for modality in MODALITIES:
-            state |= {f"{modality}.{key}": value for key, value in self.tokens[modality].state_dict().items()}
-            if modality in self.moments:
-                moments = self.moments[modality].state_dict()
-                state |= {f"{modality}.moments.{key}": value for key, value in moments.items()}
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; goes on with the same bits."""
-        self.moments = {}
-        self.text_norms = state["text_norms"].to(self.device, copy=True)
-        for modality in MODALITIES:
-            part = {key.removeprefix(f"{modality}."): v for key, v in state.items() if key.startswith(f"{modality}.")}
-            self.tokens[modality].load_state_dict(part)
-            self.tokens[modality].to(self.device)
-            moments = {key.removeprefix("moments."): v for key, v in part.items() if key.startswith("moments.")}
-            if moments:
-                self.moments[modality] = self.accumulator(self.options.precision)
-                self.moments[modality].load_state_dict(moments)
-
-    def accumulator(self, precision: str) -> StreamingMoments:
-        """A fresh one for either modality."""
-        return StreamingMoments(self.hidden_size, device=self.device, precision=precision, backend=self.options.backend)
 
 
 class Counted:
@@ -327,11 +212,19 @@ def require_finite(norms: Tensor, layer: int, modality: str, where: Callable[[in
 def assemble(layers: list[LayerResult], options: Options) -> MIRResult:
     """The layers' results, in order, as one MIRResult."""
     notes = [note for layer in layers for note in layer.notes]
+    left_out = [layer.left_out for layer in layers if layer.left_out is not None]
+    if options.groups and len(left_out) < len(layers):
+        notes.append(
+            "no standard error: it takes samples in two groups or more, and without any one of them at least 2 tokens "
+            "of each modality"
+        )
     result = MIRResult(
         terms=[layer.terms for layer in layers],
         alpha=[layer.alpha for layer in layers],
         kept={m: [layer.kept[m] for layer in layers] for m in MODALITIES},
         removed={m: [layer.removed[m] for layer in layers] for m in MODALITIES},
+        missed={m: [layer.missed[m] for layer in layers] for m in MODALITIES},
+        left_out=left_out if len(left_out) == len(layers) else None,
         outliers=options.outliers,
         normalize=options.normalize,
         notes=notes,

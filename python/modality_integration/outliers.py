@@ -6,6 +6,7 @@ MIR paper, section 2.1: occasional tokens with an unusually high l2 norm are tak
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 # Norms are float32: tokens whose norms agree to a few of its roundings (as after a final RMSNorm with unit weight)
 # are no outliers of one another, whatever the rule makes of the noise.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
+_MARKS = ("held", "released", "dropped")
 
 
 class Limits(NamedTuple):
@@ -53,6 +55,30 @@ def replace_by_column_medians(features: Tensor, outlier: Tensor) -> Tensor:
     return replaced
 
 
+class Marks(NamedTuple):
+    """What is remembered of tokens: their norms (n,), float32, and the group of each one's sample (n,), uint8; CPU."""
+
+    norms: Tensor
+    groups: Tensor
+
+    def where(self, mask: Tensor) -> Marks:
+        """Those where the mask (n,) is True."""
+        return Marks(self.norms[mask], self.groups[mask])
+
+    @classmethod
+    def cat(cls, parts: Iterable[Marks]) -> Marks:
+        """One after the other."""
+        none = Marks(torch.empty(0), torch.empty(0, dtype=torch.uint8))
+        return cls(*(torch.cat(tensors) for tensors in zip(none, *parts, strict=True)))
+
+
+class Released(NamedTuple):
+    """Rows (m, d) that may be counted now, and the group of each one's sample, uint8 (m,) on the CPU."""
+
+    rows: Tensor
+    groups: Tensor
+
+
 class Decision(NamedTuple):
     """How a stream's tokens fall once all of its norms are known.
 
@@ -70,11 +96,11 @@ class Decision(NamedTuple):
 class OnePass:
     """The 3-sigma rule over a stream: rows go in, rows that may be counted come out, the rest is decided at the end.
 
-    All norms are kept (4 bytes a token), so the limits are known exactly at the end. At most `hold` rows are held back:
-    whenever there are more, those closest to the median of all norms so far are released until hold/2 are left, so
-    what is held is always the most extreme part of the stream, and rows come out in large blocks. The kept set is that
-    of the two-pass rule unless a row was released and the stream then moved away from it; `decide` counts such rows as
-    `missed`. No row is ever removed that the rule keeps.
+    All norms are kept (5 bytes a token with its group), so the limits are known exactly at the end. At most `hold` rows
+    are held back: whenever there are more, those closest to the median of all norms so far are released until hold/2
+    are left, so what is held is always the most extreme part of the stream, and rows come out in large blocks. The kept
+    set is that of the two-pass rule unless a row was released and the stream then moved away from it; `decide` counts
+    such rows as `missed`. No row is ever removed that the rule keeps.
 
     hold: rows held back at most, after each push; 2 or more. limits: apply these (of a first pass over the same
     stream) instead: what lies beyond is dropped on arrival and nothing is missed. Limits(0, inf) keeps everything.
@@ -85,50 +111,64 @@ class OnePass:
             raise ValueError(f"hold: takes 2 rows or more, got {hold}")
         self.hidden_size, self.dtype, self.hold, self.limits = hidden_size, dtype, hold, limits
         self._rows: list[Tensor] = []
-        self._norms: list[Tensor] = []  # of the held rows, in step with them
-        self._released: list[Tensor] = []
-        self._dropped: list[Tensor] = []
+        self._held: list[Marks] = []  # of the held rows, in step with them
+        self._released: list[Marks] = []
+        self._dropped: list[Marks] = []
         self.held = 0  # rows held back now
 
     @property
     def norms(self) -> Tensor:
         """Float32 norms of every token seen."""
-        return torch.cat([*self._released, *self._norms, *self._dropped, torch.empty(0)])
+        return self._seen().norms
 
     @property
-    def all_held(self) -> bool:
-        """Whether no row has been released yet, so that the features themselves are still at hand."""
-        return not self._released
+    def groups(self) -> list[int]:
+        """The groups of which there are tokens, in order."""
+        return self._seen().groups.unique().tolist()
 
-    def push(self, rows: Tensor, norms: Tensor) -> Tensor | None:
-        """Take rows (n, d), which the stream then owns, and their norms (n,), float32 on the CPU.
+    def count(self, without: int | None = None) -> int:
+        """How many tokens were seen, in all or outside one group."""
+        groups = self._seen().groups
+        return len(groups) if without is None else int((groups != without).sum())
 
-        Returns the rows that may be counted now, (m, d), or None.
+    def push(self, rows: Tensor, norms: Tensor, groups: Tensor | None = None) -> Released | None:
+        """Take rows (n, d), which the stream then owns, their norms (n,), float32, and groups (n,), uint8, on the CPU.
+
+        groups: of each row's sample, all 0 if None. Returns the rows that may be counted now, or None.
         """
+        marks = Marks(norms, torch.zeros(len(norms), dtype=torch.uint8) if groups is None else groups)
         if self.limits is not None:
             keep = self.limits.keep(norms)
             if not keep.all():
-                self._dropped.append(norms[~keep])
-                rows, norms = _take(rows, keep), norms[keep]
-        if len(norms) == 0:
+                self._dropped.append(marks.where(~keep))
+                rows, marks = _take(rows, keep), marks.where(keep)
+        if len(marks.norms) == 0:
             return None
         self._rows.append(rows)
-        self._norms.append(norms)
-        self.held += len(norms)
+        self._held.append(marks)
+        self.held += len(marks.norms)
         return self._release() if self.held > self.hold else None
 
-    def decide(self) -> Decision:
-        """Apply the rule to everything seen; the stream itself stays as it is. Needs 2 tokens."""
-        norms, held, released = self.norms, _cat(self._norms), _cat(self._released)
-        limits = self.limits or three_sigma(norms)
-        keep = limits.keep(held)
+    def decide(self, without: int | None = None) -> Decision:
+        """Apply the rule to everything seen, or to all but one group; the stream stays as it is. Needs 2 tokens.
+
+        Without a group the limits are those of the others' norms, unless they were given from outside.
+        """
+        seen, held, released = self._seen(), Marks.cat(self._held), Marks.cat(self._released)
+        others = torch.ones(len(held.norms), dtype=torch.bool)
+        if without is not None:
+            others = held.groups != without
+            seen, released = (marks.where(marks.groups != without) for marks in (seen, released))
+        limits = self.limits or three_sigma(seen.norms)
+        keep = limits.keep(held.norms) & others
         rows = self._cat_rows([_take(part, mask) for part, mask in self._split(keep)])
-        kept = int(keep.sum()) + len(released)
-        return Decision(rows, kept, len(norms) - kept, int((~limits.keep(released)).sum()))
+        kept = int(keep.sum()) + len(released.norms)
+        missed = int((~limits.keep(released.norms)).sum())
+        return Decision(rows, kept, len(seen.norms) - kept, missed)
 
     def merge(self, other: OnePass) -> None:
         """Take over what another stream of the same layer and modality holds; may exceed `hold` until the next push."""
-        for name in ("_rows", "_norms", "_released", "_dropped"):
+        for name in ("_rows", "_held", "_released", "_dropped"):
             getattr(self, name).extend(getattr(other, name))
         self.held += other.held
 
@@ -137,36 +177,43 @@ class OnePass:
         self._rows = [part.to(device) for part in self._rows]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: `held` (h, d), `held_norms` (h,), `released_norms`, `dropped_norms`, `limits` (2,) or (0,)."""
-        return {
-            "held": self._cat_rows(self._rows),
-            "held_norms": _cat(self._norms),
-            "released_norms": _cat(self._released),
-            "dropped_norms": _cat(self._dropped),
-            "limits": torch.tensor(self.limits or (), dtype=torch.float64),
-        }
+        """Plain tensors: `held` (h, d); norms and groups as `held_norms`, `held_groups` (h,), and so with `released`
+        and `dropped`; `limits` (2,) or (0,).
+        """
+        state = {"held": self._cat_rows(self._rows), "limits": torch.tensor(self.limits or (), dtype=torch.float64)}
+        for name in _MARKS:
+            marks = Marks.cat(getattr(self, f"_{name}"))
+            state |= {f"{name}_norms": marks.norms, f"{name}_groups": marks.groups}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state that `state_dict` gave; goes on with the same bits."""
         self._rows = [state["held"].clone()] if len(state["held"]) else []
-        for name, key in (("_norms", "held_norms"), ("_released", "released_norms"), ("_dropped", "dropped_norms")):
-            setattr(self, name, [state[key].cpu().clone()] if len(state[key]) else [])
+        for name in _MARKS:
+            marks = Marks(*(state[f"{name}_{kind}"].cpu().clone() for kind in ("norms", "groups")))
+            setattr(self, f"_{name}", [marks] if len(marks.norms) else [])
         self.held = len(state["held_norms"])
         self.limits = Limits(*state["limits"].tolist()) if len(state["limits"]) else None
 
-    def _release(self) -> Tensor:
-        norms = _cat(self._norms)
+    def _seen(self) -> Marks:
+        return Marks.cat([*self._released, *self._held, *self._dropped])
+
+    def _release(self) -> Released:
+        marks = Marks.cat(self._held)
+        count = len(marks.norms)
         center = self.norms.median().item() if self.limits is None else 0.0
         # Stable, so that equal norms are released in the order they came in, on every machine.
-        order = torch.argsort((norms.double() - center).abs(), stable=True)
-        released = torch.ones(len(norms), dtype=torch.bool)
+        order = torch.argsort((marks.norms.double() - center).abs(), stable=True)
+        released = torch.ones(count, dtype=torch.bool)
         if self.limits is None:
-            released[order[len(norms) - self.hold // 2 :]] = False
-        out = self._cat_rows([_take(part, mask) for part, mask in self._split(released)])
+            released[order[count - self.hold // 2 :]] = False
+        out = Released(
+            self._cat_rows([_take(part, mask) for part, mask in self._split(released)]), marks.groups[released]
+        )
         self._rows = [self._cat_rows([_take(part, mask) for part, mask in self._split(~released)])]
-        self._norms = [norms[~released]]
-        self._released.append(norms[released])
-        self.held = len(self._norms[0])
+        self._held = [marks.where(~released)]
+        self._released.append(marks.where(released))
+        self.held = len(self._held[0].norms)
         return out
 
     def _cat_rows(self, parts: list[Tensor]) -> Tensor:
@@ -174,10 +221,6 @@ class OnePass:
 
     def _split(self, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self._rows, mask.split([len(part) for part in self._rows]), strict=True))
-
-
-def _cat(norms: list[Tensor]) -> Tensor:
-    return torch.cat([*norms, torch.empty(0)])
 
 
 def _take(rows: Tensor, mask: Tensor) -> Tensor:

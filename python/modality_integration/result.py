@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MODALITIES = ("vision", "text")
+_COUNTS = ("kept", "removed", "missed")  # the last one since version 2 of the schema
 SCHEMA = "modality-integration-rate"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -63,19 +65,22 @@ class LayerTerms:
 class MIRResult:
     """The Modality Integration Rate (Eq. 3): log10 of the sum over layers of the Fréchet distances.
 
-    Every list has one entry per layer, in order.
+    Every list has one entry per layer, in order; {"vision": [...], "text": [...]} is a count of tokens.
 
     terms: the distance's terms. alpha: the text-centric scale (Eq. 2), 1 without normalisation.
-    kept, removed: {"vision": [...], "text": [...]}, tokens counted and tokens the outlier rule left out (with
-    outliers="median": replaced). outliers, normalize: the settings. notes: sentences on anything that was not exact or
-    not ordinary; empty when all is well.
+    kept, removed: tokens counted, and tokens that the outlier rule left out (with outliers="median": replaced).
+    outliers, normalize: the settings. notes: sentences on anything that was not exact or not ordinary; empty when all
+    is well. missed: tokens among those kept that the rule would have left out, had the stream not passed already; 0 is
+    exact. left_out: the layer's distance with each group of samples left out, for the standard error; None without.
 
-    As JSON, version 1: {"schema": "modality-integration-rate", "version": 1, "mir": number, "lower": number or null,
-    "upper": number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "notes": [string],
+    As JSON, version 2: {"schema": "modality-integration-rate", "version": 2, "mir": number, "error", "lower", "upper":
+    number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "notes": [string],
     "layers": [{"layer": 1.., "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root": number,
-    "root_lower", "root_upper": number or null, "kept": {"vision": int, "text": int}, "removed": likewise}]}.
-    A number that is not finite is the string "inf" or "-inf". "mir", "lower", "upper" and "distance" follow from the
-    rest and are written for readers. Readers refuse a version above theirs; a new version is one whose keys change.
+    "error", "root_lower", "root_upper": number or null, "kept": {"vision": int, "text": int}, "removed", "missed":
+    likewise, "left_out": [number] or null}]}.
+    A number that is not finite is the string "inf" or "-inf". "mir", "error", "lower", "upper" and "distance" follow
+    from the rest and are written for readers. Readers refuse a version above theirs; a new version is one whose keys
+    change. Version 1 has no "error", "missed" and "left_out"; its "notes" alone tell of missed tokens.
     """
 
     terms: list[LayerTerms]
@@ -85,6 +90,11 @@ class MIRResult:
     outliers: str = "remove"
     normalize: bool = True
     notes: list[str] = field(default_factory=list)
+    missed: dict[str, list[int]] = field(default_factory=dict)
+    left_out: list[list[float]] | None = None
+
+    def __post_init__(self) -> None:
+        self.missed = {m: self.missed.get(m, [0] * len(self.terms)) for m in MODALITIES}
 
     @property
     def per_layer(self) -> list[float]:
@@ -95,6 +105,21 @@ class MIRResult:
     def value(self) -> float:
         """MIR; -inf where every layer's distance is 0."""
         return _log10(math.fsum(self.per_layer))
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of `value` over the choice of samples (see `jackknife`); None without groups of samples, or
+        where it is not finite.
+        """
+        if self.left_out is None:
+            return None
+        values = [_log10(math.fsum(layers)) for layers in zip(*self.left_out, strict=True)]
+        return jackknife(values) if all(map(math.isfinite, values)) else None
+
+    @property
+    def layer_errors(self) -> list[float] | None:
+        """The standard error of each layer's distance, as `error`."""
+        return None if self.left_out is None else [jackknife(distances) for distances in self.left_out]
 
     @property
     def lower(self) -> float | None:
@@ -108,11 +133,16 @@ class MIRResult:
         bounds = [terms.upper for terms in self.terms]
         return None if None in bounds else _outward(_log10(math.fsum(bounds)), math.inf)  # type: ignore[arg-type]
 
+    @property
+    def total_missed(self) -> int:
+        """`missed` over all layers and both modalities; 0 is exact."""
+        return sum(map(sum, self.missed.values()))
+
     def __float__(self) -> float:
         return self.value
 
     def __str__(self) -> str:
-        text = f"MIR {self.value:.4f} over {len(self.terms)} layers"
+        text = f"MIR {with_error(self.value, self.error)} over {len(self.terms)} layers"
         if self.lower is not None:
             text += f", between {self.lower:.6f} and {self.upper:.6f}"
         return "\n".join([text, *(f"note: {note}" for note in self.notes)])
@@ -120,15 +150,17 @@ class MIRResult:
     def to_json(self, path: str | Path | None = None) -> str:
         """The result as JSON (see the class), written to `path` if one is given."""
         layers = []
+        errors = self.layer_errors
         for index, terms in enumerate(self.terms):
-            counts = {name: {m: getattr(self, name)[m][index] for m in MODALITIES} for name in ("kept", "removed")}
-            layers.append(
-                {"layer": index + 1, "distance": terms.distance, "alpha": self.alpha[index], **asdict(terms), **counts}
-            )
+            layer: dict[str, Any] = {"layer": index + 1, "distance": terms.distance}
+            layer |= {"error": errors[index] if errors else None, "alpha": self.alpha[index], **asdict(terms)}
+            layer |= {name: {m: getattr(self, name)[m][index] for m in MODALITIES} for name in _COUNTS}
+            layers.append(layer | {"left_out": self.left_out[index] if self.left_out else None})
         document = {
             "schema": SCHEMA,
             "version": VERSION,
             "mir": self.value,
+            "error": self.error,
             "lower": self.lower,
             "upper": self.upper,
             "outliers": self.outliers,
@@ -158,11 +190,13 @@ class MIRResult:
         try:
             layers = document["layers"]
             names = LayerTerms.__dataclass_fields__
+            counts = _COUNTS if document["version"] > 1 else _COUNTS[:2]
+            left_out = [layer["left_out"] for layer in layers] if document["version"] > 1 else [None]
             return cls(
                 terms=[LayerTerms(**{name: _decode(layer[name]) for name in names}) for layer in layers],
                 alpha=[_decode(layer["alpha"]) for layer in layers],
-                kept={m: [layer["kept"][m] for layer in layers] for m in MODALITIES},
-                removed={m: [layer["removed"][m] for layer in layers] for m in MODALITIES},
+                **{name: {m: [layer[name][m] for layer in layers] for m in MODALITIES} for name in counts},
+                left_out=None if None in left_out else _decode(left_out),
                 outliers=document["outliers"],
                 normalize=document["normalize"],
                 notes=list(document["notes"]),
@@ -183,6 +217,24 @@ class MIRResult:
         return plot_layers(self, path)
 
 
+def jackknife(left_out: Sequence[float]) -> float:
+    """The standard error of a statistic from its G values with one of G groups of samples left out each.
+
+    sqrt((G - 1) / G sum_g (x_g - mean)^2), the delete-a-group jackknife (Kott, The delete-a-group jackknife, Journal of
+    Official Statistics, 2001), for groups of about the same size.
+    """
+    count = len(left_out)
+    mean = math.fsum(left_out) / count
+    return math.sqrt((count - 1) / count * math.fsum((value - mean) ** 2 for value in left_out))
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A value of MIR for people: `3.3740`, or `3.3740 +- 0.0021` with its standard error."""
+    if error is None:
+        return f"{value:.4f}"
+    return f"{value:.4f} +- " + (f"{error:.4f}" if error >= 0.0005 or error == 0.0 else f"{error:.1e}")
+
+
 def _log10(total: float) -> float:
     return math.log10(total) if total > 0.0 else -math.inf
 
@@ -201,4 +253,6 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(entry) for entry in value]
     return float(value) if isinstance(value, str) else value

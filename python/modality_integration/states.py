@@ -11,6 +11,7 @@ Layout of a file (safetensors), one per forward pass or batch:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,13 +25,13 @@ from mir_kernels import _checks
 from mir_kernels.moments import token_norms
 from modality_integration.layer import (
     LayerResult,
-    LayerStream,
     Options,
     assemble,
     layer_result,
     require_finite,
     require_tokens,
 )
+from modality_integration.layer_stream import LayerStream
 from modality_integration.outliers import three_sigma
 from modality_integration.result import MODALITIES, MIRResult
 
@@ -52,17 +53,23 @@ def mir_of_states(
     sqrt_precision: str = "float64",
     hold: int | None = None,
     backend: str | None = None,
+    groups: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda layer, layers: None,
 ) -> MIRResult:
     """MIR of all tokens in `paths`; the arguments are those of `ModalityIntegrationRate`, or "median" as of `mir`.
 
     Every file is read once a layer, and a second time for a layer where the outlier limits moved while it was read, so
-    the outlier rule is always exact. outliers="median" needs the column medians and holds one layer's features.
+    the outlier rule is always exact. outliers="median" needs the column medians and holds one layer's features; it
+    takes no groups. groups: each (T, d), and each row of a (B, T, d), is one sample.
     device: where the arithmetic runs. progress(layer, layers) is called before each layer, 1..K.
     Raises ValueError that names the file, the layer and, where one token is at fault, its index.
     """
-    options = Options(outliers, normalize, bounds, precision, sqrt_precision, hold, backend).checked()
+    options = Options(outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups).checked()
+    if groups and outliers == "median":
+        raise ValueError(
+            f'groups: a standard error takes outliers="remove" or "none", got groups={groups} and "median"'
+        )
     if not paths:
         raise ValueError("paths: takes at least one file, got none")
     states = [_States(Path(path)) for path in paths]
@@ -81,7 +88,7 @@ def mir_of_states(
 
 def _streamed_layer(states: list[_States], layer: int, options: Options, device: torch.device) -> LayerResult:
     result, stream = _pass(states, layer, options, device, None)
-    if result.notes:  # tokens beyond the limits were counted: read the layer again, with the limits it ended with
+    if sum(result.missed.values()):  # read the layer again, with the limits it ended with
         limits = {m: three_sigma(stream.tokens[m].norms) for m in MODALITIES}
         result, _ = _pass(states, layer, options, device, limits)
     return result
@@ -91,7 +98,7 @@ def _pass(
     states: list[_States], layer: int, options: Options, device: torch.device, limits: dict | None
 ) -> tuple[LayerResult, LayerStream]:
     stream: LayerStream | None = None
-    for path, modality, rows, norms in _rows(states, layer, options, device):
+    for path, modality, rows, norms, groups in _rows(states, layer, options, device):
         if stream is None:
             stream = LayerStream(rows.shape[1], rows.dtype, device, options, limits)
         if (rows.shape[1], rows.dtype) != (stream.hidden_size, stream.dtype):
@@ -99,7 +106,7 @@ def _pass(
                 f"{path}: layer {layer} has d = {rows.shape[1]}, {rows.dtype}; the files before had "
                 f"d = {stream.hidden_size}, {stream.dtype}"
             )
-        stream.push(modality, rows, norms)
+        stream.push(modality, rows, norms, groups)
     if stream is None:
         raise ValueError(f"layer {layer}: no token of vision or text in any file")
     return stream.result(layer), stream
@@ -107,7 +114,7 @@ def _pass(
 
 def _whole_layer(states: list[_States], layer: int, options: Options, device: torch.device) -> LayerResult:
     parts: dict[str, list[Tensor]] = {modality: [] for modality in MODALITIES}
-    for _, modality, rows, _ in _rows(states, layer, options, device):
+    for _, modality, rows, *_ in _rows(states, layer, options, device):
         parts[modality].append(rows)
     for modality in MODALITIES:
         require_tokens(sum(len(rows) for rows in parts[modality]), layer, modality)
@@ -116,7 +123,9 @@ def _whole_layer(states: list[_States], layer: int, options: Options, device: to
 
 def _rows(
     states: list[_States], layer: int, options: Options, device: torch.device
-) -> Iterator[tuple[Path, str, Tensor, Tensor]]:
+) -> Iterator[tuple[Path, str, Tensor, Tensor, Tensor]]:
+    """(file, modality, rows, their norms, the groups of their samples), file by file."""
+    samples = 0
     for state in states:
         hidden = state.hidden(layer)
         for modality in MODALITIES:
@@ -128,7 +137,9 @@ def _rows(
                     require_finite(norms, layer, modality, partial(state.place, index))
                 except ValueError as error:
                     raise ValueError(f"{state.path}: {error}") from None
-                yield state.path, modality, rows, norms
+                groups = (samples + index // state.lead[-1]) % max(options.groups, 1)
+                yield state.path, modality, rows, norms, groups.to(torch.uint8)
+        samples += math.prod(state.lead[:-1])
 
 
 class _States:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mir_kernels._checks import FLOATS
-from modality_integration.layer import LayerStream, Options
+from modality_integration.layer import Options
+from modality_integration.layer_stream import LayerStream, Slot, prefix_of, slots
 from modality_integration.result import MODALITIES
 
 Gather = Callable[[Tensor], "list[Tensor]"]
@@ -20,9 +21,14 @@ def gathered(streams: list[LayerStream], options: Options, gather: Gather, devic
     gather(tensor): the tensors of all processes, in rank order; sizes may differ, the number of dimensions may not.
     ValueError, on every process alike, where the processes' layers do not match.
     """
-    # One row a layer: d, dtype, and whether each modality has an accumulator yet.
-    about = [[s.hidden_size, FLOATS.index(s.dtype), *(int(m in s.moments) for m in MODALITIES)] for s in streams]
-    everyone = [rows.cpu() for rows in gather(torch.tensor(about, dtype=torch.int64, device=device).reshape(-1, 4))]
+    places = slots(options)
+    # One row a layer: d, dtype, and whether each slot has an accumulator yet.
+    about = [[s.hidden_size, FLOATS.index(s.dtype), *(int(slot in s.moments) for slot in places)] for s in streams]
+    rows = torch.tensor(about, dtype=torch.int64, device=device).reshape(-1, 2 + len(places))
+    everyone = [rows.cpu() for rows in gather(rows)]
+    for rank, rows in enumerate(everyone):
+        if rows.shape[1] != 2 + len(places):
+            raise ValueError(f"groups: takes the same number on all processes, process {rank} has another one")
     present = [rank for rank, rows in enumerate(everyone) if len(rows)]
     if not present:
         return []
@@ -35,7 +41,7 @@ def gathered(streams: list[LayerStream], options: Options, gather: Gather, devic
             )
     result = []
     for k, (hidden_size, dtype_code, *_) in enumerate(layout.tolist()):
-        accumulated = {m: any(int(everyone[rank][k, 2 + i]) for rank in present) for i, m in enumerate(MODALITIES)}
+        accumulated = [slot for i, slot in enumerate(places) if any(int(everyone[r][k, 2 + i]) for r in present)]
         place = streams[k].device if streams else device
 
         def blank(
@@ -48,8 +54,8 @@ def gathered(streams: list[LayerStream], options: Options, gather: Gather, devic
         merged = blank()
         for rank in present:
             part = blank()
-            has = [m for i, m in enumerate(MODALITIES) if int(everyone[rank][k, 2 + i])]
-            part.load_state_dict({key: v for key, v in parts[rank].items() if _belongs(key, has)})
+            lacks = tuple(prefix_of(slot) for i, slot in enumerate(places) if not int(everyone[rank][k, 2 + i]))
+            part.load_state_dict({key: v for key, v in parts[rank].items() if not key.startswith(lacks)})
             merged.merge(part)
             if rank == present[0]:
                 for m in MODALITIES:
@@ -59,14 +65,14 @@ def gathered(streams: list[LayerStream], options: Options, gather: Gather, devic
 
 
 def _gather_state(
-    mine: LayerStream, blank: LayerStream, accumulated: dict[str, bool], gather: Gather, device: torch.device
+    mine: LayerStream, blank: LayerStream, accumulated: list[Slot], gather: Gather, device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Every process's state_dict of one layer; processes without an accumulator send an empty one."""
     state = mine.state_dict()
-    for modality in MODALITIES:
-        if accumulated[modality] and modality not in mine.moments:
+    for slot in accumulated:
+        if slot not in mine.moments:
             empty = blank.accumulator(blank.options.precision).state_dict()
-            state |= {f"{modality}.moments.{key}": value for key, value in empty.items()}
+            state |= {f"{prefix_of(slot)}{key}": value for key, value in empty.items()}
     parts: list[dict[str, Tensor]] = []
     for key in sorted(state):
         tensor = state[key].to(device).contiguous()
@@ -79,11 +85,6 @@ def _gather_state(
         for part, value in zip(parts, received, strict=True):
             part[key] = (value.contiguous().view(tensor.dtype) if as_bytes else value).to(state[key].device)
     return parts
-
-
-def _belongs(key: str, accumulated: list[str]) -> bool:
-    modality, _, rest = key.partition(".")
-    return not rest.startswith("moments.") or modality in accumulated
 
 
 def _describe(layout: Tensor) -> list[tuple[int, str]]:

@@ -58,6 +58,10 @@ def halves(rank, **options):
     return {"first": first, "second": answer_of(metric)}
 
 
+def odd_groups(rank):
+    return {"error": refusal(fed([rank], groups=5 if rank else 0))}
+
+
 def one_side_empty(rank):
     return {"first": answer_of(fed(range(SAMPLES) if rank == 1 else []))}
 
@@ -98,6 +102,9 @@ SCENARIOS = {
     "halves": halves,
     "everything held": lambda rank: halves(rank, hold=5000),
     "default precision": lambda rank: halves(rank, precision="auto"),
+    "groups": lambda rank: halves(rank, groups=4),
+    "groups, everything held": lambda rank: halves(rank, groups=4, hold=5000),
+    "groups that differ": odd_groups,
     "one side empty": one_side_empty,
     "one side unreleased": one_side_unreleased,
     "by hand": by_hand,
@@ -127,6 +134,30 @@ def test_two_processes_with_half_the_samples_each_are_one_with_all(two_processes
     answers = two_processes(scenario)
     assert_same(answers, "first", answer_of(fed(range(SAMPLES), **options)), tolerance)
     assert_same(answers, "second", answer_of(fed([*range(SAMPLES), 100, 101], **options)), tolerance)
+
+
+@pytest.mark.parametrize(("scenario", "hold"), [("groups", 60), ("groups, everything held", 5000)])
+def test_the_standard_error_is_that_of_the_groups_of_all_processes(two_processes, scenario, hold):
+    answers = two_processes(scenario)
+    assert answers[0]["first"] == answers[1]["first"]
+    # Process r has the samples r, r + 2, ... of two rows each, and deals its row i into the group (r + i) % 4.
+    left_out = []
+    for group in range(4):
+        metric = ModalityIntegrationRate(precision="exact", hold=hold)
+        for rank in range(2):
+            for index, seed in enumerate(range(rank, SAMPLES, 2)):
+                hidden, vision, text = sample(seed, dtype=torch.bfloat16)
+                rows = torch.tensor([(rank + 2 * index + row) % 4 != group for row in range(2)])
+                metric.update([h[rows] for h in hidden], vision[rows], text[rows])
+        left_out.append(answer_of(metric)["layers"])
+    for k, layer in enumerate(answers[0]["first"]["layers"]):
+        assert layer["left_out"] == pytest.approx([layers[k]["distance"] for layers in left_out], rel=1e-9)
+    assert answers[0]["first"]["error"] > 0
+
+
+def test_processes_with_other_numbers_of_groups_are_refused(two_processes):
+    for answer in two_processes("groups that differ"):
+        assert "groups: takes the same number on all processes" in answer["error"]
 
 
 @pytest.mark.parametrize("scenario", ["one side empty", "one side unreleased"])

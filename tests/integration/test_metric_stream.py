@@ -125,11 +125,13 @@ def test_rows_counted_before_the_norms_moved_are_told_and_a_second_pass_is_exact
     missed = first.kept["vision"][0] - expected.kept["vision"][0]
     assert missed > 0
     assert any(note.startswith(f"layer 1, vision: {missed} tokens beyond") for note in first.notes)
+    assert first.missed["vision"][0] == missed
     second = metric.second_pass()
     for one in samples:
         second.update(*one)
     assert_same(second.compute(), expected)
     assert second.compute().notes == []
+    assert second.compute().total_missed == 0
 
 
 def test_second_pass_says_when_it_saw_other_tokens():

@@ -51,6 +51,7 @@ def test_one_layer_without_bounds_leaves_the_value_without():
         result(LayerTerms(0.1, 1 / 3, 2 / 3, 0.4), LayerTerms(1e-9, 3.0, 4.0, 1.0), notes=["a note"], normalize=False),
         result(LayerTerms(0.0, 1.0, 1.0, 1.0, 0.9, 1.1), outliers="median"),
         result(LayerTerms(0.0, 1.0, 1.0, 1.0, 1.0, 1.0)),
+        result(LayerTerms(0.1, 1.0, 1.0, 0.5), missed={"vision": [3], "text": [0]}, left_out=[[1.0, 1 / 3, 1e-9]]),
     ],
 )
 def test_json_comes_back_as_it_was(made, tmp_path):
@@ -65,15 +66,15 @@ def test_json_comes_back_as_it_was(made, tmp_path):
 def test_json_has_the_documented_keys():
     document = json.loads(result(LayerTerms(0.0, 1.0, 1.0, 1.0)).to_json())
     assert document["schema"] == "modality-integration-rate"
-    assert document["version"] == 1
+    assert document["version"] == 2
     assert document["mir"] == "-inf"
     assert document["lower"] is None
     assert set(document) == {
-        *("schema", "version", "mir", "lower", "upper", "outliers", "normalize", "notes", "layers"),
+        *("schema", "version", "mir", "error", "lower", "upper", "outliers", "normalize", "notes", "layers"),
     }
     assert set(document["layers"][0]) == {
         *("layer", "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root", "root_lower", "root_upper"),
-        *("kept", "removed"),
+        *("kept", "removed", "missed", "error", "left_out"),
     }
     assert document["layers"][0]["removed"] == {"vision": 1, "text": 0}
 
@@ -81,7 +82,7 @@ def test_json_has_the_documented_keys():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 2 of the schema, this reader takes 1"),
+        (lambda d: d.update(version=3), "version 3 of the schema, this reader takes 2"),
         (lambda d: d.update(schema="other"), "is no MIR result"),
         (lambda d: d["layers"][0].pop("mean"), "incomplete.*mean"),
         (lambda d: d.pop("layers"), "incomplete.*layers"),
@@ -94,6 +95,28 @@ def test_json_of_something_else_is_refused_by_name(change, message, tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=rf"odd\.json.*{message}"):
         MIRResult.from_json(path)
+
+
+def test_json_of_version_1_is_still_read():
+    made = result(LayerTerms(0.1, 1.0, 1.0, 0.5), LayerTerms(0.2, 1.0, 1.0, 0.5), left_out=[[0.1, 0.2]] * 2)
+    document = json.loads(made.to_json())
+    document["version"] = 1
+    del document["error"]
+    for layer in document["layers"]:
+        for name in ("error", "missed", "left_out"):
+            del layer[name]
+    read = MIRResult.from_json(json.dumps(document))
+    assert read.terms == made.terms
+    assert read.removed == made.removed
+    assert read.missed == {"vision": [0, 0], "text": [0, 0]}
+    assert read.error is None
+
+
+def test_missed_tokens_are_counted_over_layers_and_modalities():
+    made = result(LayerTerms(0.1, 1.0, 1.0, 0.5), LayerTerms(0.2, 1.0, 1.0, 0.5))
+    assert made.total_missed == 0
+    made.missed["vision"][1], made.missed["text"][0] = 3, 4
+    assert made.total_missed == 7
 
 
 def test_text_that_is_no_json_is_refused(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from integration.test_metric_stream import LAYERS, sample, whole
-from modality_integration import layer as layer_module
+from integration.test_metric_stream import LAYERS, fed, sample, whole
+from modality_integration import layer_stream as layer_module
 from modality_integration.states import mir_of_states, save_states
 
 
@@ -35,6 +35,17 @@ def test_files_give_the_value_of_all_their_tokens(files, outliers, hold):
     assert result.removed == expected.removed
     assert result.notes == []
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("hold", [None, 60])
+def test_the_standard_error_is_that_of_the_metric(files, hold):
+    samples = [sample(seed) for seed in range(10)]
+    flat = [([h[0] for h in hidden], v[0], t[0]) for hidden, v, t in samples[:3]]
+    options = {"hold": hold, "groups": 4, "precision": "exact"}
+    result, expected = mir_of_states(files(flat + samples[3:]), **options), fed(flat + samples[3:], **options).compute()
+    assert result.left_out == [pytest.approx(distances, rel=1e-9) for distances in expected.left_out]
+    with pytest.raises(ValueError, match=r'groups: a standard error takes .* got groups=4 and "median"'):
+        mir_of_states(files(samples), groups=4, outliers="median")
 
 
 def test_layouts_can_be_mixed(files):

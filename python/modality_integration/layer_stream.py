@@ -1,0 +1,233 @@
+"""One layer of a stream: vision and text tokens on their way into means and covariances, by groups of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from mir_kernels.moments import StreamingMoments
+from modality_integration.layer import (
+    Counted,
+    CountedFeatures,
+    LayerResult,
+    Options,
+    alpha_of,
+    distance_terms,
+    require_tokens,
+    sum_of_norms,
+)
+from modality_integration.outliers import Decision, Limits, OnePass, three_sigma
+from modality_integration.result import MODALITIES
+
+# Rows held back in a stream while they might turn out to be outliers; at least one more than the hidden size, so that
+# a covariance short of rank is never formed: its root is taken from the features instead.
+HOLD = 2048
+KEEP_ALL = Limits(0.0, math.inf)
+# Of the roots with a group left out, relative: far below what leaving out a group of samples changes.
+LEFT_OUT_PRECISION = "float32"
+
+Slot = tuple[str, int]  # a modality and a group of samples
+
+
+class LayerStream:
+    """Both modalities of one layer: `push` rows as they come, `result` at any time.
+
+    Holds an accumulator a modality and group of samples (a triangle of d^2 float64 numbers each; one group without
+    `options.groups`), made when the first rows are released, and at most `hold` rows a modality. limits: the outlier
+    limits of a first pass over the same tokens, by modality.
+    """
+
+    def __init__(
+        self, hidden_size: int, dtype: torch.dtype, device: torch.device, options: Options, limits: dict | None = None
+    ) -> None:
+        self.hidden_size, self.dtype, self.device, self.options = hidden_size, dtype, device, options
+        hold = max(options.hold or HOLD, hidden_size + 1)
+        everything = KEEP_ALL if options.outliers == "none" else None
+        self.tokens = {
+            m: OnePass(hidden_size, dtype, hold=hold, limits=limits[m] if limits else everything) for m in MODALITIES
+        }
+        self.moments: dict[Slot, StreamingMoments] = {}
+        self.text_norms = torch.zeros(max(options.groups, 1), dtype=torch.float64, device=device)  # sums, by group
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token counts as an outlier."""
+        return all(self.tokens[m].limits == KEEP_ALL for m in MODALITIES)
+
+    def push(self, modality: str, rows: Tensor, norms: Tensor, groups: Tensor | None = None) -> None:
+        """Take rows (n, d), which the stream then owns, and on the CPU their norms (n,), float32, and the group of
+        each one's sample (n,), uint8, below `options.groups`; None is group 0 for all.
+        """
+        rows = rows.to(self.device)
+        if groups is None:
+            groups = torch.zeros(len(norms), dtype=torch.uint8)
+        if modality == "text":
+            added = torch.zeros_like(self.text_norms)
+            for group, part in _by_group(rows, groups):
+                added[group] = sum_of_norms(part)
+            self.text_norms = self.text_norms + added
+        released = self.tokens[modality].push(rows, norms, groups)
+        if released is not None:
+            for group, part in _by_group(released.rows, released.groups):
+                self._slot((modality, group)).update(part)
+
+    def result(self, layer: int) -> LayerResult:
+        """The distance over all that was pushed; the stream stays as it is. `layer` (1..K) is for messages."""
+        for modality in MODALITIES:
+            require_tokens(self.tokens[modality].count(), layer, modality)
+        decisions = {m: self.tokens[m].decide() for m in MODALITIES}
+        for modality, decision in decisions.items():
+            require_tokens(decision.kept, layer, f"{modality} within the outlier limits")
+        notes = [
+            f"layer {layer}, {modality}: {decision.missed} tokens beyond the final 3-sigma limits had already been "
+            "counted (the norms moved while the stream passed): a larger hold, or a second pass, makes this exact"
+            for modality, decision in decisions.items()
+            if decision.missed
+        ]
+        notes += [
+            f"layer {layer}, {modality}: the second pass saw other tokens than the first pass, whose limits it applied"
+            for modality, tokens in self.tokens.items()
+            if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(three_sigma(tokens.norms))
+        ]
+        alpha = self._alpha(decisions["text"], self.text_norms.sum(), layer)
+        sides = self._sides(decisions, self.moments)
+        terms, inexact = distance_terms(sides["vision"], sides["text"], alpha, layer, self.options)
+        return LayerResult(
+            terms,
+            alpha,
+            kept={m: decisions[m].kept for m in MODALITIES},
+            removed={m: decisions[m].removed for m in MODALITIES},
+            notes=notes + inexact,
+            missed={m: decisions[m].missed for m in MODALITIES},
+            left_out=self._left_out(layer) if self.options.groups else None,
+        )
+
+    def merge(self, other: LayerStream) -> None:
+        """Take over another stream of the same layer."""
+        self.text_norms = self.text_norms + other.text_norms
+        for modality in MODALITIES:
+            self.tokens[modality].merge(other.tokens[modality])
+        for slot, moments in other.moments.items():
+            self._slot(slot).merge(moments)
+
+    def to(self, device: torch.device) -> None:
+        """Move rows and accumulators."""
+        state = self.state_dict()
+        self.device = device
+        self.load_state_dict({key: value.to(device) for key, value in state.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors: `text_norms` (groups,), the keys of OnePass after `vision.` and `text.`, and those of each
+        accumulator there is after `vision.moments.<group>.` and `text.moments.<group>.`.
+        """
+        state = {"text_norms": self.text_norms}
+        for modality in MODALITIES:
+            state |= {f"{modality}.{key}": value for key, value in self.tokens[modality].state_dict().items()}
+        for slot, moments in sorted(self.moments.items(), key=_order):
+            state |= {f"{prefix_of(slot)}{key}": value for key, value in moments.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; goes on with the same bits."""
+        self.moments = {}
+        self.text_norms = state["text_norms"].to(self.device, copy=True)
+        for modality in MODALITIES:
+            self.tokens[modality].load_state_dict(_below(f"{modality}.", state))
+            self.tokens[modality].to(self.device)
+        for slot in slots(self.options):
+            moments = _below(prefix_of(slot), state)
+            if moments:
+                self._slot(slot).load_state_dict(moments)
+
+    def accumulator(self, precision: str) -> StreamingMoments:
+        """A fresh one for any slot."""
+        return StreamingMoments(self.hidden_size, device=self.device, precision=precision, backend=self.options.backend)
+
+    def _slot(self, slot: Slot) -> StreamingMoments:
+        if slot not in self.moments:
+            self.moments[slot] = self.accumulator(self.options.precision)
+        return self.moments[slot]
+
+    def _alpha(self, text: Decision, norms: Tensor, layer: int) -> float:
+        return alpha_of(norms, text.kept + text.removed, layer) if self.options.normalize else 1.0
+
+    def _sides(self, decisions: dict[str, Decision], moments: Mapping[Slot, StreamingMoments]) -> dict[str, Counted]:
+        """Each modality's held rows as decided, with what the accumulators have seen; those stay as they are."""
+        sides: dict[str, Counted] = {}
+        # Float64 features are accumulated in float64 in every precision but "fast".
+        precision = self.options.precision
+        rounded = precision == "fast" or (precision == "auto" and self.dtype != torch.float64)
+        for modality, decision in decisions.items():
+            rows = decision.rows.to(self.device)
+            parts = [part for (m, _), part in sorted(moments.items(), key=_order) if m == modality]
+            if not parts:
+                sides[modality] = CountedFeatures(rows)
+                continue
+            counted = self.accumulator("exact")
+            counted.load_state_dict(parts[0].state_dict())
+            for part in parts[1:]:
+                counted.merge(part)
+            counted.update(rows)
+            sides[modality] = Counted(counted, rounded)
+        return sides
+
+    def _left_out(self, layer: int) -> list[float] | None:
+        """The distance with each group's samples left out in turn, or None where that leaves too little.
+
+        The others are merged: taking a group's moments away from the whole would cancel. Limits and alpha are those of
+        the others' tokens; of rows that were counted in passing none is taken back.
+        """
+        groups = sorted({group for m in MODALITIES for group in self.tokens[m].groups})
+        if len(groups) < 2:
+            return None
+        settled = {}
+        for slot, moments in self.moments.items():
+            settled[slot] = self.accumulator("exact")
+            settled[slot].load_state_dict(moments.state_dict())
+            _ = settled[slot].mean  # folds the gathered rows in, once for all that follows
+        options = self.options._replace(bounds=False, sqrt_precision=LEFT_OUT_PRECISION)
+        distances = []
+        for left in groups:
+            if any(self.tokens[m].count(without=left) < 2 for m in MODALITIES):
+                return None
+            decisions = {m: self.tokens[m].decide(without=left) for m in MODALITIES}
+            if any(decision.kept < 2 for decision in decisions.values()):
+                return None
+            norms = torch.stack([norm for group, norm in enumerate(self.text_norms) if group != left]).sum()
+            sides = self._sides(decisions, {slot: part for slot, part in settled.items() if slot[1] != left})
+            alpha = self._alpha(decisions["text"], norms, layer)
+            distances.append(distance_terms(sides["vision"], sides["text"], alpha, layer, options)[0].distance)
+        return distances
+
+
+def slots(options: Options) -> list[Slot]:
+    """Every accumulator that a layer may have."""
+    return list(product(MODALITIES, range(max(options.groups, 1))))
+
+
+def prefix_of(slot: Slot) -> str:
+    """What the keys of an accumulator begin with in a layer's state."""
+    return f"{slot[0]}.moments.{slot[1]}."
+
+
+def _order(entry: tuple[Slot, StreamingMoments]) -> Slot:
+    return entry[0]
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _by_group(rows: Tensor, groups: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each group's rows, in the order they came."""
+    present = groups.unique().tolist()
+    for group in present:
+        if len(present) > 1:  # by index: a mask would wait for the device to count it
+            part = rows.index_select(0, (groups == group).nonzero().flatten().to(rows.device))
+        else:
+            part = rows
+        yield group, part
