@@ -227,7 +227,10 @@ def compare(
     a: Annotated[Path, typer.Argument(help="mir.json of one run, or its folder.")],
     b: Annotated[Path, typer.Argument(help="mir.json of the other.")],
 ) -> None:
-    """Two runs side by side: each layer's distances and their ratio, and whether MIR differs."""
+    """Two runs side by side: each layer's distances and their ratio, and whether MIR differs.
+
+    Where both runs have a standard error (mir compute --groups), the difference is held against the two together.
+    """
     from modality_integration import report
     from modality_integration.data import refusals
 
@@ -239,14 +242,7 @@ def compare(
     console.print(comparison.table())
     for note in comparison.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False)
-    lower, higher = "BA" if comparison.difference < 0 else "AB"
-    if comparison.difference == 0:
-        verdict = "the same MIR"
-    else:
-        verdict = f"{lower} blends the modalities better: its MIR is {abs(comparison.difference):.4f} below {higher}'s"
-    if comparison.disjoint is not None:
-        verdict += f" (their proved intervals {'do not overlap' if comparison.disjoint else 'overlap'})"
-    console.print(verdict, highlight=False, soft_wrap=True)
+    console.print(comparison.verdict(), highlight=False, soft_wrap=True)
 
 
 @command(epilog="Examples:\n\nmir plot mir-out\n\nmir plot before/mir.json after/mir.json --out both.svg")

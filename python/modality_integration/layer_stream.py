@@ -226,8 +226,6 @@ def _by_group(rows: Tensor, groups: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Each group's rows, in the order they came."""
     present = groups.unique().tolist()
     for group in present:
-        if len(present) > 1:  # by index: a mask would wait for the device to count it
-            part = rows.index_select(0, (groups == group).nonzero().flatten().to(rows.device))
-        else:
-            part = rows
-        yield group, part
+        # By index: indexing with a mask would wait for the device to count it.
+        index = (groups == group).nonzero().flatten()
+        yield group, rows if len(present) == 1 else rows.index_select(0, index.to(rows.device))

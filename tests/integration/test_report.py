@@ -68,6 +68,56 @@ def test_comparison_with_bounds_says_whether_the_intervals_overlap():
     assert report.compare(a, a).disjoint is False
 
 
+def with_left_out(made, spread):
+    """The result with two groups, whose standard error is `spread` (in MIR)."""
+    made.left_out = [[d * 10**spread, d * 10**-spread] for d in made.per_layer]
+    assert made.error == pytest.approx(spread)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        (1 / 2.2, "B seems to blend the modalities better, more samples would tell: its MIR is"),
+        (1 / 3.01, "B blends the modalities better: its MIR is"),
+        (1 / 1.99, "no difference beyond the standard error: B's MIR is"),
+        (2.0, "no difference beyond the standard error: B's MIR is"),
+    ],
+)
+def test_comparison_holds_the_difference_against_both_errors_together(errors, words):
+    a, b = result(1), result(0)
+    total = (a.value - b.value) * errors
+    both = report.compare(with_left_out(a, 0.6 * total), with_left_out(b, 0.8 * total))
+    assert both.error == pytest.approx(total)
+    assert both.z == pytest.approx(-1 / errors)
+    assert both.verdict().startswith(words)
+    assert f"below A's, {1 / errors:.1f} standard errors of the difference" in both.verdict()
+    swapped = report.compare(b, a)
+    assert swapped.z == pytest.approx(1 / errors)
+    assert "below B's" in swapped.verdict()
+
+
+def test_comparison_without_an_error_on_both_sides_has_the_plain_words():
+    a, b = result(1, bounds=True), result(0, bounds=True)
+    both = report.compare(with_left_out(a, 0.1), b)
+    assert both.error is None
+    assert both.z is None
+    difference = a.value - b.value
+    assert both.verdict(("old", "new")) == (
+        f"new blends the modalities better: its MIR is {difference:.4f} below old's "
+        "(their proved intervals do not overlap)"
+    )
+
+
+def test_comparison_of_a_result_with_itself_is_no_difference():
+    a = with_left_out(result(0), 0.1)
+    assert report.compare(a, a).z == 0.0
+    assert report.compare(a, a).verdict() == "the same MIR"
+    exact, other = with_left_out(result(0), 0.0), with_left_out(result(1), 0.0)
+    assert report.compare(exact, other).z == math.inf
+    assert report.compare(exact, other).verdict().startswith("A blends the modalities better")
+
+
 def test_comparison_names_settings_that_differ_and_refuses_other_depths():
     both = report.compare(result(0), result(0, normalize=False, outliers="none"))
     assert both.notes == ["outliers differs: remove and none", "normalize differs: True and False"]
