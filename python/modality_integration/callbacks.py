@@ -21,14 +21,19 @@ from modality_integration.result import MIRResult
 class MIRCallback(TrainerCallback):
     """Measures MIR on a fixed probe set before the first step and after every `every` steps, and logs it.
 
-        MIRCallback(probe, every=100, patience=5, min_delta=0.01).attach(trainer)
+        MIRCallback(probe, every=100, patience=5).attach(trainer)
 
     probe: batches as the model takes them (mappings of tensors), each row with an image; the same ones every time.
-    Logged through the trainer, so wherever it logs to: `mir`, `mir_layer_{k}` (the distance of decoder layer k, whose
-    sum over k has `mir` as its log10) and `mir_seconds` (what the probe took).
-    patience, min_delta: training stops once the last `patience` + 1 values of MIR lie within `min_delta` of one
-    another; without `patience` it is never stopped. capture, metric: options of `capture` and of
-    `ModalityIntegrationRate`. `history` holds (step, MIRResult) of every measurement.
+    Logged through the trainer, so wherever it logs to: `mir`, `mir_error` where there is one, `mir_layer_{k}` (the
+    distance of decoder layer k, whose sum over k has `mir` as its log10) and `mir_seconds` (what the probe took).
+    patience, min_delta: training stops once MIR has been flat for `patience` measurements: the last `patience` + 1
+    values lie within their standard error (the smallest of theirs), or within `min_delta` if that is more, of one
+    another. A change below the error of the probe set says nothing about other samples. Without `patience` training is
+    never stopped.
+    capture, metric: options of `capture` and of `ModalityIntegrationRate`; with `patience`, samples (rows of the probe)
+    are dealt into 5 groups for the standard error unless `metric` has "groups", 0 being without, where `min_delta`
+    alone counts. Groups cost memory for covariances once a probe has more tokens than are held back.
+    `history` holds (step, MIRResult) of every measurement.
 
     The probe runs in eval mode without gradients, under the trainer's autocast, and leaves parameters, train modes,
     random states and, on CUDA, the memory it used as they were: training goes on to the same bits as without it. Under
@@ -54,7 +59,8 @@ class MIRCallback(TrainerCallback):
             raise ValueError(f"min_delta: takes a number >= 0, got {min_delta!r}")
         self.probe, self.every, self.patience, self.min_delta = probe, every, patience, min_delta
         self.history: list[tuple[int, MIRResult]] = []
-        self._capture, self._metric = dict(capture or {}), dict(metric or {})
+        self._capture = dict(capture or {})
+        self._metric = {"groups": 0 if patience is None else 5, **(metric or {})}
         self._trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> MIRCallback:
@@ -64,11 +70,13 @@ class MIRCallback(TrainerCallback):
         return self
 
     def plateau(self) -> bool:
-        """Whether the last `patience` + 1 values lie within `min_delta` of one another."""
+        """Whether the last `patience` + 1 values lie within their standard error, or `min_delta`, of one another."""
         if self.patience is None or len(self.history) <= self.patience:
             return False
-        values = [result.value for _, result in self.history[-self.patience - 1 :]]
-        return max(values) - min(values) <= self.min_delta
+        results = [result for _, result in self.history[-self.patience - 1 :]]
+        values = [result.value for result in results]
+        error = min(0.0 if result.error is None else result.error for result in results)
+        return max(values) - min(values) <= max(self.min_delta, error)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,8 +101,9 @@ class MIRCallback(TrainerCallback):
             result = metric.compute()
         self.history.append((state.global_step, result))
         layers = {f"mir_layer_{k}": value for k, value in enumerate(result.per_layer, 1)}
+        error = {} if result.error is None else {"mir_error": result.error}
         due = control.should_log  # logging clears it, and the trainer's own log of this step would be lost
-        self._trainer.log({"mir": result.value, **layers, "mir_seconds": time.perf_counter() - start})
+        self._trainer.log({"mir": result.value, **error, **layers, "mir_seconds": time.perf_counter() - start})
         control.should_log = due
         if _first_process_says(self.plateau(), args.device):
             control.should_training_stop = True

@@ -59,9 +59,10 @@ def test_training_with_the_callback_gives_the_same_bits_as_without(tmp_path):
     plain = trainer_of(tmp_path)  # seeds the random states
     plain.train()
     probed = trainer_of(tmp_path)
-    callback = MIRCallback(probe_of(probed), every=1).attach(probed)
+    callback = MIRCallback(probe_of(probed), every=1, patience=50).attach(probed)
     probed.train()
     assert len(callback.history) == 7
+    assert callback.history[-1][1].error > 0
     weights = probed.model.state_dict()
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
@@ -83,6 +84,7 @@ def test_mir_and_every_layer_are_logged_through_the_trainer(tmp_path):
         assert entry["mir"] == result.value
         assert [entry[f"mir_layer_{k}"] for k in range(1, LAYERS + 1)] == list(result.per_layer)
         assert entry["mir_seconds"] > 0
+        assert "mir_error" not in entry
     assert logged[1]["mir"] != logged[0]["mir"]
 
 
@@ -93,14 +95,34 @@ def test_stops_on_a_plateau_and_not_before(tmp_path):
     assert [step for step, _ in flat.history] == [0, 2, 4, 6]  # the start and three measurements without a change
     assert still.state.global_step == 6
     moving = trainer_of(tmp_path, learning_rate=1e-2, steps=8)
-    callback = MIRCallback(probe_of(moving), every=2, patience=3).attach(moving)
+    callback = MIRCallback(probe_of(moving), every=2, patience=3, metric={"groups": 0}).attach(moving)
     moving.train()
     assert moving.state.global_step == 8
     assert not callback.plateau()
 
 
-def test_min_delta_says_what_flat_is(tmp_path):
-    trainer = trainer_of(tmp_path, learning_rate=1e-4, steps=8)
+def test_stops_once_mir_has_moved_and_is_flat_within_its_error(tmp_path):
+    free = trainer_of(tmp_path, steps=8)
+    watching = MIRCallback(probe_of(free, range(20)), every=1, metric={"groups": 5}).attach(free)
+    free.train()
+    logged = [(entry["mir"], entry["mir_error"]) for entry in free.state.log_history if "mir" in entry]
+    assert logged == [(result.value, result.error) for _, result in watching.history]
+    windows = [logged[end - 2 : end + 1] for end in range(2, 9)]
+    flat = [max(v for v, _ in w) - min(v for v, _ in w) <= min(e for _, e in w) for w in windows]
+    assert flat.index(True) > 0, "the stand-in is flat from the start: choose one that moves"
+
+    stopped = trainer_of(tmp_path, steps=8)
+    callback = MIRCallback(probe_of(stopped, range(20)), every=1, patience=2).attach(stopped)
+    stopped.train()
+    assert stopped.state.global_step == 2 + flat.index(True)
+    assert len({result.value for _, result in callback.history[-3:]}) == 3  # flat, and yet not the same
+    assert [r.to_json() for _, r in callback.history] == [
+        r.to_json() for _, r in watching.history[: len(callback.history)]
+    ]
+
+
+def test_min_delta_says_what_flat_is_where_it_is_more_than_the_error(tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=1e-2, steps=8)
     callback = MIRCallback(probe_of(trainer), every=1, patience=2, min_delta=10.0).attach(trainer)
     trainer.train()
     assert trainer.state.global_step == 2
