@@ -12,7 +12,7 @@ JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu lint format bench bench-moca bench-moments bench-sqrtm bench-mir figures clean
+.PHONY: help demo test test-slow test-gpu sanitize lint format bench bench-moca bench-moments bench-sqrtm bench-mir figures clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ test-slow: $(VENV)/.test ## the tests that take minutes
 
 test-gpu: $(VENV)/.test ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: $(VENV)/.test ## the native CPU code under ASan, UBSan and TSan, every instruction set of this CPU (g++)
+	$(BIN)/python tests/native/sanitize.py --jobs $(JOBS)
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
