@@ -49,6 +49,14 @@ class TextRole(str, Enum):
     all = "all"
 
 
+class Study(str, Enum):
+    samples = "samples"
+    normalization = "normalization"
+    content = "content"
+    template = "template"
+    layers = "layers"
+
+
 class Outliers(str, Enum):
     remove = "remove"
     none = "none"
@@ -122,6 +130,7 @@ def demo(
     epilog="Examples:\n\n"
     "mir compute --model ./llava-1.5-7b-hf --images ./photos --text ./news --out llava\n\n"
     "mir compute --model ./model --images ./photos --text prose.jsonl --samples 20 --dtype bfloat16 --device cuda\n\n"
+    "mir compute --model ./model --images ./photos --text ./news --samples 200 --study samples --out study\n\n"
     "torchrun --nproc-per-node 2 -m modality_integration compute --model ./model --images ./photos --text ./news\n\n"
     "Interrupted (Ctrl-C, a kill, a power cut), the same command goes on from the last checkpoint with the same bits."
 )
@@ -165,6 +174,15 @@ def compute(
         bool, typer.Option("--second-pass", help="Stream again if the one-pass outlier rule turns out inexact.")
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Drop the checkpoint in --out, if any.")] = False,
+    study: Annotated[
+        Study | None,
+        typer.Option(
+            metavar="NAME",
+            help="One of the paper's studies in place of one value, as a table and a plot: samples (how many are "
+            "enough), normalization (on and off, layer by layer), content (each sub-folder of --images with each of "
+            "--text), template (chat and plain), layers (the terms of each).",
+        ),
+    ] = None,
 ) -> None:
     """MIR of a model on your images and prose: one number, one per layer, a table and a plot."""
     for path, option in ((images, "images"), (text, "text")):  # before seconds of imports
@@ -194,7 +212,12 @@ def compute(
         second_pass=second_pass,
         restart=restart,
     )
-    work.run(options, _console())
+    if study is None:
+        work.run(options, _console())
+    else:
+        from modality_integration import study as studies
+
+        studies.run(study.value, options, _console())
 
 
 @command(

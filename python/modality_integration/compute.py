@@ -73,12 +73,7 @@ def run(options: Options, console: Console) -> MIRResult:
     with _processes() as (rank, world):
         console.quiet = console.quiet or rank > 0
         device = loading.pick_device(options.device)
-        images = data.choose_images(options.images, options.samples, options.seed)
-        texts = data.choose_texts(options.text, options.samples, options.seed)
-        notes = _notes(images, texts, options.samples)
-        for line in [*_skipped(images.skipped, "image"), *_skipped(texts.skipped, "text")]:
-            console.print(f"[yellow]note[/] {line}", highlight=False)
-        samples = data.pair(images.items, texts.items, options.samples, options.seed)
+        samples, notes, skipped = choose(options, console)
 
         arguments = {**_deciding(options, device, world), "chosen_samples": _digest(samples)}
         checkpoint = Checkpoint(options.out / "checkpoint", arguments, rank)
@@ -113,7 +108,7 @@ def run(options: Options, console: Console) -> MIRResult:
 
         result.notes.extend(notes)
         if rank == 0:
-            _write(result, options, arguments, images.skipped + texts.skipped, time.monotonic() - began)
+            _write(result, options, arguments, skipped, time.monotonic() - began)
             _show(result, options.out, console)
         checkpoint.clear()
         return result
@@ -136,7 +131,7 @@ def run_states(
         if not found or not found[0].exists():
             raise InputError(f"{path} holds no .safetensors file" if path.is_dir() else f"{path} does not exist")
         paths += found
-    with _bar(console) as bar, refusals(""):
+    with progress_bar(console) as bar, refusals(""):
         task = bar.add_task(f"MIR of {len(paths)} file{'s' * (len(paths) > 1)}, layer by layer", total=None)
         result = mir_of_states(
             paths,
@@ -153,6 +148,16 @@ def run_states(
     result.plot(out / "layers.png")
     _show(result, out, console)
     return result
+
+
+def choose(options: Options, console: Console) -> tuple[list[Sample], list[str], list[tuple[str, str]]]:
+    """The pairs that `options` choose, notes on them for the result, and what is broken as (name, reason), printed."""
+    images = data.choose_images(options.images, options.samples, options.seed)
+    texts = data.choose_texts(options.text, options.samples, options.seed)
+    for line in [*_skipped(images.skipped, "image"), *_skipped(texts.skipped, "text")]:
+        console.print(f"[yellow]note[/] {line}", highlight=False)
+    samples = data.pair(images.items, texts.items, options.samples, options.seed)
+    return samples, _notes(images, texts, options.samples), images.skipped + texts.skipped
 
 
 def stream(
@@ -215,7 +220,7 @@ def _pass(
     console: Console,
 ) -> None:
     """Stream the samples that `passage` has not counted yet, with a bar, checkpoints, and a clean way out."""
-    with _Stop() as stop, _bar(console) as bar:
+    with _Stop() as stop, progress_bar(console) as bar:
         task = bar.add_task(
             f"{Path(options.model).name}, pass {passage.number}", total=len(samples), completed=passage.done
         )
@@ -296,7 +301,8 @@ class _Stop:
         self.signal = number
 
 
-def _bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """A bar with a count and the time that remains."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -116,8 +116,7 @@ def plot_layers(results: MIRResult | Mapping[str, MIRResult], path: str | Path) 
     drawn = False
     for name, result in named.items():
         layers = range(1, len(result.per_layer) + 1)
-        # A distance of 0 has no place on a logarithmic axis: a gap.
-        distances = [distance or math.nan for distance in result.per_layer]
+        distances = _drawable(result.per_layer)
         drawn = drawn or any(distance > 0 for distance in distances)
         label = name if not isinstance(results, Mapping) else f"{name} (MIR {result.value:.3f})"
         axes.plot(layers, distances, marker="o", markersize=3, linewidth=1.5, label=label)
@@ -148,6 +147,64 @@ def plot_training(results: Mapping[int, MIRResult | float], loss: Mapping[int, f
         right.plot(sorted(loss), [loss[s] for s in sorted(loss)], linewidth=1.0, alpha=0.7, color=color_loss)
         right.set_ylabel("loss", color=color_loss)
     return _save(figure, path)
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A rich table of a study's rows, a column a key."""
+    table = _table()
+    table.title, table.show_footer = None, False
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(name, value) for name, value in row.items()))
+    return table
+
+
+def plot_study(name: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """The rows of study `name` (see `study`), drawn; standard errors as bars."""
+    figure, axes = _figure()
+    errors = None if any(row.get("error") is None for row in rows) else [row["error"] for row in rows]
+    if name == "samples":
+        axes.errorbar([row["samples"] for row in rows], [row["mir"] for row in rows], errors, marker="o", capsize=3)
+        axes.set_xscale("log")
+        axes.set_xticks([row["samples"] for row in rows], [str(row["samples"]) for row in rows])
+        axes.minorticks_off()
+        axes.set(xlabel="samples", ylabel="MIR, with its standard error")
+    elif name in ("normalization", "layers"):
+        layers = [row["layer"] for row in rows]
+        if name == "layers":
+            axes.errorbar(layers, _drawable(row["distance"] for row in rows), errors, marker="o", ms=3, capsize=2)
+            axes.set_ylabel("Fréchet distance, with its standard error")
+        else:
+            for key, label in (("normalized", "with text-centric normalisation"), ("unnormalized", "without")):
+                drawn = _drawable(row[key] for row in rows)
+                axes.plot(layers, [value / drawn[0] for value in drawn], marker="o", markersize=3, label=label)
+            axes.set_ylabel("Fréchet distance / that of layer 1")
+            axes.legend()
+        axes.set_yscale("log")
+        axes.set_xlabel("decoder layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        labels = [f"{row['images']}\n{row['text']}" if name == "content" else row["template"] for row in rows]
+        axes.errorbar(range(len(rows)), [row["mir"] for row in rows], errors, fmt="o", capsize=4)
+        axes.set_xticks(range(len(rows)), labels)
+        axes.set_ylabel("MIR, with its standard error")
+        axes.margins(x=0.2)
+    axes.grid(alpha=0.3, which="both")
+    return _save(figure, path)
+
+
+def _drawable(distances: Iterable[float]) -> list[float]:
+    # A distance of 0 has no place on a logarithmic axis: a gap.
+    return [distance or math.nan for distance in distances]
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if name == "mir" else f"{value:.4g}"
+    return str(value)
 
 
 def _column(result: MIRResult) -> tuple[list[str], str]:

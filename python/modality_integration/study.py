@@ -1,0 +1,238 @@
+"""`mir compute --study NAME`: the paper's studies of one model, each a table and a plot.
+
+samples        MIR against the number of samples (Table 6, Figure 8)
+normalization  every layer with and without the text-centric normalisation (Figure 7)
+content        kinds of images with kinds of text (Figure 3 a)
+template       with and without the conversation template (Figure 3 b)
+layers         every layer's distance and its terms (Figure 2, right)
+
+The data pass by once wherever the question allows: `samples` reads the value along one stream, `normalization` takes
+both of its values from one set of covariances. Values have standard errors; a study proves no bounds and keeps no
+checkpoint, but its table holds every row that is finished. `missed` counts tokens that the one-pass outlier rule
+would have left out (see `ModalityIntegrationRate`); 0 is exact.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from modality_integration import loading, report
+from modality_integration.compute import Options, choose, finish, progress_bar, stream
+from modality_integration.data import InputError, Sample, refusals
+from modality_integration.metric import ModalityIntegrationRate
+from modality_integration.result import MODALITIES, MIRResult
+
+TEMPLATES = ("chat", "plain")
+COUNTS = (5, 10, 20, 50, 100, 200, 500, 800, 1000)  # of samples, as in Table 6; 1 has no standard error
+
+Row = dict[str, Any]
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is studied: a model with its processor, and how tokens are chosen and counted; see `compute.Options`."""
+
+    model: Any
+    processor: Any
+    text_tokens: int = 512
+    template: str = "auto"
+    last: str = "normed"
+    text_role: str = "after"
+    outliers: str = "remove"
+    normalize: bool = True
+    groups: int = 5
+
+    def metric(self) -> ModalityIntegrationRate:
+        """A fresh one on the model's device."""
+        with refusals("options"):
+            metric = ModalityIntegrationRate(outliers=self.outliers, normalize=self.normalize, groups=self.groups)
+        return metric.to(next(self.model.parameters()).device)
+
+    def feed(self, metric: ModalityIntegrationRate, samples: Sequence[Sample], start: int, advance: Advance) -> None:
+        """Count `samples[start:]`; advance(1) after each."""
+        stream(
+            self.model,
+            self.processor,
+            samples,
+            metric,
+            text_tokens=self.text_tokens,
+            template=self.template,
+            last=self.last,
+            text=self.text_role,
+            start=start,
+            after_sample=lambda count: advance(1),
+        )
+
+    def measure(self, samples: Sequence[Sample], advance: Advance) -> MIRResult:
+        """MIR over `samples`."""
+        metric = self.metric()
+        self.feed(metric, samples, 0, advance)
+        return finish(metric)
+
+
+def run(name: str, options: Options, console: Console) -> list[Row]:
+    """The rows of study `name`; also in study_<name>.csv, drawn in study_<name>.png, both in `options.out`.
+
+    Raises InputError for what a person can mend.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("study: runs in one process, without torchrun")
+    for given, option in ((options.second_pass, "--second-pass"), (options.restart, "--restart")):
+        if given:
+            raise InputError(f"study: keeps no checkpoint and passes over the data once, so it takes no {option}")
+    cells = _cells(name, options, console)
+    device = loading.pick_device(options.device)
+    with console.status(f"loading {options.model}"):
+        model, processor = loading.load(options.model, device, options.dtype)
+    shared = ("text_tokens", "template", "last", "text_role", "outliers", "normalize", "groups")
+    subject = Subject(model, processor, **{key: getattr(options, key) for key in shared})
+    with progress_bar(console) as bar:
+        total = sum(map(len, cells.values())) * (len(TEMPLATES) if name == "template" else 1)
+        task = bar.add_task(f"{Path(options.model).name}, study of {name}", total=total)
+        rows = write(name, rows_of(name, subject, cells, lambda count: bar.advance(task, count)), options.out)
+    console.print(report.rows_table(rows))
+    console.print(f"wrote study_{name}.csv and study_{name}.png in {options.out}", highlight=False)
+    return rows
+
+
+def rows_of(
+    name: str, subject: Subject, cells: dict[tuple[str, str], list[Sample]], advance: Advance = lambda count: None
+) -> Iterator[Row]:
+    """The rows of study `name`, one by one as they are measured.
+
+    cells: the samples, by kind of image and kind of text; every study but "content" takes one such pair.
+    """
+    if name == "content":
+        return content(subject, cells, advance)
+    (samples,) = cells.values()
+    return {"samples": sample_count, "normalization": normalization, "template": template, "layers": layers}[name](
+        subject, samples, advance
+    )
+
+
+def write(name: str, rows: Iterator[Row], out: Path, extra: Row | None = None) -> list[Row]:
+    """Write rows to <out>/study_<name>.csv as they come, each with the columns of `extra`, then draw them."""
+    out.mkdir(parents=True, exist_ok=True)
+    table, done = out / f"study_{name}.csv", []
+    for row in rows:
+        done.append(row)
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*row, *(extra or {})])
+            writer.writeheader()
+            writer.writerows({key: _written(value) for key, value in {**one, **(extra or {})}.items()} for one in done)
+    report.plot_study(name, done, out / f"study_{name}.png")
+    return done
+
+
+def read(path: Path) -> list[Row]:
+    """The rows that `write` wrote, numbers as numbers and empty cells as None."""
+    with path.open(newline="") as file:
+        return [{key: _read(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def sample_count(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
+    """MIR after 5, 10, 20, 50, ... and all samples of one stream.
+
+    The paper draws ten sets a count and gives mean and range; here each count's own standard error tells the range.
+    """
+    metric, done = subject.metric(), 0
+    for count in sorted({*(c for c in COUNTS if c < len(samples)), len(samples)}):
+        subject.feed(metric, samples[:count], done, advance)
+        result, done = finish(metric), count
+        tokens = {f"{m}_tokens": result.kept[m][0] + result.removed[m][0] for m in MODALITIES}
+        yield {"samples": count, **tokens, **_value(result)}
+
+
+def normalization(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
+    """Each layer's distance with the scale alpha of Eq. 2, and without.
+
+    Scaling by alpha scales means by alpha and covariances by alpha^2, and so the distance by alpha^2; the outlier rule
+    does not see it. One computation gives both.
+    """
+    result = replace(subject, normalize=True).measure(samples, advance)
+    for layer, (distance, alpha) in enumerate(zip(result.per_layer, result.alpha, strict=True), 1):
+        missed = sum(result.missed[m][layer - 1] for m in MODALITIES)
+        row = {"layer": layer, "alpha": alpha, "normalized": distance, "unnormalized": distance / alpha**2}
+        yield row | {"missed": missed}
+
+
+def content(subject: Subject, cells: dict[tuple[str, str], list[Sample]], advance: Advance) -> Iterator[Row]:
+    """MIR of every kind of image with every kind of text; text tokens see the image, so each pair is a stream."""
+    for (images, text), samples in cells.items():
+        result = subject.measure(samples, advance)
+        yield {"images": images, "text": text, "samples": len(samples), **_value(result)}
+
+
+def template(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
+    """MIR of the same samples in the chat template and plain."""
+    for name in TEMPLATES:
+        result = replace(subject, template=name).measure(samples, advance)
+        yield {"template": name, "samples": len(samples), **_value(result)}
+
+
+def layers(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
+    """Each layer's distance, its standard error, and the terms of Eq. 3."""
+    result = subject.measure(samples, advance)
+    for index, terms in enumerate(result.terms):
+        parts = {name: value for name, value in asdict(terms).items() if not name.startswith("root_")}
+        yield {
+            "layer": index + 1,
+            "distance": terms.distance,
+            "error": result.layer_errors and result.layer_errors[index],
+            **parts,
+            "alpha": result.alpha[index],
+            "missed": sum(result.missed[m][index] for m in MODALITIES),
+        }
+
+
+def _cells(name: str, options: Options, console: Console) -> dict[tuple[str, str], list[Sample]]:
+    """The samples, by kind of image and kind of text: for "content" the sub-folders, else all there are."""
+    images, texts = [options.images], [options.text]
+    if name == "content":
+        images, texts = _kinds(options.images), _kinds(options.text)
+        if len(images) * len(texts) < 2:
+            raise InputError(
+                f"study: content compares kinds, each a sub-folder of --images or --text; neither {options.images} nor "
+                f"{options.text} has two"
+            )
+    cells = {}
+    for image, text in product(images, texts):
+        cells[image.name, text.name], notes, _ = choose(replace(options, images=image, text=text), console)
+        for note in notes:
+            console.print(f"[yellow]note[/] {image.name} with {text.name}: {note}", highlight=False)
+    return cells
+
+
+def _kinds(folder: Path) -> list[Path]:
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist")
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in inside if path.is_dir() and not path.name.startswith(".")] or [folder]
+
+
+def _value(result: MIRResult) -> Row:
+    return {"mir": result.value, "error": result.error, "missed": result.total_missed}
+
+
+def _written(value: Any) -> Any:
+    return f"{value:.7g}" if isinstance(value, float) else value
+
+
+def _read(cell: str) -> Any:
+    if cell == "":
+        return None
+    try:
+        number = float(cell)
+    except ValueError:
+        return cell
+    return int(number) if math.isfinite(number) and number == int(number) and "." not in cell else number
