@@ -159,7 +159,7 @@ def normalization(subject: Subject, samples: Sequence[Sample], advance: Advance)
     Scaling by alpha scales means by alpha and covariances by alpha^2, and so the distance by alpha^2; the outlier rule
     does not see it. One computation gives both.
     """
-    result = replace(subject, normalize=True).measure(samples, advance)
+    result = replace(subject, normalize=True, groups=0).measure(samples, advance)
     for layer, (distance, alpha) in enumerate(zip(result.per_layer, result.alpha, strict=True), 1):
         missed = sum(result.missed[m][layer - 1] for m in MODALITIES)
         row = {"layer": layer, "alpha": alpha, "normalized": distance, "unnormalized": distance / alpha**2}
