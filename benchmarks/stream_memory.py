@@ -1,0 +1,157 @@
+"""Memory of a stream of LLaVA-1.5-7B's shape through `ModalityIntegrationRate`: the peak, and what it is made of.
+
+    python benchmarks/stream_memory.py                          # 32 layers, d 4096, 100 samples: a quarter of an hour
+    python benchmarks/stream_memory.py --layers 2 --hidden 512 --samples 20 --out FILE  # seconds
+
+Synthetic hidden states (those of bench_mir.py) of one sample at a time, all layers, as a forward pass leaves them. The
+peak is what the process holds beyond what it held before the first sample, read from the kernel once after the last
+sample and once after `compute()`; the parts are counted from the tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import harness
+from modality_integration import ModalityIntegrationRate
+
+COLUMNS = ("case", "part", "mb", "device", "threads", "torch", "python", "commit")
+
+
+class States:
+    """Draws one sample after the other: power-law spectra, a large mean in a few columns, a massive first token."""
+
+    def __init__(self, layers: int, hidden: int, vision: int, text: int) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        tokens = 1 + vision + text
+        self.vision, self.text = torch.zeros(2, tokens, dtype=torch.bool)
+        self.vision[1 : 1 + vision] = True
+        self.text[1 + vision :] = True
+        self.spectrum = torch.arange(1, hidden + 1) ** -0.75
+        self.means = torch.zeros(hidden)
+        self.means[:: max(1, hidden // 4)] = 20.0
+        self.gaps = torch.randn(layers, hidden, generator=self.generator) * self.spectrum
+
+    def sample(self) -> list[Tensor]:
+        """The states of every layer, (tokens, d) bf16 each."""
+        return list(self._layers())
+
+    def _layers(self) -> Iterator[Tensor]:
+        for gap in self.gaps:
+            x = torch.randn(len(self.vision), len(gap), generator=self.generator).add_(self.means).mul_(self.spectrum)
+            x[self.vision] = x[self.vision].roll(1, -1) + gap
+            x[0] *= 300
+            yield x.bfloat16()
+
+
+def measure(flags: argparse.Namespace) -> dict[str, float]:
+    """MB by part; see the module."""
+    states = States(flags.layers, flags.hidden, flags.vision, flags.text)
+    _warm_up()
+    before = _rss_mb()
+    began = time.monotonic()
+    metric = ModalityIntegrationRate()
+    for number in range(1, flags.samples + 1):
+        sample = states.sample()
+        sample_bytes = sum(layer.nbytes for layer in sample)
+        metric.update(sample, states.vision, states.text)
+        del sample
+        if number % 10 == 0:
+            print(f"{number} samples, {time.monotonic() - began:.0f} s, {_rss_mb() - before:.0f} MB", flush=True)
+    streaming = _peak_mb() - before
+    parts = _parts(metric) | {"one sample's hidden states, all layers": sample_bytes / 1e6}
+    parts["rest: copies of a layer's rows, products"] = streaming - sum(parts.values())
+    _start_peak_over()
+    resting = _rss_mb() - before
+    result = metric.compute()
+    computing = _peak_mb() - before
+    print(f"{result}\n{time.monotonic() - began:.0f} s in all")
+    features = flags.layers * flags.samples * (flags.vision + flags.text) * flags.hidden
+    return parts | {
+        "peak while streaming": streaming,
+        "held between two samples": resting,
+        "peak in compute()": computing,
+        "for comparison: all features kept, bf16": features * 2 / 1e6,
+        "for comparison: all features kept, float32": features * 4 / 1e6,
+    }
+
+
+def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
+    """Buffers as they are allocated; the public state has only what is in them."""
+    triangles = gathered = held = norms = 0
+    for stream in metric._streams:
+        for moments in stream.moments.values():
+            waiting = 0 if moments._pending is None else moments._pending.nbytes
+            gathered += waiting
+            triangles += moments.memory_bytes - waiting
+        for tokens in stream.tokens.values():
+            held += 0 if tokens._buffer is None else tokens._buffer.nbytes
+            norms += tokens.norms.nbytes + tokens.count()  # and a byte for the group of each
+    return {
+        "accumulators: means and triangles, float64": triangles / 1e6,
+        "rows gathered for the next product": gathered / 1e6,
+        "rows held back": held / 1e6,
+        "norms and groups of all tokens": norms / 1e6,
+    }
+
+
+def _warm_up() -> None:
+    """What a process allocates once, for BLAS, LAPACK and the kernels, is no part of the stream."""
+    states = States(1, 64, 80, 80)
+    metric = ModalityIntegrationRate(hold=2)
+    for _ in range(2):
+        metric.update(states.sample(), states.vision, states.text)
+    metric.compute()
+    _start_peak_over()
+
+
+def _start_peak_over() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb() -> float:
+    return _status_mb("VmHWM")
+
+
+def _rss_mb() -> float:
+    return _status_mb("VmRSS")
+
+
+def _status_mb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--vision", type=int, default=576, help="vision tokens a sample")
+    parser.add_argument("--text", type=int, default=80, help="text tokens a sample")
+    parser.add_argument("--out", type=Path, default=harness.DATA / "stream_memory.csv", help="CSV to write")
+    flags = parser.parse_args()
+    if not Path("/proc/self/clear_refs").exists():
+        sys.exit("stream_memory: reads the peak from /proc, which only Linux has")
+    parts = measure(flags)
+    case = (
+        f"{flags.layers} layers, d {flags.hidden}, {flags.samples} x ({flags.vision} vision + {flags.text} text), bf16"
+    )
+    with flags.out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for part, mb in parts.items():
+            print(f"{part:<50}{mb:>10.0f} MB")
+            writer.writerow((case, part, f"{mb:.1f}", *harness.environment()))
+
+
+if __name__ == "__main__":
+    main()
