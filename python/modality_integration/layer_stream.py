@@ -59,8 +59,8 @@ class LayerStream:
         return all(self.tokens[m].limits == KEEP_ALL for m in MODALITIES)
 
     def push(self, modality: str, rows: Tensor, norms: Tensor, groups: Tensor | None = None) -> None:
-        """Take rows (n, d), which the stream then owns, and on the CPU their norms (n,), float32, and the group of
-        each one's sample (n,), uint8, below `options.groups`; None is group 0 for all.
+        """Take rows (n, d), and on the CPU their norms (n,), float32, and the group of each one's sample (n,), uint8,
+        below `options.groups`; None is group 0 for all.
         """
         rows = rows.to(self.device)
         if groups is None:

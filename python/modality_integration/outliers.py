@@ -110,7 +110,9 @@ class OnePass:
         if hold < 2:
             raise ValueError(f"hold: takes 2 rows or more, got {hold}")
         self.hidden_size, self.dtype, self.hold, self.limits = hidden_size, dtype, hold, limits
-        self._rows: list[Tensor] = []
+        # One buffer, and not the rows as they came: those would lie scattered over the heap between what is short-lived
+        # and keep it from being given back.
+        self._buffer: Tensor | None = None  # (capacity, d); the first `held` rows count
         self._held: list[Marks] = []  # of the held rows, in step with them
         self._released: list[Marks] = []
         self._dropped: list[Marks] = []
@@ -131,8 +133,9 @@ class OnePass:
         groups = self._seen().groups
         return len(groups) if without is None else int((groups != without).sum())
 
+    @torch.inference_mode(False)  # the buffer outlives it
     def push(self, rows: Tensor, norms: Tensor, groups: Tensor | None = None) -> Released | None:
-        """Take rows (n, d), which the stream then owns, their norms (n,), float32, and groups (n,), uint8, on the CPU.
+        """Take rows (n, d), their norms (n,), float32, and groups (n,), uint8, both on the CPU.
 
         groups: of each row's sample, all 0 if None. Returns the rows that may be counted now, or None.
         """
@@ -144,9 +147,8 @@ class OnePass:
                 rows, marks = _take(rows, keep), marks.where(keep)
         if len(marks.norms) == 0:
             return None
-        self._rows.append(rows)
+        self._append(rows)
         self._held.append(marks)
-        self.held += len(marks.norms)
         return self._release() if self.held > self.hold else None
 
     def decide(self, without: int | None = None) -> Decision:
@@ -161,34 +163,37 @@ class OnePass:
             seen, released = (marks.where(marks.groups != without) for marks in (seen, released))
         limits = self.limits or three_sigma(seen.norms)
         keep = limits.keep(held.norms) & others
-        rows = self._cat_rows([_take(part, mask) for part, mask in self._split(keep)])
+        rows = _take(self._rows(), keep)
         kept = int(keep.sum()) + len(released.norms)
         missed = int((~limits.keep(released.norms)).sum())
         return Decision(rows, kept, len(seen.norms) - kept, missed)
 
+    @torch.inference_mode(False)
     def merge(self, other: OnePass) -> None:
         """Take over what another stream of the same layer and modality holds; may exceed `hold` until the next push."""
-        for name in ("_rows", "_held", "_released", "_dropped"):
+        for name in ("_held", "_released", "_dropped"):
             getattr(self, name).extend(getattr(other, name))
-        self.held += other.held
+        self._append(other._rows())
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device) -> None:
         """Move the held rows; norms stay on the CPU."""
-        self._rows = [part.to(device) for part in self._rows]
+        self._buffer = None if self._buffer is None else self._rows().to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors: `held` (h, d); norms and groups as `held_norms`, `held_groups` (h,), and so with `released`
         and `dropped`; `limits` (2,) or (0,).
         """
-        state = {"held": self._cat_rows(self._rows), "limits": torch.tensor(self.limits or (), dtype=torch.float64)}
+        state = {"held": self._rows().clone(), "limits": torch.tensor(self.limits or (), dtype=torch.float64)}
         for name in _MARKS:
             marks = Marks.cat(getattr(self, f"_{name}"))
             state |= {f"{name}_norms": marks.norms, f"{name}_groups": marks.groups}
         return state
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state that `state_dict` gave; goes on with the same bits."""
-        self._rows = [state["held"].clone()] if len(state["held"]) else []
+        self._buffer = state["held"].clone() if len(state["held"]) else None
         for name in _MARKS:
             marks = Marks(*(state[f"{name}_{kind}"].cpu().clone() for kind in ("norms", "groups")))
             setattr(self, f"_{name}", [marks] if len(marks.norms) else [])
@@ -207,20 +212,30 @@ class OnePass:
         released = torch.ones(count, dtype=torch.bool)
         if self.limits is None:
             released[order[count - self.hold // 2 :]] = False
-        out = Released(
-            self._cat_rows([_take(part, mask) for part, mask in self._split(released)]), marks.groups[released]
-        )
-        self._rows = [self._cat_rows([_take(part, mask) for part, mask in self._split(~released)])]
+        rows = self._rows()
+        out = Released(_take(rows, released), marks.groups[released])
+        stay = _take(rows, ~released)
+        rows[: len(stay)] = stay
         self._held = [marks.where(~released)]
         self._released.append(marks.where(released))
-        self.held = len(self._held[0].norms)
+        self.held = len(stay)
         return out
 
-    def _cat_rows(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts) if parts else torch.empty(0, self.hidden_size, dtype=self.dtype)
+    def _rows(self) -> Tensor:
+        if self._buffer is None:
+            return torch.empty(0, self.hidden_size, dtype=self.dtype)
+        return self._buffer[: self.held]
 
-    def _split(self, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self._rows, mask.split([len(part) for part in self._rows]), strict=True))
+    def _append(self, rows: Tensor) -> None:
+        """Copy rows behind those that are held; a full buffer doubles, up to what one push may need."""
+        total, capacity = self.held + len(rows), 0 if self._buffer is None else len(self._buffer)
+        if total > capacity:
+            buffer = rows.new_empty(max(total, min(2 * capacity, self.hold + len(rows))), self.hidden_size)
+            buffer[: self.held] = self._rows()
+            self._buffer = buffer
+        if self._buffer is not None:
+            self._buffer[self.held : total] = rows
+        self.held = total
 
 
 def _take(rows: Tensor, mask: Tensor) -> Tensor:

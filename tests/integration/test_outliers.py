@@ -181,3 +181,24 @@ def test_merged_streams_decide_over_the_norms_of_both():
 def test_hold_takes_at_least_two_rows():
     with pytest.raises(ValueError, match="hold: takes 2 rows or more, got 1"):
         OnePass(4, torch.float32, hold=1)
+
+
+def test_a_state_stays_as_it_was_while_the_stream_goes_on():
+    rule = OnePass(1, torch.float32, hold=8)
+    rule.push(torch.arange(6.0)[:, None], torch.arange(6.0))
+    state = rule.state_dict()
+    rule.push(torch.arange(6.0, 12.0)[:, None], torch.arange(6.0, 12.0))
+    assert state["held"].flatten().tolist() == state["held_norms"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_stream_loaded_or_fed_in_inference_mode_goes_on_outside():
+    norms = torch.arange(30.0)
+    with torch.inference_mode():
+        rule = OnePass(1, torch.float32, hold=8)
+        rule.push(norms[:5, None].clone(), norms[:5].clone())
+        other = OnePass(1, torch.float32, hold=8)
+        other.load_state_dict(rule.state_dict())
+        other.to(torch.device("cpu"))
+    for stream in (rule, other):
+        released = stream.push(norms[5:, None], norms[5:])
+        assert sorted([*released.rows.flatten().tolist(), *stream.decide().rows.flatten().tolist()]) == norms.tolist()
