@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import counts
 import harness
 from mir_kernels.moca import OPERATIONS, add_moca_rms_norm, moca
 
@@ -68,10 +69,9 @@ class Inputs:
         self.rows, self.vision_rows = tokens, int(self.vision.sum())
         self.hidden, self.device = hidden, device
 
-    def bytes(self, per_vision: int, per_text: int) -> int:
-        """Bytes of that many passes over the vision and the text rows."""
-        text = self.rows - self.vision_rows
-        return 2 * self.hidden * (per_vision * self.vision_rows + per_text * text)
+    def bytes(self, count: Callable[[int, int, int], counts.Count]) -> int:
+        """The fewest bytes that an operation of counts.py moves on these inputs."""
+        return count(self.rows, self.vision_rows, self.hidden).bytes
 
 
 def formula(x: Tensor, scale: Tensor, shift: Tensor, vision: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def ours(operation: int, device: str) -> list[str]:
 
 
 def copy_of(moved: int, device: str) -> harness.Rival:
-    source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
+    source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return harness.Rival("copy of the same bytes", lambda i: target.copy_(source))
 
@@ -129,7 +129,7 @@ def forward_in_place(t: Inputs) -> tuple[list[harness.Rival], int]:
         x = t.x.clone()
         error = relative([call(x, *vectors)], [exact])
         rivals.append(harness.Rival(name, lambda i, c=call, x=x: c(x, *vectors), error, LIMIT))
-    return rivals, t.bytes(2, 0)
+    return rivals, t.bytes(counts.moca_forward_in_place)
 
 
 def forward(t: Inputs) -> tuple[list[harness.Rival], int]:
@@ -138,14 +138,14 @@ def forward(t: Inputs) -> tuple[list[harness.Rival], int]:
     calls = {f"ours, {b}": lambda *v, b=b: moca(*v, backend=b) for b in ours(0, t.device)} | RIVALS
     rivals = [harness.Rival(n, lambda i, c=c: c(*arguments), relative([c(*arguments)], [exact]), LIMIT)
               for n, c in calls.items()]  # fmt: skip
-    return rivals, t.bytes(2, 2)
+    return rivals, t.bytes(counts.moca_forward)
 
 
 def backward(t: Inputs) -> tuple[list[harness.Rival], int]:
     inputs = [t.x.clone().requires_grad_(), t.scale, t.shift]
     calls = {f"ours, {b}": lambda *v, b=b: moca(*v, backend=b) for b in ours(0, t.device)} | RIVALS
     exact = gradients(lambda *v: (where(*v, t.vision),), [v.detach().double() for v in inputs], [t.grad.double()])
-    return backward_rivals(calls, inputs, (t.vision,), [t.grad], exact), t.bytes(3, 2)
+    return backward_rivals(calls, inputs, (t.vision,), [t.grad], exact), t.bytes(counts.moca_backward)
 
 
 def fused_forward(t: Inputs) -> tuple[list[harness.Rival], int]:
@@ -155,7 +155,7 @@ def fused_forward(t: Inputs) -> tuple[list[harness.Rival], int]:
               for n, c in fused_calls(t).items()]  # fmt: skip
     if liger := liger_norm(t):
         rivals.append(harness.Rival("Liger, no MoCa", lambda i: liger(t.x, t.residual)))
-    return rivals, t.bytes(4, 4)
+    return rivals, t.bytes(counts.add_moca_rms_norm_forward)
 
 
 def fused_backward(t: Inputs) -> tuple[list[harness.Rival], int]:
@@ -176,7 +176,7 @@ def fused_backward(t: Inputs) -> tuple[list[harness.Rival], int]:
                 lambda i: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True),
             )
         )
-    return rivals, t.bytes(6, 4)
+    return rivals, t.bytes(counts.add_moca_rms_norm_backward)
 
 
 def fused_calls(t: Inputs) -> dict[str, Callable]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import counts
 import harness
 from mir_kernels.frechet import trace_sqrt_product, trace_sqrt_report
 from mir_kernels.sqrtm import eager, factor
@@ -127,15 +128,18 @@ def time_table(flags: argparse.Namespace) -> None:
                 try:
                     found = call(a, b).double().cpu()
                     error = ((found - truth) / truth).abs().amax().nan_to_num(float("inf")).item()
-                except torch.linalg.LinAlgError:
+                except (RuntimeError, ImportError) as problem:  # no convergence; no scipy; no such solver on the device
+                    print(f"{rival}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
                     error = float("inf")
                 gate = float("inf") if flags.time_wrong else GATE
                 entries.append(harness.Rival(rival, functools.partial(run, call, a, b), error, gate))
             case = f"{flags.batch} x {d}^2, {name}"
             print(case, trace_sqrt_report(a[:1], b[:1], precision="float64").path[0])
+            least = counts.trace_sqrt(d).times(flags.batch)
             rows += harness.compare(
-                "trace_sqrt_product", case, entries, device=flags.device, seconds=flags.seconds, rounds=(3, 50)
-            )
+                "trace_sqrt_product", case, entries, bytes_moved=least.bytes, flops=least.flops,
+                device=flags.device, seconds=flags.seconds, rounds=(3, 50),
+            )  # fmt: skip
     harness.print_rows(rows)
     harness.write_csv(rows, flags.out)
 

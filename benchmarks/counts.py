@@ -1,0 +1,78 @@
+"""The fewest bytes and operations of every benchmarked job: one place for the benchmarks and the roofline.
+
+Bytes: every input read once, every output written once. Operations: a multiplication and an addition count two; a
+symmetric product counts one triangle.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Count(NamedTuple):
+    """What a job takes at least."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Count) -> Count:  # type: ignore[override]
+        return Count(self.bytes + other.bytes, self.flops + other.flops)
+
+    def times(self, n: int) -> Count:
+        return Count(n * self.bytes, n * self.flops)
+
+
+def masked_rows(rows: int, vision: int, d: int, per_vision: int, per_text: int, element: int = 2) -> Count:
+    """So many passes over the vision rows and over the text rows of (rows, d); the arithmetic does not count."""
+    return Count(element * d * (per_vision * vision + per_text * (rows - vision)), 0)
+
+
+def moca_forward_in_place(rows: int, vision: int, d: int) -> Count:
+    """Read x and write x in vision rows."""
+    return masked_rows(rows, vision, d, 2, 0)
+
+
+def moca_forward(rows: int, vision: int, d: int) -> Count:
+    """Read x and write a new tensor."""
+    return masked_rows(rows, vision, d, 2, 2)
+
+
+def moca_backward(rows: int, vision: int, d: int) -> Count:
+    """Read grad, write dx; x is read in vision rows only."""
+    return masked_rows(rows, vision, d, 3, 2)
+
+
+def add_moca_rms_norm_forward(rows: int, vision: int, d: int) -> Count:
+    """Read x and residual, write h and out."""
+    return masked_rows(rows, vision, d, 4, 4)
+
+
+def add_moca_rms_norm_backward(rows: int, vision: int, d: int) -> Count:
+    """Read grad_out, grad_h and h, write dx; x and residual are read in vision rows only."""
+    return masked_rows(rows, vision, d, 6, 4)
+
+
+def token_norms(n: int, d: int) -> Count:
+    """Read bf16 tokens, write float32 norms."""
+    return Count(2 * n * d + 4 * n, 2 * n * d)
+
+
+def covariance(n: int, d: int) -> Count:
+    """Read bf16 tokens once, read and write one triangle of float64; one triangle of the product."""
+    return Count(2 * n * d + 8 * d * (d + 1), n * d * (d + 1))
+
+
+def trace_sqrt(d: int) -> Count:
+    """Read two float64 matrices; a Cholesky factor of each and the product of the triangles, d^3/3 each, and the
+    singular values of that product by bidiagonalisation, 8 d^3/3 (Golub and Van Loan, Matrix Computations, 8.6)."""
+    return Count(16 * d * d, 11 * d**3 // 3)
+
+
+def polar_step(d: int, element: int = 2) -> Count:
+    """One Newton-Schulz step of degree 5 on (d, d): two symmetric products and a full one; every operand once."""
+    return Count(7 * element * d * d, 2 * d * d * (d + 1) + 2 * d**3)
+
+
+def mir_tokens(layers: int, n: int, d: int) -> Count:
+    """The pass over the hidden states of all layers, n tokens each: norms and covariances from one reading."""
+    return Count(2 * n * d, n * d * (d + 1) + 2 * n * d).times(layers)
