@@ -12,7 +12,7 @@ JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu sanitize lint format bench bench-moca bench-moments bench-sqrtm bench-mir figures clean
+.PHONY: help demo test test-slow test-gpu sanitize lint format bench bench-moca bench-moments bench-sqrtm bench-mir study figures clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,10 @@ bench: bench-moca bench-moments bench-sqrtm bench-mir figures ## every benchmark
 
 bench-moca bench-moments bench-sqrtm bench-mir: bench-%: $(VENV)/.test ## one operation against its rivals, into benchmarks/data/
 	$(BIN)/python benchmarks/bench_$*.py
+
+study: $(VENV)/.test ## the sample-count and normalisation studies on the demo's model, then the README's figures
+	$(BIN)/python benchmarks/study_demo.py
+	$(BIN)/python benchmarks/figures.py
 
 figures: $(VENV)/.test ## plots and tables of the README from benchmarks/data/*.csv
 	$(BIN)/python benchmarks/figures.py

@@ -17,8 +17,29 @@ BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.D
 
 
 def table(path: Path) -> str:
-    """One CSV as a Markdown table: median, time against the case's first rival, error; device and versions below."""
+    """One CSV as a Markdown table, device and versions below it."""
     rows = harness.read_csv(path)
+    lines = study_lines(rows) if path.stem.startswith("study_") else benchmark_lines(rows)
+    one = rows[0]
+    lines.append("")
+    lines.append(
+        f"[{path.name}](benchmarks/data/{path.name}): {one['device']}, {one['threads']} "
+        f"thread{'s' * (one['threads'] != '1')}, torch {one['torch']}, Python {one['python']}, commit {one['commit']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def study_lines(rows: list[dict]) -> list[str]:
+    """The study of the sample count: tokens, MIR, and its standard error."""
+    lines = ["| samples | vision tokens | text tokens | MIR |", "| ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        value = f"{float(row['mir']):.3f} +- {row['error']:.3f}"
+        lines.append(f"| {row['samples']} | {row['vision_tokens']} | {row['text_tokens']} | {value} |")
+    return lines
+
+
+def benchmark_lines(rows: list[dict]) -> list[str]:
+    """Median, time against the case's first rival, error."""
     lines = ["| case | rival | p50 ms | x first | error |", "| --- | --- | ---: | ---: | ---: |"]
     first: dict[tuple[str, str], float | None] = {}
     for row in rows:
@@ -34,13 +55,7 @@ def table(path: Path) -> str:
         ratio = f"{row['p50_ms'] / base:.2f}" if row["p50_ms"] and base else ""
         error = "" if row["error"] is None else f"{row['error']:.0e}" if row["error"] else "0"
         lines.append(f"| {shown} | {row['rival']}{f' (peak {peak})' if peak else ''} | {ms} | {ratio} | {error} |")
-    one = rows[0]
-    lines.append("")
-    lines.append(
-        f"[{path.name}](benchmarks/data/{path.name}): {one['device']}, {one['threads']} threads, torch {one['torch']}, "
-        f"Python {one['python']}, commit {one['commit']}."
-    )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def rendered(readme: str) -> str:
@@ -82,6 +97,14 @@ def plot_iterations(source: Path, target: Path) -> None:
     figure.savefig(target, dpi=130)
 
 
+def plot_studies() -> None:
+    """Each study's CSV as the picture beside it."""
+    from modality_integration import report, study
+
+    for source in sorted(harness.DATA.glob("study_*.csv")):
+        report.plot_study(source.stem.removeprefix("study_"), study.read(source), source.with_suffix(".png"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README and a CSV differ")
@@ -95,6 +118,7 @@ def main() -> int:
         return int(after != before)
     path.write_text(after)
     plot_iterations(harness.DATA / "sqrtm_iterations.csv", harness.DATA / "sqrtm_iterations.png")
+    plot_studies()
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import pydoc_data.topics
+import random
 from pathlib import Path
 
 import torch
@@ -38,7 +39,9 @@ def main() -> None:
         loss = demo.training_step(model, processor, pictures.batch(demo.BATCH), optimizer)
         if step % 10 == 0:
             print(f"step {step}: loss {loss:.3f}", flush=True)
-    samples = {("demo", "reference"): pair(pictures.probe(flags.samples, 0), prose(), flags.samples, 0)}
+    images = pictures.probe(flags.samples, 0)
+    random.Random(0).shuffle(images)  # digits come first, and the first few samples are to be like all
+    samples = {("demo", "reference"): pair(images, prose(), flags.samples, 0)}
 
     subject = study.Subject(model, processor, text_tokens=demo.TEXT_TOKENS, template="plain", groups=flags.groups)
     columns = dict(zip(harness.COLUMNS[-5:], harness.environment(), strict=True))
