@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mir_kernels.moca import MoCa
+from modality_integration import seam
 from modality_integration.decoder import Decoder, Layers, find_decoder, parameter_device, text_config
 from modality_integration.masks import ForwardPass, ForwardWatch
 
@@ -29,13 +30,17 @@ KEY = re.compile(r"layers\.(\d+)\.modality_layernorm(?:\.modules_to_save\.[^.]+)
 
 @dataclass(frozen=True)
 class MoCaSite:
-    """One decoder layer's MoCa: the layer's name, the vector length, and the norm that reads its output next."""
+    """One decoder layer's MoCa: the layer's name, the vector length, and the norm that reads its output next.
+
+    plain: None where the layer's last addition, MoCa and that norm are one operation, else what keeps them apart.
+    """
 
     layer: str
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
     read_by: str | None
+    plain: str | None
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,11 @@ class MoCaReport:
     sites: tuple[MoCaSite, ...]
 
     def __str__(self) -> str:
-        lines = (f"{s.layer}: {s.hidden_size} {s.dtype} on {s.device}, read by {s.read_by}" for s in self.sites)
-        return f"MoCa at the end of {len(self.sites)} decoder layers\n" + "\n".join(lines)
+        lines = [f"MoCa at the end of {len(self.sites)} decoder layers"]
+        for s in self.sites:
+            how = f"fused with {s.read_by}" if s.plain is None else f"read by {s.read_by}, plain: {s.plain}"
+            lines.append(f"{s.layer}: {s.hidden_size} {s.dtype} on {s.device}, {how}")
+        return "\n".join(lines)
 
 
 def add_moca(
@@ -56,6 +64,7 @@ def add_moca(
     dtype: torch.dtype | None = None,
     layers: Layers = None,
     vision_mask: str | None = None,
+    fused: bool = True,
 ) -> MoCaReport:
     """h <- scale * h + shift on the vision tokens of every decoder layer's output (Eq. 5 of the MIR paper).
 
@@ -69,6 +78,13 @@ def add_moca(
     gradients of zero, because every process has to have them. Add MoCa before DDP, `fully_shard` or torch.compile, and
     on either side of PEFT: before `get_peft_model`, name `modality_layernorm` in its `modules_to_save`, or PEFT
     freezes it. `fully_shard` wants one dtype a group: give `dtype`, or shard each `modality_layernorm` as a group.
+
+    `fused`: where a layer has Llama's form (Llama, Qwen2, Qwen3, Mistral and the decoders of Qwen-VL are), its last
+    addition, MoCa and the RMSNorm that reads the sum run as one `add_moca_rms_norm`; the report says which layers do
+    and what keeps the others plain. Gemma's norms round in another order, so Gemma stays plain. The sum has the same
+    bits either way, its norm may differ in the last place of its dtype (see add_moca_rms_norm). The plain way is taken
+    in passes where the fused one would not be the same: under gradient checkpointing, torch.compile and FSDP, with
+    `output_hidden_states` or hooks of others on a layer while gradients are recorded, in autocast, in inference mode.
     Errors: ValueError for a model that has MoCa, and as `capture` has for models without vision tokens.
     """
     if not std >= 0:
@@ -78,7 +94,9 @@ def add_moca(
     if any(hasattr(layer, NAME) for layer in decoder.layers):
         raise ValueError("model: has MoCa already; remove_moca first")
     hidden_size = _hidden_size(model, decoder)
-    calibration = _Calibration(ForwardWatch(model, decoder, named=(vision_mask,) if vision_mask else ()), vision_mask)
+    named = ("output_hidden_states", *((vision_mask,) if vision_mask else ()))
+    calibration = _Calibration(ForwardWatch(model, decoder, named=named), vision_mask)
+    plain = [seam.why_plain(model, decoder, i) if fused else "asked for" for i in range(len(decoder.layers))]
     sites = []
     layer: Any
     for i, (layer, name) in enumerate(zip(decoder.layers, decoder.names, strict=True)):
@@ -88,7 +106,9 @@ def add_moca(
         layer.add_module(NAME, MoCa(hidden_size, std=std, device=device, dtype=kind))
         layer._moca = calibration
         calibration.handles.append(layer.register_forward_hook(calibration.apply))
-        sites.append(MoCaSite(name, hidden_size, kind, device, _reader(decoder, i)))
+        sites.append(MoCaSite(name, hidden_size, kind, device, seam.reader_of(decoder, i)[0], plain[i]))
+    if not all(plain):
+        calibration.seams = seam.place(decoder, plain, NAME, calibration)
     return MoCaReport(tuple(sites))
 
 
@@ -176,6 +196,7 @@ class _Calibration:
         self.watch = watch
         self.given: Tensor | str | None = given
         self.handles: list[Any] = []
+        self.seams: list[seam.Seam] = []
         # Masks of passes that may yet be recomputed in backward, for checkpoints that wrap a layer with its hooks.
         self._replayable: deque[Tensor] = deque(maxlen=64)
         self._replayed = False
@@ -184,14 +205,19 @@ class _Calibration:
         self.watch.remove()
         for handle in self.handles:
             handle.remove()
+        for placed in self.seams:
+            placed.remove()
         self.handles.clear()
+        self.seams.clear()
 
     def apply(self, layer: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook of a decoder layer."""
         state = output[0] if isinstance(output, tuple) else output
         if state.shape[-2] == 1:  # a decoding step
             return None
-        mask = self._mask(layer, state)
+        if self.watch.running is not None and seam.made(self.watch.running.found, state):
+            return None
+        mask = self.mask(layer, state)
         if mask is None:
             return None
         module = getattr(layer, NAME)
@@ -200,7 +226,8 @@ class _Calibration:
         state = module(state, mask, inplace=inplace)
         return (state, *output[1:]) if isinstance(output, tuple) else state
 
-    def _mask(self, layer: nn.Module, state: Tensor) -> Tensor | None:
+    def mask(self, layer: nn.Module, state: Tensor) -> Tensor | None:
+        """(B, T) bool, True at vision tokens, where `state` (B, T, d) lies; None where there is nothing to do."""
         shape, running = (state.shape[0], state.shape[1]), self.watch.running
         if running is None:
             return self._mask_outside(shape).to(state.device)
@@ -281,15 +308,6 @@ def _hidden_size(model: nn.Module, decoder: Decoder) -> int:
     if size is None:
         raise ValueError("model: neither its configuration nor a final norm says the hidden size")
     return int(size)
-
-
-def _reader(decoder: Decoder, i: int) -> str | None:
-    """The norm that reads layer i's output first: the next layer's first norm, or the final norm."""
-    if i + 1 == len(decoder.layers):
-        return decoder.norm_name
-    norms = (n for n, child in decoder.layers[i + 1].named_children() if "norm" in type(child).__name__.lower())
-    name = next((n for n in norms if n in ("input_layernorm", "ln_1", "norm1", "self_attn_layer_norm")), None)
-    return None if name is None else f"{decoder.names[i + 1]}.{name}"
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -68,6 +68,28 @@ def data_parallel(rank, folder):
     check(model, trained(freeze_vision(calibrated())), factor=100)
 
 
+def data_parallel_fused(rank, folder):
+    """float32, in which MoCa is one operation with the additions and norms around it; step 1 has no image in rank 1."""
+    model = nn.parallel.DistributedDataParallel(freeze_vision(calibrated(torch.float32)))
+    train_distributed(model, rank)
+    plain = freeze_vision(tiny_model("llava", dtype=torch.float32))
+    torch.manual_seed(0)
+    add_moca(plain, std=0.3, fused=False)
+    check(model, trained(plain), factor=30)
+
+
+def fully_sharded_float32(rank, folder):
+    """As data_parallel_fused, but where the norms' weights are not whole while the layer before runs."""
+    model = freeze_vision(calibrated(torch.float32))
+    for layer in model.model.language_model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    train_distributed(model, rank)
+    check(model, trained(freeze_vision(calibrated(torch.float32))), factor=30)
+    with torch.no_grad():
+        loss_of(model, 0, rank)
+
+
 def fully_sharded(rank, folder):
     model = freeze_vision(calibrated())
     for layer in model.model.language_model.layers:
@@ -122,7 +144,7 @@ def _plain(model):
 if __name__ == "__main__":
     rank, store, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for case in (data_parallel, fully_sharded, fully_sharded_bf16):
+    for case in (data_parallel, data_parallel_fused, fully_sharded, fully_sharded_float32, fully_sharded_bf16):
         case(rank, folder)
         print(f"{case.__name__} ok", flush=True)
     dist.destroy_process_group()

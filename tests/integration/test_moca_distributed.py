@@ -36,7 +36,9 @@ def outputs(tmp_path_factory):
     return [out for out, _ in ended]
 
 
-@pytest.mark.parametrize("case", ["data_parallel", "fully_sharded", "fully_sharded_bf16"])
+@pytest.mark.parametrize(
+    "case", ["data_parallel", "data_parallel_fused", "fully_sharded", "fully_sharded_float32", "fully_sharded_bf16"]
+)
 def test_two_processes_train_moca_as_one_does(outputs, case):
     """Text-only batches on one process included; fully_sharded also saves, loads and refuses a late add_moca."""
     for out in outputs:

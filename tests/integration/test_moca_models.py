@@ -499,17 +499,20 @@ def test_compiles_in_one_graph_and_serves_every_mask_and_length():
 
 
 @pytest.mark.slow
-def test_a_compiled_vision_language_model_gives_the_same_logits_and_breaks_no_more_graphs():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # plain; fused but where compiled
+def test_a_compiled_vision_language_model_gives_the_same_logits_and_breaks_no_more_graphs(dtype):
     breaks = []
     for with_moca in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model = calibrated() if with_moca else tiny_model("llava")
+        model = calibrated(dtype=dtype) if with_moca else tiny_model("llava", dtype=dtype)
         compiled = torch.compile(model, backend="aot_eager")
         for rows in (ROWS, ("titttt",)):
             batch = tiny_batch(model, "llava", rows)
             with torch.no_grad():
-                assert torch.equal(compiled(**batch.inputs).logits, model(**batch.inputs).logits)
+                found, expected = compiled(**batch.inputs).logits, model(**batch.inputs).logits
+                assert torch.equal(found, expected) or (dtype == torch.float32 and with_moca)
+                assert_close(found, expected)
         breaks.append(sum(torch._dynamo.utils.counters["graph_break"].values()))
     torch._dynamo.reset()
     assert breaks[1] == breaks[0]
