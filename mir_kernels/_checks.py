@@ -12,6 +12,8 @@ def tensor(name: str, value: object) -> None:
     """`value` is a torch.Tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: takes a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: takes a dense tensor, got {value.layout}")
 
 
 def floating(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
@@ -58,6 +60,15 @@ def square(name: str, value: Tensor) -> None:
     floating(name, value)
     if value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 1:
         raise ValueError(f"{name}: takes square matrices (..., d, d) with d >= 1, got {tuple(value.shape)}")
+
+
+def whole_number(name: str, value: Tensor) -> int:
+    """`value`, a tensor with one integer that is not negative, as an int."""
+    tensor(name, value)
+    if value.dim() != 0 or value.is_floating_point() or value.is_complex() or int(value) < 0:
+        got = f"{value.item()} ({value.dtype})" if value.dim() == 0 else f"shape {tuple(value.shape)}"
+        raise ValueError(f"{name}: takes one integer of at least 0, got {got}")
+    return int(value)
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ def token_norms(x: Tensor) -> Tensor:
 
     Elements of a row lie side by side, rows any distance apart.
     """
-    if x.stride(1) != 1 and x.shape[1] > 1:
+    if x.stride(1) != 1 and x.shape[1] > 1 and x.shape[0]:
         raise ValueError(f"x: takes a matrix whose rows are contiguous, got strides {x.stride()}")
     out = torch.empty(x.shape[0], dtype=torch.float32)
     C.token_norms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 
@@ -194,10 +195,14 @@ class StreamingMoments:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over a copy of what `state_dict` gave, from any device. A refused state changes nothing."""
         mine = self.state_dict()
-        if set(state) != set(mine):
-            raise ValueError(f"state: takes the keys {sorted(mine)}, got {sorted(state)}")
-        if int(state["version"]) != VERSION:
-            raise ValueError(f"state: takes version {VERSION}, got {int(state['version'])}")
+        if not isinstance(state, Mapping) or set(state) != set(mine):
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state: takes the keys {sorted(mine)}, got {got}")
+        for name, value in state.items():
+            _checks.tensor(f"state[{name!r}]", value)
+        version, bound = (_checks.whole_number(f"state[{name!r}]", state[name]) for name in ("version", "bound"))
+        if version != VERSION:
+            raise ValueError(f"state: takes version {VERSION}, got {version}")
         for name in ("count", "mean", "second", "owed", "weights"):
             if state[name].shape != mine[name].shape or state[name].dtype != mine[name].dtype:
                 raise ValueError(
@@ -208,13 +213,16 @@ class StreamingMoments:
         _checks.floating("state['pending']", pending)
         if pending.dim() != 2 or pending.shape[1] != self.hidden_size:
             raise ValueError(f"state['pending']: takes shape (rows, {self.hidden_size}), got {tuple(pending.shape)}")
+        _checks.whole_number("state['count']", state["count"])
+        if bound > max(pending.shape[0], *ROWS.values()):
+            raise ValueError(f"state['bound']: takes at most {max(ROWS.values())} rows, got {bound}")
         self.reset()
         for name in ("count", "mean", "second", "owed", "weights"):
             setattr(self, f"_{name}", state[name].to(self.device, copy=True))
         if pending.shape[0]:
             # A state from another device may hold more rows than are gathered here: then they are folded in at once.
             rows = pending.to(self.device)
-            self._bound = max(rows.shape[0], int(state["bound"])) if self._waits_for_nothing() else rows.shape[0]
+            self._bound = max(rows.shape[0], bound) if self._waits_for_nothing() else rows.shape[0]
             self._allocate(rows.dtype, max(self._rows(), self._bound))[: rows.shape[0]] = rows
             self._filled.fill_(rows.shape[0])
             if self._bound >= self._rows():

@@ -58,13 +58,13 @@ class Checkpoint:
         state = self.folder / self._read()["state"]
         try:
             metric.load(state)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"the checkpoint {state} cannot be read ({error}): add --restart to begin anew") from error
 
     def save(self, metric: Any, passage: Passage) -> None:
         """Write `metric`'s state at `passage`, then drop the state before it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / f"rank{self.rank}-pass{passage.number}-{passage.done:06d}.safetensors"
+        state = self.folder / state_name(self.rank, passage.number, passage.done)
         metric.save(state)
         write_json(
             self._progress,
@@ -84,11 +84,33 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return json.loads(self._progress.read_text())
-        except json.JSONDecodeError as error:
+            saved = json.loads(self._progress.read_text())
+            _check(saved, self.rank)
+        except (OSError, RecursionError, ValueError) as error:
             raise InputError(
                 f"the checkpoint {self._progress} is damaged ({error}): add --restart to begin anew"
             ) from error
+        return saved
+
+
+def _check(saved: Any, rank: int) -> None:
+    """ValueError unless `saved` is what `Checkpoint.save` writes."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("arguments"), dict):
+        raise ValueError("takes an object with arguments")
+    number: Any
+    done: Any
+    number, done, state = saved.get("pass"), saved.get("done"), saved.get("state")
+    if not all(isinstance(count, int) and not isinstance(count, bool) for count in (number, done)):
+        raise ValueError(f"pass, done: take integers, got {number!r} and {done!r}")
+    if number not in (1, 2) or done < 0:
+        raise ValueError(f"pass, done: take 1 or 2 and a count, got {number} and {done}")
+    if state != state_name(rank, number, done):
+        raise ValueError(f"state: takes {state_name(rank, number, done)}, got {state!r}")
+
+
+def state_name(rank: int, number: int, done: int) -> str:
+    """The file of a process's state in pass `number` after `done` samples."""
+    return f"rank{rank}-pass{number}-{done:06d}.safetensors"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -9,7 +10,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mir_kernels import _checks
 from mir_kernels.moments import StreamingMoments
+from mir_kernels.moments.packed import entries
 from modality_integration.layer import (
     Counted,
     CountedFeatures,
@@ -132,20 +135,60 @@ class LayerStream:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; goes on with the same bits."""
+        """Take over what `state_dict` gave; goes on with the same bits.
+
+        ValueError or TypeError that names the entry where something does not fit: half of it may then be taken over.
+        """
+        self._check_state(state)
         self.moments = {}
         self.text_norms = state["text_norms"].to(self.device, copy=True)
         for modality in MODALITIES:
-            self.tokens[modality].load_state_dict(_below(f"{modality}.", state))
+            part = _below(f"{modality}.", state)
+            with _named(modality):
+                self.tokens[modality].load_state_dict({k: v for k, v in part.items() if not k.startswith("moments.")})
             self.tokens[modality].to(self.device)
         for slot in slots(self.options):
             moments = _below(prefix_of(slot), state)
             if moments:
-                self._slot(slot).load_state_dict(moments)
+                with _named(prefix_of(slot)):
+                    self._slot(slot).load_state_dict(moments)
+            counted, released = self.moments[slot].count if moments else 0, self.tokens[slot[0]].released(slot[1])
+            if counted != released:
+                raise ValueError(f"{prefix_of(slot)}count: takes the {released} tokens released so far, got {counted}")
 
     def accumulator(self, precision: str) -> StreamingMoments:
         """A fresh one for any slot."""
         return StreamingMoments(self.hidden_size, device=self.device, precision=precision, backend=self.options.backend)
+
+    def _check_state(self, state: dict[str, Tensor]) -> None:
+        prefixes = tuple(prefix_of(slot) for slot in slots(self.options))
+        for name, value in state.items():
+            _checks.tensor(name, value)
+            modality, _, rest = name.partition(".")
+            strange = rest.startswith("moments.") and not name.startswith(prefixes)
+            if name != "text_norms" and (modality not in MODALITIES or strange):
+                raise ValueError(f"{name}: is no entry of a layer's state")
+            # Before anything is made as large as a file says.
+            if name.endswith(".second") and value.numel() != entries(self.hidden_size):
+                raise ValueError(f"{name}: takes {entries(self.hidden_size)} numbers, got {value.numel()}")
+        norms = state.get("text_norms")
+        if norms is None or norms.dtype != torch.float64 or norms.shape != self.text_norms.shape:
+            got = "nothing" if norms is None else f"{norms.dtype} {tuple(norms.shape)}"
+            raise ValueError(f"text_norms: takes torch.float64 {tuple(self.text_norms.shape)}, got {got}")
+        if not bool((norms.isfinite() & (norms >= 0)).all()):
+            raise ValueError(f"text_norms: takes sums of norms, got {norms.tolist()}")
+        for modality in MODALITIES:
+            groups = [v for k, v in state.items() if k.startswith(f"{modality}.") and k.endswith("_groups")]
+            highest = max((int(v.max()) for v in groups if v.numel()), default=0)
+            if highest >= len(norms):
+                raise ValueError(f"{modality}: takes groups below {len(norms)}, got {highest}")
+        for slot in slots(self.options):
+            moments_state = _below(prefix_of(slot), state)
+            if moments_state and "second" not in moments_state:
+                raise ValueError(f"{prefix_of(slot)}second: is missing")
+            for name, value in moments_state.items():
+                if value.is_floating_point() and not bool(value.isfinite().all()):
+                    raise ValueError(f"{prefix_of(slot)}{name}: takes finite numbers")
 
     def _slot(self, slot: Slot) -> StreamingMoments:
         if slot not in self.moments:
@@ -212,6 +255,15 @@ def slots(options: Options) -> list[Slot]:
 def prefix_of(slot: Slot) -> str:
     """What the keys of an accumulator begin with in a layer's state."""
     return f"{slot[0]}.moments.{slot[1]}."
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Names what a refusal is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name.rstrip('.')}: {error}") from error
 
 
 def _order(entry: tuple[Slot, StreamingMoments]) -> Slot:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -19,13 +16,14 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from mir_kernels import _checks
 from mir_kernels.moments import token_norms
+from modality_integration import state_file
 from modality_integration.layer import Options, assemble, layer_result, require_finite
 from modality_integration.layer_stream import LayerStream
 from modality_integration.outliers import three_sigma
 from modality_integration.result import MODALITIES, MIRResult
 from modality_integration.sync import gathered
 
-_FORMAT, _VERSION = "modality-integration-rate-state", 2
+_PLACE = re.compile(r"0|[1-9]\d{0,5}", re.ASCII)  # a layer in the keys of a state
 
 
 def mir(
@@ -185,30 +183,24 @@ class ModalityIntegrationRate(Metric):
 
     def save(self, path: str | Path) -> None:
         """Write the whole state to one safetensors file, in one step: the old file or the new is there, never half."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "options": json.dumps(self.options._asdict())}
-        try:
-            save_file({key: value.contiguous() for key, value in self.state_dict().items()}, partial, metadata=metadata)
-            _flush_to_disk(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _flush_to_disk(path.parent)
+        state_file.write(Path(path), self.state_dict(), self.options)
 
     def load(self, path: str | Path) -> ModalityIntegrationRate:
         """Take over, in place, the state that `save` wrote; goes on with the same bits. Gives the metric itself.
 
-        ValueError if the file is none of ours or was gathered with another outlier rule; then nothing changes.
+        ValueError if the file is none of ours, has changed since it was written, or was gathered with another outlier
+        rule or other groups; then nothing changes.
         """
-        _read_options(path)
-        self.load_state_dict(load_file(path))
+        try:
+            self.load_state_dict(state_file.read(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: {error}") from error
         return self
 
     @classmethod
     def from_file(cls, path: str | Path, **kwargs: Any) -> ModalityIntegrationRate:
         """A metric with the options and the state that `save` wrote; keyword arguments replace options."""
-        return cls(**{**_read_options(path)._asdict(), **kwargs}).load(path)
+        return cls(**{**state_file.read_options(path)._asdict(), **kwargs}).load(path)
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
         """Plain tensors: `version`, `samples`, and under `layers.<k>.` the state of each layer (see `LayerStream`)."""
@@ -260,9 +252,11 @@ class ModalityIntegrationRate(Metric):
                 raise ValueError(f"{name}: takes shape (B, T, d) or (T, d), got {tuple(hidden.shape)}")
             if hidden.shape[:-1] != lead:
                 raise ValueError(f"{name}: has tokens {tuple(hidden.shape[:-1])}, hidden_states[0] has {tuple(lead)}")
+            _require_data(name, hidden)
         masks = dict(zip(MODALITIES, (vision_mask, text_mask), strict=True))
         for modality, mask in masks.items():
             _checks.mask(f"{modality}_mask", mask, tuple(lead))
+            _require_data(f"{modality}_mask", mask)
         self._check_shapes("hidden_states", [(hidden.shape[-1], hidden.dtype) for hidden in hidden_states])
         masks = {modality: mask.cpu().bool() for modality, mask in masks.items()}
         both = (masks["vision"] & masks["text"]).nonzero()
@@ -310,7 +304,7 @@ class ModalityIntegrationRate(Metric):
         return other
 
     def _state_into(self, destination: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        destination[f"{prefix}version"] = torch.tensor(_VERSION)
+        destination[f"{prefix}version"] = torch.tensor(state_file.VERSION)
         destination[f"{prefix}samples"] = torch.tensor(self._samples)
         for k, stream in enumerate(self._streams):
             destination |= {f"{prefix}layers.{k}.{key}": value for key, value in stream.state_dict().items()}
@@ -331,34 +325,57 @@ class ModalityIntegrationRate(Metric):
         if version is None:
             missing.append(f"{prefix}version")
             return
-        if int(version) != _VERSION:
-            errors.append(f"{prefix}version: takes {_VERSION}, got {int(version)}")
-            return
         if samples is None:
             missing.append(f"{prefix}samples")
             return
+        try:
+            number, seen = _checks.whole_number("version", version), _checks.whole_number("samples", samples)
+        except (TypeError, ValueError) as error:
+            errors.append(f"{prefix}{error}")
+            return
+        if number != state_file.VERSION:
+            errors.append(f"{prefix}version: takes {state_file.VERSION}, got {number}")
+            return
         layers: dict[int, dict[str, Tensor]] = {}
+        strange = []
         for key, value in own.items():
             place, _, rest = key.removeprefix("layers.").partition(".")
-            if key.startswith("layers.") and place.isdigit():
+            if key.startswith("layers.") and _PLACE.fullmatch(place):
                 layers.setdefault(int(place), {})[rest] = value
             else:
-                unexpected.append(prefix + key)
-        groups = {max(len(layer["text_norms"]), 1) for layer in layers.values()}
-        if groups - {max(self.options.groups, 1)}:
-            errors.append(f"{prefix}: was gathered in {max(groups)} groups, takes groups={self.options.groups}")
+                strange.append(prefix + key)
+        unexpected.extend(strange)
+        if strict and strange:
+            return  # will be refused: nothing may change
+        try:
+            streams = [self._loaded(layers, k) for k in range(len(layers))]
+        except (TypeError, ValueError) as error:
+            errors.append(f"{prefix}{error}")
             return
-        streams = []
-        for k in range(len(layers)):
-            held = layers[k]["vision.held"]
-            stream = self._stream(k, held.shape[1], held.dtype, self._device)
-            stream.load_state_dict(layers[k])
-            streams.append(stream)
         if any(stream.keeps_all != (self.options.outliers == "none") for stream in streams):
             errors.append(f'{prefix}: was gathered with another outlier rule than outliers="{self.options.outliers}"')
             return
-        self._streams, self._samples, self._computed = streams, int(samples), None
+        self._streams, self._samples, self._computed = streams, seen, None
         self._update_count = max(self._update_count, 1)
+
+    def _loaded(self, layers: dict[int, dict[str, Tensor]], k: int) -> LayerStream:
+        """Layer k of a state, or an error that names it."""
+        if k not in layers:
+            raise ValueError(f"layers.{k}: is missing, of {len(layers)} layers")
+        state = layers[k]
+        for key in ("vision.held", "text_norms"):
+            if not isinstance(state.get(key), Tensor):
+                raise ValueError(f"layers.{k}.{key}: takes a tensor, got {type(state.get(key)).__name__}")
+        groups, held = state["text_norms"].numel(), state["vision.held"]
+        if groups != max(self.options.groups, 1):
+            raise ValueError(f"was gathered in {groups} groups, takes groups={self.options.groups}")
+        _checks.tokens(f"layers.{k}.vision.held", held)
+        stream = LayerStream(held.shape[-1], held.dtype, self._device, self.options)
+        try:
+            stream.load_state_dict(state)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layers.{k}.{error}") from error
+        return stream
 
     def _copy_state_dict(self) -> dict[str, Any]:
         return {"_streams": self._streams}  # what replaces them, in sync, is made anew
@@ -385,6 +402,11 @@ def _layers(name: str, value: Sequence[Tensor]) -> Sequence[Tensor]:
     return value
 
 
+def _require_data(name: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise ValueError(f"{name}: takes a tensor with data, got one on the meta device")
+
+
 def _place(indices: Tensor, i: int) -> int | tuple[int, ...]:
     place = tuple(indices[i].tolist())
     return place[0] if len(place) == 1 else place
@@ -395,25 +417,3 @@ def _transport_device(group: Any, device: torch.device) -> torch.device:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return device if "nccl" in torch.distributed.get_backend(group) else torch.device("cpu")
     return device
-
-
-def _read_options(path: str | Path) -> Options:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error})") from error
-    if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
-        raise ValueError(
-            f"{path} is no state of ModalityIntegrationRate: takes format {_FORMAT} version {_VERSION}, "
-            f"got {metadata.get('format')} version {metadata.get('version')}"
-        )
-    return Options(**json.loads(metadata["options"]))
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

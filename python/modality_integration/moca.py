@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mir_kernels import _checks
 from mir_kernels.moca import MoCa
 from modality_integration import seam
 from modality_integration.decoder import Decoder, Layers, find_decoder, parameter_device, text_config
@@ -25,7 +26,7 @@ from modality_integration.masks import ForwardPass, ForwardWatch
 # The submodule's name on each decoder layer and the checkpoint keys are those of the published checkpoints.
 NAME = "modality_layernorm"
 FILE = "moca.safetensors"
-KEY = re.compile(r"layers\.(\d+)\.modality_layernorm(?:\.modules_to_save\.[^.]+)?\.(scale|shift)$")
+KEY = re.compile(r"layers\.([0-9]{1,6})\.modality_layernorm(?:\.modules_to_save\.[^.]+)?\.(scale|shift)$")
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def load_moca(model: nn.Module, path: str | Path) -> None:
 
     `path` is a .safetensors or torch file, or a directory of such. Keys that end in
     `layers.{i}.modality_layernorm.{scale,shift}` are taken, whatever stands before. ValueError where layers are
-    missing, left over or of another size, in which case nothing is changed.
+    missing, left over, of another size or not finite, or where a file cannot be read; then nothing is changed.
     """
     values = _read(Path(path))
     placed = any(hasattr(m, "_moca") for m in model.modules())
@@ -178,6 +179,9 @@ def load_moca(model: nn.Module, path: str | Path) -> None:
     wrong = sorted(f"{i}.{name}" for (i, name), value in values.items() if tuple(value.shape) != (hidden_size,))
     if wrong:
         raise ValueError(f"path: takes vectors of length {hidden_size}; of another shape: {', '.join(wrong)}")
+    dtype = _module(layers[0]).scale.dtype if placed else torch.float32
+    if wrong := sorted(f"{i}.{name}" for (i, name), value in values.items() if not value.to(dtype).isfinite().all()):
+        raise ValueError(f"path: takes values that are finite in {dtype}; others in {', '.join(wrong)}")
     if not placed:
         add_moca(model)
     with torch.no_grad():
@@ -330,14 +334,31 @@ def _read(path: Path) -> dict[tuple[int, str], Tensor]:
         raise FileNotFoundError(f"path: no safetensors or torch file at {path}")
     values: dict[tuple[int, str], Tensor] = {}
     for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as stored:
-                tensors = {key: stored.get_tensor(key) for key in stored.keys() if KEY.search(key)}  # noqa: SIM118
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        for key, value in tensors.items():
-            if match := KEY.search(key):
-                values[int(match[1]), match[2]] = value
+        for key, value in _tensors(file).items():
+            if isinstance(key, str) and (match := KEY.search(key)):
+                _checks.floating(f"path: {key} in {file}", value)
+                place = int(match[1]), match[2]
+                if place in values and not torch.equal(values[place], value):
+                    raise ValueError(f"path: {key} in {file} differs from another value of the same layer")
+                values[place] = value
     if not values:
         raise ValueError(f"path: no key ending in layers.{{i}}.{NAME}.scale or .shift in {path}")
     return values
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """What a file holds under MoCa's keys, or all of it; ValueError where it is no file of tensors."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as stored:
+                return {key: stored.get_tensor(key) for key in stored.keys() if KEY.search(key)}  # noqa: SIM118
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except SafetensorError as error:
+        raise ValueError(f"path: {file} is no readable safetensors file ({error})") from error
+    except Exception as error:  # torch.load on damaged files: whatever its unpickler and zip reader raise
+        raise ValueError(f"path: {file} is no readable torch file ({type(error).__name__}: {error})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"path: {file} takes a dict of tensors, got {type(loaded).__name__}")
+    return loaded

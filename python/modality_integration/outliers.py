@@ -128,6 +128,10 @@ class OnePass:
         """The groups of which there are tokens, in order."""
         return self._seen().groups.unique().tolist()
 
+    def released(self, group: int) -> int:
+        """How many tokens of a group were released."""
+        return sum(int((marks.groups == group).sum()) for marks in self._released)
+
     def count(self, without: int | None = None) -> int:
         """How many tokens were seen, in all or outside one group."""
         groups = self._seen().groups
@@ -192,7 +196,10 @@ class OnePass:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a state that `state_dict` gave; goes on with the same bits."""
+        """Take over a state that `state_dict` gave; goes on with the same bits. ValueError, and nothing changes, if it
+        is another's or was tampered with.
+        """
+        _check_state(state, self.hidden_size, self.dtype)
         self._buffer = state["held"].clone() if len(state["held"]) else None
         for name in _MARKS:
             marks = Marks(*(state[f"{name}_{kind}"].cpu().clone() for kind in ("norms", "groups")))
@@ -236,6 +243,28 @@ class OnePass:
         if self._buffer is not None:
             self._buffer[self.held : total] = rows
         self.held = total
+
+
+def _check_state(state: dict[str, Tensor], hidden_size: int, dtype: torch.dtype) -> None:
+    expected = {"held", "limits", *(f"{name}_{kind}" for name in _MARKS for kind in Marks._fields)}
+    if set(state) != expected:
+        raise ValueError(f"state: takes the keys {sorted(expected)}, got {sorted(state)}")
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "held": (dtype, (state["held_norms"].numel(), hidden_size))
+    }
+    for name in _MARKS:
+        norms = (state[f"{name}_norms"].numel(),)
+        layout |= {f"{name}_norms": (torch.float32, norms), f"{name}_groups": (torch.uint8, norms)}
+    layout["limits"] = (torch.float64, (2,) if state["limits"].numel() else (0,))
+    for name, (kind, shape) in layout.items():
+        got = (state[name].dtype, tuple(state[name].shape))
+        if got != (kind, shape):
+            raise ValueError(f"{name}: takes {kind} of shape {shape}, got {got[0]} of shape {got[1]}")
+    for name in ("held", *(f"{name}_norms" for name in _MARKS)):
+        if not bool(torch.isfinite(state[name]).all()) or (name != "held" and bool((state[name] < 0).any())):
+            raise ValueError(f"{name}: takes {'finite rows' if name == 'held' else 'norms'}, got values that are none")
+    if len(state["limits"]) and not (state["limits"][0].isfinite() and state["limits"][1] >= 0):
+        raise ValueError(f"limits: takes a finite center and a radius, got {state['limits'].tolist()}")
 
 
 def _take(rows: Tensor, mask: Tensor) -> Tensor:

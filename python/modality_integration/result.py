@@ -177,31 +177,21 @@ class MIRResult:
     def from_json(cls, source: str | Path) -> MIRResult:
         """Read what `to_json` wrote: a path, or the JSON text itself. ValueError if it is something else."""
         text, name = str(source), "the text"
-        if isinstance(source, Path) or not text.lstrip().startswith("{"):
-            text, name = Path(source).read_text(encoding="utf-8"), str(source)
         try:
+            if isinstance(source, Path) or not text.lstrip().startswith("{"):
+                name = str(source)
+                text = Path(source).read_text(encoding="utf-8")
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{name} is not JSON: {error}") from error
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             raise ValueError(f'{name} is no MIR result: it takes JSON with "schema": "{SCHEMA}"')
-        if not isinstance(document.get("version"), int) or document["version"] > VERSION:
-            raise ValueError(f"{name} has version {document.get('version')} of the schema, this reader takes {VERSION}")
+        version = document.get("version")
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise ValueError(f"{name} has version {version} of the schema, this reader takes {VERSION}")
         try:
-            layers = document["layers"]
-            names = LayerTerms.__dataclass_fields__
-            counts = _COUNTS if document["version"] > 1 else _COUNTS[:2]
-            left_out = [layer["left_out"] for layer in layers] if document["version"] > 1 else [None]
-            return cls(
-                terms=[LayerTerms(**{name: _decode(layer[name]) for name in names}) for layer in layers],
-                alpha=[_decode(layer["alpha"]) for layer in layers],
-                **{name: {m: [layer[name][m] for layer in layers] for m in MODALITIES} for name in counts},
-                left_out=None if None in left_out else _decode(left_out),
-                outliers=document["outliers"],
-                normalize=document["normalize"],
-                notes=list(document["notes"]),
-            )
-        except (KeyError, TypeError) as error:
+            return _result(document, version)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{name} is an incomplete MIR result: {error!r}") from error
 
     def table(self) -> Table:
@@ -252,7 +242,51 @@ def _encode(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(entry) for entry in value]
-    return float(value) if isinstance(value, str) else value
+def _result(document: dict[str, Any], version: int) -> MIRResult:
+    """A document as an object, or whatever error its first wrong entry leads to."""
+    layers = document["layers"]
+    if not isinstance(layers, list) or not layers:
+        raise TypeError(f"layers: takes a list of one layer or more, got {layers!r}")
+    if not isinstance(document["outliers"], str) or not isinstance(document["normalize"], bool):
+        raise TypeError("outliers, normalize: take a word and true or false")
+    if not isinstance(document["notes"], list) or not all(isinstance(note, str) for note in document["notes"]):
+        raise TypeError("notes: takes a list of sentences")
+    left_out: list[Any] = [layer["left_out"] for layer in layers] if version > 1 else [None]
+    if left_out.count(None) not in (0, len(left_out)) or len({len(values or ()) for values in left_out}) > 1:
+        raise ValueError("left_out: takes as many numbers in every layer")
+    result = MIRResult(
+        terms=[_terms(layer) for layer in layers],
+        alpha=[_number(layer["alpha"]) for layer in layers],
+        **{n: {m: [_count(layer[n][m]) for layer in layers] for m in MODALITIES} for n in _COUNTS[: version + 1]},
+        left_out=None if None in left_out else [[_number(x, finite=False) for x in values] for values in left_out],
+        outliers=document["outliers"],
+        normalize=document["normalize"],
+        notes=document["notes"],
+    )
+    derived = (*result.per_layer, result.value, result.lower, result.upper, result.error)
+    if any(value is not None and math.isnan(value) for value in derived):
+        raise ValueError("layers: their terms do not add up to a number")
+    return result
+
+
+def _terms(layer: dict[str, Any]) -> LayerTerms:
+    bounds = ("root_lower", "root_upper")
+    numbers: dict[str, Any] = {
+        name: None if name in bounds and layer[name] is None else _number(layer[name], finite=name not in bounds)
+        for name in LayerTerms.__dataclass_fields__
+    }
+    return LayerTerms(**numbers)
+
+
+def _number(value: Any, *, finite: bool = True) -> float:
+    if value in ("inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
+        number = float(value)
+        if math.isfinite(number) or (not finite and not math.isnan(number)):
+            return number
+    raise TypeError(f"takes a {'finite ' if finite else ''}number, got {value!r}")
+
+
+def _count(value: Any) -> int:
+    if type(value) is int and value >= 0:
+        return value
+    raise TypeError(f"takes a number of tokens, got {value!r}")

@@ -169,7 +169,10 @@ class _States:
         except SafetensorError as error:
             raise ValueError(f"{path}: is no readable safetensors file ({error})") from error
         for modality, mask in self.masks.items():
-            _checks.mask(f"{path}: {modality}_mask", mask, self.lead)
+            try:
+                _checks.mask(f"{path}: {modality}_mask", mask, self.lead)
+            except TypeError as error:  # in a file a dtype is a value like any other
+                raise ValueError(str(error)) from error
         self.masks = {modality: mask.bool() for modality, mask in self.masks.items()}
         both = int((self.masks["vision"] & self.masks["text"]).sum())
         if both:
@@ -177,9 +180,14 @@ class _States:
 
     def hidden(self, layer: int) -> Tensor:
         """Layer 1..K as (tokens, d)."""
-        with safe_open(self.path, framework="pt") as file:
-            hidden = file.get_tensor(f"layer.{layer}")
-        _checks.floating(f"{self.path}: layer.{layer}", hidden)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                hidden = file.get_tensor(f"layer.{layer}")
+            _checks.floating(f"{self.path}: layer.{layer}", hidden)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: layer.{layer} cannot be read ({error})") from error
+        except TypeError as error:
+            raise ValueError(str(error)) from error
         return hidden.flatten(0, -2)
 
     def place(self, index: Tensor, i: int) -> int | tuple[int, ...]:

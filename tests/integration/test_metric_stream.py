@@ -388,7 +388,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("modality_integration.metric.save_file", no_space)
+    monkeypatch.setattr("modality_integration.state_file.save_file", no_space)
     with pytest.raises(OSError, match="no space"):
         fed([sample(1)]).save(path)
     assert path.read_bytes() == before
