@@ -12,7 +12,7 @@ JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu sanitize lint format bench bench-moca bench-moments bench-sqrtm bench-mir study figures clean
+.PHONY: help demo test test-slow test-gpu sanitize fuzz lint format bench bench-moca bench-moments bench-sqrtm bench-mir study figures clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,10 @@ $(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
 	$(PIP) -e ".[dev]"
 	@touch $@
 
+$(VENV)/.fuzz: $(VENV)/.test
+	$(PIP) -e ".[fuzz]"
+	@touch $@
+
 demo: $(VENV)/.demo ## MIR of a real model before, during and after training, with plots, in mir-out/
 	$(BIN)/mir demo --out mir-out
 
@@ -52,6 +56,9 @@ test-gpu: $(VENV)/.test ## the tests that need a CUDA device
 
 sanitize: $(VENV)/.test ## the native CPU code under ASan, UBSan and TSan, every instruction set of this CPU (g++)
 	$(BIN)/python tests/native/sanitize.py --jobs $(JOBS)
+
+fuzz: $(VENV)/.fuzz ## readers of files and inputs, FUZZ_SECONDS (60) for each target, by atheris and hypothesis
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
