@@ -19,7 +19,10 @@ BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.D
 def table(path: Path) -> str:
     """One CSV as a Markdown table, device and versions below it."""
     rows = harness.read_csv(path)
-    lines = study_lines(rows) if path.stem.startswith("study_") else benchmark_lines(rows)
+    if path.stem.startswith("study_"):
+        lines = study_lines(rows)
+    else:
+        lines = memory_lines(rows) if path.stem == "stream_memory" else benchmark_lines(rows)
     one = rows[0]
     lines.append("")
     lines.append(
@@ -36,6 +39,12 @@ def study_lines(rows: list[dict]) -> list[str]:
         value = f"{float(row['mir']):.3f} +- {row['error']:.3f}"
         lines.append(f"| {row['samples']} | {row['vision_tokens']} | {row['text_tokens']} | {value} |")
     return lines
+
+
+def memory_lines(rows: list[dict]) -> list[str]:
+    """What a stream holds, by part."""
+    lines = [f"| {rows[0]['case']} | MB |", "| --- | ---: |"]
+    return lines + [f"| {row['part']} | {float(row['mb']):.0f} |" for row in rows]
 
 
 def benchmark_lines(rows: list[dict]) -> list[str]:
