@@ -6,6 +6,7 @@ in float32; a float32 product is three tf32 ones where the hardware has them, ne
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def small_polar(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
     batch, rows, cols = x.shape
     blocks = _triton.row(TABLE[x.dtype], x.device)
     edge = _edge(x)
-    table = torch.tensor(steps, dtype=torch.float32).to(x.device)
+    table = _step_table(steps, x.device)
     if edge in blocks.small:
         out = torch.empty_like(x)
         if batch:
@@ -149,6 +150,12 @@ def product(x: Tensor, z: Tensor, *, beta: float) -> Tensor:
                 num_warps=blocks.warps, num_stages=blocks.stages, **_triton.LAUNCH,
             )  # fmt: skip
     return out
+
+
+@functools.lru_cache(maxsize=64)
+def _step_table(steps: tuple[Step, ...], device: torch.device) -> Tensor:
+    """The coefficients on the device. Kept: a CUDA graph cannot capture a copy from the host."""
+    return torch.tensor(steps, dtype=torch.float32).to(device)
 
 
 def _edge(x: Tensor) -> int:
