@@ -65,7 +65,7 @@ def _triton_reason(device: torch.device) -> str | None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         return None
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):  # the second asks the driver on every call
         return "torch sees no CUDA device"
     return None
 

@@ -33,6 +33,6 @@ def cuda_reason() -> str | None:
         return MISSING
     if not C.CUDA_ARCHS:
         return "built without nvcc: install the CUDA toolkit and reinstall mir-kernels with MIR_CUDA=1"
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):  # the second asks the driver on every call
         return "torch sees no CUDA device"
     return None

@@ -19,22 +19,16 @@ class Moca(torch.autograd.Function):
     """moca where a tensor requires grad. `kept`: x's vision rows before an in-place call changes them."""
 
     @staticmethod
-    def forward(
-        x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, kept: Tensor | None, inplace: bool, backend: str | None
-    ) -> Tensor:
+    def forward(ctx, x, scale, shift, mask, kept: Tensor | None, inplace: bool, backend: str | None) -> Tensor:
+        # No setup_context: with one, torch inspects this signature on every call, longer than a small kernel takes.
+        ctx.inplace, ctx.backend = inplace, backend
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(kept if inplace else x if scale.requires_grad else None, scale, shift, mask)
         if not inplace:
             return rows.forward(x, scale, shift, mask, backend)
         rows.forward_(x, scale, shift, mask, backend)
         return x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, scale, shift, mask, kept, ctx.inplace, ctx.backend = inputs
-        if ctx.inplace:
-            ctx.mark_dirty(x)
-        elif scale.requires_grad:
-            kept = x
-        ctx.save_for_backward(kept, scale, shift, mask)
 
     @staticmethod
     @once_differentiable
@@ -52,17 +46,14 @@ class AddMocaRmsNorm(torch.autograd.Function):
     """add_moca_rms_norm where a tensor requires grad; also returns rstd, which is not differentiable."""
 
     @staticmethod
-    def forward(x, residual, scale, shift, mask, weight, eps: float, backend: str | None):
-        return rows.add_rms_forward(x, residual, scale, shift, mask, weight, eps, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, residual, scale, shift, mask, weight, _, ctx.backend = inputs
-        _, h, rstd = output
+    def forward(ctx, x, residual, scale, shift, mask, weight, eps: float, backend: str | None):
+        out, h, rstd = rows.add_rms_forward(x, residual, scale, shift, mask, weight, eps, backend)
+        ctx.backend = backend
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
         pre = (x, residual) if scale.requires_grad else (None, None)
         ctx.save_for_backward(h, *pre, scale, shift, mask, weight, rstd)
+        return out, h, rstd
 
     @staticmethod
     @once_differentiable

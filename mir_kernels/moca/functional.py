@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from mir_kernels import _checks
 from mir_kernels.moca import autograd, rows
 
+MASKS = (torch.bool, torch.uint8, *_checks.FLOATS)
 PLAIN = (Tensor, torch.nn.Parameter)  # any other subclass goes through the dispatcher, where it can say what it does
 
 
@@ -67,13 +69,8 @@ def add_moca_rms_norm(
     Differentiable once, for x, residual, scale, shift and weight. Errors as in `moca`.
     """
     _check(x, scale, shift, mask)
-    _checks.tokens("residual", residual)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        takes, got = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (x, residual))
-        raise ValueError(f"residual: takes x's shape and dtype, {takes}, got {got}")
-    _checks.vector("weight", weight, x.shape[-1])
-    _checks.same_device("residual", residual, "x", x)
-    _checks.same_device("weight", weight, "x", x)
+    if not _fit(x, residual, weight):
+        _explain_addition(x, residual, weight)
     arguments = (x, residual, scale, shift, mask, weight, float(eps), backend)
     tensors = (x, residual, scale, shift, weight)
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
@@ -88,6 +85,50 @@ def add_moca_rms_norm(
 
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
+    if not _sound(x, scale, shift, mask):
+        _explain(x, scale, shift, mask)
+
+
+# A call on a few rows takes microseconds, and one check after the other, each ready with its message, takes as long:
+# so first the question whether anything is wrong, and only then what.
+
+
+def _sound(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> bool:
+    if not (isinstance(x, Tensor) and isinstance(scale, Tensor) and isinstance(shift, Tensor)):
+        return False
+    shape, device = x.shape, x.device
+    size = shape[-1:]
+    return (
+        isinstance(mask, Tensor)
+        and len(size) == 1
+        and size[0] > 0
+        and x.dtype in _checks.FLOATS
+        and scale.dtype in _checks.FLOATS
+        and shift.dtype in _checks.FLOATS
+        and mask.dtype in MASKS
+        and scale.shape == size
+        and shift.shape == size
+        and mask.shape == shape[:-1]
+        and scale.device == device
+        and shift.device == device
+        and mask.device == device
+    )
+
+
+def _fit(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+    return (
+        isinstance(residual, Tensor)
+        and isinstance(weight, Tensor)
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+        and weight.shape == x.shape[-1:]
+        and weight.dtype in _checks.FLOATS
+        and weight.device == x.device
+    )
+
+
+def _explain(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
     _checks.tokens("x", x)
     _checks.vector("scale", scale, x.shape[-1])
     _checks.vector("shift", shift, x.shape[-1])
@@ -97,23 +138,30 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
     _checks.same_device("mask", mask, "x", x)
 
 
+def _explain_addition(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    _checks.tokens("residual", residual)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        takes, got = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (x, residual))
+        raise ValueError(f"residual: takes x's shape and dtype, {takes}, got {got}")
+    _checks.vector("weight", weight, x.shape[-1])
+    _checks.same_device("residual", residual, "x", x)
+    _checks.same_device("weight", weight, "x", x)
+
+
 def _check_writable(x: Tensor, gradient: bool) -> None:
     """x can be changed in place: checked before anything is written."""
     if gradient and x.is_leaf and x.requires_grad:
         raise RuntimeError("x: a leaf that requires grad cannot be changed in place; call with inplace=False")
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+    if 0 in x.stride() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"x: an expanded tensor cannot be changed in place, got strides {x.stride()}; clone it first")
 
 
 def _check_plain(name: str, *tensors: Tensor) -> None:
     """No tensor is a torch.func wrapper, which has no memory, or has a tangent, which would be dropped."""
-    try:
-        for tensor in tensors:
-            tensor.untyped_storage()
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError
-    except NotImplementedError:
-        raise RuntimeError(
-            f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode derivatives are not supported; "
-            "autograd is, and a batch needs no vmap: x may have any number of leading axes, with the mask"
-        ) from None
+    dual = forward_ad._current_level >= 0
+    for tensor in tensors:
+        if is_functorch_wrapped_tensor(tensor) or (dual and forward_ad.unpack_dual(tensor).tangent is not None):
+            raise RuntimeError(
+                f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode derivatives are not supported; "
+                "autograd is, and a batch needs no vmap: x may have any number of leading axes, with the mask"
+            )

@@ -105,13 +105,14 @@ def _on_cpu(matrix: Tensor) -> None:
 
 def _rows(matrix: Tensor) -> tuple[int, int]:
     """Address and distance between rows, in elements."""
-    if matrix.stride(1) != 1 and matrix.shape[1] > 1:
+    row, element = matrix.stride()
+    if element != 1 and matrix.shape[1] > 1:
         raise ValueError(f"rows: takes matrices whose rows are contiguous, got strides {matrix.stride()}")
-    return matrix.data_ptr(), matrix.stride(0)
+    return matrix.data_ptr(), row
 
 
 def _shape(matrix: Tensor) -> tuple[int, int, int]:
-    return matrix.shape[0], matrix.shape[1], _CODES[matrix.dtype]
+    return *matrix.shape, _CODES[matrix.dtype]
 
 
 def _accumulate_dtype(matrix: Tensor) -> torch.dtype:
@@ -119,7 +120,10 @@ def _accumulate_dtype(matrix: Tensor) -> torch.dtype:
 
 
 def _vector(vector: Tensor, matrix: Tensor) -> Tensor:
-    return vector.detach().to(_accumulate_dtype(matrix)).contiguous()
+    dtype = _accumulate_dtype(matrix)
+    if vector.dtype == dtype and vector.is_contiguous():  # the usual case, without a call into torch's dispatcher
+        return vector
+    return vector.to(dtype).contiguous()
 
 
 def _bytes(mask: Tensor) -> Tensor:
@@ -128,8 +132,8 @@ def _bytes(mask: Tensor) -> Tensor:
     return mask.contiguous()
 
 
-def _column_sums(matrix: Tensor, sums: int) -> Tensor:
-    return matrix.new_empty((sums, matrix.shape[1]), dtype=_accumulate_dtype(matrix))
+def _column_sums(matrix: Tensor, sums: int) -> tuple[Tensor, ...]:
+    return matrix.new_empty((sums, matrix.shape[1]), dtype=_accumulate_dtype(matrix)).unbind(0)
 
 
 def _partial(matrix: Tensor, sums: int) -> Tensor:
@@ -139,4 +143,5 @@ def _partial(matrix: Tensor, sums: int) -> Tensor:
 
 
 def _stream(matrix: Tensor) -> tuple[int, int]:
-    return matrix.device.index, torch.cuda.current_stream(matrix.device).cuda_stream
+    index = matrix.get_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)  # current_stream() makes an object of it first

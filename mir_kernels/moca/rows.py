@@ -117,7 +117,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _flags(mask: Tensor) -> Tensor:
     """The mask as (n,) bool or uint8, contiguous."""
-    return (mask.ne(0) if mask.is_floating_point() else mask).reshape(-1).contiguous()
+    flags = mask.ne(0) if mask.is_floating_point() else mask
+    return flags if flags.dim() == 1 and flags.is_contiguous() else flags.reshape(-1).contiguous()
 
 
 def _like(x: Tensor) -> Tensor:
