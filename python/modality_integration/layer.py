@@ -140,22 +140,11 @@ def distance_terms(
 ) -> tuple[LayerTerms, list[str]]:
     """The terms of Eq. 3 for one layer, scaled by alpha, and notes on what was not exact in them."""
     (mean_vision, trace_vision), (mean_text, trace_text) = vision.mean_and_trace(), text.mean_and_trace()
-    precision, bounds = options.sqrt_precision, options.bounds
-    notes: list[str] = []
-    root: Any
-    if isinstance(vision, CountedFeatures) and isinstance(text, CountedFeatures) and (vision.short or text.short):
-        root = trace_sqrt_from_features(vision.features, text.features, precision=precision, bounds=bounds)
-    else:
-        covariances = {"vision": vision.covariance(), "text": text.covariance()}
-        notes = [
-            f"layer {layer}, {modality}: the covariance lacks rank to the precision it was accumulated in, so its "
-            'smallest directions are rounding; precision="exact" resolves them'
-            for modality, (_, mended) in covariances.items()
-            if mended
-        ]
-        pair = (covariance for covariance, _ in covariances.values())
-        root = trace_sqrt_product(*pair, precision=precision, bounds=bounds)
-    value, lower, upper = (float(entry) for entry in root) if bounds else (float(root), None, None)
+    try:
+        root, notes = _root(vision, text, layer, options)
+    except (ValueError, torch.linalg.LinAlgError) as error:  # finite, but no covariances: a state made by hand
+        raise ValueError(f"layer {layer}: of its covariances no root can be taken ({error})") from error
+    value, lower, upper = (float(entry) for entry in root) if options.bounds else (float(root), None, None)
     square = alpha * alpha
     mean = (mean_vision - mean_text).square().sum().item()
     terms = LayerTerms(
@@ -165,6 +154,22 @@ def distance_terms(
     if not math.isfinite(terms.distance):
         raise ValueError(f"layer {layer}: the distance is not finite ({terms})")
     return terms, notes
+
+
+def _root(vision: Counted, text: Counted, layer: int, options: Options) -> tuple[Any, list[str]]:
+    """Tr((Sigma_v Sigma_t)^(1/2)), with its bounds if asked for, and notes."""
+    precision, bounds = options.sqrt_precision, options.bounds
+    if isinstance(vision, CountedFeatures) and isinstance(text, CountedFeatures) and (vision.short or text.short):
+        return trace_sqrt_from_features(vision.features, text.features, precision=precision, bounds=bounds), []
+    covariances = {"vision": vision.covariance(), "text": text.covariance()}
+    notes = [
+        f"layer {layer}, {modality}: the covariance lacks rank to the precision it was accumulated in, so its "
+        'smallest directions are rounding; precision="exact" resolves them'
+        for modality, (_, mended) in covariances.items()
+        if mended
+    ]
+    pair = (covariance for covariance, _ in covariances.values())
+    return trace_sqrt_product(*pair, precision=precision, bounds=bounds), notes
 
 
 def nearest_semidefinite(covariance: Tensor) -> Tensor:

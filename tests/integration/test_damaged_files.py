@@ -197,3 +197,11 @@ def test_tensors_without_rows_in_memory_are_refused_by_name(form, argument):
     with pytest.raises((TypeError, ValueError), match=("hidden_states", "vision_mask")[argument]):
         mine.update(hidden, vision, text)
     assert unchanged(before, mine.state_dict())
+
+
+def test_moments_that_are_no_covariance_name_the_layer():
+    mine, state = metric(), metric().state_dict()
+    second = torch.tensor([1e-300, 1e306, 1e-300] * 3, dtype=torch.float64)
+    mine.load_state_dict(state | {"layers.1.text.moments.0.second": second})
+    with pytest.raises(ValueError, match="layer 2: "):
+        mine.compute()
