@@ -1,0 +1,119 @@
+"""A golden table of what every Triton kernel needs with the shipped block tables, without a GPU: nothing gets worse.
+
+`PYTHONPATH=tests python tests/kernels/test_triton_resources.py` rewrites tests/golden/triton_resources.json: read its
+diff before a commit. Registers and shared memory belong to one version of Triton; under another the comparison is
+skipped, the limits that need no table are not.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+import aot
+from kernels.moca import test_moca_aot as moca
+from kernels.moments import test_moments_aot as moments
+from kernels.sqrtm import test_sqrtm_aot as sqrtm
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "triton_resources.json"
+COMMAND = "PYTHONPATH=tests python tests/kernels/test_triton_resources.py"
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program may have
+UNITS = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async|mma\.sync",
+    "sm_100": r"tcgen05\.mma|mma\.sync",
+    "gfx942": r"v_mfma",
+}
+BEST = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+ROWS = re.compile(r"moca (forward|backward|add_rms_\w+|row_dot)|token_norms")
+LARGE_PRODUCTS = re.compile(r"second moment|polar 1024 bfloat16")
+
+
+def launches(target):
+    """{what is launched: the launch}, for every kernel: the launches that the *_aot.py files look at."""
+    found = {}
+    for d in (4096, 8200):
+        for name, launch in moca.launches(d, torch.bfloat16, target).items():
+            found[f"moca {name} {d} bfloat16"] = launch
+    for launch in moments.products(target, torch.bfloat16):
+        found[f"second moment {'shifted' if launch.keywords['SHIFTED'] else 'plain'} 4096 bfloat16"] = launch
+    found["token_norms 4096 bfloat16"] = moments.norms(target, torch.bfloat16)
+    for dtype, d in sqrtm.CASES:
+        for launch in sqrtm.launches(d, dtype, target)[-2:]:
+            name = launch.kernel.__name__.strip("_").removesuffix("_fwd")
+            found[f"polar {d} {str(dtype)[6:]} {name}"] = launch
+    return found
+
+
+@cache
+def resources(target):
+    """{what is launched: registers, shared, spills, the matrix instruction or "", widest load and store}."""
+    found = {}
+    for name, launch in launches(target).items():
+        binary = aot.compile_launch(target, launch)
+        units = re.findall(UNITS[target], binary.asm)
+        found[name] = {
+            "registers": binary.registers,
+            "shared": binary.shared,
+            "spills": binary.spills,
+            "unit": BEST[target] if BEST[target] in units else (units or [""])[0],
+            "load": max(binary.loads, default=0),
+            "store": max(binary.stores, default=0),
+        }
+    return found
+
+
+def worse(now, golden):
+    """What of one kernel got worse, in words."""
+    found = [f"{k} {golden[k]} -> {now[k]}" for k in ("registers", "shared", "spills") if now[k] > golden[k]]
+    found += [f"{k} of {golden[k]} bytes -> {now[k]}" for k in ("load", "store") if now[k] < golden[k]]
+    return found + [f"unit {golden['unit']} -> {now['unit'] or 'none'}"] * (now["unit"] != golden["unit"])
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_no_kernel_spills_or_outgrows_shared_memory_or_loses_its_matrix_unit_or_its_wide_accesses(target):
+    for name, kernel in resources(target).items():
+        assert kernel["spills"] == 0, name
+        assert kernel["shared"] <= SHARED[target], name
+        if ROWS.match(name):
+            assert kernel["load"] == 16, name
+        if LARGE_PRODUCTS.match(name):
+            assert kernel["unit"] == BEST[target], name
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_no_kernel_needs_more_than_the_golden_table_says(target):
+    golden = json.loads(GOLDEN.read_text())
+    if golden["triton"] != triton.__version__:
+        pytest.skip(f"the table was made with triton {golden['triton']}, here is {triton.__version__}: {COMMAND}")
+    now, before = resources(target), golden["kernels"][target]
+    assert now.keys() == before.keys(), f"kernels came or went: {COMMAND}"
+    changes = {name: worse(now[name], before[name]) for name in now}
+    changes = {name: change for name, change in changes.items() if change}
+    assert not changes, f"worse on {target}: {json.dumps(changes, indent=1)}\nWhere that is meant: {COMMAND}"
+
+
+def test_a_change_for_the_worse_is_named():
+    golden = {"registers": 80, "shared": 1024, "spills": 0, "unit": "wgmma.mma_async", "load": 16, "store": 16}
+    assert worse(golden, golden) == []
+    assert worse(golden | {"registers": 79, "shared": 0}, golden) == []
+    assert worse(golden | {"registers": 96, "load": 2, "unit": ""}, golden) == [
+        "registers 80 -> 96",
+        "load of 16 bytes -> 2",
+        "unit wgmma.mma_async -> none",
+    ]
+
+
+if __name__ == "__main__":
+    table = {"triton": triton.__version__, "kernels": {target: resources(target) for target in aot.TARGETS}}
+    text = json.dumps(table, indent=1)
+    GOLDEN.write_text(
+        re.sub(r"\{\n\s+(\"registers\"[^}]*?)\n\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n"
+    )
