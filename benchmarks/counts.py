@@ -68,6 +68,11 @@ def trace_sqrt(d: int) -> Count:
     return Count(16 * d * d, 11 * d**3 // 3)
 
 
+def trace_factors(d: int) -> Count:
+    """Read two float64 matrices; a Cholesky factor of each, d^3/3, and the factors' product as a full one."""
+    return Count(24 * d * d, 2 * d**3 // 3 + 2 * d**3)
+
+
 def polar_step(d: int, element: int = 2) -> Count:
     """One Newton-Schulz step of degree 5 on (d, d): two symmetric products and a full one; every operand once."""
     return Count(7 * element * d * d, 2 * d * d * (d + 1) + 2 * d**3)

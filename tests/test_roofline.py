@@ -1,0 +1,56 @@
+"""The predicted times follow from the counts, say that they are predictions, and take measured rows beside them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import counts
+import harness
+import roofline
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_counts_are_those_of_the_tensors():
+    rows, vision, d = 10, 4, 8
+    assert counts.moca_forward_in_place(rows, vision, d).bytes == 2 * vision * d * 2
+    assert counts.moca_forward(rows, vision, d).bytes == 2 * rows * d * 2
+    assert counts.moca_backward(rows, vision, d).bytes == (2 * rows + vision) * d * 2
+    assert counts.add_moca_rms_norm_backward(rows, vision, d).bytes == (4 * rows + 2 * vision) * d * 2
+    assert counts.covariance(rows, d) == (2 * rows * d + 8 * d * (d + 1), rows * d * (d + 1))
+    assert counts.covariance(rows, d).times(3) == tuple(3 * v for v in counts.covariance(rows, d))
+    assert counts.polar_step(d).flops == 2 * (2 * d * (d * (d + 1) // 2)) + 2 * d**3
+
+
+def test_time_is_the_longer_of_bytes_and_operations():
+    gpu = roofline.Gpu(1000, 100, 10, "made up")
+    reached = roofline.REACHED
+    assert roofline.seconds(counts.Count(10**12, 1), gpu) == pytest.approx(1 / reached["bandwidth"])
+    assert roofline.seconds(counts.Count(1, 10**14), gpu) == pytest.approx(1 / reached["bf16"])
+    assert roofline.seconds(counts.Count(1, 10**13), gpu, "float64") == pytest.approx(1 / reached["float64"])
+
+
+def test_more_tokens_and_layers_take_as_much_longer():
+    gpu = roofline.GPUS["H100"]
+    one, two = roofline.mir_time(gpu, 1, 4096, 64_000), roofline.mir_time(gpu, 2, 4096, 64_000)
+    assert two.total == pytest.approx(2 * one.total)
+    assert roofline.mir_time(gpu, 1, 4096, 128_000).tokens == pytest.approx(2 * one.tokens)
+
+
+def test_a_measured_row_stands_beside_its_prediction(tmp_path):
+    case = roofline.kernels()["moca backward"][0] + " bf16, 8192 vision rows"
+    row = dict.fromkeys(harness.COLUMNS) | {"operation": "moca backward", "case": case, "device": "a GPU"}
+    rows = [row | {"rival": name, "p50_ms": ms} for name, ms in (("ours, cuda", 0.25), ("published formula", 0.1))]
+    harness.write_csv(rows, tmp_path / "moca_cuda.csv")
+    text = roofline.report(100, 576, 64, [tmp_path / "moca_cuda.csv"])
+    (line,) = (line for line in text.splitlines() if line.startswith("| moca backward"))
+    assert line.endswith("| 0.25 ms on a GPU |")
+
+
+def test_the_script_says_that_it_predicts():
+    command = [sys.executable, str(ROOT / "benchmarks" / "roofline.py"), "--samples", "10"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("PREDICTION, not a measurement.")
+    assert all(name in printed for name in ("A100", "H100", "H200", "B200", "7B", "13B", "34B", "MIR, 10 samples"))
