@@ -52,6 +52,23 @@ def test_a_candidate_row_compiles_and_is_printed_as_it_would_be_committed(tmp_pa
     assert all("0 B spills" in text for row in one["compiled"] for name, text in row.items() if name != "change")
 
 
+def test_a_command_past_its_limit_may_still_write_what_it_has(tmp_path, capfd):
+    import gpu_suite
+
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written')"
+    assert gpu_suite.run([sys.executable, "-c", code], limit=2) == 124
+    assert "written" in capfd.readouterr().out
+    assert gpu_suite.run([sys.executable, "-c", "raise SystemExit(3)"], limit=30) == 3
+
+
+def test_what_a_test_file_imports_and_is_not_here_is_named(tmp_path):
+    import gpu_suite
+
+    path = tmp_path / "test_some.py"
+    path.write_text("import json\nimport no_such_package\nfrom kernels.jobs import every_job\nimport torch\n")
+    assert gpu_suite.missing_imports(path) == ["no_such_package"]
+
+
 @pytest.mark.slow
 def test_every_stage_passes_dry(tmp_path):
     found, _ = suite(tmp_path, "--dry")
