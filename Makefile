@@ -12,7 +12,7 @@ JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu sanitize fuzz lint format bench bench-moca bench-moments bench-sqrtm bench-mir study figures clean
+.PHONY: help demo test test-slow test-gpu sanitize fuzz lint format bench bench-moca bench-moments bench-sqrtm bench-mir study moca-training figures clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,6 +77,9 @@ bench-moca bench-moments bench-sqrtm bench-mir: bench-%: $(VENV)/.test ## one op
 study: $(VENV)/.test ## the sample-count and normalisation studies on the demo's model, then the README's figures
 	$(BIN)/python benchmarks/study_demo.py
 	$(BIN)/python benchmarks/figures.py
+
+moca-training: $(VENV)/.test ## the demo's training with and without MoCa: loss and MIR of both, in one plot
+	$(BIN)/python benchmarks/moca_training.py
 
 figures: $(VENV)/.test ## plots and tables of the README from benchmarks/data/*.csv
 	$(BIN)/python benchmarks/figures.py

@@ -114,6 +114,14 @@ def plot_studies() -> None:
         report.plot_study(source.stem.removeprefix("study_"), study.read(source), source.with_suffix(".png"))
 
 
+def plot_moca_training() -> None:
+    """Loss and MIR of the trainings with and without MoCa."""
+    import moca_training
+
+    source = harness.DATA / f"{moca_training.NAME}.csv"
+    moca_training.plot(source, source.with_suffix(".png"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README and a CSV differ")
@@ -128,6 +136,7 @@ def main() -> int:
     path.write_text(after)
     plot_iterations(harness.DATA / "sqrtm_iterations.csv", harness.DATA / "sqrtm_iterations.png")
     plot_studies()
+    plot_moca_training()
     return 0
 
 

@@ -112,6 +112,7 @@ def demo(
         Path | None,
         typer.Option(help="A folder with another causal language model of transformers, in place of SmolLM2-135M."),
     ] = None,
+    moca: Annotated[bool, typer.Option("--moca", help="Train with MoCa in the decoder.")] = False,
 ) -> None:
     """MIR of a real model before, during and after training, offline, in a few minutes on a laptop.
 
@@ -121,7 +122,9 @@ def demo(
     from modality_integration import demo as work
 
     work.run(
-        work.Options(out=out, steps=steps, samples=samples, seed=seed, save=save, language_model=language_model),
+        work.Options(
+            out=out, steps=steps, samples=samples, seed=seed, save=save, language_model=language_model, moca=moca
+        ),
         _console(),
     )
 

@@ -26,6 +26,8 @@ from modality_integration.checkpoint import write_json
 from modality_integration.compute import Interrupted, finish, stream
 from modality_integration.data import InputError, Sample, Text, open_image, pair
 from modality_integration.metric import ModalityIntegrationRate
+from modality_integration.moca import NAME as MOCA
+from modality_integration.moca import add_moca
 from modality_integration.result import MIRResult
 
 IMAGE_SIZE, PATCH = 64, 16  # 16 vision tokens an image
@@ -64,6 +66,8 @@ class Options:
     seed: int = 0
     save: Path | None = None
     language_model: Path | None = None
+    moca: bool = False
+    learning_rate: float = LEARNING_RATE
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,26 @@ class Captioned:
 def run(options: Options, console: Console) -> list[MIRResult]:
     """The results measured at each probe, first to last; writes mir.json, history.json and two plots to `options.out`.
 
-    Raises InputError, with the pip lines to run, where a package is missing; Interrupted after Ctrl-C.
+    With `options.moca`, MoCa sits in the decoder, starts from ones and zeros, and trains beside the vision side; the
+    first weights and the batches are those of a run without. Raises InputError, with the pip lines to run, where a
+    package is missing, and for a model with MoCa that is to be saved; Interrupted after Ctrl-C.
     """
     check_installed(options)
+    if options.moca and options.save:
+        raise InputError("save: `mir compute` would load the model without its MoCa; leave out save or moca")
     began = time.monotonic()
     torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
 
     with console.status("loading the language model"):
         model, processor = build(options.language_model)
+        if options.moca:
+            add_moca(model)
     config = model.config.text_config
     console.print(
-        f"{config.num_hidden_layers} decoder layers, d = {config.hidden_size}, frozen; a vision tower and projector of "
-        f"{sum(p.numel() for p in trainable(model)) / 1e6:.1f} M parameters, trained from scratch",
+        f"{config.num_hidden_layers} decoder layers, d = {config.hidden_size}, frozen; a vision tower and projector"
+        f"{' and MoCa' if options.moca else ''} of {sum(p.numel() for p in trainable(model)) / 1e6:.1f} M parameters, "
+        "trained from scratch",
         highlight=False,
     )
     captioned = Pictures(options.seed)
@@ -186,8 +197,9 @@ def build(language_model: Path | None) -> tuple[Any, Any]:
 
 
 def trainable(model: Any) -> list[torch.nn.Parameter]:
-    """The parameters of the vision tower and the projector."""
-    return [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    """The parameters of the vision tower and the projector, and of MoCa where the decoder has it."""
+    moca = [p for name, p in model.named_parameters() if MOCA in name]
+    return [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters(), *moca]
 
 
 class Pictures:
@@ -252,7 +264,7 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Train the vision side on captions, yielding (step, loss), and measure MIR before, at a few steps, and after."""
     probes = sorted({0, options.steps // 6, options.steps // 3, 2 * options.steps // 3, options.steps})
-    optimizer = torch.optim.AdamW(trainable(model), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable(model), lr=options.learning_rate, weight_decay=0.0)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

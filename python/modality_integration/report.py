@@ -149,6 +149,34 @@ def plot_training(results: Mapping[int, MIRResult | float], loss: Mapping[int, f
     return _save(figure, path)
 
 
+def plot_runs(
+    results: Mapping[str, Sequence[Mapping[int, float]]],
+    losses: Mapping[str, Sequence[Mapping[int, float]]],
+    path: str | Path,
+) -> Path:
+    """MIR (above) and loss (below) against training steps: several ways to train, each done once or more often.
+
+    Repetitions are thin lines, their mean a thick one; those of one way are measured at the same steps.
+    """
+    figure, axes = _figure()
+    axes.remove()
+    above, below = figure.subplots(2, sharex=True)
+    for color, name in enumerate(results):
+        for part, repetitions, marker in ((above, results[name], "o"), (below, losses[name], None)):
+            steps = sorted(repetitions[0])
+            drawn = [[values[step] for step in steps] for values in repetitions]
+            mean = [sum(at) / len(at) for at in zip(*drawn, strict=True)]
+            for values in drawn[: len(drawn) if len(drawn) > 1 else 0]:
+                part.plot(steps, values, marker=marker, markersize=2, linewidth=0.6, alpha=0.5, color=f"C{color}")
+            part.plot(steps, mean, marker=marker, markersize=4, linewidth=1.6, color=f"C{color}", label=name)
+    above.set_ylabel("MIR")
+    below.set(xlabel="training step", ylabel="loss")
+    for part in (above, below):
+        part.grid(alpha=0.3)
+    above.legend()
+    return _save(figure, path)
+
+
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A rich table of a study's rows, a column a key."""
     table = _table()

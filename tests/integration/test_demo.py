@@ -1,7 +1,11 @@
 """`mir demo`: the same code path on a tiny language model, and once, slowly, on the real one."""
 
+import csv
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from modality_integration.cli import main
 from modality_integration.compute import Interrupted
 from modality_integration.data import InputError
 from modality_integration.demo import Options, Pictures, build, run, trainable, training_step
+from modality_integration.moca import moca_parameters
 from modality_integration.result import MIRResult
 
 pytest.importorskip("sklearn")
@@ -134,6 +139,45 @@ def test_ctrl_c_keeps_what_was_measured(llama, tmp_path, monkeypatch):
     with pytest.raises(Interrupted, match=r"interrupted at step 3; what was measured is in .*history.json"):
         run(Options(out=tmp_path, steps=6, samples=4, language_model=llama), Console(quiet=True))
     assert json.loads((tmp_path / "history.json").read_text())["steps"] == [0, 1, 2]
+
+
+def test_moca_starts_as_the_model_without_it_and_is_trained(finished, llama, tmp_path, monkeypatch):
+    options, results, _ = finished
+    models = []
+    monkeypatch.setattr(demo, "build", lambda folder: models.append(build(folder)) or models[-1])
+    with_moca = run(Options(out=tmp_path, steps=6, samples=6, language_model=llama, moca=True), Console(quiet=True))
+    assert with_moca[0].value == results[0].value
+    losses = [json.loads((out / "history.json").read_text())["loss"] for out in (options.out, tmp_path)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert with_moca[-1].value != results[-1].value
+    ((model, _),) = models
+    for parameter in moca_parameters(model):
+        assert not torch.equal(parameter, parameter.round())  # neither ones nor zeros any more
+
+
+def test_a_model_with_moca_is_not_saved_without_it(llama, tmp_path):
+    with pytest.raises(InputError, match="leave out save or moca"):
+        run(Options(out=tmp_path, save=tmp_path / "saved", language_model=llama, moca=True), Console(quiet=True))
+
+
+def test_the_worked_example_writes_loss_and_mir_of_both_trainings_and_their_plot(llama, tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "moca_training.py"
+    flags = ["--steps", "3", "--samples", "4", "--seeds", "0", "4", "--language-model", str(llama)]
+    command = [sys.executable, str(script), *flags, "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    with (tmp_path / "moca_training.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["run"], int(row["step"])) for row in rows] == [
+        (seed, run, step) for seed in "04" for run in ("without MoCa", "with MoCa") for step in range(4)
+    ]
+    for row in rows:
+        assert bool(row["loss"]) == (row["step"] != "0")
+        assert row["mir"]  # of so few steps every one is measured
+    values = [[row["mir"] for row in rows[start : start + 4]] for start in range(0, 16, 4)]
+    assert values[0][0] == values[1][0]
+    assert values[2][0] == values[3][0]
+    assert len({mir for run in values for mir in run[1:]}) == 12
+    assert (tmp_path / "moca_training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_language_model_that_is_none_is_refused(tmp_path):
