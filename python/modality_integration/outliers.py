@@ -147,7 +147,7 @@ class OnePass:
         if self.limits is not None:
             keep = self.limits.keep(norms)
             if not keep.all():
-                self._dropped.append(marks.where(~keep))
+                _remember(self._dropped, marks.where(~keep))
                 rows, marks = _take(rows, keep), marks.where(keep)
         if len(marks.norms) == 0:
             return None
@@ -224,7 +224,7 @@ class OnePass:
         stay = _take(rows, ~released)
         rows[: len(stay)] = stay
         self._held = [marks.where(~released)]
-        self._released.append(marks.where(released))
+        _remember(self._released, marks.where(released))
         self.held = len(stay)
         return out
 
@@ -265,6 +265,14 @@ def _check_state(state: dict[str, Tensor], hidden_size: int, dtype: torch.dtype)
             raise ValueError(f"{name}: takes {'finite rows' if name == 'held' else 'norms'}, got values that are none")
     if len(state["limits"]) and not (state["limits"][0].isfinite() and state["limits"][1] >= 0):
         raise ValueError(f"limits: takes a finite center and a radius, got {state['limits'].tolist()}")
+
+
+def _remember(parts: list[Marks], marks: Marks) -> None:
+    """Appends, and joins parts of like size: one small tensor for each release would pin the heap between them."""
+    parts.append(marks)
+    while len(parts) > 1 and len(parts[-2].norms) <= 2 * len(parts[-1].norms):
+        last = parts.pop()
+        parts[-1] = Marks.cat([parts[-1], last])
 
 
 def _take(rows: Tensor, mask: Tensor) -> Tensor:
