@@ -12,7 +12,7 @@ JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu sanitize fuzz lint format bench bench-moca bench-moments bench-sqrtm bench-mir study moca-training figures clean
+.PHONY: help demo test test-slow test-gpu sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir study moca-training figures clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ sanitize: $(VENV)/.test ## the native CPU code under ASan, UBSan and TSan, every
 
 fuzz: $(VENV)/.fuzz ## readers of files and inputs, FUZZ_SECONDS (60) for each target, by atheris and hypothesis
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py
+
+soak: $(VENV)/.test ## long streams with memory flat and results right, in minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
