@@ -17,9 +17,10 @@ import modality_integration
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+SOURCES = [*PAGES, *sorted(ROOT.glob("mir_kernels/*/README.md"))]
 CODE = [
     pytest.param(code, id=f"{page.stem}-{number}")
-    for page in [*PAGES, *sorted(ROOT.glob("mir_kernels/*/README.md"))]
+    for page in SOURCES
     for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
 ]
 LISTED = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
@@ -71,6 +72,13 @@ def test_links_between_pages_lead_somewhere(page):
         assert not target or target in made or (DOCS / target).is_file(), target
         if anchor:
             assert anchor in anchors(DOCS / target if target else page), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_angle_brackets_of_formulas_are_code(page):
+    text = re.sub(r"^( {4}|```).*$", "", page.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"`[^`]*`|<!-- .*? -->", "", text)
+    assert not re.findall(r"<[A-Za-z/][^>]*>", text)  # Markdown takes these for HTML and shows nothing
 
 
 def test_every_page_is_in_the_contents():
