@@ -34,18 +34,18 @@ class Decoder(nn.Module):
     def forward(self, inputs_embeds, attention_mask=None, modality_indicators=None, image_rows=None):
         for layer in self.layers:
             (inputs_embeds,) = layer(inputs_embeds)
-            if image_rows is not None:  # Cambrian reads the image again between layers
-                inputs_embeds = inputs_embeds + 0.25 * image_rows[..., None]
+            if image_rows is not None:  # Cambrian rewrites vision tokens between layers, in place
+                inputs_embeds[image_rows] = inputs_embeds[image_rows].tanh()
         return self.norm(inputs_embeds)
 
 
 class Expanding(nn.Module):
     """The original LLaVA's way: drops padding, puts features where -200 stood, pads again, calls the decoder."""
 
-    def __init__(self, padding="right", indicators=False, between=False):
+    def __init__(self, padding="right", between=False):
         super().__init__()
         self.model, self.embed = Decoder(), nn.Embedding(VOCAB, HIDDEN)
-        self.padding, self.indicators, self.between = padding, indicators, between
+        self.padding, self.between = padding, between
 
     def forward(self, input_ids, attention_mask, images):
         images, rows, marks = iter(images), [], []
@@ -63,9 +63,28 @@ class Expanding(nn.Module):
             vision.append(nn.functional.pad(flags, sides))
         vision = torch.stack(vision)
         self.truth = vision.bool(), torch.stack(mask).bool(), torch.stack(embeds)
-        named = {"modality_indicators": vision} if self.indicators else {}
-        named |= {"image_rows": vision.float()} if self.between else {}
+        named = {"image_rows": vision.bool()} if self.between else {}
         return self.model(inputs_embeds=torch.stack(embeds), attention_mask=torch.stack(mask), **named)
+
+
+class Indicating(nn.Module):
+    """mPLUG-Owl2's way: padding stays where it is, the padding mask grows on the left, the decoder gets a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.embed = Decoder(), nn.Embedding(VOCAB, HIDDEN)
+
+    def forward(self, input_ids, attention_mask, images):
+        images, rows, marks = iter(images), [], []
+        for ids in input_ids:
+            rows.append(torch.cat([next(images) if i == IMAGE else self.embed(i)[None] for i in ids]))
+            marks.append((ids == IMAGE).repeat_interleave(torch.where(ids == IMAGE, PATCHES, 1)).long())
+        grown = [
+            nn.functional.pad(m, (len(row) - len(m), 0), value=1) for m, row in zip(attention_mask, rows, strict=True)
+        ]
+        embeds, vision, kept = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, marks, grown))
+        self.truth = vision.bool(), embeds
+        return self.model(inputs_embeds=embeds, attention_mask=kept, modality_indicators=vision)
 
 
 class Marked(nn.Module):
@@ -96,7 +115,7 @@ def plain_loop(decoder, embeds, vision=None):
     for layer in decoder.layers:
         (embeds,) = layer(embeds)
         if vision is not None:
-            embeds = embeds + 0.25 * vision.float()[..., None]
+            embeds = torch.where(vision[..., None], embeds.tanh(), embeds)
         states.append(embeds)
     return [*states[:-1], decoder.norm(states[-1])]
 
@@ -150,14 +169,15 @@ def test_an_expanded_placeholder_is_captured_at_the_decoder(family, lengths, pad
         check(seen, plain_loop(model.model, embeds, vision if between else None), vision, kept)
 
 
-@pytest.mark.parametrize("padding", ["right", "left"])
-def test_mplug_owl2_names_its_own_mask_at_the_decoder(padding):
+def test_mplug_owl2_names_its_own_mask_at_the_decoder():
     torch.manual_seed(1)
-    model = Expanding(padding, indicators=True)
-    ids, mask = placeholders(padding)
+    model = Indicating()
+    ids, mask = placeholders("right")
+    real = mask.sum(1) + (ids == IMAGE).sum(1) * (PATCHES - 1)  # a row's length without padding
     with torch.no_grad(), capture(model.model, layers="layers", vision_mask="modality_indicators") as seen:
         model(ids, mask, [torch.randn(PATCHES, HIDDEN) for _ in range(3)])
-        vision, kept, embeds = model.truth
+        vision, embeds = model.truth
+        kept = torch.arange(vision.shape[1]) < real[:, None]
         check(seen, plain_loop(model.model, embeds), vision, kept)
 
 
