@@ -1,12 +1,11 @@
 """Tr((Sv St)^(1/2)) by every recipe in use, error and time side by side; and error against iterations.
 
-    python benchmarks/bench_sqrtm.py                        # time and error at d = 512 and 1024
+    python benchmarks/bench_sqrtm.py                        # time and error at d = 512, 1024 and 2048
     python benchmarks/bench_sqrtm.py --d 64 --batch 512     # many small matrices
-    python benchmarks/bench_sqrtm.py --iterations --out benchmarks/data/sqrtm_iterations.csv
-    python benchmarks/bench_sqrtm.py --iterations --covariances layer.safetensors   # tensors "a" and "b", (d, d)
+    python benchmarks/bench_sqrtm.py --iterations 15        # error against iterations at layer 15 of a real model
 
-Covariances are random rotations of power-law spectra, as hidden states have; the truth is the float64 singular values
-of the factors they were made from. A rival whose error is beyond the gate is printed without a time.
+For the times, covariances are random rotations of power-law spectra, as hidden states have; the truth is the float64
+singular values of the factors they were made from. A rival whose error is beyond the gate is printed without a time.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import argparse
 import csv
 import functools
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -146,15 +144,24 @@ def time_table(flags: argparse.Namespace) -> None:
 
 def iteration_table(flags: argparse.Namespace) -> None:
     """Error of the trace after k iterations: coupled on the product against the polar factor of N."""
-    if flags.covariances:
-        from safetensors.torch import load_file
+    from layer_covariances import layer_covariances
 
-        tensors = load_file(flags.covariances)
-        a, b = (tensors[key].double()[None] for key in ("a", "b"))
-        case = flags.covariances.stem
-    else:
-        a, b, _ = covariances(flags.d[0], (1.5, 2.0), 1, "cpu")
-        case = f"d = {flags.d[0]}, i^-1.5 and i^-2"
+    rows = []
+    for case, pair in layer_covariances(flags.iterations).items():
+        rows += iteration_rows(case, *(covariance[None] for covariance in pair))
+    target = harness.DATA / "sqrtm_iterations.csv" if flags.out == flags.default_out else flags.out
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for r in rows:
+        if r["iterations"] in (5, 10, 15, 20, 30):
+            print(f"{r['case']}  {r['method']:<24}{r['precision']:<10}{r['iterations']:>3}  {r['error']}")
+
+
+def iteration_rows(case: str, a: Tensor, b: Tensor) -> list[dict]:
+    """One row a method, precision and number of iterations, for covariances (1, d, d)."""
     truth = trace_sqrt_product(a, b, precision="float64")[0]
     x, y = factor.factor(a), factor.factor(b)
     n, power = factor.cross_product(x, y), torch.exp2(x.exponent + y.exponent)[0]
@@ -169,14 +176,7 @@ def iteration_table(flags: argparse.Namespace) -> None:
             )
             u = eager.polar(n, precision, iterations=k, lower=lower).double()
             rows.append(row(case, "polar factor", precision, k, (u * n).sum() * power, truth))
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    with flags.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    for r in rows:
-        if r["iterations"] in (5, 10, 15, 20, 30):
-            print(f"{r['case']}  {r['method']:<24}{r['precision']:<10}{r['iterations']:>3}  {r['error']}")
+    return rows
 
 
 def coupled_values(product: Tensor, dtype: torch.dtype, iterations: int):
@@ -197,15 +197,15 @@ def row(case: str, method: str, precision: str, k: int, value: Tensor, truth: Te
 
 def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0], "sqrtm")
-    parser.add_argument("--d", type=int, nargs="+", default=[512, 1024], help="sizes of the matrices")
+    parser.add_argument("--d", type=int, nargs="+", default=[512, 1024, 2048], help="sizes of the matrices")
     parser.add_argument("--batch", type=int, default=1, help="matrices in a batch")
     parser.add_argument("--time-wrong", action="store_true", help="time rivals beyond the error gate too")
-    parser.add_argument("--iterations", action="store_true", help="error against iterations instead of time")
-    parser.add_argument("--covariances", type=Path, help='safetensors with "a" and "b" for --iterations')
+    parser.add_argument("--iterations", type=int, metavar="LAYER", help="error against iterations instead of time")
+    parser.set_defaults(default_out=parser.get_default("out"))
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_grad_enabled(False)
-    iteration_table(flags) if flags.iterations else time_table(flags)
+    time_table(flags) if flags.iterations is None else iteration_table(flags)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def rendered(readme: str) -> str:
 
 
 def plot_iterations(source: Path, target: Path) -> None:
-    """Relative error of the trace of the square root against iterations, one line a method and precision."""
+    """Relative error of the trace of the square root against iterations: a panel a case, a line a way of iterating."""
     import csv
 
     import matplotlib
@@ -81,27 +81,28 @@ def plot_iterations(source: Path, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    cases: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {}
     with source.open(newline="") as file:
         for row in csv.DictReader(file):
+            lines = cases.setdefault(row["case"], {})
             lines.setdefault((row["method"], row["precision"]), []).append(
                 (int(row["iterations"]), float(row["error"]))
             )
-            case = row["case"]
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for (method, precision), points in lines.items():
-        style = {
-            "linestyle": "--" if method.startswith("coupled") else "-",
-            "marker": "o" if precision == "bfloat16" else "s",
-        }
-        x, y = zip(*((i, e) for i, e in points if e == e and e < 1e6), strict=True)
-        axes.semilogy(x, y, label=f"{method}, {precision}", markersize=3, **style)
-    axes.set_ylim(1e-10, 1e6)
-    axes.set_title(case)
-    axes.set_xlabel("iterations")
-    axes.set_ylabel("relative error of Tr((AB)^1/2)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, panels = plt.subplots(1, len(cases), figsize=(6 * len(cases), 4.2), sharey=True, squeeze=False)
+    for axes, (case, lines) in zip(panels[0], cases.items(), strict=True):
+        for (method, precision), points in lines.items():
+            style = {
+                "linestyle": "--" if method.startswith("coupled") else "-",
+                "marker": "o" if precision == "bfloat16" else "s",
+            }
+            x, y = zip(*((i, e) for i, e in points if e == e and e < 1e6), strict=True)
+            axes.semilogy(x, y, label=f"{method}, {precision}", markersize=3, **style)
+        axes.set_ylim(1e-10, 1e6)
+        axes.set_title(case)
+        axes.set_xlabel("iterations")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("relative error of Tr((AB)^1/2)")
+    panels[0][0].legend()
     figure.tight_layout()
     figure.savefig(target, dpi=130)
 
