@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 import aot
+from mir_kernels.sqrtm import eager
 from mir_kernels.sqrtm import triton as kernels
 
 STEPS = ((3.2, -2.4, 0.5),) * 6
@@ -45,6 +46,16 @@ def test_a_batch_of_small_matrices_is_one_launch_and_of_large_ones_three_a_step(
         "_symmetric_product_fwd",
         "_product_fwd",
     ]
+
+
+@pytest.mark.parametrize(("d", "each_step"), [(64, 0), (128, 0), (129, 3), (256, 3), (1024, 3)])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_launches_of_a_polar_factor_do_not_depend_on_the_batch(d, each_step, precision):
+    """No launch per matrix: the whole iteration of 256 matrices takes as many launches as that of one."""
+    steps = len(eager.steps_for(precision))
+    for batch in (1, 256):
+        m = torch.empty(batch, d, d, device="meta")
+        assert len(aot.record(kernels.polar, m, precision, target="sm_90")) == max(1, each_step * steps)
 
 
 def test_symmetric_products_launch_half_the_tiles():
