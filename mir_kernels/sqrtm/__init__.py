@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ OPERATIONS = (SQRTM, INVERSE_SQRTM, POLAR, NEWTON_SCHULZ)
 PRECISIONS = ("bfloat16", "float32", "float64")
 METHODS = ("auto", "polar", "coupled", "eigh")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_Gradient = Callable[..., Tensor]
 
 
 class NewtonSchulz(NamedTuple):
@@ -88,7 +90,10 @@ def polar(
         raise ValueError(f"m: takes matrices (..., m, n) with m, n >= 1, got {tuple(m.shape)}")
     _checks.finite("m", m)
     _check_run(precision, iterations)
-    return torch.ops.mir_kernels.polar(m, precision, iterations or -1, POLAR.choose(backend, m.device))
+    backend = POLAR.choose(backend, m.device)
+    # Where nothing is compiled the registered operation is passed by: its first call loads the compiler.
+    run = torch.ops.mir_kernels.polar if torch.compiler.is_compiling() else _Polar.apply
+    return run(m, precision, iterations or -1, backend)
 
 
 def newton_schulz(
@@ -106,7 +111,8 @@ def newton_schulz(
     _checks.floating("a", a, _DTYPES)
     _check_run(precision, iterations)
     backend = NEWTON_SCHULZ.choose(backend, a.device)
-    return NewtonSchulz(*torch.ops.mir_kernels.newton_schulz(a, iterations, precision, backend))
+    run = torch.ops.mir_kernels.newton_schulz if torch.compiler.is_compiling() else _NewtonSchulz.apply
+    return NewtonSchulz(*run(a, iterations, precision, backend))
 
 
 def polar_iteration(m: Tensor, precision: str, backend: str, iterations: int | None = None) -> Tensor:
@@ -146,7 +152,8 @@ def _root(
     backend = operation.choose(backend, a.device)
     if method == "auto":
         method = "eigh" if a.device.type == "cpu" or precision == "float64" else "polar"
-    x = torch.ops.mir_kernels.root(a, kind, method, precision, iterations or -1, backend)
+    run = torch.ops.mir_kernels.root if torch.compiler.is_compiling() else _Root.apply
+    x = run(a, kind, method, precision, iterations or -1, backend)
     if tol is not None and not torch.compiler.is_compiling() and a.numel():
         reached = _residual(kind, a.detach(), x.detach())
         if not reached <= tol:
@@ -159,8 +166,7 @@ def _root(
     return x
 
 
-@torch.library.custom_op("mir_kernels::root", mutates_args=())
-def _root_op(a: Tensor, kind: str, method: str, precision: str, iterations: int, backend: str) -> Tensor:
+def _root_forward(a: Tensor, kind: str, method: str, precision: str, iterations: int, backend: str) -> Tensor:
     d = a.shape[-1]
     flat = a.reshape(-1, d, d)
     if flat.shape[0] == 0:
@@ -177,6 +183,9 @@ def _root_op(a: Tensor, kind: str, method: str, precision: str, iterations: int,
     return x.to(a.dtype).reshape(a.shape).contiguous()
 
 
+_root_op = torch.library.custom_op("mir_kernels::root", _root_forward, mutates_args=())
+
+
 @_root_op.register_fake
 def _(a: Tensor, kind: str, method: str, precision: str, iterations: int, backend: str) -> Tensor:
     return torch.empty_like(a, memory_format=torch.contiguous_format)
@@ -187,16 +196,28 @@ def _root_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], output)
 
 
-def _root_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _root_backward(ctx: Any, *grads: Any, gradient: _Gradient) -> tuple[Tensor | None, ...]:
     a, x = ctx.saved_tensors
-    return torch.ops.mir_kernels.root_backward(grad, a, x, ctx.kind), None, None, None, None, None
+    return gradient(*grads, a, x, ctx.kind), None, None, None, None, None
 
 
-_root_op.register_autograd(_root_backward, setup_context=_root_setup)
+_root_op.register_autograd(
+    lambda ctx, *grads: _root_backward(ctx, *grads, gradient=torch.ops.mir_kernels.root_backward),
+    setup_context=_root_setup,
+)
 
 
-@torch.library.custom_op("mir_kernels::root_backward", mutates_args=())
-def _root_backward_op(grad: Tensor, a: Tensor, x: Tensor, kind: str) -> Tensor:
+class _Root(torch.autograd.Function):
+    forward = staticmethod(_root_forward)
+    setup_context = staticmethod(_root_setup)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return _root_backward(ctx, *grad_outputs, gradient=_root_gradient)
+
+
+def _root_gradient(grad: Tensor, a: Tensor, x: Tensor, kind: str) -> Tensor:
     d = a.shape[-1]
     working = _working(a)
     g, x = (_symmetric(t.reshape(-1, d, d).to(working)) for t in (grad, x))
@@ -207,13 +228,15 @@ def _root_backward_op(grad: Tensor, a: Tensor, x: Tensor, kind: str) -> Tensor:
     return _lyapunov(x, g).to(a.dtype).reshape(a.shape)
 
 
+_root_backward_op = torch.library.custom_op("mir_kernels::root_backward", _root_gradient, mutates_args=())
+
+
 @_root_backward_op.register_fake
 def _(grad: Tensor, a: Tensor, x: Tensor, kind: str) -> Tensor:
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mir_kernels::polar", mutates_args=())
-def _polar_op(m: Tensor, precision: str, iterations: int, backend: str) -> Tensor:
+def _polar_forward(m: Tensor, precision: str, iterations: int, backend: str) -> Tensor:
     wide = m.shape[-2] < m.shape[-1]
     x = (m.mT if wide else m).reshape(-1, max(m.shape[-2:]), min(m.shape[-2:]))
     if x.shape[0] == 0:
@@ -227,6 +250,9 @@ def _polar_op(m: Tensor, precision: str, iterations: int, backend: str) -> Tenso
     return u.to(m.dtype).reshape(m.shape).contiguous()
 
 
+_polar_op = torch.library.custom_op("mir_kernels::polar", _polar_forward, mutates_args=())
+
+
 @_polar_op.register_fake
 def _(m: Tensor, precision: str, iterations: int, backend: str) -> Tensor:
     return torch.empty_like(m, memory_format=torch.contiguous_format)
@@ -236,15 +262,27 @@ def _polar_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], output)
 
 
-def _polar_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.mir_kernels.polar_backward(grad, *ctx.saved_tensors), None, None, None
+def _polar_backward(ctx: Any, *grads: Any, gradient: _Gradient) -> tuple[Tensor | None, ...]:
+    return gradient(*grads, *ctx.saved_tensors), None, None, None
 
 
-_polar_op.register_autograd(_polar_backward, setup_context=_polar_setup)
+_polar_op.register_autograd(
+    lambda ctx, *grads: _polar_backward(ctx, *grads, gradient=torch.ops.mir_kernels.polar_backward),
+    setup_context=_polar_setup,
+)
 
 
-@torch.library.custom_op("mir_kernels::polar_backward", mutates_args=())
-def _polar_backward_op(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
+class _Polar(torch.autograd.Function):
+    forward = staticmethod(_polar_forward)
+    setup_context = staticmethod(_polar_setup)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return _polar_backward(ctx, *grad_outputs, gradient=_polar_gradient)
+
+
+def _polar_gradient(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
     """U^T dU is skew and solves H W + W H = U^T dM - dM^T U; what of dM leaves the range of U is divided by H."""
     wide = m.shape[-2] < m.shape[-1]
     working = _working(m)
@@ -262,13 +300,15 @@ def _polar_backward_op(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
     return (out.mT if wide else out).to(m.dtype).reshape(m.shape).contiguous()
 
 
+_polar_backward_op = torch.library.custom_op("mir_kernels::polar_backward", _polar_gradient, mutates_args=())
+
+
 @_polar_backward_op.register_fake
 def _(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
     return torch.empty_like(m, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mir_kernels::newton_schulz", mutates_args=())
-def _newton_schulz_op(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _newton_schulz_forward(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     d = a.shape[-1]
     flat = factor.symmetrize(a.reshape(-1, d, d)).to(torch.float64 if precision == "float64" else torch.float32)
     if flat.shape[0] == 0:
@@ -287,6 +327,9 @@ def _newton_schulz_op(a: Tensor, iterations: int, precision: str, backend: str) 
     return root, inverse, residual.reshape(a.shape[:-2])
 
 
+_newton_schulz_op = torch.library.custom_op("mir_kernels::newton_schulz", _newton_schulz_forward, mutates_args=())
+
+
 @_newton_schulz_op.register_fake
 def _(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     like = torch.empty_like(a, memory_format=torch.contiguous_format)
@@ -298,14 +341,28 @@ def _newton_schulz_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[:2])
 
 
-def _newton_schulz_backward(ctx, grad_y: Tensor, grad_z: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
+def _newton_schulz_backward(ctx: Any, *grads: Any, gradient: _Gradient) -> tuple[Tensor | None, ...]:
     y, z = ctx.saved_tensors
     # Z = Y^-1: dZ = -Z dY Z.
-    g = grad_y - z.mT @ grad_z @ z.mT
-    return torch.ops.mir_kernels.root_backward(g, y, y, "sqrt"), None, None, None
+    g = grads[0] - z.mT @ grads[1] @ z.mT
+    return gradient(g, y, y, "sqrt"), None, None, None
 
 
-_newton_schulz_op.register_autograd(_newton_schulz_backward, setup_context=_newton_schulz_setup)
+_newton_schulz_op.register_autograd(
+    lambda ctx, *grads: _newton_schulz_backward(ctx, *grads, gradient=torch.ops.mir_kernels.root_backward),
+    setup_context=_newton_schulz_setup,
+)
+
+
+class _NewtonSchulz(torch.autograd.Function):
+    forward = staticmethod(_newton_schulz_forward)
+    setup_context = staticmethod(_newton_schulz_setup)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return _newton_schulz_backward(ctx, *grad_outputs, gradient=_root_gradient)
+
 
 _COUPLED = {"bfloat16": 12, "float32": 24, "float64": 40}
 # Residuals above this are not what rounding leaves of a converged iteration.

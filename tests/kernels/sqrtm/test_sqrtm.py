@@ -1,5 +1,7 @@
 """sqrtm, inverse_sqrtm, polar and newton_schulz: accuracy, gradients, shapes, dtypes, refusals."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -282,3 +284,21 @@ EYE = torch.eye(3)
 def test_bad_input_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_eager_calls_and_their_gradients_load_no_compiler():
+    """A custom_op's first call imports torch._dynamo, which takes seconds."""
+    program = """
+import sys, torch
+from mir_kernels.sqrtm import inverse_sqrtm, newton_schulz, polar, sqrtm
+a = 2 * torch.eye(3)
+calls = (sqrtm, inverse_sqrtm, polar, lambda x: newton_schulz(x, iterations=12).sqrt)
+for call in calls:
+    call(a)
+    x = a.clone().requires_grad_()
+    call(x).sum().backward()
+    assert x.grad is not None
+assert "torch._dynamo" not in sys.modules, "the compiler was loaded"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
