@@ -35,8 +35,8 @@ CXX_FLAGS = [
 ]
 # *_cpu.cpp is compiled once per entry, each into the namespace of that name (csrc/common/isa.h).
 V3_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt"]
-V4_FLAGS = [*V3_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
-X86_64_LEVELS = {"baseline": [], "x86_64_v3": V3_FLAGS, "x86_64_v4": V4_FLAGS}
+V4_FLAGS = [*V3_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+X86_64_LEVELS = {"baseline": [], "x86_64_v3": V3_FLAGS, "x86_64_v4_vnni": V4_FLAGS}
 
 
 def say(text: str) -> None:

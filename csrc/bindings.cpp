@@ -91,6 +91,15 @@ void moca_backward_on_stream(const MocaBackward& p, int device, Address stream) 
 }
 #endif
 
+// The names of the instruction set levels that run here, best first.
+py::tuple cpu_isas() {
+  py::list names;
+  for (Isa isa : kIsas) {
+    if (runs_here(isa)) names.append(isa_name(isa));
+  }
+  return py::tuple(names);
+}
+
 // "80;90" as (80, 90): what nvcc compiled for; empty where the module was built without nvcc.
 py::tuple cuda_archs() {
   py::list archs;
@@ -107,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of mir_kernels. Takes addresses: call them through mir_kernels, which checks.";
   m.attr("VERSION") = MIR_VERSION;
   m.attr("CPU_ISA") = isa_name(cpu_isa());
+  m.attr("CPU_ISAS") = cpu_isas();
   m.attr("CUDA_ARCHS") = cuda_archs();
 #ifdef _OPENMP
   m.attr("OPENMP") = true;

@@ -102,6 +102,8 @@ class BackendTable(dict):
                 chosen = next((name for name, why in backends.items() if why is None), None)
                 for name, why in backends.items():
                     state = "taken by default" if name == chosen else "can run" if why is None else f"no: {why}"
+                    if name == "native" and why is None:
+                        state += f" (instruction set {_native.C.CPU_ISA})"
                     rows.append((operation, device, name, state))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)

@@ -7,14 +7,14 @@
 #include <string>
 
 namespace mir {
-namespace {
 
 bool runs_here(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
-    case Isa::kX86_64V4:
+    case Isa::kX86_64V4Vnni:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && runs_here(Isa::kX86_64V3);
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512vnni") && runs_here(Isa::kX86_64V3);
     case Isa::kX86_64V3:  // every CPU with AVX2 and FMA converts half precision (F16C) too
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::kBaseline:
@@ -24,15 +24,16 @@ bool runs_here(Isa isa) {
   return isa == Isa::kBaseline;
 }
 
+namespace {
+
 Isa choose() {
-  const Isa levels[] = {Isa::kX86_64V4, Isa::kX86_64V3, Isa::kBaseline};
   const char* wanted = std::getenv("MIR_CPU_ISA");
   const bool by_name = wanted != nullptr && *wanted != '\0';
-  for (Isa isa : levels) {
+  for (Isa isa : kIsas) {
     if (by_name ? std::strcmp(wanted, isa_name(isa)) == 0 && runs_here(isa) : runs_here(isa)) return isa;
   }
   std::string takes;
-  for (Isa isa : levels) {
+  for (Isa isa : kIsas) {
     if (runs_here(isa)) takes += (takes.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
   throw std::runtime_error("MIR_CPU_ISA: takes one of " + takes + " on this CPU, got " + wanted);
@@ -47,7 +48,7 @@ Isa cpu_isa() {
 
 const char* isa_name(Isa isa) {
 #if defined(__x86_64__)
-  return isa == Isa::kX86_64V4 ? "x86-64-v4" : isa == Isa::kX86_64V3 ? "x86-64-v3" : "x86-64";
+  return isa == Isa::kX86_64V4Vnni ? "x86-64-v4-vnni" : isa == Isa::kX86_64V3 ? "x86-64-v3" : "x86-64";
 #else
   return isa == Isa::kBaseline ? "baseline" : "unavailable";
 #endif

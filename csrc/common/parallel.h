@@ -8,12 +8,18 @@ namespace MIR_ISA {
 namespace {
 
 // f(i) for i in [0, n), on up to `threads` threads, in any order: whoever needs the same bits for every thread count
-// must let f(i) depend on i alone. Work below `bytes` of a quarter megabyte stays on the calling thread.
+// must let f(i) depend on i alone. Work below `bytes` of a quarter megabyte stays on the calling thread. Where n is the
+// number of threads, f(i) runs on the same one in every call, and finds what it wrote last time in that core's cache.
 template <class F>
 void parallel_for(int64_t n, int threads, int64_t bytes, const F& f) {
 #ifdef _OPENMP
   if (threads > 1 && n > 1 && bytes >= (int64_t{1} << 18)) {
     const int team = n < threads ? static_cast<int>(n) : threads;
+    if (n == team) {
+#pragma omp parallel for schedule(static, 1) num_threads(team)
+      for (int64_t i = 0; i < n; ++i) f(i);
+      return;
+    }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team)
     for (int64_t i = 0; i < n; ++i) f(i);
     return;

@@ -31,6 +31,7 @@ constexpr int kRegisterBytes = 16;
 typedef float F32Vec __attribute__((vector_size(kRegisterBytes)));
 typedef double F64Vec __attribute__((vector_size(kRegisterBytes)));
 typedef uint32_t U32Vec __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t I32Vec __attribute__((vector_size(kRegisterBytes)));
 typedef float F32Half __attribute__((vector_size(kRegisterBytes / 2)));
 typedef uint16_t U16Half __attribute__((vector_size(kRegisterBytes / 2)));  // as many lanes as F32Vec
 

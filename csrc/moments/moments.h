@@ -23,11 +23,12 @@ struct MomentsCpu {
 MIR_DECLARE_PER_ISA(const MomentsCpu moments_cpu)
 
 // second += sum_r weights[r] vectors[r] vectors[r]^T + sum_t (x_t - shift)(x_t - shift)^T, sums = sum_t (x_t - shift).
-// Differences, products and their sums over the rows are float; what is added to `second` and `sums` is double.
+// Differences, products and their sums over the rows are float, products of bfloat16 rows are of integers where the CPU
+// can (integers.h); what is added to `second` and `sums` is double.
 struct SecondMoment {
   const void* x;  // (rows, cols), rows `x_stride` elements apart; float32, bfloat16 or float16
   int64_t x_stride;
-  const float* shift;     // (cols,)
+  float* shift;           // (cols,) near the data; what was taken is written back
   const double* vectors;  // (2, cols)
   const double* weights;  // (2,)
   // Lower triangle in panels of `panel` rows, one after the other: panel q is a row-major matrix of its rows and the

@@ -28,7 +28,11 @@ def token_norms(x: Tensor) -> Tensor:
 def accumulate(
     second: Tensor, x: Tensor, mask: Tensor | None, centre: Tensor, vectors: Tensor, weights: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """The block update of `eager.accumulate`, f32/bf16/f16 without a mask, with products in float32."""
+    """The block update of `eager.accumulate`, f32/bf16/f16 without a mask, with products in float32.
+
+    From 512 rows on bf16 is multiplied in 16-bit integers where the CPU has AVX2 (csrc/moments/integers.h), with a
+    shift that is coarser than the centre.
+    """
     if mask is not None or precision == "exact":
         raise ValueError("the native product takes every row, and precision 'fast' or 'auto'")
     rows, d = x.shape

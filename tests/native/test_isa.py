@@ -12,7 +12,7 @@ import torch
 from tolerances import assert_close
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4")
+LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4-vnni")
 
 # Writes what each kernel gives for one fixed input, so that levels can be compared across processes.
 SCRIPT = """
@@ -48,9 +48,8 @@ torch.save(results, sys.argv[1])
 def results(native_module, tmp_path_factory):
     """Level to what SCRIPT wrote at that level, for the levels that this CPU runs."""
     folder = tmp_path_factory.mktemp("isa")
-    levels = LEVELS if native_module.CPU_ISA.startswith("x86-64") else ("baseline",)
     written = {}
-    for level in levels[: levels.index(native_module.CPU_ISA) + 1]:
+    for level in native_module.CPU_ISAS:
         path = folder / f"{level}.pt"
         env = {**os.environ, "MIR_CPU_ISA": level, "PYTHONPATH": str(CSRC.parent)}
         done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=env, capture_output=True, text=True)
@@ -93,10 +92,16 @@ def test_levels_agree(results, dtype):
 
 
 def test_an_unavailable_level_is_refused(native_module, run_python):
-    if LEVELS[-1] == native_module.CPU_ISA:
+    missing = [level for level in LEVELS if level not in native_module.CPU_ISAS]
+    if not missing:
         pytest.skip("this CPU runs every level")
-    out = run_python("from mir_kernels import _native; print(_native.MISSING)", MIR_CPU_ISA=LEVELS[-1]).stdout
+    out = run_python("from mir_kernels import _native; print(_native.MISSING)", MIR_CPU_ISA=missing[-1]).stdout
     assert "MIR_CPU_ISA" in out
+
+
+def test_the_level_in_use_is_one_that_runs_here(native_module):
+    assert native_module.CPU_ISA in native_module.CPU_ISAS
+    assert set(native_module.CPU_ISAS) <= {*LEVELS, "baseline"}
 
 
 @pytest.mark.skipif(not CSRC.exists(), reason="needs the sources")
