@@ -34,6 +34,7 @@ MIR_INLINE int64_t most_remainders(int64_t cols) { return cols / 8; }
 
 MIR_INLINE F32Vec least(F32Vec a, F32Vec b) { return a < b ? a : b; }
 MIR_INLINE F32Vec most(F32Vec a, F32Vec b) { return a > b ? a : b; }
+MIR_INLINE F32Vec magnitude(F32Vec v) { return (F32Vec)((U32Vec)v & 0x7fffffffu); }
 MIR_INLINE F32Vec root(F32Vec v) {
 #if defined(__AVX512F__)
   return (F32Vec)_mm512_sqrt_ps((__m512)v);
@@ -72,7 +73,7 @@ MIR_INLINE Squares quantize(const Run& run, Pair* to, float* unit_to) {
   F32Vec all[2] = {}, largest[2] = {}, left[2] = {};
   for (int64_t r = 0; r < run.rows; ++r) {
     all[r % 2] = multiply_add(run.row[r], run.row[r], all[r % 2]);
-    largest[r % 2] = most(largest[r % 2], most(run.row[r], -run.row[r]));
+    largest[r % 2] = most(largest[r % 2], magnitude(run.row[r]));
   }
   const F32Vec norm = root(all[0] + all[1]);
   F32Vec scale = least(kLargestNorm / norm, kLargestValue / most(largest[0], largest[1]));

@@ -178,8 +178,11 @@ class LayerStream:
         if not bool((norms.isfinite() & (norms >= 0)).all()):
             raise ValueError(f"text_norms: takes sums of norms, got {norms.tolist()}")
         for modality in MODALITIES:
-            groups = [v for k, v in state.items() if k.startswith(f"{modality}.") and k.endswith("_groups")]
-            highest = max((int(v.max()) for v in groups if v.numel()), default=0)
+            groups = {k: v for k, v in state.items() if k.startswith(f"{modality}.") and k.endswith("_groups")}
+            for name, value in groups.items():
+                if value.dtype != torch.uint8:
+                    raise ValueError(f"{name}: takes torch.uint8, got {value.dtype}")
+            highest = max((int(v.max()) for v in groups.values() if v.numel()), default=0)
             if highest >= len(norms):
                 raise ValueError(f"{modality}: takes groups below {len(norms)}, got {highest}")
         for slot in slots(self.options):

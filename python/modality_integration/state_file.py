@@ -73,6 +73,8 @@ def _options(path: str | Path, metadata: dict[str, str]) -> Options:
             raise TypeError("normalize, bounds: take true or false")
         if any(isinstance(number, float) for number in (options.hold, options.groups)):
             raise TypeError("hold, groups: take integers")
+        if options.outliers == "median":
+            raise ValueError('outliers: "median" cannot be gathered in one pass')
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no state of ModalityIntegrationRate: its options are none ({error!r})") from error
     return options

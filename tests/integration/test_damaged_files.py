@@ -30,7 +30,10 @@ def test_a_flipped_bit_anywhere_in_a_state_is_found(saved, place):
         ModalityIntegrationRate.from_file(saved)
 
 
-@pytest.mark.parametrize("options", ["{}x", "[]", '{"hold": "many"}', '{"bounds": 1}', '{"hold": 4.5}', "[" * 9999])
+OPTIONS = ["{}x", "[]", '{"hold": "many"}', '{"bounds": 1}', '{"hold": 4.5}', "[" * 9999, '{"outliers": "median"}']
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_options_that_are_none_are_refused(saved, options):
     state = load_file(saved)
     words = {"format": state_file.FORMAT, "version": str(state_file.VERSION), "options": options}
@@ -54,6 +57,7 @@ WRONG = {
     "held rows that are not finite": {"layers__0__text__held": torch.full((4, 3), float("nan"))},
     "held rows without norms": {"layers__0__vision__held_norms": torch.zeros(0)},
     "a group that does not exist": {"layers__0__text__released_groups": torch.full((14,), 9, dtype=torch.uint8)},
+    "groups that are complex": {"layers__0__text__held_groups": torch.zeros(4, dtype=torch.complex64)},
     "limits of three": {"layers__0__vision__limits": torch.zeros(3, dtype=torch.float64)},
     "a vector for held rows": {"layers__0__vision__held": torch.zeros(4)},
     "no tensor": {"layers__0__vision__held": 3},

@@ -103,6 +103,18 @@ def test_columns_of_two_values_keep_the_promise(probability):
     assert error(x.to(INTEGERS)) <= 6e-6
 
 
+@pytest.mark.parametrize("constant", [1, 63, 64, 76, 512])
+def test_a_shift_that_the_later_rows_do_not_suit_keeps_the_promise(constant):
+    x = torch.randn(1024, 33)
+    x[:constant] = 100
+    x = x.to(INTEGERS)
+    second, shift, _ = update(x, torch.full((33,), 100.0).double())
+    away = x.double() - shift
+    true = away.T @ away
+    scale = true.diagonal().sqrt()
+    assert ((packed.unpack(second, 33) - true).abs() <= 1e-6 * scale[:, None] * scale).all()
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6, 1e15])
 def test_the_size_of_the_tokens_changes_nothing(scale):
     assert error((torch.randn(1024, 100) * scale).to(INTEGERS)) <= 6e-6
