@@ -19,8 +19,12 @@ T* row(void* base, int64_t r, int64_t stride) {
   return static_cast<T*>(base) + r * stride;
 }
 
+// Longer rows are not streamed.
+constexpr int64_t kKeptBytes = 1 << 16;
+
+// Where kStream, the row of h waits in `kept`, (cols), until it goes past the caches as `out` does.
 template <class T, bool kStream>
-void forward_row(const AddRmsForward& p, int64_t r) {
+void forward_row(const AddRmsForward& p, int64_t r, T* kept) {
   using A = typename AccumulateIn<T>::type;
   using Vec = typename Simd<T>::Vec;
   const T* x = row<T>(p.x, r, p.x_stride);
@@ -29,7 +33,7 @@ void forward_row(const AddRmsForward& p, int64_t r) {
   const A* shift = static_cast<const A*>(p.shift);
   const A* weight = static_cast<const A*>(p.weight);
   T* out = row<T>(p.out, r, p.out_stride);
-  T* h = row<T>(p.h, r, p.h_stride);
+  T* h = kStream ? kept : row<T>(p.h, r, p.h_stride);
   const bool inside = p.mask[r] != 0;
 
   // Lanes beyond the row are zero, so they add nothing.
@@ -45,6 +49,7 @@ void forward_row(const AddRmsForward& p, int64_t r) {
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
     store_to<kStream>(out + c, load(weight + c, lanes) * Simd<T>::round(load(h + c, lanes) * all_rstd), lanes);
   });
+  if (kStream) copy_bytes<kStream>(row<T>(p.h, r, p.h_stride), kept, p.cols * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T, bool kStream>
@@ -53,7 +58,8 @@ void forward_rows(const AddRmsForward& p, int threads) {
   const int64_t piece = (int64_t{1} << 16) / row_bytes + 1;
   parallel_for((p.rows + piece - 1) / piece, threads, p.rows * row_bytes, [&](int64_t i) {
     const int64_t end = (i + 1) * piece < p.rows ? (i + 1) * piece : p.rows;
-    for (int64_t r = i * piece; r < end; ++r) forward_row<T, kStream>(p, r);
+    alignas(64) T kept[kStream ? kKeptBytes / sizeof(T) : 1];
+    for (int64_t r = i * piece; r < end; ++r) forward_row<T, kStream>(p, r, kept);
     if (kStream) stream_fence();
   });
 }
@@ -61,12 +67,14 @@ void forward_rows(const AddRmsForward& p, int threads) {
 template <class T>
 void forward(const AddRmsForward& p, int threads) {
   const int64_t element = sizeof(T);
-  const bool stream = worth_streaming(p.out, p.out_stride * element, p.rows * p.cols * element);
+  const int64_t bytes = p.rows * p.cols * element;
+  const bool stream = worth_streaming(p.out, p.out_stride * element, bytes) &&
+                      worth_streaming(p.h, p.h_stride * element, bytes) && p.cols * element <= kKeptBytes;
   return stream ? forward_rows<T, true>(p, threads) : forward_rows<T, false>(p, threads);
 }
 
 // With y = h rstd and dy = grad_out weight:  dh = rstd (dy - y mean(dy y)) + grad_h.
-template <class T>
+template <class T, bool kStream>
 void backward_row(const AddRmsBackward& p, int64_t r, typename AccumulateIn<T>::type* partial) {
   using A = typename AccumulateIn<T>::type;
   using Vec = typename Simd<T>::Vec;
@@ -101,12 +109,12 @@ void backward_row(const AddRmsBackward& p, int64_t r, typename AccumulateIn<T>::
       store(dshift + c, load(dshift + c, lanes) + dh, lanes);
       dh *= load(scale + c, lanes);
     }
-    store(dx + c, dh, lanes);
+    store_to<kStream>(dx + c, dh, lanes);
   });
 }
 
-template <class T>
-void backward(const AddRmsBackward& p, int threads) {
+template <class T, bool kStream>
+void backward_rows(const AddRmsBackward& p, int threads) {
   using A = typename AccumulateIn<T>::type;
   const int64_t chunk = moca_chunk_rows(p.rows), chunks = moca_partial_rows(p.rows);
   A* partials = static_cast<A*>(p.partial);
@@ -114,10 +122,18 @@ void backward(const AddRmsBackward& p, int threads) {
     A* partial = partials + i * 3 * p.cols;
     for (int64_t c = 0; c < 3 * p.cols; ++c) partial[c] = 0;
     const int64_t end = (i + 1) * chunk < p.rows ? (i + 1) * chunk : p.rows;
-    for (int64_t r = i * chunk; r < end; ++r) backward_row<T>(p, r, partial);
+    for (int64_t r = i * chunk; r < end; ++r) backward_row<T, kStream>(p, r, partial);
+    if (kStream) stream_fence();
   });
   A* const sums[] = {static_cast<A*>(p.dscale), static_cast<A*>(p.dshift), static_cast<A*>(p.dweight)};
   add_partial_rows<3>(partials, chunks, p.cols, sums, threads);
+}
+
+template <class T>
+void backward(const AddRmsBackward& p, int threads) {
+  const int64_t element = sizeof(T);
+  const bool stream = worth_streaming(p.dx, p.dx_stride * element, p.rows * p.cols * element);
+  return stream ? backward_rows<T, true>(p, threads) : backward_rows<T, false>(p, threads);
 }
 
 void forward_any(const AddRmsForward& p, int threads) {

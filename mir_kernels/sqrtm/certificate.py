@@ -105,11 +105,11 @@ def residual_bound(h: Tensor, c: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     cross = (top + rest / 2) @ rest.mT
     eye = torch.eye(d, dtype=h.dtype, device=h.device)
     shift = torch.as_tensor(shift, dtype=h.dtype, device=h.device)[..., None, None]
-    residual = ((h - top @ top.mT) + shift * eye) - (cross + cross.mT)
+    residual = ((h - factor.gram(top.mT)) + shift * eye) - (cross + cross.mT)
     # |E|_2^2 = |E^2|_2 <= |E^2|_F, a good deal less than |E|_F^2 when the eigenvalues of E are many and alike.
     size = frobenius(residual)
     normalized = residual / size.clamp(min=torch.finfo(h.dtype).tiny)[..., None, None]
-    spectral = size * (frobenius(normalized @ normalized) + gamma(2 * d)).sqrt()
+    spectral = size * (frobenius(factor.gram(normalized)) + gamma(2 * d)).sqrt()
     rounded = 2 * gamma(d + 4) * frobenius(top + rest / 2) * frobenius(rest) + 8 * UNIT * (size + frobenius(cross))
     big_rows = c.square().sum(-1).amax(-1) > 1.9  # the argument above needs rows of norm below sqrt(2)
     return torch.where(big_rows, torch.inf, spectral * (1 + 8 * UNIT) + rounded + 4 * UNIT * shift[..., 0, 0].abs())
@@ -178,7 +178,7 @@ def spectral_norm_bound(u: Tensor) -> Tensor:
     definiteness, BIT 2006), so |U|_2^2 <= 1 + tau + gamma Tr S. Otherwise the largest row sum of U^T U.
     """
     m, k = u.shape[-2:]
-    g = u.mT @ u if k <= m else u @ u.mT
+    g = factor.gram(u if k <= m else u.mT)
     d = g.shape[-1]
     eye = torch.eye(d, dtype=g.dtype, device=g.device)
     squared = g.abs().sum(-1).amax(-1) * (1 + gamma(d))

@@ -254,6 +254,8 @@ def _result(document: dict[str, Any], version: int) -> MIRResult:
     left_out: list[Any] = [layer["left_out"] for layer in layers] if version > 1 else [None]
     if left_out.count(None) not in (0, len(left_out)) or len({len(values or ()) for values in left_out}) > 1:
         raise ValueError("left_out: takes as many numbers in every layer")
+    if any(values is not None and len(values) == 0 for values in left_out):
+        raise ValueError("left_out: takes one number or more, or null")
     result = MIRResult(
         terms=[_terms(layer) for layer in layers],
         alpha=[_number(layer["alpha"]) for layer in layers],
