@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mir_kernels import _checks, sqrtm
 from mir_kernels._dispatch import Operation
-from mir_kernels.sqrtm import certificate, factor, reference
+from mir_kernels.sqrtm import certificate, factor, reference, squared
 
 # "linalg": float64 singular values through torch.linalg; "eager" and "triton": the polar factor by Newton-Schulz.
 OPERATION = Operation(
@@ -23,8 +23,6 @@ OPERATIONS = (OPERATION,)
 PRECISIONS = ("bfloat16", "float32", "float64")
 TOLERANCE = {"bfloat16": 2e-3, "float32": 1e-6, "float64": 1e-8}  # promised relative error of the trace
 
-# The squared form is kept where its own error bound is below this; the promise on the trace is 1e-8.
-_SQUARED_TOLERANCE = 2e-9
 # Float64 elements of one matrix stack that are worked on at a time.
 _CHUNK = 1 << 24
 
@@ -219,21 +217,24 @@ def frechet_distance(
 
 
 def _linalg(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
-    """The singular values of N: as the square roots of the eigenvalues of N^T N where a bound on the error of squaring
-    allows it, else directly. As accurate in every precision."""
-    n, exponent, how = _product_of_factors(a, b)
-    values = torch.linalg.eigvalsh(factor.gram(n))
-    # Eigenvalues come with an error of a few units of the largest (LAPACK Users' Guide, section 4.7).
-    delta = 4 * factor.UNIT * values[..., -1:]
-    total = values.clamp(min=0.0).sqrt().sum(-1)
-    spread = (values + delta).clamp(min=0.0).sqrt() - (values - delta).clamp(min=0.0).sqrt()
-    error = torch.where(total > 0, spread.sum(-1) / (2 * total), 0.0)
-    direct = error > _SQUARED_TOLERANCE
-    if bool(direct.any()):
-        total[direct] = torch.linalg.svdvals(n[direct]).sum(-1)
+    """The roots of the eigenvalues of C^T A C with C C^T = B where rounding allows it, else the singular values of N.
+    As accurate in every precision."""
+    a, b = factor.symmetrize(a), factor.symmetrize(b)
+    form = squared.squared(a, b)
+    kept = torch.isfinite(form.rounding)
+    values = a.new_zeros(a.shape[:-1])
+    values[kept] = torch.linalg.eigvalsh(form.m if bool(kept.all()) else form.m[kept])
+    error = squared.relative_error(values, form.rounding)
+    total = values.clamp(min=0.0).sqrt().sum(-1) * torch.exp2(form.exponent)
+    path = ["cholesky+eigvalsh"] * a.shape[0]
+    direct = torch.nonzero(~(error <= TOLERANCE["float64"]))[:, 0]
+    if direct.numel():
+        n, exponent, how = _product_of_factors(a[direct], b[direct])
+        total[direct] = torch.linalg.svdvals(n).sum(-1) * torch.exp2(exponent)
         error[direct] = n.shape[-1] * factor.UNIT
-    path = tuple(h + ("+svdvals" if e else "+eigvalsh") for h, e in zip(how, direct.tolist(), strict=True))
-    return TraceReport(total * torch.exp2(exponent), error, path)
+        for i, h in zip(direct.tolist(), how, strict=True):
+            path[i] = h + "+svdvals"
+    return TraceReport(total, error, tuple(path))
 
 
 def _iterated(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:

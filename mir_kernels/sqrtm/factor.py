@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mir_kernels import _checks
+
 UNIT = 2.0**-53  # unit roundoff of float64
 _BLOCK = 128  # below four of these, one product is faster than the blocks of half of it
 
@@ -40,7 +42,7 @@ class Factor(NamedTuple):
 
 def symmetrize(a: Tensor) -> Tensor:
     """(A + A^T) / 2 in float64, without overflow; A itself where it is symmetric."""
-    if torch.equal(a, a.mT):
+    if _checks.mirrored(a):
         return a.double()
     half = a.double() / 2
     return half + half.mT
@@ -54,9 +56,9 @@ def equilibrate(a: Tensor) -> Scaled:
     """
     diagonal = a.diagonal(dim1=-2, dim2=-1)
     zero = diagonal <= 0
-    exponent = _half_exponent(diagonal.amax(-1))
+    exponent = half_exponent(diagonal.amax(-1))
     small = torch.exp2(-exponent)[..., None]
-    scale = torch.exp2(_half_exponent(diagonal * small * small)).masked_fill(zero, 0.0)
+    scale = torch.exp2(half_exponent(diagonal * small * small)).masked_fill(zero, 0.0)
     inverse = torch.where(zero, 0.0, small / scale)
     h = (a * inverse[..., :, None]).mul_(inverse[..., None, :])
     h.diagonal(dim1=-2, dim2=-1).add_(zero)
@@ -109,11 +111,31 @@ def gram(n: Tensor) -> Tensor:
     return out
 
 
-def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factors of equilibrated matrices, and where they lost a pivot in rounding (bool)."""
+def cholesky(h: Tensor, d: int | None = None) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of equilibrated matrices, and where they lost a pivot in rounding (bool).
+
+    d: the size of the matrices that h are blocks of.
+    """
     lower, info = torch.linalg.cholesky_ex(h)
     pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return lower, (info != 0) | ~(pivots > rank_tolerance(h.shape[-1]))
+    return lower, (info != 0) | ~(pivots > rank_tolerance(d or h.shape[-1]))
+
+
+def cholesky_(h: Tensor, block: int) -> bool:
+    """`cholesky` of one equilibrated matrix in its own memory, and whether all pivots were kept.
+
+    Left-looking in blocks of columns: on a CPU faster than one call of LAPACK with its copies. Right of the blocks on
+    the diagonal the entries of h remain.
+    """
+    d = h.shape[-1]
+    for j0, j1 in pairwise([*range(0, d, block), d]):
+        h[j0:, j0:j1].addmm_(h[j0:, :j0], h[j0:j1, :j0].mT, alpha=-1)
+        lower, lost = cholesky(h[j0:j1, j0:j1], d)
+        if bool(lost):
+            return False
+        h[j0:j1, j0:j1] = lower
+        h[j1:, j0:j1] = torch.linalg.solve_triangular(lower, h[j1:, j0:j1].mT, upper=False).mT
+    return True
 
 
 def rank_tolerance(d: int) -> float:
@@ -129,6 +151,6 @@ def spectral_factor(h: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * kept.sqrt()[..., None, :], values[..., -1]
 
 
-def _half_exponent(x: Tensor) -> Tensor:
+def half_exponent(x: Tensor) -> Tensor:
     """k with x / 4^k in [1/4, 1), 0 for x = 0."""
     return torch.where(x > 0, torch.ceil(torch.frexp(x).exponent.to(x.dtype) / 2), 0.0)

@@ -1,0 +1,110 @@
+"""The product of two covariances in a symmetric form, C^T A C with C C^T = B, and how far rounding took it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mir_kernels.sqrtm import factor
+
+BLOCK = 256  # columns that go through one product
+_BLOCKED = 2 * BLOCK  # from here on blocks that skip zeros are faster than whole products
+_PROBES = 8
+
+
+class Squared(NamedTuple):
+    """C^T A C 4^-exponent, whose eigenvalues are those of A B: the squares of the singular values of N.
+
+    m: (d, d) float64 or a batch; only its lower triangle and blocks of `BLOCK` on the diagonal need be set.
+    rounding: (...) an estimate of |m - C^T A C|_F, infinite where the factor C lost a pivot.
+    exponent: (...) as in `factor.Factor`: the trace of the root takes 2^exponent.
+    """
+
+    m: Tensor
+    rounding: Tensor
+    exponent: Tensor
+
+
+def squared(a: Tensor, b: Tensor) -> Squared:
+    """The squared form of symmetric float64 a, b (batch, d, d); a is not factored, nor is it known to be definite."""
+    if a.device.type != "cpu" or a.shape[-1] < _BLOCKED:
+        return _whole(a, b)
+    parts = [_blocked(x, y) for x, y in zip(a, b, strict=True)]
+    if len(parts) == 1:
+        return Squared(*(t[None] for t in parts[0]))
+    return Squared(*(torch.stack(t) for t in zip(*parts, strict=True)))
+
+
+def relative_error(values: Tensor, rounding: Tensor) -> Tensor:
+    """At least the relative error of sum_i sqrt(values_i), values (..., d) being the eigenvalues of `Squared.m`.
+
+    Infinite where the two matrices may be indefinite or singular up to rounding.
+    """
+    total = values.clamp(min=0.0).sqrt().sum(-1)
+    inverse = (1 / values).sum(-1).where(values.amin(-1) > 0, torch.inf)
+    return error_from_sums(total, inverse, torch.linalg.vector_norm(values, dim=-1), rounding, values.shape[-1])
+
+
+def error_from_sums(total: Tensor, inverse: Tensor, norm: Tensor, rounding: Tensor, d: int) -> Tensor:
+    """`relative_error` from the sums of the roots and of the inverses of the eigenvalues and the norm of the eigenvalues.
+
+    The eigenvalues move by D_i with sum D_i^2 <= eta^2, eta the Frobenius norm of all perturbations (Hoffman and
+    Wielandt), so their roots by at most sum |D_i| / (sqrt(l_i) + sqrt(l_i - |D_i|)). With 4 eta below the smallest
+    eigenvalue, which is at least 1 / inverse, that is below 0.536 eta sqrt(inverse) by Cauchy-Schwarz. Then C^T A C
+    is definite too, and so is A by Sylvester's law of inertia: it need not be factored to know.
+    eta: twice the measured rounding, for the backward error of C; sqrt(d) u |m|_F for the eigenvalues.
+    """
+    eta = 2 * rounding + d**0.5 * factor.UNIT * norm
+    return (0.54 * eta * inverse.sqrt() / total).where(4 * eta * inverse <= 1, torch.inf)
+
+
+def _whole(a: Tensor, b: Tensor) -> Squared:
+    h, scale, exponent = factor.equilibrate(b)
+    lower, singular = factor.cholesky(h)
+    half = factor.half_exponent(a.diagonal(dim1=-2, dim2=-1).amax(-1))
+    c = lower * (scale * torch.exp2(-half)[..., None])[..., None]
+    m = c.mT @ (a @ c)
+    probes = _probes(a)
+    rounding = _distance(m @ probes, c.mT @ (a @ (c @ probes)))
+    return Squared(m, rounding.masked_fill(singular, torch.inf), exponent + half)
+
+
+def _blocked(a: Tensor, b: Tensor) -> Squared:
+    """One pair (d, d), in products that leave out the zeros of C and one triangle of m."""
+    a, d = a.contiguous(), a.shape[-1]
+    c, scale, exponent = factor.equilibrate(b)
+    half = factor.half_exponent(a.diagonal().amax())
+    if not factor.cholesky_(c, BLOCK):
+        return Squared(c, c.new_tensor(torch.inf), exponent + half)
+    # The exponents of a go to c, and m stays within range whatever the units of a are.
+    c.mul_((scale * torch.exp2(-half))[:, None])
+    m = torch.empty_like(c)
+    blocks = list(pairwise([*range(0, d, BLOCK), d]))
+    for j0, j1 in blocks:
+        torch.mm(a[:, j0:], c[j0:, j0:j1], out=m[:, j0:j1])
+    for i0, i1 in blocks:  # rows of a c that no later block needs make room for those of m
+        m[i0:i1, :i1] = c[i0:, i0:i1].mT @ m[i0:, :i1]
+    probes = _probes(a)
+    found, cp, expected = torch.zeros_like(probes), torch.empty_like(probes), torch.empty_like(probes)
+    for i0, i1 in blocks:
+        torch.mm(c[i0:i1, :i1], probes[:i1], out=cp[i0:i1])
+        found[i0:i1] += m[i0:i1, :i1] @ probes[:i1]
+        found[:i0] += m[i0:i1, :i0].mT @ probes[i0:i1]
+    cp = a @ cp
+    for i0, i1 in blocks:
+        torch.mm(c[i0:, i0:i1].mT, cp[i0:], out=expected[i0:i1])
+    return Squared(m, _distance(found, expected), exponent + half)
+
+
+def _probes(like: Tensor) -> Tensor:
+    """Columns of +1 and -1: E |X g|^2 = |X|_F^2 for every X."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (like.shape[-1], _PROBES), generator=generator)
+    return (2 * signs - 1).to(like)
+
+
+def _distance(found: Tensor, expected: Tensor) -> Tensor:
+    return ((found - expected).square().sum((-2, -1)) / _PROBES).sqrt()
