@@ -49,7 +49,7 @@ def relative_error(values: Tensor, rounding: Tensor) -> Tensor:
 
 
 def error_from_sums(total: Tensor, inverse: Tensor, norm: Tensor, rounding: Tensor, d: int) -> Tensor:
-    """`relative_error` from the sums of the roots and of the inverses of the eigenvalues and the norm of the eigenvalues.
+    """`relative_error` from the sums of the roots and of the inverses of the eigenvalues and from their norm.
 
     The eigenvalues move by D_i with sum D_i^2 <= eta^2, eta the Frobenius norm of all perturbations (Hoffman and
     Wielandt), so their roots by at most sum |D_i| / (sqrt(l_i) + sqrt(l_i - |D_i|)). With 4 eta below the smallest
