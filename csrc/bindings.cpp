@@ -12,6 +12,7 @@
 #include "common/isa.h"
 #include "moca/moca.h"
 #include "moments/moments.h"
+#include "sqrtm/sqrtm.h"
 
 namespace py = pybind11;
 
@@ -69,6 +70,12 @@ SecondMoment second_moment(Address x, int64_t x_stride, Address shift, Address v
   return {at(x), x_stride, static_cast<float*>(at(shift)), static_cast<double*>(at(vectors)),
           static_cast<double*>(at(weights)), static_cast<double*>(at(second)), panel, static_cast<double*>(at(sums)),
           static_cast<float*>(at(packed)), rows, cols, dtype_of(dtype)};
+}
+
+BandInverseTraces band_inverse_traces(Address band, Address shifts, Address traces, Address workspace, int64_t rows,
+                                      int64_t width, int64_t count) {
+  return {static_cast<double*>(at(band)), static_cast<double*>(at(shifts)), static_cast<double*>(at(traces)),
+          static_cast<double*>(at(workspace)), rows, width, count};
 }
 
 // A Python function whose arguments are those of `make`, which packs them into the parameter struct, followed by
@@ -138,6 +145,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_norms", unlocked(token_norms, MIR_AT_ISA(moments_cpu).token_norms));
   m.def("second_moment", unlocked(second_moment, MIR_AT_ISA(second_moment_cpu).add));
   m.def("second_moment_workspace", MIR_AT_ISA(second_moment_cpu).workspace);
+  m.def("band_inverse_traces", unlocked(band_inverse_traces, MIR_AT_ISA(band_inverse_traces_cpu).run));
+  m.def("band_inverse_traces_workspace", MIR_AT_ISA(band_inverse_traces_cpu).workspace);
 #if defined(MIR_WITH_CUDA)
   m.def("moca_forward_cuda", unlocked(moca_forward, moca_forward_on_stream));
   m.def("moca_backward_cuda", unlocked(moca_backward, moca_backward_on_stream));
