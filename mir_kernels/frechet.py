@@ -221,12 +221,9 @@ def _linalg(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
     As accurate in every precision."""
     a, b = factor.symmetrize(a), factor.symmetrize(b)
     form = squared.squared(a, b)
-    kept = torch.isfinite(form.rounding)
-    values = a.new_zeros(a.shape[:-1])
-    values[kept] = torch.linalg.eigvalsh(form.m if bool(kept.all()) else form.m[kept])
-    error = squared.relative_error(values, form.rounding)
-    total = values.clamp(min=0.0).sqrt().sum(-1) * torch.exp2(form.exponent)
-    path = ["cholesky+eigvalsh"] * a.shape[0]
+    total, error, solver = squared.roots_(form)
+    total *= torch.exp2(form.exponent)
+    path = [f"cholesky+{solver}"] * a.shape[0]
     direct = torch.nonzero(~(error <= TOLERANCE["float64"]))[:, 0]
     if direct.numel():
         n, exponent, how = _product_of_factors(a[direct], b[direct])

@@ -14,14 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mir_kernels._native import C
+from mir_kernels._native import MISSING, C
+
+__all__ = ["MISSING", "QUADRATURE", "RootSums", "root_sums_"]
 
 WIDTH = 64  # diagonals below the main one
 QUADRATURE = 1e-11  # largest relative error of a root by `nodes`, before rounding
 
 
 class RootSums(NamedTuple):
-    """Sums over the eigenvalues l of a matrix, float64 scalars; NaN and infinity where it is not positive definite.
+    """Sums over the eigenvalues l of a matrix, float64; NaN and infinity where it is not positive definite.
 
     total: of sqrt(l).  inverse: of 1/l.  norm: the root of the sum of l^2.
     """

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mir_kernels.sqrtm import factor
+from mir_kernels.sqrtm import band, factor
+from mir_kernels.sqrtm.band import RootSums
 
 BLOCK = 256  # columns that go through one product
 _BLOCKED = 2 * BLOCK  # from here on blocks that skip zeros are faster than whole products
+_BANDED = 512  # from here on `band` is faster than LAPACK's eigenvalues
 _PROBES = 8
 
 
@@ -38,27 +40,38 @@ def squared(a: Tensor, b: Tensor) -> Squared:
     return Squared(*(torch.stack(t) for t in zip(*parts, strict=True)))
 
 
-def relative_error(values: Tensor, rounding: Tensor) -> Tensor:
-    """At least the relative error of sum_i sqrt(values_i), values (..., d) being the eigenvalues of `Squared.m`.
+def roots_(form: Squared) -> tuple[Tensor, Tensor, str]:
+    """The sum of the roots of the eigenvalues of each `form.m`, its relative error, and "eigvalsh" or "band".
 
-    Infinite where the two matrices may be indefinite or singular up to rounding.
+    The error is infinite where C lost a pivot and where A may be indefinite, or m singular, up to rounding. form.m is
+    overwritten.
     """
-    total = values.clamp(min=0.0).sqrt().sum(-1)
+    d, kept = form.m.shape[-1], torch.isfinite(form.rounding)
+    total, error = torch.zeros_like(form.rounding), torch.full_like(form.rounding, torch.inf)
+    if form.m.device.type == "cpu" and d >= _BANDED and band.MISSING is None:
+        for i in torch.nonzero(kept)[:, 0].tolist():
+            sums = band.root_sums_(form.m[i], BLOCK)
+            total[i], error[i] = sums.total, relative_error(sums, form.rounding[i], d) + 2 * band.QUADRATURE
+        return total, error, "band"
+    values = torch.linalg.eigvalsh(form.m if bool(kept.all()) else form.m[kept])
     inverse = (1 / values).sum(-1).where(values.amin(-1) > 0, torch.inf)
-    return error_from_sums(total, inverse, torch.linalg.vector_norm(values, dim=-1), rounding, values.shape[-1])
+    sums = RootSums(values.clamp(min=0.0).sqrt().sum(-1), inverse, torch.linalg.vector_norm(values, dim=-1))
+    total[kept], error[kept] = sums.total, relative_error(sums, form.rounding[kept], d)
+    return total, error, "eigvalsh"
 
 
-def error_from_sums(total: Tensor, inverse: Tensor, norm: Tensor, rounding: Tensor, d: int) -> Tensor:
-    """`relative_error` from the sums of the roots and of the inverses of the eigenvalues and from their norm.
+def relative_error(sums: RootSums, rounding: Tensor, d: int) -> Tensor:
+    """At least the relative error of sums.total, the sum of the roots of d eigenvalues of `Squared.m`.
 
     The eigenvalues move by D_i with sum D_i^2 <= eta^2, eta the Frobenius norm of all perturbations (Hoffman and
     Wielandt), so their roots by at most sum |D_i| / (sqrt(l_i) + sqrt(l_i - |D_i|)). With 4 eta below the smallest
-    eigenvalue, which is at least 1 / inverse, that is below 0.536 eta sqrt(inverse) by Cauchy-Schwarz. Then C^T A C
-    is definite too, and so is A by Sylvester's law of inertia: it need not be factored to know.
+    eigenvalue, which is at least 1 / sums.inverse, that is below 0.536 eta sqrt(sums.inverse) by Cauchy-Schwarz. Then
+    C^T A C is definite too, and so is A by Sylvester's law of inertia: it need not be factored to know.
     eta: twice the measured rounding, for the backward error of C; sqrt(d) u |m|_F for the eigenvalues.
     """
-    eta = 2 * rounding + d**0.5 * factor.UNIT * norm
-    return (0.54 * eta * inverse.sqrt() / total).where(4 * eta * inverse <= 1, torch.inf)
+    eta = 2 * rounding + d**0.5 * factor.UNIT * sums.norm
+    error = 0.54 * eta * sums.inverse.sqrt() / sums.total
+    return error.where(4 * eta * sums.inverse <= 1, torch.inf)
 
 
 def _whole(a: Tensor, b: Tensor) -> Squared:
