@@ -46,7 +46,7 @@ def root_sums_(m: Tensor, block: int) -> RootSums:
         return RootSums(norm.new_tensor(torch.nan), norm.new_tensor(torch.inf), norm)
     # Every eigenvalue lies between 1 / inverse and norm.
     shifts, weights = nodes(1 / inverse.item(), norm.item())
-    # Tr(T (T + s)^-1) = d - s Tr((T + s)^-1); where s is beyond all eigenvalues this loses what the weights are small by
+    # Tr(T (T + s)^-1) = d - s Tr((T + s)^-1).
     return RootSums((weights * (m.shape[-1] - shifts * inverse_traces(band, shifts))).sum(), inverse, norm)
 
 
