@@ -19,12 +19,8 @@ T* row(void* base, int64_t r, int64_t stride) {
   return static_cast<T*>(base) + r * stride;
 }
 
-// Longer rows are not streamed.
-constexpr int64_t kKeptBytes = 1 << 16;
-
-// Where kStream, the row of h waits in `kept`, (cols), until it goes past the caches as `out` does.
 template <class T, bool kStream>
-void forward_row(const AddRmsForward& p, int64_t r, T* kept) {
+void forward_row(const AddRmsForward& p, int64_t r) {
   using A = typename AccumulateIn<T>::type;
   using Vec = typename Simd<T>::Vec;
   const T* x = row<T>(p.x, r, p.x_stride);
@@ -33,7 +29,7 @@ void forward_row(const AddRmsForward& p, int64_t r, T* kept) {
   const A* shift = static_cast<const A*>(p.shift);
   const A* weight = static_cast<const A*>(p.weight);
   T* out = row<T>(p.out, r, p.out_stride);
-  T* h = kStream ? kept : row<T>(p.h, r, p.h_stride);
+  T* h = row<T>(p.h, r, p.h_stride);
   const bool inside = p.mask[r] != 0;
 
   // Lanes beyond the row are zero, so they add nothing.
@@ -49,7 +45,6 @@ void forward_row(const AddRmsForward& p, int64_t r, T* kept) {
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
     store_to<kStream>(out + c, load(weight + c, lanes) * Simd<T>::round(load(h + c, lanes) * all_rstd), lanes);
   });
-  if (kStream) copy_bytes<kStream>(row<T>(p.h, r, p.h_stride), kept, p.cols * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T, bool kStream>
@@ -58,8 +53,7 @@ void forward_rows(const AddRmsForward& p, int threads) {
   const int64_t piece = (int64_t{1} << 16) / row_bytes + 1;
   parallel_for((p.rows + piece - 1) / piece, threads, p.rows * row_bytes, [&](int64_t i) {
     const int64_t end = (i + 1) * piece < p.rows ? (i + 1) * piece : p.rows;
-    alignas(64) T kept[kStream ? kKeptBytes / sizeof(T) : 1];
-    for (int64_t r = i * piece; r < end; ++r) forward_row<T, kStream>(p, r, kept);
+    for (int64_t r = i * piece; r < end; ++r) forward_row<T, kStream>(p, r);
     if (kStream) stream_fence();
   });
 }
@@ -67,9 +61,7 @@ void forward_rows(const AddRmsForward& p, int threads) {
 template <class T>
 void forward(const AddRmsForward& p, int threads) {
   const int64_t element = sizeof(T);
-  const int64_t bytes = p.rows * p.cols * element;
-  const bool stream = worth_streaming(p.out, p.out_stride * element, bytes) &&
-                      worth_streaming(p.h, p.h_stride * element, bytes) && p.cols * element <= kKeptBytes;
+  const bool stream = worth_streaming(p.out, p.out_stride * element, p.rows * p.cols * element);
   return stream ? forward_rows<T, true>(p, threads) : forward_rows<T, false>(p, threads);
 }
 
