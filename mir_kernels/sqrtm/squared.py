@@ -13,7 +13,7 @@ from mir_kernels.sqrtm.band import RootSums
 
 BLOCK = 256  # columns that go through one product
 _BLOCKED = 2 * BLOCK  # from here on blocks that skip zeros are faster than whole products
-_BANDED = 512  # from here on `band` is faster than LAPACK's eigenvalues
+_BANDED = 640  # from here on `band` is faster than the eigenvalues of LAPACK
 _PROBES = 8
 
 
