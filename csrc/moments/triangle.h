@@ -71,13 +71,14 @@ struct Words<Pair> {
   using Sum = I32Vec;
   static constexpr int64_t kRun = 32;  // the longer, the coarser the integers (integers.h)
   static MIR_INLINE Vec all(Pair word) { return word.bits + U32Vec{}; }
+  // Sums wrap: those of a column that holds Inf or NaN overflow, and its unit makes NaN of them.
   static MIR_INLINE Sum add_product(Vec a, Vec b, Sum sum) {
 #if defined(__AVX512VNNI__)
     return (Sum)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
-    return sum + (Sum)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    return (Sum)((Vec)sum + (Vec)_mm512_madd_epi16((__m512i)a, (__m512i)b));
 #else
-    return sum + (Sum)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return (Sum)((Vec)sum + (Vec)_mm256_madd_epi16((__m256i)a, (__m256i)b));
 #endif
   }
   static MIR_INLINE F32Vec value(Sum sum, const float* unit_a, const float* units_b) {
