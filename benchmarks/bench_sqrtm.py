@@ -164,7 +164,7 @@ def iteration_rows(case: str, a: Tensor, b: Tensor) -> list[dict]:
     """One row a method, precision and number of iterations, for covariances (1, d, d)."""
     truth = trace_sqrt_product(a, b, precision="float64")[0]
     x, y = factor.factor(a), factor.factor(b)
-    n, power = factor.cross_product(x, y), torch.exp2(x.exponent + y.exponent)[0]
+    n, power = factor.cross_product(x.columns, y.columns, triangular=True), torch.exp2(x.exponent + y.exponent)[0]
     rows = []
     for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         for k, value in enumerate(coupled_values(a @ b, dtype, 30), start=1):

@@ -275,7 +275,8 @@ def _product_of_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[str
     _check_definite("a", a, x)
     _check_definite("b", b, y)
     how = tuple("eigh" if s else "cholesky" for s in (x.singular | y.singular).tolist())
-    return factor.cross_product(x, y), x.exponent + y.exponent, how
+    n = factor.cross_product(x.columns, y.columns, triangular=not bool((x.singular | y.singular).any()))
+    return n, x.exponent + y.exponent, how
 
 
 def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:

@@ -79,36 +79,40 @@ def factor(a: Tensor) -> Factor:
     return Factor(lower.mul_(scale[..., None]), exponent, singular, lowest)
 
 
-def cross_product(x: Factor, y: Factor) -> Tensor:
-    """Cx^T Cy: its singular values are the square roots of the eigenvalues of the product of the two matrices."""
-    d = x.columns.shape[-1]
-    if d < 4 * _BLOCK or bool((x.singular | y.singular).any()):
-        return x.columns.mT @ y.columns
-    # Both are lower triangular: block (i, j) needs only the rows from max(i, j) on, 0.47 of the work in 4 x 4 blocks.
-    cuts = [d * i // 4 for i in range(5)]
-    if x.columns.dim() == 3 and x.columns.shape[0] == 1:  # one product is faster than a batch of one
-        return cross_product(Factor(*(t[0] for t in x)), Factor(*(t[0] for t in y)))[None]
-    out = torch.empty_like(x.columns)
-    for i0, i1 in pairwise(cuts):
-        for j0, j1 in pairwise(cuts):
+def cross_product(x: Tensor, y: Tensor, *, triangular: bool) -> Tensor:
+    """X^T Y; with the zeros above the diagonals left out where both are lower triangular."""
+    parts = blocks(x.shape[-1])
+    if not triangular or len(parts) == 1:
+        return x.mT @ y
+    if x.dim() == 3 and x.shape[0] == 1:  # one product is faster than a batch of one
+        return cross_product(x[0], y[0], triangular=True)[None]
+    out = torch.empty_like(x)
+    for i0, i1 in parts:
+        for j0, j1 in parts:
             k = max(i0, j0)
-            out[..., i0:i1, j0:j1] = x.columns[..., k:, i0:i1].mT @ y.columns[..., k:, j0:j1]
+            out[..., i0:i1, j0:j1] = x[..., k:, i0:i1].mT @ y[..., k:, j0:j1]
     return out
 
 
 def gram(n: Tensor) -> Tensor:
     """N^T N, each pair of mirrored blocks computed once."""
     d = n.shape[-1]
-    if d < 4 * _BLOCK:
+    parts = blocks(d)
+    if len(parts) == 1:
         return n.mT @ n
     if n.dim() == 3 and n.shape[0] == 1:
         return gram(n[0])[None]
-    cuts = [d * i // 4 for i in range(5)]
     out = n.new_empty(*n.shape[:-2], d, d)
-    for j0, j1 in pairwise(cuts):
+    for j0, j1 in parts:
         out[..., j0:, j0:j1] = n[..., :, j0:].mT @ n[..., :, j0:j1]
         out[..., j0:j1, j1:] = out[..., j1:, j0:j1].mT
     return out
+
+
+def blocks(d: int) -> list[tuple[int, int]]:
+    """Where products that skip blocks are cut: 4 pieces, or one where a whole product is faster."""
+    cuts = [d * i // 4 for i in range(5)] if d >= 4 * _BLOCK else [0, d]
+    return list(pairwise(cuts))
 
 
 def cholesky(h: Tensor, d: int | None = None) -> tuple[Tensor, Tensor]:

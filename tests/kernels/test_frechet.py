@@ -76,7 +76,7 @@ def test_scaling_a_matrix_scales_the_trace_by_its_root(scale_a, scale_b, backend
     a, b = pair("i^-1", 40)
     value = trace_sqrt_product(scale_a * a, scale_b * b, backend=backend)
     expected = truth(a, b) * math.sqrt(scale_a) * math.sqrt(scale_b)
-    assert (value / expected - 1).abs() <= 1e-6 if backend == "eager" else 1e-10
+    assert (value / expected - 1).abs() <= (1e-6 if backend == "eager" else 1e-10)
 
 
 @pytest.mark.parametrize("kind", SPECTRA)
@@ -128,6 +128,23 @@ def test_bounds_hold_the_truth_next_to_singular(seed, smallest):
 def test_bounds_are_close(kind, backend):
     value, lower, upper = trace_sqrt_product(*pair(kind), bounds=True, backend=backend)
     assert (upper - lower) <= 1e-6 * value
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 8, 12, 40])
+def test_bounds_of_well_conditioned_pairs_are_a_few_roundings_apart(d):
+    generator = torch.Generator().manual_seed(d)
+    x, y = torch.randn(2, 4 * d, d, generator=generator, dtype=torch.float64)
+    value, lower, upper = trace_sqrt_product(x.mT @ x, y.mT @ y, bounds=True)
+    assert (upper - lower) <= 1e-14 * d**1.5 * value
+
+
+@pytest.mark.parametrize("kind", ["i^-1", "i^-2", "rank d/4"])
+def test_bounds_hold_where_products_are_cut_into_blocks(kind):
+    a = covariance(kind, 600, 2)
+    lower, upper = trace_sqrt_product(a, a, bounds=True)[1:]
+    exact = math.fsum(a.diagonal().tolist())  # (A A)^(1/2) = A
+    assert lower <= exact <= upper
+    assert upper - lower <= (1e-9 if kind != "rank d/4" else 1e-4) * exact
 
 
 @pytest.mark.parametrize("kind", ["rank d/4", "condition 1e12", "one direction 1e6", "zero columns"])
