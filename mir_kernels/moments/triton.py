@@ -14,12 +14,9 @@ from mir_kernels._triton import INTERPRET, cast
 from mir_kernels.moments.packed import PANEL
 
 NORM_BLOCK = 4096  # elements of a program of the norms: 32 a thread
-CHUNK = 1024  # rows summed in the tensor cores before their sum is added, rounded to nearest, to the tile's total
+CHUNK = 256  # rows summed in the tensor cores before their sum is added, rounded to nearest, to the tile's total
 SHIFT_ABOVE = 4.0  # columns whose mean lies more deviations than this from zero are shifted
 SAMPLE = 512  # rows that the deviations are judged by
-
-BIG = tl.constexpr(2.0**60)
-SMALL = tl.constexpr(2.0**-60)
 
 
 class Blocks(NamedTuple):
@@ -153,7 +150,7 @@ def _shift(x: Tensor, mask: Tensor | None, centre: Tensor, precision: str) -> Te
 def _token_norms_fwd(
     x, out, rows, x_stride, d, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program norms HEIGHT rows. A power of two chosen by the row's largest element keeps the squares in range."""
+    """One program norms HEIGHT rows. A power of two chosen by the row's largest element keeps squares in range."""
     row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)  # [HEIGHT]
     m_row = row < rows
     column = tl.arange(0, BLOCK)  # [BLOCK]
@@ -162,7 +159,7 @@ def _token_norms_fwd(
     kind: tl.constexpr = tl.float64 if wide else tl.float32
     if ONE_BLOCK:
         b_x = tl.load(p_row + column[None, :], mask=m_row[:, None] & (column < d)[None, :], other=0.0).to(kind)
-        scale = _scale(tl.max(tl.abs(b_x), axis=1), wide)
+        scale, back = _scale(tl.max(tl.abs(b_x), axis=1), wide)
         scaled = b_x * scale[:, None]
         squares = tl.sum(scaled * scaled, axis=1)
     else:
@@ -172,23 +169,27 @@ def _token_norms_fwd(
             largest = tl.maximum(
                 largest, tl.abs(tl.load(p_row + start + column[None, :], mask=m_x, other=0.0).to(kind))
             )
-        scale = _scale(tl.max(largest, axis=1), wide)
+        scale, back = _scale(tl.max(largest, axis=1), wide)
         partial = tl.zeros([HEIGHT, BLOCK], dtype=kind)
         for start in range(0, d, BLOCK):
             m_x = m_row[:, None] & (start + column < d)[None, :]
             scaled = tl.load(p_row + start + column[None, :], mask=m_x, other=0.0).to(kind) * scale[:, None]
             partial += scaled * scaled
         squares = tl.sum(partial, axis=1)
-    tl.store(out + row, (tl.sqrt(squares) / scale).to(tl.float32), mask=m_row)
+    tl.store(out + row, (tl.sqrt(squares) * back).to(tl.float32), mask=m_row)
 
 
 @triton.jit
 def _scale(largest, WIDE: tl.constexpr):
-    """1, or the power of two that brings squares of elements as large as `largest` into float32's range."""
-    scale = tl.full(largest.shape, 1.0, largest.dtype)
-    if not WIDE:
-        scale = tl.where(largest > BIG, 2.0**-70, tl.where(largest < SMALL, 2.0**100, scale))
-    return scale
+    """The power of two that brings the normal number `largest` to between 1 and 4, and its inverse; 1 for float64."""
+    if WIDE:
+        scale = tl.full(largest.shape, 1.0, tl.float64)
+        back = scale
+    else:
+        exponent = tl.minimum(tl.maximum(largest.to(tl.uint32, bitcast=True) >> 23, 1), 253)
+        scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        back = (exponent << 23).to(tl.float32, bitcast=True)
+    return scale, back
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -270,41 +271,40 @@ def _products(
     if SHIFTED:
         shift_i = tl.load(shift + column_i, mask=m_i, other=0.0)[None, :]
         shift_j = tl.load(shift + column_j, mask=m_j, other=0.0)[None, :]
-    for first in range(0, rows, CHUNK):
-        last = tl.minimum(first + CHUNK, rows)
-        b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
-        b_column = tl.zeros([TILE], dtype=tl.float32)
-        for start in range(first, last, STEP):
-            row = start + tl.arange(0, STEP)  # [STEP]
-            m_row = row < last
-            if HAS_MASK:
-                m_row = m_row & (tl.load(mask + row, mask=m_row, other=0) != 0)
-            p_row = x + row.to(tl.int64)[:, None] * x_stride
-            b_i = tl.load(p_row + column_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [STEP, TILE]
-            b_j = tl.load(p_row + column_j[None, :], mask=m_row[:, None] & m_j[None, :], other=0.0)  # [STEP, TILE]
-            if SHIFTED:
-                b_i = tl.where(m_row[:, None], b_i.to(tl.float32) - shift_i, 0.0)
-                b_j = tl.where(m_row[:, None], b_j.to(tl.float32) - shift_j, 0.0)
-                if element != tl.float32:
-                    high_i, high_j = _high(b_i, element), _high(b_j, element)
-                    low_i, low_j = (
-                        cast(b_i - high_i.to(tl.float32), element),
-                        cast(b_j - high_j.to(tl.float32), element),
-                    )
-                    if element == tl.float16:  # the remainder is not small where the difference is beyond float16
-                        b_chunk = _dot(low_i, low_j, b_chunk, FLOAT32)
-                    b_chunk = _dot(low_i, high_j, b_chunk, FLOAT32)
-                    b_chunk = _dot(high_i, low_j, b_chunk, FLOAT32)
-                    b_chunk = _dot(high_i, high_j, b_chunk, FLOAT32)
-                else:
-                    b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
+    b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_column = tl.zeros([TILE], dtype=tl.float32)
+    # One loop over all steps, not one a chunk: loads of the next chunk are on their way while this one is added.
+    for start in range(0, rows, STEP):
+        row = start + tl.arange(0, STEP)  # [STEP]
+        m_row = row < rows
+        if HAS_MASK:
+            m_row = m_row & (tl.load(mask + row, mask=m_row, other=0) != 0)
+        p_row = x + row.to(tl.int64)[:, None] * x_stride
+        b_i = tl.load(p_row + column_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [STEP, TILE]
+        b_j = tl.load(p_row + column_j[None, :], mask=m_row[:, None] & m_j[None, :], other=0.0)  # [STEP, TILE]
+        if SHIFTED:
+            b_i = tl.where(m_row[:, None], b_i.to(tl.float32) - shift_i, 0.0)
+            b_j = tl.where(m_row[:, None], b_j.to(tl.float32) - shift_j, 0.0)
+            if element != tl.float32:
+                high_i, high_j = _high(b_i, element), _high(b_j, element)
+                low_i, low_j = cast(b_i - high_i.to(tl.float32), element), cast(b_j - high_j.to(tl.float32), element)
+                if element == tl.float16:  # the remainder is not small where the difference is beyond float16
+                    b_chunk = _dot(low_i, low_j, b_chunk, FLOAT32)
+                b_chunk = _dot(low_i, high_j, b_chunk, FLOAT32)
+                b_chunk = _dot(high_i, low_j, b_chunk, FLOAT32)
+                b_chunk = _dot(high_i, high_j, b_chunk, FLOAT32)
             else:
                 b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
-            if diagonal:
-                b_column += tl.sum(b_i.to(tl.float32), axis=0)
-        b_total += b_chunk
-        b_sums += b_column
-    return b_total, b_sums
+        else:
+            b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
+        if diagonal:
+            b_column += tl.sum(b_i.to(tl.float32), axis=0)
+        if (start + STEP) % CHUNK == 0:
+            b_total += b_chunk
+            b_sums += b_column
+            b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
+            b_column = tl.zeros([TILE], dtype=tl.float32)
+    return b_total + b_chunk, b_sums + b_column
 
 
 @triton.jit

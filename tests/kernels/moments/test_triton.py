@@ -95,6 +95,17 @@ def test_error_is_within_the_promise_whatever_the_mean(dtype, ratio, monkeypatch
     assert_moments(moments, x[mask])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_columns_just_below_the_threshold_of_shifting_keep_the_promise(dtype, monkeypatch, assert_moments):
+    """The largest sums that go into the tensor cores as they are, which truncate: no column but has a mean."""
+    rows, d = (700, 33) if INTERPRETED else (8192, 512)
+    monkeypatch.setattr(streaming, "ROWS", {"cpu": 350, "cuda": streaming.ROWS["cuda"]})
+    x = (torch.randn(rows, d, device=DEVICE) + 0.97 * kernels.SHIFT_ABOVE).to(dtype)
+    moments = StreamingMoments(d, device=DEVICE, backend="triton")
+    moments.update(x)
+    assert_moments(moments, x)
+
+
 def test_a_block_larger_than_what_is_gathered_goes_in_directly(monkeypatch, assert_moments):
     monkeypatch.setattr(streaming, "ROWS", {"cpu": 16, "cuda": 16})
     x = torch.randn(70, 9, device=DEVICE).bfloat16() + 3
@@ -121,6 +132,11 @@ def test_norms_are_right_to_float32_and_nothing_overflows_on_the_way(d, dtype):
     for scale in (1.0, float(torch.finfo(dtype).max) / d if dtype != torch.float64 else 1e30 / d, 1e-30):
         scaled = (x * scale).to(dtype)
         assert_close(token_norms(scaled, backend="triton"), reference.token_norms(scaled))
+    if dtype != torch.float16:
+        x = torch.full((5, d), 1.0, device=DEVICE)
+        x = (x * torch.tensor([2.0**58, 2.0**60, 2.0**-58, 2.0**-62, 2.0**-126], device=DEVICE)[:, None]).to(dtype)
+        x[3, 0] *= 4  # one element of another range than the rest
+        assert_close(token_norms(x, backend="triton"), reference.token_norms(x))
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [0.0, 0.0], [3.0, 4.0]], device=DEVICE).to(dtype)
     norms = token_norms(x, backend="triton")
     assert norms[0].isnan()
