@@ -2,9 +2,10 @@
 
 A benchmark lists its rivals as `Rival(name, call, error)`. `compare` first looks at each one's error against float64 (a
 red check prints no time), then runs all of them in turn, round after round, so that a noisy machine is noisy for all
-alike. On CUDA it times with events, over rotating inputs, with the L2 cache flushed; on a CPU with a clock. Every row
-shows its fraction of the floor: the bytes that the job takes at least over the copy bandwidth, or its operations over
-the largest matrix product's rate, whichever is longer, both measured in the same run (`ceilings`).
+alike. One that raises gets a row with what it said and no time. On CUDA it times with events after the L2 cache was
+read full of something else; on a CPU with a clock. Every row shows its fraction of the floor: a copy of as many bytes
+as the job moves at least, or its operations at the rate of a large matrix product, whichever is longer, both measured
+in the same run (`copies_of`, `rate`).
 """
 
 from __future__ import annotations
@@ -14,39 +15,51 @@ import csv
 import functools
 import os
 import platform
+import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 DATA = Path(__file__).parent / "data"
-# Edge of the matrices whose product's rate counts as the machine's, and bytes that the copy reads.
+# Edge of the matrices whose product's rate counts as the machine's, and bytes that the largest copy reads.
 MATRIX = {"cpu": 1536, "cuda": 8192}
 COPIED = {"cpu": 128 << 20, "cuda": 2 << 30}
-FLUSHED = 512 << 20  # bytes written before each CUDA timing: past any L2, and longer than a launch takes from Python
+FLUSHED = 512 << 20  # bytes read before each CUDA timing: past any L2, and longer than a launch takes from Python
+UNITS = {  # what a product may be made of; a job names the kinds of operations that it needs
+    "any": (torch.bfloat16, torch.float32, torch.int8),
+    "float64": (torch.float64,),
+}
+OURS = ("ours", "mir_kernels")  # how the names of our own rivals begin
 COLUMNS = (
-    "operation", "case", "rival", "p20_ms", "p50_ms", "p80_ms", "error", "limit", "bytes", "flops", "rounds",
-    "copy_gbs", "matmul_gflops", "floor_ms", "of_floor", "device", "threads", "torch", "python", "commit",
+    "operation", "case", "rival", "p20_ms", "p50_ms", "p80_ms", "error", "limit", "peak_mb", "bytes", "flops", "rounds",
+    "copy_gbs", "matmul_gflops", "float64_gflops", "floor_ms", "of_floor", "failure", "versions",
+    "device", "threads", "torch", "python", "commit",
 )  # fmt: skip
+TEXTS = {"operation", "case", "rival", "failure", "versions", "device", "threads", "torch", "python", "commit"}
 
 
 @dataclass
 class Rival:
     """One way of doing a job.
 
-    call(i): does the job on the i-th set of inputs (rotate among them); its result is dropped.
-    error: relative error against float64, computed by the benchmark before timing; None where it has no meaning.
+    call(i): does the job the i-th time, on another set of inputs where the benchmark has several; drops its result.
+    error: relative error against float64, or what computes it: an exception is then the rival's, not the benchmark's.
+        None where it has no meaning.
     limit: what the error may be at most; a larger one is printed in place of a time.
+    peak_mb: memory beyond the inputs, where the benchmark measured it.
     """
 
     name: str
     call: Callable[[int], object]
-    error: float | None = None
+    error: float | Callable[[], float] | None = None
     limit: float | None = None
+    peak_mb: float | None = None
 
 
 def compare(
@@ -56,6 +69,7 @@ def compare(
     *,
     bytes_moved: int = 0,
     flops: int = 0,
+    float64_flops: int = 0,
     seconds: float = 2.0,
     rounds: tuple[int, int] = (5, 200),
     device: str = "cpu",
@@ -63,60 +77,123 @@ def compare(
     """Time all rivals in turn and return one row each (see COLUMNS).
 
     bytes_moved, flops: the fewest that the job takes (counts.py), so that a row tells its fraction of the floor.
-    seconds: how long each rival is run in all, within `rounds` (fewest, most) repetitions.
+    float64_flops: those that need float64, beside `flops`, which any unit of the machine may do.
+    seconds: how long each rival is run in all, within `rounds` (fewest, most) repetitions, spread over the whole run.
     """
-    red = {r.name for r in rivals if r.error is not None and r.limit is not None and not r.error <= r.limit}
-    green = [r for r in rivals if r.name not in red]
     clock = _cuda_ms if device == "cuda" else _cpu_ms
-    first = {r.name: (clock(r.call, 0), clock(r.call, 1))[1] for r in green}  # the first call only warms up
-    slowest = max(first.values(), default=0.0)
-    count = max(rounds[0], min(rounds[1], int(seconds * 1e3 / max(slowest, 1e-3))))
-    times: dict[str, list[float]] = {r.name: [] for r in green}
-    for i in range(count):
-        for r in green if i % 2 == 0 else reversed(green):  # alternate the order: no rival always follows the same one
-            times[r.name].append(clock(r.call, i))
-    top = ceilings(device)
-    floor = max(bytes_moved / top.copy_gbs, flops / top.matmul_gflops) / 1e6
+    copies, share = copies_of(bytes_moved, device)
+    entries = [*rivals, *copies]
+    errors: dict[str, float | None] = {}
+    failures: dict[str, str] = {}
+    turns: dict[str, int] = {}
+    for r in entries:
+        try:
+            errors[r.name] = found = r.error() if callable(r.error) else r.error
+            if found is None or r.limit is None or found <= r.limit:
+                clock(r.call, 0)  # compiles, allocates
+                turns[r.name] = _clamp(int(seconds * 1e3 / max(clock(r.call, 1), 1e-3)), *rounds)
+        except Exception as problem:  # of a library, or of a kernel: the others go on
+            failures[r.name] = first_line(problem)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    most = max(turns.values(), default=0)
+    for i in range(most):
+        for r in entries if i % 2 == 0 else reversed(entries):  # no rival always follows the same one
+            due = r.name in turns and (i + 1) * turns[r.name] // most > i * turns[r.name] // most
+            if due and r.name not in failures:
+                try:
+                    times[r.name].append(clock(r.call, i))
+                except Exception as problem:
+                    failures[r.name] = first_line(problem)
+    ordered = {name: sorted(taken) for name, taken in times.items() if name not in failures}
+    copied = min((quantile(ordered[c.name], 0.5) for c in copies if c.name in ordered), default=0.0) * share
+    rates = rate(device, "any") if flops else None, rate(device, "float64") if float64_flops else None
+    floor = max(copied, flops / (rates[0] or 1.0) / 1e6 + float64_flops / (rates[1] or 1.0) / 1e6)
+    common = {
+        "operation": operation, "case": case, "bytes": bytes_moved, "flops": flops + float64_flops, "floor_ms": floor,
+        "copy_gbs": bytes_moved / copied / 1e6 if copied else None,
+        "matmul_gflops": rates[0], "float64_gflops": rates[1], "versions": versions(device),
+    } | dict(zip(COLUMNS[-5:], environment(device), strict=True))  # fmt: skip
     rows = []
     for r in rivals:
-        t = sorted(times.get(r.name, ()))
-        p20, p50, p80 = (t[int(q * (len(t) - 1) + 0.5)] for q in (0.2, 0.5, 0.8)) if t else (None, None, None)
-        rows.append(
-            dict(zip(COLUMNS, (operation, case, r.name, p20, p50, p80, r.error, r.limit, bytes_moved, flops, len(t),
-                               *top, floor, floor / p50 if p50 else None, *environment(device)), strict=True))
-        )  # fmt: skip
+        t = ordered.get(r.name, [])
+        row = common | {
+            "rival": r.name, "error": errors.get(r.name), "limit": r.limit, "peak_mb": r.peak_mb, "rounds": len(t),
+            "failure": failures.get(r.name, ""), "of_floor": floor / quantile(t, 0.5) if t and floor else None,
+        }  # fmt: skip
+        row |= {f"p{q}_ms": quantile(t, q / 100) if t else None for q in (20, 50, 80)}
+        rows.append({name: row[name] for name in COLUMNS})
     return rows
 
 
-class Ceilings(NamedTuple):
-    """What the machine reached in this run: a copy, bytes read plus written, and the faster of two matrix products."""
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """The nearest of sorted values, no mean of two: a time that was taken."""
+    return ordered[int(q * (len(ordered) - 1) + 0.5)]
 
-    copy_gbs: float
-    matmul_gflops: float
+
+def first_line(problem: BaseException) -> str:
+    """The kind of an exception and the first line of what it says, which may be nothing."""
+    return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:160]}".rstrip(": ")
+
+
+def exit_code(rows: Sequence[dict]) -> int:
+    """1 where one of ours raised or was wrong: what a benchmark's script returns, so that nobody takes it for done."""
+    return int(any(r["p50_ms"] is None for r in rows if r["rival"].startswith(OURS)))
+
+
+def _clamp(value: int, fewest: int, most: int) -> int:
+    return max(fewest, min(most, value))
+
+
+def copies_of(moved: int, device: str) -> tuple[list[Rival], float]:
+    """Ways to copy so many bytes, read plus written, which `compare` times among the rivals, caches as cold as theirs;
+    and how many times as many bytes as these copies the job moves, more than 1 beyond 2 COPIED.
+
+    torch's copy, and the native MoCa kernel with nothing masked, which writes past the caches.
+    """
+    from mir_kernels import _native
+
+    if not moved:
+        return [], 1.0
+    source = torch.randn(max(1, min(moved // 2, COPIED[device]) // 4), device=device)
+    target = torch.empty_like(source)
+    ways = [Rival("(torch's copy)", lambda i: target.copy_(source))]
+    d = 1024
+    if len(source) >= d and (_native.C is not None if device == "cpu" else _native.cuda_reason() is None):
+        from mir_kernels.moca import native
+
+        n = len(source) // d
+        vector, mask = source.new_zeros(d), torch.zeros(n, dtype=torch.bool, device=device)
+        rows = source[: n * d].view(n, d), vector, vector, mask, target[: n * d].view(n, d)
+        ways.append(Rival("(native copy)", lambda i: native.forward(*rows) or target))
+    return ways, moved / (8 * len(source))
 
 
 @functools.cache
-def ceilings(device: str) -> Ceilings:
-    """Measured once a process, on random data: the median of nine copies, and of nine products in bf16 and float32."""
-    clock = _cuda_ms if device == "cuda" else _cpu_ms
-    source = torch.randint(0, 255, (COPIED[device],), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = 2 * COPIED[device] / _median(clock, functools.partial(_copy, source, target)) / 1e6
-    del source, target
-    n, rates = MATRIX[device], []
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+def rate(device: str, unit: str) -> float:
+    """GFLOP/s of the fastest large product of a unit's dtypes, on random data; those that torch lacks here are none."""
+    return max(_product_rate(device, dtype) for dtype in UNITS[unit])
+
+
+def _product_rate(device: str, dtype: torch.dtype) -> float:
+    n = MATRIX[device] // (2 if dtype == torch.float64 else 1)
+    a, b = (torch.randn(n, n, device=device).mul_(32).to(dtype) for _ in range(2))
+    if dtype == torch.int8:
+        calls: Callable[[int], object] = lambda i: torch._int_mm(a, b)  # noqa: E731
+    else:
         out = torch.empty_like(a)
-        rates.append(2 * n**3 / _median(clock, functools.partial(_multiply, a, b, out)) / 1e6)
-    return Ceilings(copied, max(rates))
+        calls = lambda i: torch.mm(a, b, out=out)  # noqa: E731
+    try:
+        return 2 * n**3 / _median(_cuda_ms if device == "cuda" else _cpu_ms, calls) / 1e6
+    except (RuntimeError, NotImplementedError):
+        return 0.0
 
 
-def _copy(source: torch.Tensor, target: torch.Tensor, i: int) -> torch.Tensor:
-    return target.copy_(source)
-
-
-def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, i: int) -> torch.Tensor:
-    return torch.mm(a, b, out=out)
+def ceilings(device: str) -> dict[str, float]:
+    """What the machine reaches: GB/s of a large copy, read plus written, and GFLOP/s of large products."""
+    moved = 2 * COPIED[device]
+    ways, _ = copies_of(moved, device)
+    copied = moved / min(_median(_cuda_ms if device == "cuda" else _cpu_ms, way.call) for way in ways) / 1e6
+    return {"copy_gbs": copied, "matmul_gflops": rate(device, "any"), "float64_gflops": rate(device, "float64")}
 
 
 def _median(clock: Callable, call: Callable[[int], object], repeats: int = 9) -> float:
@@ -127,9 +204,33 @@ def _median(clock: Callable, call: Callable[[int], object], repeats: int = 9) ->
 def environment(device: str = "cpu") -> tuple[str, int, str, str, str]:
     """Device name, threads, torch version, Python version and commit, as the last columns of a row."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=DATA.parent, check=False)
-    return name, torch.get_num_threads(), torch.__version__, platform.python_version(), git.stdout.strip() or "unknown"
+    return name, torch.get_num_threads(), torch.__version__, platform.python_version(), commit()
+
+
+@functools.cache
+def commit() -> str:
+    """The commit at hand, "+changes" where a file of the code differs from it; "unknown" without git or a clone."""
+    if shutil.which("git") is None:
+        return "unknown"
+    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=DATA.parent.parent, check=False)
+    head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    made = [f":!{path}" for path in ("benchmarks/data", "README.md", "docs")]  # by the benchmarks themselves
+    changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *made]).stdout.strip()
+    return f"{head}+changes" if head and changed else head or "unknown"
+
+
+@functools.cache
+def versions(device: str) -> str:
+    """On CUDA: the driver's, CUDA's and triton's."""
+    if device != "cuda":
+        return ""
+    import triton
+
+    try:
+        driver = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        driver = None
+    return f"driver {driver[0] if driver else 'unknown'}, CUDA {torch.version.cuda}, triton {triton.__version__}"
 
 
 def cpu_name() -> str:
@@ -154,42 +255,70 @@ def print_rows(rows: Sequence[dict], *, baseline: str | None = None) -> None:
         for r in mine:
             error = "" if r["error"] is None else f"{r['error']:.1e}"
             if r["p50_ms"] is None:
-                print(
-                    f"  {r['rival']:<34}{'not timed: its error is beyond the limit of':>46} {r['limit']:.0e}  {error}"
-                )
+                why = r.get("failure") or f"not timed: its error is beyond the limit of {r['limit']:.0e}"
+                print(f"  {r['rival']:<34}  {why}  {error}")
                 continue
             ms = r["p50_ms"]
             rate = f"{r['bytes'] / ms / 1e6:8.1f}" if r["bytes"] else " " * 8
             work = f"{r['flops'] / ms / 1e6:9.0f}" if r["flops"] else " " * 9
             ratio = f"{ms / base:8.2f}" if base else " " * 8
             floor = f"{r['of_floor']:9.2f}" if r.get("of_floor") else " " * 9
+            peak = f"  peak {r['peak_mb']:.0f} MB" if r.get("peak_mb") is not None else ""
             medians = f"{r['p20_ms']:10.3f}{ms:10.3f}{r['p80_ms']:10.3f}"
-            print(f"  {r['rival']:<34}{medians}{ratio}{rate}{work}{floor}  {error}")
+            print(f"  {r['rival']:<34}{medians}{ratio}{rate}{work}{floor}  {error}{peak}")
 
 
 def write_csv(rows: Sequence[dict], path: Path) -> None:
-    """Write the rows to `path` in the order of COLUMNS, replacing what was there."""
+    """Write the rows to `path` in the order of COLUMNS, replacing what was there: after every case, so that the next
+    one's crash loses nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    arriving = path.with_name(f"{path.name}.{os.getpid()}")
+    with arriving.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows({k: (f"{v:.6g}" if isinstance(v, float) else v) for k, v in row.items()} for row in rows)
+    os.replace(arriving, path)
 
 
 def read_csv(path: Path) -> list[dict]:
     """The rows of a file that `write_csv` wrote, numbers as numbers. Files older than a column lack it."""
-    numbers = set(COLUMNS[COLUMNS.index("p20_ms") : COLUMNS.index("device")])
+    numbers = set(COLUMNS) - TEXTS
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: (float(v) if v else None) if k in numbers else v for k, v in row.items()} for row in rows]
 
 
+def csv_name(name: str, device: str) -> str:
+    """<name>_cpu.csv, or with the card in it, so that two cards do not overwrite each other: <name>_cuda_h100.csv."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return f"{name}_{device}.csv"
+    return f"{name}_{device}_{card(torch.cuda.get_device_name())}.csv"
+
+
+def card(device_name: str) -> str:
+    """h100 of "NVIDIA H100 80GB HBM3", rtx_4090 of "NVIDIA GeForce RTX 4090": the words up to the first number."""
+    words = [w for w in re.split(r"\W+", device_name.lower()) if w not in ("nvidia", "geforce", "tesla", "amd", "")]
+    end = next((i for i, word in enumerate(words, 1) if re.search(r"\d", word)), len(words))
+    return "_".join(words[:end])
+
+
+class _Arguments(argparse.ArgumentParser):
+    """Knows that the default of `--out` follows from `--device`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        flags, rest = super().parse_known_args(args, namespace)
+        if flags.out == self.get_default("out"):
+            flags.out = DATA / csv_name(self.name, flags.device)
+        return flags, rest
+
+
 def arguments(description: str, name: str) -> argparse.ArgumentParser:
-    """The flags that all benchmarks share; `--out` defaults to benchmarks/data/<name>_<device kind>.csv."""
-    parser = argparse.ArgumentParser(description=description)
+    """The flags that all benchmarks share; `--out` defaults to benchmarks/data/`csv_name`."""
+    parser = _Arguments(description=description)
+    parser.name = name
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, default=DATA / f"{name}_{device}.csv", help="CSV to write")
+    parser.add_argument("--out", type=Path, default=DATA / csv_name(name, device), help="CSV to write")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each rival of each case")
     return parser
 
@@ -202,7 +331,8 @@ def _cpu_ms(call: Callable[[int], object], i: int) -> float:
 
 def _cuda_ms(call: Callable[[int], object], i: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    _flush().zero_()  # a cold cache, and a running queue before the first event: launch time is then hidden
+    # A cold cache without lines to write back, and a running queue before the first event: launch time is then hidden.
+    _flush().sum()
     start.record()
     call(i)
     end.record()
@@ -212,4 +342,4 @@ def _cuda_ms(call: Callable[[int], object], i: int) -> float:
 
 @functools.cache
 def _flush() -> torch.Tensor:
-    return torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+    return torch.zeros(FLUSHED // 4, device="cuda")

@@ -1,0 +1,172 @@
+"""The benchmarks' harness: the gate, the rounds, the floor, and what becomes of a rival that raises."""
+
+import math
+
+import pytest
+import torch
+
+import harness
+
+
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch):
+    """A machine of 100 GFLOP/s and half of it in float64, so that floors are known."""
+    monkeypatch.setattr(harness, "rate", lambda device, unit: {"any": 100.0, "float64": 50.0}[unit])
+
+
+def compared(*rivals, **options):
+    found = harness.compare("job", "case", rivals, seconds=0.01, rounds=(2, 12), **options)
+    return {row["rival"]: row for row in found}
+
+
+def calls_of(times, name="ours"):
+    return harness.Rival(name, lambda i: times.append(i))
+
+
+def test_a_wrong_rival_is_never_called_and_gets_no_time():
+    times = []
+    for error in (0.2, math.nan, math.inf):
+        row = compared(harness.Rival("ours", times.append, error, 0.1))["ours"]
+        assert (row["p50_ms"], row["rounds"], row["of_floor"]) == (None, 0, None)
+    assert times == []
+    assert compared(harness.Rival("ours", times.append, 0.1, 0.1))["ours"]["p50_ms"] > 0
+
+
+def test_one_that_raises_gets_a_row_with_its_first_line_and_the_others_their_times():
+    def failing_late(i):
+        late.append(i)
+        if len(late) == 4:  # in the second round, after two calls to warm up
+            raise RuntimeError("out of memory\nwith a long story")
+
+    def raising():
+        raise ValueError
+
+    late = []
+    rows = compared(
+        harness.Rival("ours, late", failing_late),
+        harness.Rival("no error", lambda i: i, raising, 0.1),
+        harness.Rival("sound", lambda i: i, lambda: 0.05, 0.1),
+    )
+    assert rows["ours, late"]["failure"] == "RuntimeError: out of memory"
+    assert rows["no error"]["failure"] == "ValueError"
+    assert rows["ours, late"]["p50_ms"] is rows["no error"]["p50_ms"] is None
+    assert rows["sound"]["p50_ms"] > 0
+    assert (rows["sound"]["error"], rows["sound"]["failure"]) == (0.05, "")
+
+
+def test_the_exit_code_tells_of_ours_and_not_of_rivals():
+    row = {"rival": "ours, triton", "p50_ms": 1.0}
+    assert harness.exit_code([row, {"rival": "published, fast", "p50_ms": None}]) == 0
+    assert harness.exit_code([row, {"rival": "ours, native", "p50_ms": None}]) == 1
+    assert harness.exit_code([row, {"rival": "mir_kernels, streamed", "p50_ms": None}]) == 1
+
+
+def test_a_slow_rival_takes_no_rounds_from_a_fast_one(monkeypatch):
+    order = []
+    monkeypatch.setattr(harness, "_cpu_ms", lambda call, i: call(i))
+
+    def taking(ms, name):
+        return harness.Rival(name, lambda i: order.append(name) or ms)
+
+    rows = compared(taking(100.0, "slow"), taking(0.5, "fast"))
+    assert (rows["slow"]["rounds"], rows["fast"]["rounds"]) == (2, 12)
+    timed = order[4:]  # after two calls each to warm up
+    first, last = (i for i, name in enumerate(timed) if name == "slow")
+    assert 3 <= first <= 8 <= last  # spread over the run, not all at one end
+
+
+def test_quantiles_are_times_that_were_taken():
+    ordered = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert [harness.quantile(ordered, q) for q in (0.2, 0.5, 0.8)] == [2.0, 4.0, 5.0]
+    assert harness.quantile([7.0], 0.8) == 7.0
+
+
+def test_the_floor_is_the_longer_of_bytes_and_operations_each_at_its_own_rate(monkeypatch):
+    def copying(moved, device):
+        return [harness.Rival(name, lambda i, ms=ms: ms) for name, ms in (("(a)", 1.0), ("(b)", 0.5))], moved / 1e7
+
+    monkeypatch.setattr(harness, "_cpu_ms", lambda call, i: call(i))
+    monkeypatch.setattr(harness, "copies_of", copying)
+    rival = harness.Rival("ours", lambda i: 4.0)
+    row = compared(rival, bytes_moved=2 * 10**7)["ours"]
+    assert (row["floor_ms"], row["of_floor"], row["copy_gbs"]) == pytest.approx((1.0, 0.25, 20.0))
+    assert compared(rival, flops=10**9)["ours"]["floor_ms"] == pytest.approx(10.0)
+    row = compared(rival, bytes_moved=2 * 10**7, flops=10**8, float64_flops=10**8)["ours"]
+    assert row["floor_ms"] == pytest.approx(1.0 + 2.0)
+    assert (row["flops"], row["float64_gflops"]) == (2 * 10**8, 50.0)
+    assert set(compared(rival, bytes_moved=2 * 10**7)) == {"ours"}  # the copies are no rows of their own
+
+
+def test_a_written_csv_reads_back_and_an_older_one_lacks_columns(tmp_path):
+    rows = list(compared(calls_of([]), harness.Rival("red", print, 1.0, 0.1)).values())
+    harness.write_csv(rows, tmp_path / "a" / "b.csv")
+    read = harness.read_csv(tmp_path / "a" / "b.csv")
+    assert list(read[0]) == list(harness.COLUMNS)
+    assert read[0]["p50_ms"] == pytest.approx(rows[0]["p50_ms"], rel=1e-5)
+    assert read[1]["p50_ms"] is None
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.csv"]
+    (tmp_path / "old.csv").write_text("operation,p50_ms,device\njob,1.5,a CPU\n")
+    assert harness.read_csv(tmp_path / "old.csv") == [{"operation": "job", "p50_ms": 1.5, "device": "a CPU"}]
+
+
+def test_the_last_columns_are_the_environment():
+    environment = harness.environment()
+    assert len(environment) == len(harness.COLUMNS[-5:])
+    assert environment[1:3] == (torch.get_num_threads(), torch.__version__)
+
+
+def test_without_git_the_commit_is_unknown_and_changed_code_shows(monkeypatch, tmp_path):
+    import subprocess
+
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
+    assert harness.commit.__wrapped__() == "unknown"
+    monkeypatch.undo()
+    monkeypatch.setattr(harness, "DATA", tmp_path / "benchmarks" / "data")
+    (tmp_path / "benchmarks" / "data").mkdir(parents=True)
+    assert harness.commit.__wrapped__() == "unknown"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for name in ("code.py", "benchmarks/data/x.csv"):
+        (tmp_path / name).write_text("before\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    clean = harness.commit.__wrapped__()
+    (tmp_path / "benchmarks/data/x.csv").write_text("after\n")
+    assert harness.commit.__wrapped__() == clean != "unknown"
+    (tmp_path / "code.py").write_text("after\n")
+    assert harness.commit.__wrapped__() == clean + "+changes"
+
+
+@pytest.mark.parametrize(
+    ("device", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx_4090"),
+        ("AMD Instinct MI300X", "instinct_mi300x"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_files_of_two_cards_have_two_names(device, card):
+    assert harness.card(device) == card
+
+
+def test_the_file_follows_the_device_that_was_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    parser = harness.arguments("a benchmark", "moca")
+    assert parser.parse_args([]).out == harness.DATA / "moca_cuda_h100.csv" == parser.get_default("out")
+    assert parser.parse_args(["--device", "cpu"]).out == harness.DATA / "moca_cpu.csv"
+    assert parser.parse_args(["--out", str(tmp_path)]).out == tmp_path
+
+
+@pytest.mark.parametrize(("moved", "share"), [(8000, 1.0), (1 << 13, 1.0), (1 << 15, 4.0)])
+def test_copies_move_the_bytes_and_are_extrapolated_only_beyond_the_largest(monkeypatch, moved, share):
+    monkeypatch.setitem(harness.COPIED, "cpu", 1 << 12)
+    torch.manual_seed(0)
+    source = torch.randn(int(moved / share) // 8)
+    torch.manual_seed(0)
+    ways, found = harness.copies_of(moved, "cpu")
+    assert found == share
+    for way in ways:
+        assert torch.equal(way.call(0), source)
+    assert harness.copies_of(0, "cpu") == ([], 1.0)
