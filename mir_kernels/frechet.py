@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ def trace_sqrt_product(
     a, b: covariances (..., d, d) of one shape, any floating dtype; each is symmetrised and worked on in float64.
     precision: the relative error of the trace is at most 2e-3 ("bfloat16"), 1e-6 ("float32") or 1e-8 ("float64"),
     whatever the backend; a RuntimeWarning says what was reached where that could not be met.
-    bounds: return `TraceSqrt(value, lower, upper)` with lower <= truth <= upper proved in float64.
+    bounds: return `TraceSqrt(value, lower, upper)` with lower <= truth <= upper proved in float64; of a matrix that
+    rounding left indefinite, the positive part is meant, taken with the diagonal scaled alike.
     backend: "linalg" (float64 singular values), "eager" or "triton" (polar factor by Newton-Schulz).
     Returns float64 of the batch's shape, without gradient. Raises ValueError for matrices that are not finite,
     symmetric and positive semi-definite up to rounding, TypeError for other dtypes.
@@ -126,7 +128,8 @@ def trace_sqrt_report(a: Tensor, b: Tensor, *, precision: str = "float32", backe
 
 def _report(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
     solve = _linalg if backend == "linalg" else _reference if backend == "reference" else _iterated
-    parts = [solve(x, y, precision, backend) for x, y in _chunks(a, b)]
+    indefinite = 8 * a.shape[-1] * max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps, 1e-12)
+    parts = [solve(x, y, precision, backend, indefinite) for x, y in _chunks(a, b)]
     values = torch.cat([part.value for part in parts]) if parts else a.new_zeros(0, dtype=torch.float64)
     errors = torch.cat([part.error for part in parts]) if parts else values
     batch = a.shape[:-2]
@@ -198,63 +201,66 @@ def frechet_distance(
         _checks.finite(name, mean)
         if mean.shape != cov.shape[:-1]:
             raise ValueError(f"{name}: takes shape {tuple(cov.shape[:-1])}, got {tuple(mean.shape)}")
+        _checks.same_device(name, mean, "cov_x", cov_x)
     _check_pair("cov_x", cov_x, "cov_y", cov_y)
     _checks.choice("precision", precision, PRECISIONS)
     backend = OPERATION.choose(backend, cov_x.device)
-    ends = _call(cov_x, cov_y, precision, bounds, backend)
-    rest = (mean_x.double() - mean_y.double()).square().sum(-1) + _trace(cov_x) + _trace(cov_y)
+    traces = _trace(cov_x), _trace(cov_y)
+    rest = (mean_x.double() - mean_y.double()).square().sum(-1) + traces[0] + traces[1]
+    # (AA)^(1/2) = A: equal covariances are at no distance in any precision.
+    same = (cov_x == cov_y).all(-1).all(-1)
+    if not bounds and not torch.compiler.is_compiling() and bool(same.all()):
+        return (rest - 2 * traces[0]).clamp(min=0.0)
+    value, lower, upper = _call(cov_x, cov_y, precision, bounds, backend)
+    value = (rest - 2 * torch.where(same, traces[0], value)).clamp(min=0.0)
     if not bounds:
-        # (AA)^(1/2) = A: equal covariances are at no distance in any precision.
-        root = torch.where((cov_x == cov_y).all(-1).all(-1), _trace(cov_x), ends[0])
-        return (rest - 2 * root).clamp(min=0.0)
-    value, lower, upper = ends
+        return value
     slack = rest * certificate.gamma(4 * cov_x.shape[-1])
-    return FrechetDistance(
-        (rest - 2 * value).clamp(min=0.0),
-        (rest - 2 * upper - slack).clamp(min=0.0),
-        (rest - 2 * lower + slack).clamp(min=0.0),
-    )
+    # Where the means' distance leaves float64's range, so does the upper end.
+    lower, upper = (rest - 2 * upper - slack).clamp(min=0.0), rest - 2 * lower + slack
+    lower = lower.nan_to_num(0.0).clamp(max=torch.finfo(rest.dtype).max)
+    return FrechetDistance(value.clamp(lower, upper), lower, upper.clamp(min=0.0))
 
 
-def _linalg(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
+def _linalg(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
     """The roots of the eigenvalues of C^T A C with C C^T = B where rounding allows it, else the singular values of N.
     As accurate in every precision."""
-    a, b = factor.symmetrize(a), factor.symmetrize(b)
     form = squared.squared(a, b)
     total, error, solver = squared.roots_(form)
-    total *= torch.exp2(form.exponent)
+    total = factor.times_power(total, form.exponent)
     path = [f"cholesky+{solver}"] * a.shape[0]
     direct = torch.nonzero(~(error <= TOLERANCE["float64"]))[:, 0]
     if direct.numel():
-        n, exponent, how = _product_of_factors(a[direct], b[direct])
-        total[direct] = torch.linalg.svdvals(n).sum(-1) * torch.exp2(exponent)
-        error[direct] = n.shape[-1] * factor.UNIT
-        for i, h in zip(direct.tolist(), how, strict=True):
-            path[i] = h + "+svdvals"
+        pair = _factors(a[direct], b[direct], indefinite)
+        values = torch.linalg.svdvals(pair.n).sum(-1)
+        total[direct] = factor.times_power(values, pair.exponent)
+        error[direct] = pair.n.shape[-1] * factor.UNIT + _relative(pair.rounding, values)
+        for i, how in zip(direct.tolist(), pair.how, strict=True):
+            path[i] = how + "+svdvals"
     return TraceReport(total, error, tuple(path))
 
 
-def _iterated(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
+def _iterated(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
     """<U, N> with U the polar factor of N by Newton-Schulz, one precision after another until the dual bound says that
     the error asked for is met."""
-    n, exponent, how = _product_of_factors(a, b)
-    value, error = n.new_zeros(n.shape[0]), n.new_full((n.shape[0],), float("inf"))
+    n, exponent, rounding, how = _factors(a, b, indefinite)
+    value, gap = n.new_zeros(n.shape[0]), n.new_full((n.shape[0],), float("inf"))
     path = list(how)
     for rung in PRECISIONS[PRECISIONS.index(precision) :]:
-        open_ = torch.nonzero(error > TOLERANCE[precision])[:, 0]
+        open_ = torch.nonzero(gap > TOLERANCE[precision])[:, 0]
         if open_.numel() == 0:
             break
         part = n[open_]
         u = sqrtm.polished_polar(part, rung, backend)
         found = (u * part).sum((-2, -1))
         witness = certificate.polar_witness(part, u, TOLERANCE[precision])
-        gap = _gap(part, witness)
-        better = gap < error[open_]
+        reached = _gap(part, witness)
+        better = reached < gap[open_]
         value[open_] = torch.where(better, found, value[open_])
-        error[open_] = torch.where(better, gap, error[open_])
+        gap[open_] = torch.where(better, reached, gap[open_])
         for i in open_.tolist():
             path[i] += f"+polar[{rung}]"
-    return TraceReport(value * torch.exp2(exponent), error, tuple(path))
+    return TraceReport(factor.times_power(value, exponent), gap + _relative(rounding, value), tuple(path))
 
 
 def _gap(n: Tensor, witness: certificate.Witness) -> Tensor:
@@ -264,19 +270,36 @@ def _gap(n: Tensor, witness: certificate.Witness) -> Tensor:
     return torch.where((witness.r == 0).all(-1).all(-1) & (upper > 0), 1.0, gap)
 
 
-def _reference(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
+def _relative(error: Tensor, value: Tensor) -> Tensor:
+    return torch.where(error > 0, error / value, 0.0)
+
+
+def _reference(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
     value = reference.trace_sqrt_product(a, b)
     return TraceReport(value, torch.full_like(value, 1e-8), ("reference",) * value.shape[0])
 
 
-def _product_of_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """N with Tr((AB)^(1/2)) = 2^exponent |N|_*, and per matrix whether Cholesky or eigenvectors gave its factors."""
-    x, y = factor.factor(factor.symmetrize(a)), factor.factor(factor.symmetrize(b))
-    _check_definite("a", a, x)
-    _check_definite("b", b, y)
-    how = tuple("eigh" if s else "cholesky" for s in (x.singular | y.singular).tolist())
-    n = factor.cross_product(x.columns, y.columns, triangular=not bool((x.singular | y.singular).any()))
-    return n, x.exponent + y.exponent, how
+class _Factors(NamedTuple):
+    """Tr((AB)^(1/2)) = 2^exponent |N|_*, to within `rounding` of |N|_*.  how: "cholesky" or "eigh" gave N."""
+
+    n: Tensor
+    exponent: Tensor
+    rounding: Tensor
+    how: tuple[str, ...]
+
+
+def _factors(a: Tensor, b: Tensor, indefinite: float) -> _Factors:
+    x, y = factor.factor(a), factor.factor(b)
+    for name, c in (("a", x), ("b", y)):
+        if bool((c.lowest < -indefinite).any()):
+            raise ValueError(
+                f"{name}: takes positive semi-definite matrices, got one with an eigenvalue of "
+                f"{float(c.lowest.amin()):.3g} relative to its diagonal"
+            )
+    singular = (x.singular | y.singular).tolist()
+    n = factor.cross_product(x.columns, y.columns, triangular=not any(singular))
+    how = tuple("eigh" if s else "cholesky" for s in singular)
+    return _Factors(n, x.exponent + y.exponent, factor.trace_error(x, y), how)
 
 
 def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
@@ -288,7 +311,7 @@ def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor,
         return found
 
     witness = certificate.spectral_witness if backend in ("linalg", "reference") else polar_witness
-    ends = [certificate.trace_bounds(factor.symmetrize(x), factor.symmetrize(y), witness) for x, y in _chunks(a, b)]
+    ends = [certificate.trace_bounds(x, y, witness) for x, y in _chunks(a, b)]
     if not ends:
         empty = a.new_zeros(a.shape[:-2], dtype=torch.float64)
         return empty, empty.clone()
@@ -296,12 +319,13 @@ def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor,
     return lower, upper
 
 
-def _chunks(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The flattened batch in parts that bound the memory of the float64 intermediates."""
+def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The flattened batch, symmetric and in float64, in parts that bound the memory of the intermediates."""
     d = a.shape[-1]
     step = max(1, _CHUNK // (d * d))
     x, y = a.reshape(-1, d, d), b.reshape(-1, d, d)
-    return [(x[i : i + step], y[i : i + step]) for i in range(0, x.shape[0], step)]
+    for i in range(0, x.shape[0], step):
+        yield factor.symmetrize(x[i : i + step]), factor.symmetrize(y[i : i + step])
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,16 +350,6 @@ def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     _checks.same_device(name_b, b, name_a, a)
     if a.shape != b.shape:
         raise ValueError(f"{name_b}: takes shape {tuple(a.shape)} as {name_a} has, got {tuple(b.shape)}")
-
-
-def _check_definite(name: str, a: Tensor, c: factor.Factor) -> None:
-    """Refuse a matrix whose equilibrated form has an eigenvalue that rounding cannot explain."""
-    allowed = 8 * a.shape[-1] * max(torch.finfo(a.dtype).eps, 1e-12)
-    if bool((c.lowest < -allowed).any()):
-        raise ValueError(
-            f"{name}: takes positive semi-definite matrices, got one with an eigenvalue of "
-            f"{float(c.lowest.amin()):.3g} relative to its diagonal"
-        )
 
 
 def _trace(a: Tensor) -> Tensor:

@@ -67,8 +67,15 @@ def trace_bounds(a: Tensor, b: Tensor, witness: Callable[[Tensor], Witness]) -> 
     grown = (1 + x.slack_in + x.slack_out).sqrt() * (1 + y.slack_in + y.slack_out).sqrt() * (1 + gamma(4 * a.shape[-1]))
     lower = lower - (x.slack_in.sqrt() + y.slack_in.sqrt()) * scales * grown
     upper = upper + (x.slack_out.sqrt() + y.slack_out.sqrt()) * scales * grown
-    power = torch.exp2(x.exponent + y.exponent)
-    return lower.clamp(min=0.0) * (1 - 8 * UNIT) * power, upper * (1 + 8 * UNIT) * power
+    power = x.exponent + y.exponent
+    return outward(lower * (1 - 8 * UNIT), power, -1), outward(upper * (1 + 8 * UNIT), power, 1)
+
+
+def outward(end: Tensor, exponent: Tensor, sign: int) -> Tensor:
+    """end 2^exponent, a lower end (sign -1) or an upper one (sign 1): true where that leaves float64's range, too."""
+    end = factor.times_power(end.clamp(min=0.0), exponent)
+    end = torch.nextafter(end, torch.full_like(end, sign * torch.inf))
+    return end if sign > 0 else end.clamp(0.0, torch.finfo(end.dtype).max)
 
 
 def enclose(a: Tensor) -> Enclosure:

@@ -30,14 +30,17 @@ class Factor(NamedTuple):
     """A = 4^exponent * C C^T.
 
     columns: C, (..., d, d), lower triangular unless `singular`.  singular: (...) bool, where a pivot was lost and the
-    eigenvectors of the equilibrated matrix took over; null directions are zero columns, the last ones.
-    lowest: (...) the smallest eigenvalue of the equilibrated matrix where `singular`, 0 elsewhere.
+    eigenvectors of the equilibrated matrix H took over; null directions are zero columns, the last ones.
+    lowest: (...) the smallest eigenvalue of H where `singular`, 0 elsewhere.
+    scale: (..., d) as in `Scaled`.  rounding: (...) an estimate of |H^(1/2) - (C C^T 4^exponent scaled as H)^(1/2)|_F.
     """
 
     columns: Tensor
     exponent: Tensor
     singular: Tensor
     lowest: Tensor
+    scale: Tensor
+    rounding: Tensor
 
 
 def symmetrize(a: Tensor) -> Tensor:
@@ -56,10 +59,10 @@ def equilibrate(a: Tensor) -> Scaled:
     """
     diagonal = a.diagonal(dim1=-2, dim2=-1)
     zero = diagonal <= 0
+    each = half_exponent(diagonal)
     exponent = half_exponent(diagonal.amax(-1))
-    small = torch.exp2(-exponent)[..., None]
-    scale = torch.exp2(half_exponent(diagonal * small * small)).masked_fill(zero, 0.0)
-    inverse = torch.where(zero, 0.0, small / scale)
+    scale = torch.exp2(each - exponent[..., None]).masked_fill(zero, 0.0)
+    inverse = torch.exp2(-each).masked_fill(zero, 0.0)
     h = (a * inverse[..., :, None]).mul_(inverse[..., None, :])
     h.diagonal(dim1=-2, dim2=-1).add_(zero)
     return Scaled(h, scale, exponent)
@@ -73,10 +76,22 @@ def factor(a: Tensor) -> Factor:
     """
     h, scale, exponent = equilibrate(a)
     lower, singular = cholesky(h)
-    lowest = torch.zeros_like(exponent)
+    lowest, rounding = torch.zeros_like(exponent), torch.zeros_like(exponent)
+    if not bool(singular.all()):
+        rounding = _cholesky_rounding(lower)
     if bool(singular.any()):
-        lower[singular], lowest[singular] = spectral_factor(h[singular])
-    return Factor(lower.mul_(scale[..., None]), exponent, singular, lowest)
+        lower[singular], lowest[singular], rounding[singular] = spectral_factor(h[singular])
+    return Factor(lower.mul_(scale[..., None]), exponent, singular, lowest, scale, rounding)
+
+
+def trace_error(x: Factor, y: Factor) -> Tensor:
+    """An estimate of how far the roundings in two factors move the nuclear norm of Cx^T Cy.
+
+    |Ra^T D Cy|_* - |R^T D Cy|_* <= |Ra - R|_F |D Cy|_F for square roots R, Ra of the equilibrated matrix and of what
+    its factor is one of (the triangle inequality, then Cauchy and Schwarz), D = diag(scale); and the same for y.
+    """
+    first = x.rounding * torch.linalg.vector_norm(x.scale[..., None] * y.columns, dim=(-2, -1))
+    return first + y.rounding * torch.linalg.vector_norm(y.scale[..., None] * x.columns, dim=(-2, -1))
 
 
 def cross_product(x: Tensor, y: Tensor, *, triangular: bool) -> Tensor:
@@ -147,12 +162,41 @@ def rank_tolerance(d: int) -> float:
     return 16 * d * UNIT
 
 
-def spectral_factor(h: Tensor) -> tuple[Tensor, Tensor]:
+def spectral_factor(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """C with C C^T = H by eigenvectors, without the eigenvalues that are rounding; the smallest of them; `rounding`."""
     values, vectors = torch.linalg.eigh(h)
     values, vectors = values.flip(-1), vectors.flip(-1)
-    floor = rank_tolerance(h.shape[-1]) * values[..., :1]
-    kept = values.where(values > floor, 0.0).clamp(min=0.0)
-    return vectors * kept.sqrt()[..., None, :], values[..., -1]
+    kept = values > rank_tolerance(h.shape[-1]) * values[..., :1]
+    roots = values.where(kept, 0.0).sqrt()
+    # Of the roots: what was left out, and what rounding of the eigenvalues did to the rest.
+    left_out = values.abs().masked_fill(kept, 0.0).sum(-1)
+    moved = (backward_error(h.shape[-1]) * values[..., 0]) ** 2 / 4 * (1 / values).where(kept, 0.0).sum(-1)
+    return vectors * roots[..., None, :], values[..., -1], (left_out + moved).sqrt()
+
+
+def _cholesky_rounding(lower: Tensor) -> Tensor:
+    """Half the backward error times |H^(-1/2)|_F, the first order of (l + e)^(1/2) - l^(1/2) for each eigenvalue l."""
+    d = lower.shape[-1]
+    signs = signs_like(lower)
+    inverse = torch.linalg.solve_triangular(lower, signs.expand(*lower.shape[:-2], *signs.shape), upper=False)
+    return backward_error(d) / 2 * torch.linalg.vector_norm(inverse, dim=(-2, -1)) / signs.shape[-1] ** 0.5
+
+
+def backward_error(d: int) -> float:
+    """What |H - C C^T|_2 and errors of eigenvalues of H come to, H with a diagonal below 1."""
+    return 4 * d**0.5 * UNIT
+
+
+def signs_like(x: Tensor, columns: int = 8) -> Tensor:
+    """Fixed columns g of +1 and -1, (d, columns) for x (..., d, d): E |X g|^2 = |X|_F^2 for every X."""
+    generator = torch.Generator().manual_seed(0)
+    return (2 * torch.randint(0, 2, (x.shape[-1], columns), generator=generator) - 1).to(x)
+
+
+def times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """x 2^exponent for integers beyond the range of 2^exponent alone."""
+    half = torch.floor(exponent / 2)
+    return x * torch.exp2(half) * torch.exp2(exponent - half)
 
 
 def half_exponent(x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _whole(a: Tensor, b: Tensor) -> Squared:
     half = factor.half_exponent(a.diagonal(dim1=-2, dim2=-1).amax(-1))
     c = lower * (scale * torch.exp2(-half)[..., None])[..., None]
     m = c.mT @ (a @ c)
-    probes = _probes(a)
+    probes = factor.signs_like(a, _PROBES)
     rounding = _distance(m @ probes, c.mT @ (a @ (c @ probes)))
     return Squared(m, rounding.masked_fill(singular, torch.inf), exponent + half)
 
@@ -100,7 +100,7 @@ def _blocked(a: Tensor, b: Tensor) -> Squared:
         torch.mm(a[:, j0:], c[j0:, j0:j1], out=m[:, j0:j1])
     for i0, i1 in blocks:  # rows of a c that no later block needs make room for those of m
         m[i0:i1, :i1] = c[i0:, i0:i1].mT @ m[i0:, :i1]
-    probes = _probes(a)
+    probes = factor.signs_like(a, _PROBES)
     found, cp, expected = torch.zeros_like(probes), torch.empty_like(probes), torch.empty_like(probes)
     for i0, i1 in blocks:
         torch.mm(c[i0:i1, :i1], probes[:i1], out=cp[i0:i1])
@@ -110,13 +110,6 @@ def _blocked(a: Tensor, b: Tensor) -> Squared:
     for i0, i1 in blocks:
         torch.mm(c[i0:, i0:i1].mT, cp[i0:], out=expected[i0:i1])
     return Squared(m, _distance(found, expected), exponent + half)
-
-
-def _probes(like: Tensor) -> Tensor:
-    """Columns of +1 and -1: E |X g|^2 = |X|_F^2 for every X."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (like.shape[-1], _PROBES), generator=generator)
-    return (2 * signs - 1).to(like)
 
 
 def _distance(found: Tensor, expected: Tensor) -> Tensor:

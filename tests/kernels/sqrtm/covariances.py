@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import mpmath
 import torch
 from torch import Tensor
@@ -78,28 +80,25 @@ def _factor(a: Tensor) -> Tensor:
 
 
 def mpmath_truth(a: Tensor, b: Tensor, digits: int = 45) -> mpmath.mpf:
-    """Tr((A+ B+)^(1/2)) of the positive parts, in `digits` digits, from the float64 entries as they are."""
+    """Tr((A+ B+)^(1/2)) in `digits` digits, from the float64 entries as they are. A+ = D H+ D: H+ is the positive part
+    of H, A with its diagonal scaled to [1/4, 1) by powers of four, D^2."""
     with mpmath.workdps(digits):
-        ra = _mp_root(a)
-        n = ra * _mp_positive(b) * ra
-        values = mpmath.eigsy((n + n.T) / 2, eigvals_only=True)
+        n = _mp_root(a) * _mp_root(b).T
+        values = mpmath.eigsy(n * n.T, eigvals_only=True)
         return mpmath.fsum(mpmath.sqrt(max(v, mpmath.mpf(0))) for v in values)
 
 
-def _mp_matrix(a: Tensor) -> mpmath.matrix:
-    m = mpmath.matrix(a.tolist())
-    return (m + m.T) / 2
-
-
-def _mp_apply(a: Tensor, function) -> mpmath.matrix:
-    values, vectors = mpmath.eigsy(_mp_matrix(a))
-    kept = mpmath.diag([function(max(v, mpmath.mpf(0))) for v in values])
-    return vectors * kept * vectors.T
-
-
 def _mp_root(a: Tensor) -> mpmath.matrix:
-    return _mp_apply(a, mpmath.sqrt)
-
-
-def _mp_positive(a: Tensor) -> mpmath.matrix:
-    return _mp_apply(a, lambda v: v)
+    """R with R^T R = D H+ D."""
+    exponents = [math.ceil(math.frexp(v)[1] / 2) if v > 0 else 0 for v in a.diagonal().tolist()]
+    scale = [
+        mpmath.mpf(2) ** e if v > 0 else mpmath.mpf(0) for e, v in zip(exponents, a.diagonal().tolist(), strict=True)
+    ]
+    d = range(len(scale))
+    h = mpmath.matrix(a.tolist())
+    for i in d:
+        for j in d:
+            h[i, j] = h[i, j] / scale[i] / scale[j] if scale[i] * scale[j] else mpmath.mpf(i == j)
+    values, vectors = mpmath.eigsy((h + h.T) / 2)
+    root = mpmath.diag([mpmath.sqrt(max(v, mpmath.mpf(0))) for v in values]) * vectors.T
+    return root * mpmath.diag(scale)

@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+from covariances import covariance
 from torch import Tensor
 
-from kernels.sqrtm.covariances import covariance
 from mir_kernels.sqrtm import certificate, factor
 
 
