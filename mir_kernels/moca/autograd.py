@@ -16,30 +16,31 @@ from mir_kernels.moca import rows
 
 
 class Moca(torch.autograd.Function):
-    """moca where a tensor requires grad. `kept`: x's vision rows before an in-place call changes them."""
+    """moca where a tensor requires grad."""
 
     @staticmethod
-    def forward(ctx, x, scale, shift, mask, kept: Tensor | None, inplace: bool, backend: str | None) -> Tensor:
+    def forward(ctx, x, scale, shift, mask, inplace: bool, backend: str | None) -> Tensor:
         # No setup_context: with one, torch inspects this signature on every call, longer than a small kernel takes.
-        ctx.inplace, ctx.backend = inplace, backend
-        if inplace:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(kept if inplace else x if scale.requires_grad else None, scale, shift, mask)
+        ctx.backend = backend
         if not inplace:
+            ctx.save_for_backward(x if scale.requires_grad else None, None, scale, shift, mask)
             return rows.forward(x, scale, shift, mask, backend)
+        ctx.mark_dirty(x)
+        kept, places = rows.vision_rows(x, mask) if scale.requires_grad else (None, None)
+        ctx.save_for_backward(kept, places, scale, shift, mask)
         rows.forward_(x, scale, shift, mask, backend)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, scale, shift, mask = ctx.saved_tensors
-        if ctx.inplace and x is not None:
-            x = torch.empty_like(grad).masked_scatter_(_vision(mask), x)
+        x, places, scale, shift, mask = ctx.saved_tensors
+        if places is not None:
+            x = x.new_empty((mask.numel(), x.shape[-1])).index_copy_(0, places, x).view(grad.shape)
+        raw = _plain(grad)
+        calls = (rows.forward, rows.backward) if raw else (torch.ops.mir_kernels.moca, _moca_backward_op)
         needs = ctx.needs_input_grad
-        return *_moca_gradients(rows.forward, rows.backward, needs, grad, x, scale, shift, mask, ctx.backend), *[
-            None
-        ] * 4
+        return *_moca_gradients(*calls, needs, grad, x, scale, shift, mask, ctx.backend), None, None, None
 
 
 class AddMocaRmsNorm(torch.autograd.Function):
@@ -58,16 +59,13 @@ class AddMocaRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor | None, grad_h: Tensor | None, _: None):
-        return _add_rms_gradients(rows.add_rms_backward, ctx, grad_out, grad_h)
+        raw = _plain(grad_out) and _plain(grad_h)
+        return _add_rms_gradients(rows.add_rms_backward if raw else _add_rms_backward_op, ctx, grad_out, grad_h)
 
 
-def kept_rows(x: Tensor, mask: Tensor) -> Tensor:
-    """A copy of x's vision rows, (vision tokens * d,). Waits for the device, since their number is in the mask."""
-    return x.detach().masked_select(_vision(mask))
-
-
-def _vision(mask: Tensor) -> Tensor:
-    return mask.ne(0).unsqueeze(-1)
+def _plain(grad: Tensor | None) -> bool:
+    """Whether a gradient has an address to read it at: no subclass, no negative view, no zero without memory."""
+    return grad is None or (type(grad) is Tensor and not grad.is_neg() and not grad._is_zerotensor())
 
 
 def _moca_gradients(
@@ -154,18 +152,20 @@ def _moca_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, shift, mask)
 
 
-def _moca_op_backward(ctx, grad):
-    def backward(*arguments):
-        dx, sums = torch.ops.mir_kernels.moca_backward(*arguments)
-        return dx, *sums.unbind(0)
+def _moca_backward_op(*arguments):
+    dx, sums = torch.ops.mir_kernels.moca_backward(*arguments)
+    return dx, *sums.unbind(0)
 
+
+def _add_rms_backward_op(*arguments):
+    dx, sums = torch.ops.mir_kernels.add_moca_rms_norm_backward(*arguments)
+    return dx, *sums.unbind(0)
+
+
+def _moca_op_backward(ctx, grad):
     x, scale, shift, mask = ctx.saved_tensors
-    forward = torch.ops.mir_kernels.moca
-    return (
-        *_moca_gradients(forward, backward, ctx.needs_input_grad, grad, x, scale, shift, mask, ctx.backend),
-        None,
-        None,
-    )
+    calls = torch.ops.mir_kernels.moca, _moca_backward_op
+    return *_moca_gradients(*calls, ctx.needs_input_grad, grad, x, scale, shift, mask, ctx.backend), None, None
 
 
 def _add_rms_setup(ctx, inputs, output) -> None:
@@ -176,12 +176,16 @@ def _add_rms_setup(ctx, inputs, output) -> None:
 
 
 def _add_rms_op_backward(ctx, grad_out, grad_h, _):
-    def backward(*arguments):
-        dx, sums = torch.ops.mir_kernels.add_moca_rms_norm_backward(*arguments)
-        return dx, *sums.unbind(0)
-
-    return _add_rms_gradients(backward, ctx, grad_out, grad_h)
+    return _add_rms_gradients(_add_rms_backward_op, ctx, grad_out, grad_h)
 
 
 torch.library.register_autograd("mir_kernels::moca", _moca_op_backward, setup_context=_moca_setup)
 torch.library.register_autograd("mir_kernels::add_moca_rms_norm", _add_rms_op_backward, setup_context=_add_rms_setup)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise RuntimeError("moca, add_moca_rms_norm: differentiable once; this asks for the derivative of a derivative")
+
+
+torch.library.register_autograd("mir_kernels::moca_backward", _refuse_second_derivative)
+torch.library.register_autograd("mir_kernels::add_moca_rms_norm_backward", _refuse_second_derivative)

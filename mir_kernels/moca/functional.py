@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
@@ -11,7 +13,7 @@ from mir_kernels import _checks
 from mir_kernels.moca import autograd, rows
 
 MASKS = (torch.bool, torch.uint8, *_checks.FLOATS)
-PLAIN = (Tensor, torch.nn.Parameter)  # any other subclass goes through the dispatcher, where it can say what it does
+PLAIN = (Tensor, torch.nn.Parameter)  # other subclasses go through the dispatcher, where they can say what they do
 
 
 def moca(
@@ -28,18 +30,16 @@ def moca(
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run here.
     """
     _check(x, scale, shift, mask)
-    if torch.compiler.is_compiling() or type(x) not in PLAIN:
+    if _by_dispatcher("moca", x, scale, shift, mask):
         # In place, what backward keeps must not be the tensor that changes.
         source = x.clone() if inplace and torch.is_grad_enabled() and scale.requires_grad else x
         out = torch.ops.mir_kernels.moca(source, scale, shift, mask, backend)
         return x.copy_(out) if inplace else out
-    _check_plain("moca", x, scale, shift)
     gradient = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or shift.requires_grad)
     if inplace:
         _check_writable(x, gradient)
     if gradient:
-        kept = autograd.kept_rows(x, mask) if inplace and scale.requires_grad else None
-        return autograd.Moca.apply(x, scale, shift, mask, kept, inplace, backend)
+        return autograd.Moca.apply(x, scale, shift, mask, inplace, backend)
     if not inplace:
         return rows.forward(x, scale, shift, mask, backend)
     rows.forward_(x, scale, shift, mask, backend)
@@ -73,10 +73,9 @@ def add_moca_rms_norm(
         _explain_addition(x, residual, weight)
     arguments = (x, residual, scale, shift, mask, weight, float(eps), backend)
     tensors = (x, residual, scale, shift, weight)
-    if torch.compiler.is_compiling() or type(x) not in PLAIN:
+    if _by_dispatcher("add_moca_rms_norm", *tensors, mask):
         out, h, _ = torch.ops.mir_kernels.add_moca_rms_norm(*arguments)
         return out, h
-    _check_plain("add_moca_rms_norm", *tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments)
     else:
@@ -149,14 +148,50 @@ def _explain_addition(x: Tensor, residual: Tensor, weight: Tensor) -> None:
 
 
 def _check_writable(x: Tensor, gradient: bool) -> None:
-    """x can be changed in place: checked before anything is written."""
-    if gradient and x.is_leaf and x.requires_grad:
-        raise RuntimeError("x: a leaf that requires grad cannot be changed in place; call with inplace=False")
-    if 0 in x.stride() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+    """x can be changed in place: checked before anything is written, where autograd would say so only afterwards."""
+    if gradient and x.requires_grad:
+        base = x._base if x._is_view() else x
+        if base is not None and base.is_leaf and base.requires_grad:
+            raise RuntimeError("x: a leaf that requires grad cannot be changed in place; call with inplace=False")
+    if gradient and x._is_view() and _get_creation_meta(x) != CreationMeta.DEFAULT:
+        raise RuntimeError(
+            "x: a view made by unbind, split or chunk, or without gradients, cannot be changed in place while "
+            "gradients are recorded; call with inplace=False"
+        )
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("x: a tensor made in inference mode cannot be changed in place outside it; clone it first")
+    if not x.is_contiguous() and _may_overlap(x):
         raise ValueError(f"x: an expanded tensor cannot be changed in place, got strides {x.stride()}; clone it first")
 
 
-def _check_plain(name: str, *tensors: Tensor) -> None:
+def _may_overlap(x: Tensor) -> bool:
+    """Whether two elements may share memory: some axis' step does not clear what the axes with smaller steps span."""
+    span = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
+def _by_dispatcher(name: str, *tensors: Tensor) -> bool:
+    """Whether the registered operation is called: someone traces, listens, or has a say in what a tensor is.
+
+    Raw calls write to addresses, which a trace does not see, a subclass may not have and a negative view does not mean.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+        _refuse_transforms(name, *tensors)
+    if _len_torch_dispatch_stack() or _get_tracing_state() is not None:
+        return True
+    for tensor in tensors:  # noqa: SIM110, a generator takes twice as long
+        if type(tensor) not in PLAIN or tensor.is_neg():
+            return True
+    return False
+
+
+def _refuse_transforms(name: str, *tensors: Tensor) -> None:
     """No tensor is a torch.func wrapper, which has no memory, or has a tangent, which would be dropped."""
     dual = forward_ad._current_level >= 0
     for tensor in tensors:

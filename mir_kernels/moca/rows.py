@@ -40,6 +40,12 @@ def forward_(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, backend: str
         x.copy_(rows.view(x.shape))
 
 
+def vision_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of x's vision rows (n, d) and their places (n,). Waits for the device: their number is in the mask."""
+    places = _flags(mask).nonzero().view(-1)
+    return _rows(x).index_select(0, places), places
+
+
 def backward(
     grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:

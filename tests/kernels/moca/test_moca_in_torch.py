@@ -2,11 +2,13 @@
 
 import copy
 import shutil
+import warnings
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from mir_kernels.moca import OPERATIONS, MoCa, add_moca_rms_norm, moca
@@ -94,6 +96,40 @@ def test_an_expanded_tensor_is_not_changed_in_place(t):
     assert torch.equal(x[0], t["x"][0])
 
 
+VIEWS = {
+    "of a leaf": (lambda leaf: leaf[:1], "a leaf that requires grad"),
+    "by unbind": (lambda leaf: (leaf * 1).unbind(0)[0][None], "a view made by unbind"),
+    "without gradients": (lambda leaf: torch.no_grad()(lambda base: base[:1])(leaf * 1), "a view made by unbind"),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen scale", "trained scale"])
+def test_a_view_that_autograd_refuses_is_refused_before_it_changes(t, view, trained):
+    make, reason = VIEWS[view]
+    x = make(t["x"].clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=f"x: {reason}"):
+        moca(x, t["scale"].requires_grad_(trained), t["shift"], t["mask"][:1], inplace=True)
+    assert torch.equal(x, t["x"][:1])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tensor_of_inference_mode_is_not_changed_outside_it(t, grad):
+    with torch.inference_mode():
+        x = t["x"].clone()
+    with pytest.raises(RuntimeError, match="x: a tensor made in inference mode"):
+        moca(x, t["scale"].requires_grad_(grad), t["shift"], t["mask"], inplace=True)
+    assert torch.equal(x, t["x"])
+
+
+def test_rows_that_overlap_are_not_changed_in_place(t):
+    storage = t["x"].flatten()[:40].clone()
+    before = storage.clone()
+    with pytest.raises(ValueError, match="x: an expanded tensor cannot be changed in place"):
+        moca(storage.as_strided((4, D), (4, 1)), t["scale"], t["shift"], t["mask"][0, :4], inplace=True)
+    assert torch.equal(storage, before)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_autograd_notices_a_change_in_place(t, grad):
     x = t["x"].clone().requires_grad_()
@@ -128,7 +164,7 @@ def test_in_place_keeps_for_backward_the_vision_rows_only(t, frozen, expected):
     x = t["x"].clone().requires_grad_() * 1
     with torch.autograd.graph.saved_tensors_hooks(lambda s: sizes.append(s.numel()) or s, lambda s: s):
         moca(x, scale, t["shift"].requires_grad_(), t["mask"], inplace=True)
-    kept = int(t["mask"].sum()) * D if expected == "vision rows" else 0
+    kept = int(t["mask"].sum()) * (D + 1) if expected == "vision rows" else 0  # the rows and where they were
     assert sum(sizes) == kept + t["scale"].numel() + t["shift"].numel() + t["mask"].numel()
 
 
@@ -149,6 +185,19 @@ def test_a_second_derivative_is_refused(t):
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("operation", ["moca", "add_moca_rms_norm"])
+def test_a_second_derivative_of_the_registered_operation_is_refused(t, operation):
+    x = t["x"].requires_grad_()
+    scale, shift, mask = t["scale"].requires_grad_(), t["shift"], t["mask"]
+    if operation == "moca":
+        out = torch.ops.mir_kernels.moca(x, scale, shift, mask, None)
+    else:
+        out, *_ = torch.ops.mir_kernels.add_moca_rms_norm(x, t["residual"], scale, shift, mask, t["weight"], 1e-6, None)
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(dx.sum(), x)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_torch_func_and_forward_mode_are_refused_with_a_reason(t, grad):
     x, scale, shift, mask = t["x"], t["scale"].requires_grad_(grad), t["shift"], t["mask"]
@@ -158,6 +207,8 @@ def test_torch_func_and_forward_mode_are_refused_with_a_reason(t, grad):
     with refused:
         torch.vmap(lambda s: moca(x, s, shift, mask))(torch.stack([scale, scale]))
     with refused:
+        torch.vmap(lambda m: moca(x, scale, shift, m))(torch.stack([mask, ~mask]))
+    with refused:
         torch.func.grad(lambda x: moca(x, scale, shift, mask).sum())(x)
     with refused:
         torch.func.jvp(lambda x: moca(x, scale, shift, mask), (x,), (x,))
@@ -165,6 +216,82 @@ def test_torch_func_and_forward_mode_are_refused_with_a_reason(t, grad):
         moca(forward_ad.make_dual(x, t["grad"]), scale, shift, mask)
     with pytest.raises(RuntimeError, match=r"^add_moca_rms_norm: torch.func transforms .* not supported"):
         torch.vmap(lambda r: add_moca_rms_norm(x, r, scale, shift, mask, t["weight"]))(torch.stack([x, x]))
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as DTensor is; counts the registered operations that it is asked for."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        Wrapped.seen.append(function._schema.name)
+        return function(*(a.inner if isinstance(a, Wrapped) else a for a in args), **(kwargs or {}))
+
+
+FORWARD = {
+    "moca": lambda t: (moca(t["x"], *vectors(t)),),
+    "add_moca_rms_norm": lambda t: add_moca_rms_norm(t["x"], t["residual"], *vectors(t), t["weight"]),
+}
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "scale", "shift", "mask", "weight"])
+def test_a_subclass_in_any_place_is_asked_and_not_read_behind_its_back(t, name):
+    for operation, call in FORWARD.items():
+        if operation == "moca" and name in ("residual", "weight"):
+            continue
+        Wrapped.seen = []
+        found = call(t | {name: Wrapped(t[name])})
+        assert f"mir_kernels::{operation}" in Wrapped.seen
+        assert all(torch.equal(a, b) for a, b in zip(found, call(t), strict=True))
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "scale", "shift", "weight"])
+def test_negative_views_are_read_as_the_numbers_they_are(t, name):
+    for call in FORWARD.values():
+        found, expected = call(t | {name: torch._neg_view(-t[name])}), call(t)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    x = torch._neg_view(-t["x"])
+    assert torch.equal(moca(x, *vectors(t), inplace=True), moca(t["x"], *vectors(t)))
+
+
+GRADIENTS = {
+    "negative view": lambda g: (torch._neg_view(-g), g),
+    "zeros without memory": lambda g: (torch._efficientzerotensor(g.shape), torch.zeros_like(g)),
+    "subclass": lambda g: (Wrapped(g), g),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+def test_gradients_without_an_address_of_their_own_are_read_right(t, kind, inplace):
+    Wrapped.seen = []
+    leaves = x, scale = t["x"].requires_grad_(), t["scale"].requires_grad_()
+    outputs = [moca(x * 1, scale, t["shift"], t["mask"], inplace=inplace), *FORWARD["add_moca_rms_norm"](t)]
+    for out in outputs:
+        found, expected = (torch.autograd.grad(out, leaves, g, retain_graph=True) for g in GRADIENTS[kind](t["grad"]))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("operation", FORWARD)
+def test_whoever_traces_or_listens_sees_the_registered_operation(t, operation):
+    call, names = FORWARD[operation], list(t)
+    others = {n: v + 1 if n != "mask" else ~v for n, v in t.items()}
+
+    def run(*tensors):
+        return call(dict(zip(names, tensors, strict=True)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing is on its way out, and which checks it does not record
+        scripted = torch.jit.trace(run, tuple(t.values()), check_trace=False)
+    graph = make_fx(run)(*t.values())
+    for traced in (scripted, graph):
+        assert all(torch.equal(a, b) for a, b in zip(traced(*others.values()), call(others), strict=True))
 
 
 def test_operations_pass_opcheck(t):
