@@ -299,11 +299,22 @@ MIR_INLINE void copy_bytes(void* to, const void* from, int64_t bytes) {
   }
 }
 
-template <class Vec>
-MIR_INLINE double total(Vec v) {
+MIR_INLINE F64Vec folded(F64Vec v) { return v; }
+MIR_INLINE F64Vec folded(F32Vec v) {
+  const F64Pair wide = widen(v);
+  return wide.low + wide.high;
+}
+MIR_INLINE double total(F64Vec v) {
   double total = 0;
-  for (unsigned i = 0; i < sizeof(Vec) / sizeof(v[0]); ++i) total += v[i];
+  for (unsigned i = 0; i < sizeof v / sizeof(v[0]); ++i) total += v[i];
   return total;
+}
+
+// Ask for the cache line of p[c] where column c begins one: with c going up by vectors, each line once. For the row
+// that comes next, whose first touch would otherwise wait for memory. Any p + c: nothing is read.
+template <class T>
+MIR_INLINE void prefetch_line(const T* p, int64_t c) {
+  if (c % static_cast<int64_t>(64 / sizeof(T)) == 0) __builtin_prefetch(p + c);
 }
 
 // f(column, Whole) for each whole vector of T's arithmetic, then f(column, First) for the rest.
@@ -320,7 +331,7 @@ template <class T, class F>
 MIR_INLINE double sum_of_products(int64_t cols, const F& f) {
   using Vec = typename Simd<T>::Vec;
   constexpr int64_t kRun = 512;
-  double sum = 0;
+  F64Vec sum = {};
   for (int64_t start = 0; start < cols; start += kRun) {
     Vec run = {};
     for_columns<T>(cols - start < kRun ? cols - start : kRun, [&](int64_t c, auto lanes) {
@@ -328,9 +339,9 @@ MIR_INLINE double sum_of_products(int64_t cols, const F& f) {
       f(start + c, lanes, a, b);
       run = multiply_add(a, b, run);
     });
-    sum += total(run);
+    sum += folded(run);
   }
-  return sum;
+  return total(sum);
 }
 
 }  // namespace

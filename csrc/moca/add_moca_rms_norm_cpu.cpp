@@ -42,7 +42,12 @@ void forward_row(const AddRmsForward& p, int64_t r) {
   const A rstd = static_cast<A>(1 / __builtin_sqrt(squares / static_cast<double>(p.cols) + p.eps));
   static_cast<A*>(p.rstd)[r] = rstd;
   const Vec all_rstd = broadcast<Vec>(rstd);
+  const int64_t next = r + 1 < p.rows ? r + 1 : r;
+  const T* next_x = row<T>(p.x, next, p.x_stride);
+  const T* next_residual = row<T>(p.residual, next, p.residual_stride);
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
+    prefetch_line(next_x, c);
+    prefetch_line(next_residual, c);
     store_to<kStream>(out + c, load(weight + c, lanes) * Simd<T>::round(load(h + c, lanes) * all_rstd), lanes);
   });
 }
@@ -90,7 +95,12 @@ void backward_row(const AddRmsBackward& p, int64_t r, typename AccumulateIn<T>::
   const double rstd = static_cast<const A*>(p.rstd)[r];
   const Vec all_rstd = broadcast<Vec>(static_cast<A>(rstd));
   const Vec pull = broadcast<Vec>(static_cast<A>(dot / static_cast<double>(p.cols) * rstd * rstd));
+  const int64_t next = r + 1 < p.rows ? r + 1 : r;
+  const T* next_grad = row<T>(p.grad_out, next, p.grad_out_stride);
+  const T* next_h = row<T>(p.h, next, p.h_stride);
   for_columns<T>(p.cols, [&](int64_t c, auto lanes) {
+    prefetch_line(next_grad, c);
+    prefetch_line(next_h, c);
     const Vec g = load(grad_out + c, lanes), v = load(h + c, lanes);
     Vec dh = all_rstd * (g * load(weight + c, lanes) - v * pull);
     if (grad_h != nullptr) dh += load(grad_h + c, lanes);
