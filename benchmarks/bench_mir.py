@@ -5,13 +5,13 @@
 
 Every rival gets the same synthetic hidden states, one sample at a time and already in memory, and returns MIR. The
 error is |MIR - reference| with the reference in float64 (symmetrised product, eigenvalues); peak memory is what a
-process of its own needs beyond the states, on CUDA what torch allocates beyond them. The states have power-law
-spectra, a large mean in a few columns and a massive first token.
+process of its own needs beyond the states once it has warmed up, on CUDA what torch allocates beyond them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -25,33 +25,17 @@ from torch import Tensor
 
 import counts
 import harness
+import recipes
 from modality_integration import ModalityIntegrationRate, mir
 
 Sample = tuple[list[Tensor], Tensor, Tensor]
+SHAPE = ("layers", "hidden", "samples", "vision", "text")
 
 
-def samples(flags: argparse.Namespace) -> list[Sample]:
-    """One (hidden states of every layer, vision mask, text mask) per sample: bf16, `vision + text + 1` tokens."""
-    generator = torch.Generator().manual_seed(0)
-    d, tokens = flags.hidden, 1 + flags.vision + flags.text
-    vision = torch.zeros(tokens, dtype=torch.bool)
-    vision[1 : 1 + flags.vision] = True
-    text = torch.zeros(tokens, dtype=torch.bool)
-    text[1 + flags.vision :] = True
-    spectrum = torch.arange(1, d + 1) ** -0.75
-    means = torch.zeros(d)
-    means[:: max(1, d // 4)] = 20.0
-    gaps = [torch.randn(d, generator=generator) * spectrum for _ in range(flags.layers)]
-    drawn = []
-    for _ in range(flags.samples):
-        layers = []
-        for gap in gaps:
-            x = torch.randn(tokens, d, generator=generator) * spectrum + means * spectrum
-            x[vision] = x[vision].roll(1, -1) + gap
-            x[0] *= 300  # the attention sink that real decoders show
-            layers.append(x.to(torch.bfloat16).to(flags.device))
-        drawn.append((layers, vision.to(flags.device), text.to(flags.device)))
-    return drawn
+def samples(layers: int, hidden: int, samples: int, vision: int, text: int, device: str) -> list[Sample]:
+    """One (hidden states of every layer, vision mask, text mask) per sample: bf16, `1 + vision + text` tokens."""
+    states = recipes.HiddenStates(layers, hidden, vision, text, device)
+    return [(states.sample(), states.vision, states.text) for _ in range(samples)]
 
 
 def streamed(data: list[Sample]) -> float:
@@ -88,59 +72,57 @@ def _cov(x: Tensor) -> Tensor:
     return (x - x.mean(0)).T @ (x - x.mean(0)) / (len(x) - 1)
 
 
-def _fid(v: Tensor, t: Tensor, root_trace: Callable[[Tensor, Tensor], float]) -> float:
-    a, b = _cov(v), _cov(t)
-    return float((v.mean(0) - t.mean(0)).square().sum() + a.trace() + b.trace()) - 2 * root_trace(a, b)
+def _by(root_trace: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Callable[[list[Sample]], float]:
+    """MIR by the published loop in `dtype`, the root's trace by one of recipes.py."""
 
+    def fid(v: Tensor, t: Tensor) -> float:
+        a, b = _cov(v), _cov(t)
+        gap = (v.mean(0) - t.mean(0)).square().sum() + a.trace() + b.trace()
+        return gap.item() - 2 * root_trace(a, b).item()
 
-def published_accurate(data: list[Sample]) -> float:
-    from scipy.linalg import sqrtm
-
-    return _sum_over_layers(
-        data, lambda v, t: _fid(v, t, lambda a, b: sqrtm((a @ b).cpu().numpy()).real.trace().item()), torch.float32
-    )
-
-
-def published_fast(data: list[Sample]) -> float:
-    def root(a: Tensor, b: Tensor, steps: int = 10) -> float:
-        product = a @ b
-        y, z = product, torch.eye(len(a), device=a.device)
-        for _ in range(steps):
-            y, z = (y + torch.linalg.inv(z) @ product) / 2, (z + torch.linalg.inv(y) @ product) / 2
-        return y.trace().item()
-
-    return _sum_over_layers(data, lambda v, t: _fid(v, t, root), torch.float32)
-
-
-def torchmetrics_recipe(data: list[Sample]) -> float:
-    return _sum_over_layers(
-        data, lambda v, t: _fid(v, t, lambda a, b: torch.linalg.eigvals(a @ b).sqrt().real.sum().item()), torch.float64
-    )
-
-
-def plain_torch(data: list[Sample]) -> float:
-    def root(a: Tensor, b: Tensor) -> float:
-        w, q = torch.linalg.eigh(a)
-        half = q * w.clamp_min(0).sqrt()
-        return torch.linalg.eigvalsh(half.T @ b @ half).clamp_min(0).sqrt().sum().item()
-
-    return _sum_over_layers(data, lambda v, t: _fid(v, t, root), torch.float64)
+    return lambda data: _sum_over_layers(data, fid, dtype)
 
 
 RIVALS: dict[str, Callable[[list[Sample]], float]] = {
     "mir_kernels, streamed": streamed,
     "mir_kernels, lists": listed,
-    "torch float64, eigh": plain_torch,
-    "torchmetrics recipe": torchmetrics_recipe,
-    "published, accurate (scipy)": published_accurate,
-    "published, fast": published_fast,
+    "torch float64, eigh": _by(recipes.eigh_trace, torch.float64),
+    "torchmetrics recipe": _by(recipes.torchmetrics_trace, torch.float64),
+    "published, accurate (scipy)": _by(recipes.published_accurate_trace, torch.float32),
+    "published, fast": _by(recipes.published_fast_trace, torch.float32),
 }
 
 
-def peak_mb(name: str, argv: list[str]) -> float:
-    """What one rival's process holds at its peak beyond the states themselves, in MB."""
-    done = subprocess.run([sys.executable, __file__, *argv, "--only", name], capture_output=True, text=True, check=True)
+def peak_mb(name: str, shape: dict[str, int]) -> float | None:
+    """What one rival's process holds at its peak beyond the states themselves, in MB; None where it raises."""
+    argv = [word for flag, value in shape.items() for word in (f"--{flag}", str(value))]
+    command = [sys.executable, __file__, "--device", "cpu", *argv, "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{name}: no peak: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")
+        return None
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+def own_peak_mb(name: str, shape: dict[str, int]) -> float:
+    """The same of this process, once all that the rival imports and allocates for good is there."""
+    with contextlib.suppress(RuntimeError, ValueError):  # the published fast mode inverts what may be singular
+        RIVALS[name](samples(1, 64, 4, 40, 40, "cpu"))
+    data = samples(**shape, device="cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts over from what is held now
+    before = _status_kb("VmRSS")
+    RIVALS[name](data)
+    return (_status_kb("VmHWM") - before) / 1024
+
+
+def cuda_peak_mb(name: str, data: list[Sample]) -> float | None:
+    """What torch allocates beyond the states."""
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    with contextlib.suppress(RuntimeError, ValueError):
+        RIVALS[name](data)
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    return None
 
 
 def _status_kb(field: str) -> int:
@@ -148,7 +130,7 @@ def _status_kb(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def main() -> None:
+def main() -> int:
     parser = harness.arguments(__doc__.splitlines()[0], "mir")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -158,45 +140,40 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], help="rivals to leave out (the slow ones at large sizes)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    data = samples(flags)
+    shape = {name: getattr(flags, name) for name in SHAPE}
     if flags.only:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts over from what is held now
-        before = _status_kb("VmRSS")
-        RIVALS[flags.only](data)
-        print(json.dumps({"peak_mb": (_status_kb("VmHWM") - before) / 1024}))
-        return
-    reference = plain_torch(data)
-    shape = {name: getattr(flags, name) for name in ("layers", "hidden", "samples", "vision", "text")}
-    argv = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-    case = f"{flags.layers} layers, d {flags.hidden}, {flags.samples} x ({flags.vision} vision + {flags.text} text)"
-    rivals, peaks = [], {}
-    for name, run in RIVALS.items():
-        if name in flags.skip:
-            continue
-        if flags.device == "cpu":
-            peaks[name] = peak_mb(name, argv)
-        else:
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        try:
-            error = abs(run(data) - reference)
-            if flags.device != "cpu":
-                peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
-        except (RuntimeError, ValueError) as problem:  # the published fast mode inverts what may be singular
-            peaks.setdefault(name, math.nan)
-            print(f"{name}: {type(problem).__name__}: {problem}")
-            error = math.inf
-        rivals.append(harness.Rival(name, functools.partial(lambda go, i: go(data), run), error, 1e-3))
-    least = counts.mir_tokens(flags.layers, flags.samples * (flags.vision + flags.text), flags.hidden)
-    least += counts.trace_sqrt(flags.hidden).times(flags.layers)
+        print(json.dumps({"peak_mb": own_peak_mb(flags.only, shape)}))
+        return 0
+    chosen = [name for name in RIVALS if name not in flags.skip]
+    cuda = flags.device == "cuda"
+    # Processes of their own first: this one holds no states meanwhile.
+    peaks = {} if cuda else {name: peak_mb(name, shape) for name in chosen}
+    data = samples(**shape, device=flags.device)
+    reference = RIVALS["torch float64, eigh"](data)
+    if cuda:
+        peaks = {name: cuda_peak_mb(name, data) for name in chosen}
+    rivals = [
+        harness.Rival(
+            name,
+            functools.partial(lambda go, i: go(data), RIVALS[name]),
+            functools.partial(lambda go: abs(go(data) - reference), RIVALS[name]),
+            1e-3,
+            peaks[name],
+        )
+        for name in chosen
+    ]
+    tokens = counts.mir_tokens(flags.layers, flags.samples * (flags.vision + flags.text), flags.hidden)
+    roots = counts.trace_sqrt(flags.hidden).times(flags.layers)
     rows = harness.compare(
-        "mir", case, rivals, bytes_moved=least.bytes, flops=least.flops,
+        "mir",
+        f"{flags.layers} layers, d {flags.hidden}, {flags.samples} x ({flags.vision} vision + {flags.text} text)",
+        rivals, bytes_moved=tokens.bytes + roots.bytes, flops=tokens.flops, float64_flops=roots.flops,
         seconds=flags.seconds, rounds=(3, 20), device=flags.device,
     )  # fmt: skip
     harness.print_rows(rows)
-    print("\n  peak memory beyond the states, MB: " + ", ".join(f"{name} {mb:.0f}" for name, mb in peaks.items()))
-    harness.write_csv([{**row, "case": f"{row['case']}; peak {peaks[row['rival']]:.0f} MB"} for row in rows], flags.out)
+    harness.write_csv(rows, flags.out)
+    return harness.exit_code(rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ from pathlib import Path
 import harness
 
 ROOT = Path(__file__).parent.parent
+REQUIRED = {"study_samples", "moca_cpu", "moments_cpu", "sqrtm_cpu", "mir_cpu", "stream_memory"}  # README's tables
 BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -48,22 +49,30 @@ def memory_lines(rows: list[dict]) -> list[str]:
 
 
 def benchmark_lines(rows: list[dict]) -> list[str]:
-    """Median, time against the case's first rival, error."""
-    lines = ["| case | rival | p50 ms | x first | error |", "| --- | --- | ---: | ---: | ---: |"]
+    """Median, time against the case's first rival, share of the floor, error; and the peak where one was measured.
+
+    Files from before `peak_mb` was a column held integer and float64 work to the float32 rate: no floor is shown.
+    """
+    floors = "peak_mb" in rows[0]
+    peaks = any(row.get("peak_mb") is not None for row in rows)
+    head = ["case", "rival", "p50 ms", "x first", *["of floor"] * floors, *["peak MB"] * peaks, "error"]
+    lines = [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     first: dict[tuple[str, str], float | None] = {}
     for row in rows:
         case, _, peak = row["case"].partition("; peak ")
         key = (row["operation"], case)
         shown = "" if key in first else f"{key[0]}: {key[1]}"
-        base = first.setdefault(key, row["p50_ms"])
-        ms = (
-            "not timed"
-            if row["p50_ms"] is None
-            else (f"{row['p50_ms']:.0f}" if row["p50_ms"] >= 100 else f"{row['p50_ms']:.3g}")
-        )
-        ratio = f"{row['p50_ms'] / base:.2f}" if row["p50_ms"] and base else ""
-        error = "" if row["error"] is None else f"{row['error']:.0e}" if row["error"] else "0"
-        lines.append(f"| {shown} | {row['rival']}{f' (peak {peak})' if peak else ''} | {ms} | {ratio} | {error} |")
+        ms, error, base = row["p50_ms"], row["error"], first.setdefault(key, row["p50_ms"])
+        cells = [
+            shown,
+            f"{row['rival']}{f' (peak {peak})' if peak else ''}",
+            "not timed" if ms is None else f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}",
+            f"{ms / base:.2f}" if ms and base else "",
+            *[f"{row['of_floor']:.2f}" if floors and row["of_floor"] else ""] * floors,
+            *["" if row.get("peak_mb") is None else f"{row['peak_mb']:.0f}"] * peaks,
+            "" if error is None else f"{error:.0e}" if error else "0",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -130,6 +139,9 @@ def main() -> int:
     path = ROOT / "README.md"
     before = path.read_text()
     after = rendered(before)
+    if missing := sorted(REQUIRED - {block["name"] for block in BLOCK.finditer(before)}):
+        print(f"README.md: no `<!-- table NAME -->` of {', '.join(missing)}")
+        return 1
     if flags.check:
         if after != before:
             print("README.md: a table differs from its CSV; run `make figures`")

@@ -1,11 +1,15 @@
 """The README's promises: every Python block runs as it stands, every command exists, every table is its CSV's."""
 
+import csv
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import figures
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,3 +53,55 @@ def test_tables_say_what_their_csvs_say():
         [sys.executable, "benchmarks/figures.py", "--check"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_table_that_must_stand_there_does_and_no_other_benchmark_is_left_out():
+    named = re.findall(r"<!-- table ([\w-]+) -->", README)
+    assert set(named) == figures.REQUIRED
+    assert len(named) == len(set(named))
+    benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert {f"{name}_cpu" for name in benchmarks} <= figures.REQUIRED
+
+
+def test_a_table_whose_marker_is_gone_fails_the_check(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
+    (tmp_path / "README.md").write_text(README.replace("<!-- table moca_cpu -->\n", ""))
+    assert figures.main() == 1
+    assert "no `<!-- table NAME -->` of moca_cpu" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text(README)
+    assert figures.main() == 0
+
+
+def test_every_csv_that_a_page_names_exists_and_every_csv_has_a_page():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("mir_kernels/*/README.md")]
+    text = "\n".join(path.read_text() for path in pages)
+    named = set(re.findall(r"\b(\w+\.(?:csv|png))\b", text)) - {"mir.png"}
+    here = {path.name for path in (ROOT / "benchmarks" / "data").iterdir()}
+    assert {name for name in named if name.rpartition("_")[0] and name not in here} == set()
+    shown = named | {name.replace(".png", ".csv") for name in named}  # a plot lies beside its CSV
+    assert {name for name in here if name.endswith(".csv")} <= shown
+
+
+def test_figures_of_the_trainings_in_the_text_are_in_their_files():
+    data = ROOT / "benchmarks" / "data"
+    history = json.loads((data / "demo_history.json").read_text())
+    assert [value for value in history["mir"] if f"{value:.3f}" not in README] == []
+    with (data / "moca_training.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["mir"] and row["step"] != "0"]
+    last = [row for row in rows if int(row["step"]) == max(int(other["step"]) for other in rows)]
+    paragraph = re.search(r"^`make moca-training`.*?\n\n", README, re.DOTALL | re.MULTILINE)[0]
+    figure = {f"{float(row[name]):.2f}" for row in last for name in ("loss", "mir")}
+    assert set(re.findall(r"\b\d\.\d\d\b", paragraph)) == figure
+
+
+def test_a_benchmark_row_shows_its_floor_and_its_peak_and_an_older_file_neither():
+    row = {"operation": "mir", "case": "c", "rival": "ours", "p50_ms": 2.0, "error": 0.0}
+    (head, _, line) = figures.benchmark_lines([row | {"of_floor": 0.5, "peak_mb": 114.2}])
+    assert head == "| case | rival | p50 ms | x first | of floor | peak MB | error |"
+    assert line == "| mir: c | ours | 2 | 1.00 | 0.50 | 114 | 0 |"
+    assert (
+        figures.benchmark_lines([row | {"of_floor": None, "peak_mb": None}])[2] == "| mir: c | ours | 2 | 1.00 |  | 0 |"
+    )
+    old = figures.benchmark_lines([row | {"case": "c; peak 114 MB", "of_floor": 1.4}])
+    assert old[2] == "| mir: c | ours (peak 114 MB) | 2 | 1.00 | 0 |"
