@@ -108,7 +108,7 @@ def symmetric(name: str, value: Tensor) -> None:
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     rows = torch.maximum(x.amax(-1), -x.amin(-1))
     largest = rows.amax(-1)
-    allowed = max(1e-8, 64 * torch.finfo(value.dtype).eps)
+    allowed = min(max(1e-8, 64 * torch.finfo(value.dtype).eps), 1 / 32)
     if not mirrored(x):
         off = torch.linalg.vector_norm(x / 2 - x.mT / 2, torch.inf, dim=(-2, -1)) * 2
         if bool((off > allowed * largest).any()):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mir_kernels import _checks, sqrtm
 from mir_kernels._dispatch import Operation
+from mir_kernels._precision import with_float32_products
 from mir_kernels.sqrtm import certificate, factor, reference, squared
 
 # "linalg": float64 singular values through torch.linalg; "eager" and "triton": the polar factor by Newton-Schulz.
@@ -86,6 +87,7 @@ def _call(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> t
         return _trace_sqrt_product(a, b, precision, bounds, backend)
 
 
+@with_float32_products
 def _trace_sqrt_product(
     a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +120,7 @@ def _(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> tuple
 
 
 @torch.no_grad()
+@with_float32_products
 def trace_sqrt_report(a: Tensor, b: Tensor, *, precision: str = "float32", backend: str | None = None) -> TraceReport:
     """`trace_sqrt_product` and how it came about: the error each value was accepted with, and the path that ran."""
     _check_pair("a", a, "b", b)

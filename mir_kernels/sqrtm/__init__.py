@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mir_kernels import _checks
 from mir_kernels._dispatch import Operation
+from mir_kernels._precision import with_float32_products
 from mir_kernels.sqrtm import eager, factor, reference
 from mir_kernels.sqrtm.coefficients import SCHULZ
 
@@ -18,7 +19,7 @@ _ORDERS = {"cuda": ("triton", "eager"), "cpu": ("eager", "triton")}
 SQRTM = Operation("sqrtm", orders=_ORDERS)
 INVERSE_SQRTM = Operation("inverse_sqrtm", orders=_ORDERS)
 POLAR = Operation("polar", orders=_ORDERS)
-NEWTON_SCHULZ = Operation("newton_schulz", orders=_ORDERS)
+NEWTON_SCHULZ = Operation("newton_schulz", orders={"cuda": ("eager",), "cpu": ("eager",)})
 OPERATIONS = (SQRTM, INVERSE_SQRTM, POLAR, NEWTON_SCHULZ)
 
 PRECISIONS = ("bfloat16", "float32", "float64")
@@ -48,13 +49,15 @@ def sqrtm(
 
     method: "eigh", eigenvectors in float64; "polar", A = L L^T in float64 and the polar factor U of L^T = U X in
     `precision` (Higham, Functions of Matrices, Alg. 6.21); "coupled", the coupled Newton-Schulz iteration, for
-    well-conditioned matrices only; "auto", "eigh" on a CPU and for "float64", "polar" elsewhere.
+    well-conditioned matrices only; "auto", "eigh" on a CPU and for "float64", "polar" elsewhere and with the "triton"
+    backend, which knows no other method and no "float64".
     precision: what the iterations of "polar" and "coupled" are run in; |X - A^(1/2)|_F / |A^(1/2)|_F of "polar" is at
     most about 2e-2 ("bfloat16"), 4e-6 ("float32") and 2e-7 ("float64"), whatever the condition.
     iterations: number of steps instead of the method's own.  tol: a RuntimeWarning says so if |XX - A|_F / |A|_F of a
     matrix is above it.
-    dtypes float32, bfloat16, float64, kept.  Gradient: the Lyapunov equation X S + S X = G, null directions left out.
-    Raises ValueError for matrices that are not finite and symmetric, TypeError for other dtypes.
+    dtypes float32, bfloat16, float64, kept.  Gradient: the Lyapunov equation X S + S X = G, null directions left out; a
+    second derivative raises. Raises ValueError for matrices that are not finite, symmetric and positive semi-definite
+    up to rounding, TypeError for other dtypes.
     """
     return _root("sqrt", SQRTM, a, method, precision, iterations, tol, backend)
 
@@ -83,14 +86,15 @@ def polar(
     Degree-5 Newton-Schulz with the coefficients of The Polar Express (Amsel et al., 2025). U has orthonormal columns
     over the singular values above 3e-4 ("bfloat16"), 1e-7 ("float32") or 1e-12 ("float64") of the largest; smaller
     ones come out below 1, and a zero singular value as 0.
-    dtypes float32, bfloat16, float64, kept. Gradient included. Raises ValueError for values that are not finite.
+    The "triton" backend has no "float64". dtypes float32, bfloat16, float64, kept. Gradient included, a second one
+    raises. Raises ValueError for values that are not finite.
     """
     _checks.floating("m", m, _DTYPES)
     if m.dim() < 2 or min(m.shape[-2:]) < 1:
         raise ValueError(f"m: takes matrices (..., m, n) with m, n >= 1, got {tuple(m.shape)}")
     _checks.finite("m", m)
     _check_run(precision, iterations)
-    backend = POLAR.choose(backend, m.device)
+    backend = _choose(POLAR, backend, m.device, precision)
     # Where nothing is compiled the registered operation is passed by: its first call loads the compiler.
     run = torch.ops.mir_kernels.polar if torch.compiler.is_compiling() else _Polar.apply
     return run(m, precision, iterations or -1, backend)
@@ -149,9 +153,10 @@ def _root(
     _checks.floating("a", a, _DTYPES)
     _checks.choice("method", method, METHODS)
     _check_run(precision, iterations)
-    backend = operation.choose(backend, a.device)
     if method == "auto":
-        method = "eigh" if a.device.type == "cpu" or precision == "float64" else "polar"
+        on_tensor_cores = a.device.type != "cpu" and precision != "float64"
+        method = "polar" if on_tensor_cores or backend == "triton" else "eigh"
+    backend = _choose(operation, backend, a.device, precision if method == "polar" else method)
     run = torch.ops.mir_kernels.root if torch.compiler.is_compiling() else _Root.apply
     x = run(a, kind, method, precision, iterations or -1, backend)
     if tol is not None and not torch.compiler.is_compiling() and a.numel():
@@ -166,6 +171,16 @@ def _root(
     return x
 
 
+def _choose(operation: Operation, backend: str | None, device: torch.device, form: str) -> str:
+    """The backend; `form` is a precision, or a method that is no polar factor. Triton has neither float64 nor those."""
+    if form in ("bfloat16", "float32"):
+        return operation.choose(backend, device)
+    if backend == "triton":
+        raise RuntimeError(f"backend 'triton' of {operation.name} has no {form}: leave the backend out")
+    return operation.choose(backend or "eager", device)
+
+
+@with_float32_products
 def _root_forward(a: Tensor, kind: str, method: str, precision: str, iterations: int, backend: str) -> Tensor:
     d = a.shape[-1]
     flat = a.reshape(-1, d, d)
@@ -179,7 +194,7 @@ def _root_forward(a: Tensor, kind: str, method: str, precision: str, iterations:
         x = _by_polar(kind, flat, precision, None if iterations < 0 else iterations, backend)
     else:
         steps = _COUPLED[precision] if iterations < 0 else iterations
-        x = eager.coupled(factor.symmetrize(flat).to(_working(flat)), precision, steps)[0 if kind == "sqrt" else 1]
+        x = eager.coupled(factor.symmetrize(flat), precision, steps)[0 if kind == "sqrt" else 1]
     return x.to(a.dtype).reshape(a.shape).contiguous()
 
 
@@ -217,6 +232,7 @@ class _Root(torch.autograd.Function):
         return _root_backward(ctx, *grad_outputs, gradient=_root_gradient)
 
 
+@with_float32_products
 def _root_gradient(grad: Tensor, a: Tensor, x: Tensor, kind: str) -> Tensor:
     d = a.shape[-1]
     working = _working(a)
@@ -236,6 +252,7 @@ def _(grad: Tensor, a: Tensor, x: Tensor, kind: str) -> Tensor:
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
+@with_float32_products
 def _polar_forward(m: Tensor, precision: str, iterations: int, backend: str) -> Tensor:
     wide = m.shape[-2] < m.shape[-1]
     x = (m.mT if wide else m).reshape(-1, max(m.shape[-2:]), min(m.shape[-2:]))
@@ -282,6 +299,7 @@ class _Polar(torch.autograd.Function):
         return _polar_backward(ctx, *grad_outputs, gradient=_polar_gradient)
 
 
+@with_float32_products
 def _polar_gradient(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
     """U^T dU is skew and solves H W + W H = U^T dM - dM^T U; what of dM leaves the range of U is divided by H."""
     wide = m.shape[-2] < m.shape[-1]
@@ -308,11 +326,13 @@ def _(grad: Tensor, m: Tensor, u: Tensor) -> Tensor:
     return torch.empty_like(m, memory_format=torch.contiguous_format)
 
 
+@with_float32_products
 def _newton_schulz_forward(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     d = a.shape[-1]
-    flat = factor.symmetrize(a.reshape(-1, d, d)).to(torch.float64 if precision == "float64" else torch.float32)
+    flat = factor.symmetrize(a.reshape(-1, d, d))
+    of_residual = torch.float64 if precision == "float64" else torch.float32
     if flat.shape[0] == 0:
-        return a.clone(), a.clone(), a.new_zeros(a.shape[:-2], dtype=flat.dtype)
+        return a.clone(), a.clone(), a.new_zeros(a.shape[:-2], dtype=of_residual)
     y, z, residual = eager.coupled(flat, precision, iterations)
     diverged = residual > _DIVERGED[precision]
     if bool(diverged.any()):
@@ -324,7 +344,7 @@ def _newton_schulz_forward(a: Tensor, iterations: int, precision: str, backend: 
             stacklevel=2,
         )
     root, inverse = (t.to(a.dtype).reshape(a.shape).contiguous() for t in (y, z))
-    return root, inverse, residual.reshape(a.shape[:-2])
+    return root, inverse, residual.to(of_residual).reshape(a.shape[:-2])
 
 
 _newton_schulz_op = torch.library.custom_op("mir_kernels::newton_schulz", _newton_schulz_forward, mutates_args=())
@@ -370,16 +390,20 @@ _DIVERGED = {"bfloat16": 5e-2, "float32": 1e-3, "float64": 1e-8}
 
 
 def _by_eigenvectors(kind: str, a: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(factor.symmetrize(a))
+    exponent = factor.half_exponent(a.diagonal(dim1=-2, dim2=-1).amax(-1).double())[..., None, None]
+    values, vectors = torch.linalg.eigh(factor.times_power(factor.symmetrize(a), -2 * exponent))
+    power = torch.exp2(exponent)
     floor = a.shape[-1] * factor.UNIT * values[..., -1:].clamp(min=0.0)
     if kind == "inverse":
         _check_positive(values[..., 0] > floor[..., 0])
-        return _symmetric(vectors * values.rsqrt()[..., None, :] @ vectors.mT)
-    return _symmetric(vectors * values.clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT)
+        return _symmetric(vectors * values.rsqrt()[..., None, :] @ vectors.mT) / power
+    _check_semidefinite(values[..., 0], values[..., -1], a)
+    return _symmetric(vectors * values.clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT) * power
 
 
 def _by_polar(kind: str, a: Tensor, precision: str, iterations: int | None, backend: str) -> Tensor:
     c = factor.factor(factor.symmetrize(a))
+    _check_semidefinite(c.lowest, torch.ones_like(c.lowest), a)
     if kind == "inverse":
         _check_positive(~c.singular & (c.columns.diagonal(dim1=-2, dim2=-1) > 0).all(-1))
     power = torch.exp2(c.exponent)[..., None, None]
@@ -392,7 +416,7 @@ def _by_polar(kind: str, a: Tensor, precision: str, iterations: int | None, back
 
 def _lyapunov(x: Tensor, g: Tensor) -> Tensor:
     """S with X S + S X = G for symmetric positive semi-definite X; nothing where both eigenvalues are rounding."""
-    if x.is_cuda and x.dtype == torch.float32:
+    if x.is_cuda and x.dtype == torch.float32:  # a GPU multiplies faster than it finds eigenvectors
         return eager.lyapunov(x, g)
     values, vectors = torch.linalg.eigh(x)
     sums = values[..., :, None] + values[..., None, :]
@@ -423,6 +447,16 @@ def _check_positive(positive: Tensor) -> None:
         raise ValueError(
             f"a: takes positive definite matrices, {int((~positive).sum())} of {positive.numel()} are singular to "
             "rounding: add a multiple of the identity, or use sqrtm"
+        )
+
+
+def _check_semidefinite(lowest: Tensor, largest: Tensor, a: Tensor) -> None:
+    """Refuse an eigenvalue that rounding in a's dtype cannot explain."""
+    allowed = 8 * a.shape[-1] * max(torch.finfo(a.dtype).eps, 1e-12)
+    if bool((lowest < -allowed * largest).any()):
+        worst = (lowest / torch.where(largest > 0, largest, 1.0)).amin().item()
+        raise ValueError(
+            f"a: takes positive semi-definite matrices, got one with an eigenvalue of {worst:.3g} of the largest"
         )
 
 

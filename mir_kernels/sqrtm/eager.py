@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -81,23 +82,26 @@ def normalize(m: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def coupled(a: Tensor, precision: str, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Y -> A^(1/2), Z -> A^(-1/2) and |I - ZY|_F / sqrt(d) for symmetric (batch, d, d), in the dtype of `precision`.
+    """Y -> A^(1/2), Z -> A^(-1/2) and |I - ZY|_F / sqrt(d) for symmetric float64 (batch, d, d), in `precision`.
 
     Y' = Y (3I - ZY)/2, Z' = (3I - ZY)/2 Z from Y = A/s, Z = I, s >= |A|_2 (Higham, Functions of Matrices, 6.35). A
     matrix whose residual has grown tenfold past its best is left at its best iterate: rounding has won there.
     """
-    dtype = DTYPES[precision]
-    working = a if a.dtype == torch.float64 else a.float()
+    dtype, working = DTYPES[precision], torch.float64 if precision == "float64" else torch.float32
     d = a.shape[-1]
-    rows = working.abs().sum(-1).amax(-1)[..., None, None]
+    # In two steps, so that no sum overflows.
+    largest = a.abs().amax((-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    a = a / largest
+    rows = a.abs().sum(-1).amax(-1)[..., None, None]
     scale = torch.where(rows > 0, rows, 1.0)
     eye = torch.eye(d, dtype=dtype, device=a.device)
-    y, z = (working / scale).to(dtype), eye.expand_as(a).clone()
+    y, z = (a / scale).to(dtype), eye.expand_as(a).clone()
     best = (y, z, torch.full_like(rows, float("inf")))
     alive = torch.ones_like(rows, dtype=torch.bool)
     for i in range(iterations + 1):
         t = product(z, y)
-        residual = (frobenius(eye.to(working.dtype) - t.to(working.dtype)) / d**0.5).nan_to_num(float("inf"))
+        residual = (frobenius(eye.to(working) - t.to(working)) / d**0.5).nan_to_num(float("inf"))
         better = alive & (residual < best[2])
         alive = alive & (residual < 10 * best[2])
         # The residual starts near 1 and may stay there for a while: until it falls, the last iterate is the best.
@@ -109,22 +113,39 @@ def coupled(a: Tensor, precision: str, iterations: int) -> tuple[Tensor, Tensor,
         t = (1.5 * eye - 0.5 * t).to(dtype)
         y, z = product(y, t), product(t, z)
     y, z, residual = best
-    root = scale.sqrt()
-    return (y.to(working.dtype) * root), (z.to(working.dtype) / root), residual[..., 0, 0]
+    root = largest.sqrt() * scale.sqrt()
+    return y.double() * root, z.double() / root, residual[..., 0, 0]
 
 
-def lyapunov(x: Tensor, g: Tensor, iterations: int = 40) -> Tensor:
-    """S with X S + S X = G for positive definite X (batch, d, d), by the sign function of [[X, G], [0, -X]].
+def lyapunov(x: Tensor, g: Tensor) -> Tensor:
+    """S with X S + S X = G for positive semi-definite X (batch, d, d), by the sign function of [[X, G], [0, -X]].
 
     B' = B (3I - B^2)/2, C' = (C (3I - B^2) + B C B - B^2 C)/2 from B = X/s, C = G/s: then B -> I and C -> 2 S (Higham,
-    Functions of Matrices, section 2.4, with the Newton-Schulz step of section 5.3).
+    Functions of Matrices, section 2.4, with the Newton-Schulz step of section 5.3). A small eigenvalue grows by half of
+    itself a step. Eigenvalues that rounding cannot tell from zero are found by a first run, which takes what lies above
+    to the size of 1, and McWeeny's P' = 3 P^2 - 2 P^3, which makes a projector of that. Between two such directions S
+    is left out, beside one it solves a linear equation.
     """
-    s = x.abs().sum(-1).amax(-1)[..., None, None].clamp(min=torch.finfo(x.dtype).tiny)
-    b, c = x / s, g / s
-    for _ in range(iterations):
+    floor = 4 * max(x.shape[-1], 16) * torch.finfo(x.dtype).eps
+    steps = max(1, math.ceil(math.log(1 / floor) / math.log(1.5)))
+    s = x.abs().sum(-1).amax(-1)[..., None, None]
+    s = torch.where(s > 0, s, 1.0)
+    b = x / s
+    for _ in range(steps):
+        b = (3 * b - b @ (b @ b)) / 2
+    p = b @ b
+    for _ in range(8):
+        square = p @ p
+        p = 3 * square - 2 * square @ p
+    null = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) - p
+    filled, g = x / s + null, g / s
+    beside = torch.linalg.solve(filled, p @ g @ null)
+    top = filled.abs().sum(-1).amax(-1)[..., None, None]
+    b, c = filled / top, p @ g @ p / top
+    for _ in range(steps + 6):
         square = b @ b
         b, c = (3 * b - b @ square) / 2, (3 * c - c @ square + b @ c @ b - square @ c) / 2
-    return c / 2
+    return c / 2 + beside + beside.mT
 
 
 def frobenius(x: Tensor) -> Tensor:

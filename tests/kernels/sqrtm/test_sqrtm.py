@@ -223,6 +223,66 @@ def test_iterated_lyapunov_solution_is_the_one_by_eigenvectors(values):
     assert relative_error(x @ s + s @ x, g) <= 1e-10
 
 
+NULL = {
+    "two null directions": [0.0, 0.0, 1.0, 2.0],
+    "below rounding": [1e-9, 1e-9, 1.0, 2.0],
+    "nothing": [0.0] * 4,
+    "half": [0.0] * 20 + [1 / i for i in range(1, 21)],
+}
+
+
+@pytest.mark.parametrize("values", NULL.values(), ids=NULL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_iterated_lyapunov_solution_leaves_null_directions_out(values, dtype):
+    d = len(values)
+    generator = torch.Generator().manual_seed(5)
+    q, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    spectrum = torch.tensor(values, dtype=torch.float64)
+    g = symmetric(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    sums = spectrum[:, None] + spectrum
+    resolved = sums > 4 * d * torch.finfo(dtype).eps * spectrum.amax()
+    expected = q @ torch.where(resolved, q.T @ g @ q / sums.clamp(min=1e-30), 0.0) @ q.T
+    found = eager.lyapunov(symmetric(q * spectrum @ q.T).to(dtype)[None], g.to(dtype)[None])[0]
+    # Where 1e-9 is no rounding, the solution is as large as its inverse and so is what rounding does to it.
+    condition = 1 / sums[resolved].amin() if resolved.any() else torch.tensor(1.0)
+    assert (found - expected).norm() <= 20 * torch.finfo(dtype).eps * condition * expected.norm().clamp(min=1.0)
+
+
+@pytest.mark.parametrize("method", ["polar", "eigh", "coupled"])
+def test_autocast_changes_no_bit_of_a_result_or_gradient(method):
+    a = matrices("i^-1").float()
+    calls = {
+        "sqrtm": lambda x: sqrtm(x, method=method),
+        "inverse_sqrtm": lambda x: inverse_sqrtm(x, method=method),
+        "polar": polar,
+        "newton_schulz": lambda x: newton_schulz(x, iterations=12).sqrt,
+    }
+    for name, call in calls.items():
+        results = []
+        for enabled in (False, True):
+            x = a.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # newton_schulz has not converged, and says so
+                out = call(x)
+                out.sum().backward()
+            results += [(out, x.grad)]
+        assert torch.equal(results[0][0], results[1][0]), name
+        assert torch.equal(results[0][1], results[1][1]), name
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("scale", [1e-300, 1e300, 1e308])
+def test_the_coupled_iteration_does_not_depend_on_the_scale(scale, precision):
+    a = matrices("i^-0.5")
+    a = a / a.abs().amax()
+    root, inverse, residual = newton_schulz(a * scale, iterations=20, precision=precision)
+    expected = newton_schulz(a, iterations=20, precision=precision)
+    assert relative_error(root / scale**0.5, expected.sqrt) <= 1e-2
+    assert relative_error(inverse * scale**0.5, expected.inverse_sqrt) <= 1e-2
+    assert relative_error(sqrtm(a * scale) / scale**0.5, sqrtm(a)) <= 1e-12
+    assert torch.isfinite(residual).all()
+
+
 COMPILED = {
     "sqrtm": lambda x: sqrtm(x, method="polar"),
     "inverse_sqrtm": inverse_sqrtm,
@@ -259,6 +319,7 @@ def test_operators_pass_opcheck(operator, arguments):
 
 
 EYE = torch.eye(3)
+INDEFINITE = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
 
 
 @pytest.mark.parametrize(
@@ -274,6 +335,19 @@ EYE = torch.eye(3)
         (lambda: sqrtm(EYE, precision="half"), ValueError, "precision: takes one of"),
         (lambda: sqrtm(EYE, iterations=0), ValueError, "iterations: takes a positive number"),
         (lambda: sqrtm(EYE, backend="cuda"), ValueError, "backend: sqrtm has no backend 'cuda'"),
+        (lambda: sqrtm(EYE, backend="triton", method="eigh"), RuntimeError, "backend 'triton' of sqrtm has no eigh"),
+        (lambda: polar(EYE, backend="triton", precision="float64"), RuntimeError, "of polar has no float64"),
+        (
+            lambda: newton_schulz(EYE, iterations=1, backend="triton"),
+            ValueError,
+            "newton_schulz has no backend 'triton'",
+        ),
+        (lambda: sqrtm(INDEFINITE), ValueError, "a: takes positive semi-definite .* an eigenvalue of -0.333 of the"),
+        (
+            lambda: sqrtm(INDEFINITE, method="polar"),
+            ValueError,
+            "a: takes positive semi-definite .* an eigenvalue of -",
+        ),
         (lambda: inverse_sqrtm(EYE - EYE), ValueError, "a: takes positive definite matrices, 1 of 1"),
         (lambda: inverse_sqrtm(EYE - EYE, method="polar"), ValueError, "a: takes positive definite matrices, 1 of 1"),
         (lambda: polar(torch.zeros(3)), ValueError, r"m: takes matrices \(..., m, n\)"),
