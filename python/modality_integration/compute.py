@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -22,14 +21,21 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from mir_kernels.moments.streaming import ROWS
 from modality_integration import data, loading
 from modality_integration.checkpoint import Checkpoint, Passage, write_json
 from modality_integration.data import InputError, Sample, refusals
+from modality_integration.decoder import parameter_device
 from modality_integration.doctor import free_memory
+from modality_integration.layer_stream import HOLD
 from modality_integration.metric import ModalityIntegrationRate
+from modality_integration.probe import lean_forward
 from modality_integration.residual_stream import capture
 from modality_integration.result import MIRResult, with_error
 from modality_integration.states import mir_of_states
+
+
+FIRST_CHECKPOINT = 10.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -42,14 +48,18 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `mir compute`; device and what follows it do not decide the value."""
+    """The arguments of `mir compute`; device and what follows it do not decide the value.
+
+    text_tokens: None takes prose whole. in_order: files as sorted by name, not a random choice. checkpoint_every: in
+    samples; None goes by the clock.
+    """
 
     model: str
     images: Path
     text: Path
     samples: int = 100
     seed: int = 0
-    text_tokens: int = 512
+    text_tokens: int | None = 512
     template: str = "auto"
     dtype: str = "auto"
     last: str = "normed"
@@ -57,9 +67,12 @@ class Options:
     outliers: str = "remove"
     normalize: bool = True
     bounds: bool = True
+    precision: str = "auto"
+    in_order: bool = False
     device: str = "auto"
+    device_map: str | None = None
     out: Path = Path("mir-out")
-    checkpoint_every: int = 10
+    checkpoint_every: int | None = None
     second_pass: bool = False
     restart: bool = False
     groups: int = 5
@@ -70,9 +83,11 @@ def run(options: Options, console: Console) -> MIRResult:
 
     Raises InputError for what a person can mend, Interrupted after Ctrl-C or SIGTERM with the state saved.
     """
-    with _processes() as (rank, world):
+    device = loading.pick_device(options.device)
+    with _processes(device) as (rank, world):
         console.quiet = console.quiet or rank > 0
-        device = loading.pick_device(options.device)
+        require_folder(options.out)
+        metric = metric_of(options).to(device)
         samples, notes, skipped = choose(options, console)
 
         arguments = {**_deciding(options, device, world), "chosen_samples": _digest(samples)}
@@ -82,15 +97,10 @@ def run(options: Options, console: Console) -> MIRResult:
         passage = _agreed(checkpoint.passage(), world)
 
         began = time.monotonic()
-        with console.status(f"loading {options.model}"):
-            model, processor = loading.load(options.model, device, options.dtype)
+        model, processor, about = load(options, device, console)
         if memory := _scarce(model, options.groups, device):
             console.print(f"[yellow]note[/] {memory}", highlight=False)
         options.out.mkdir(parents=True, exist_ok=True)
-        with refusals("options"):
-            metric = ModalityIntegrationRate(
-                outliers=options.outliers, normalize=options.normalize, bounds=options.bounds, groups=options.groups
-            ).to(device)
         mine = samples[rank::world]
         if passage.done:
             checkpoint.load(metric)
@@ -106,12 +116,31 @@ def run(options: Options, console: Console) -> MIRResult:
                 metric = metric.second_pass()
             passage = Passage(2, 0)
 
-        result.notes.extend(notes)
+        result.notes.extend(about + notes)
+        result.settings = settings_of(options, arguments, model)
         if rank == 0:
             _write(result, options, arguments, skipped, time.monotonic() - began)
             _show(result, options.out, console)
         checkpoint.clear()
         return result
+
+
+def load(options: Options, device: torch.device, console: Console) -> loading.Loaded:
+    """The model that `options` name, with a word on the way."""
+    with console.status(f"loading {options.model}"):
+        return loading.load(
+            options.model, device, options.dtype, device_map=options.device_map, template=options.template
+        )
+
+
+def settings_of(options: Options, arguments: dict[str, Any], model: Any) -> dict[str, Any]:
+    """What the value was measured with, for `MIRResult.settings`."""
+    names = ("model", "samples", "seed", "in_order", "text_tokens", "template", "last", "text_role", "precision")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **{name: arguments[name] for name in ("groups", "processes", "chosen_samples")},
+    }
 
 
 def run_states(
@@ -131,6 +160,7 @@ def run_states(
         if not found or not found[0].exists():
             raise InputError(f"{path} holds no .safetensors file" if path.is_dir() else f"{path} does not exist")
         paths += found
+    require_folder(out)
     with progress_bar(console) as bar, refusals(""):
         task = bar.add_task(f"MIR of {len(paths)} file{'s' * (len(paths) > 1)}, layer by layer", total=None)
         result = mir_of_states(
@@ -152,12 +182,22 @@ def run_states(
 
 def choose(options: Options, console: Console) -> tuple[list[Sample], list[str], list[tuple[str, str]]]:
     """The pairs that `options` choose, notes on them for the result, and what is broken as (name, reason), printed."""
-    images = data.choose_images(options.images, options.samples, options.seed)
-    texts = data.choose_texts(options.text, options.samples, options.seed)
+    seed = None if options.in_order else options.seed
+    images = data.choose_images(options.images, options.samples, seed)
+    texts = data.choose_texts(options.text, options.samples, seed)
     for line in [*_skipped(images.skipped, "image"), *_skipped(texts.skipped, "text")]:
         console.print(f"[yellow]note[/] {line}", highlight=False)
-    samples = data.pair(images.items, texts.items, options.samples, options.seed)
+    samples = data.pair(images.items, texts.items, options.samples, seed)
     return samples, _notes(images, texts, options.samples), images.skipped + texts.skipped
+
+
+def require_folder(out: Path) -> None:
+    """InputError unless `out` is a folder that can be written to, or can become one."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"out: {there} is a file, and the results go into a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"out: {there} cannot be written to")
 
 
 def stream(
@@ -166,7 +206,7 @@ def stream(
     samples: Sequence[Sample],
     metric: ModalityIntegrationRate,
     *,
-    text_tokens: int = 512,
+    text_tokens: int | None = 512,
     template: str = "auto",
     last: str = "normed",
     text: str = "after",
@@ -177,10 +217,7 @@ def stream(
 
     `after_sample(count)` is called with the number of samples counted so far; the metric then holds exactly those.
     """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    forward: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        forward["logits_to_keep"] = 1  # the vocabulary's logits are not needed, and larger than everything else
+    device, dtype, forward = parameter_device(model), next(model.parameters()).dtype, lean_forward(model)
     tokens: dict[str, Any] = {"last": last, "text": text}
     name = "the first sample"
     try:
@@ -201,6 +238,13 @@ def stream(
         if "can't allocate memory" in str(error) or "not enough memory" in str(error):  # torch's CPU allocator
             raise _out_of_memory(device, name, text_tokens) from error
         raise
+
+
+def metric_of(options: Any) -> ModalityIntegrationRate:
+    """A fresh metric as `options` (or a study's subject) want it; InputError for what does not exist."""
+    names = ("outliers", "normalize", "bounds", "precision", "groups")
+    with refusals("options"):
+        return ModalityIntegrationRate(**{name: getattr(options, name) for name in names})
 
 
 def finish(metric: ModalityIntegrationRate) -> MIRResult:
@@ -225,10 +269,13 @@ def _pass(
             f"{Path(options.model).name}, pass {passage.number}", total=len(samples), completed=passage.done
         )
 
+        due = _Due(options.checkpoint_every)
+
         def after_sample(count: int) -> None:
             bar.update(task, completed=count)
-            if stop.signal or count % options.checkpoint_every == 0:
-                checkpoint.save(metric, Passage(passage.number, count))
+            if stop.signal or due(count):
+                with due.writing():
+                    checkpoint.save(metric, Passage(passage.number, count))
             if stop.signal:
                 raise Interrupted(
                     f"interrupted after {count} of {len(samples)} samples; the same command goes on from there",
@@ -255,14 +302,38 @@ def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return value.to(device, dtype if value.is_floating_point() else None)
 
 
+class _Due:
+    """When a checkpoint is written: every `every` samples; or, with None, by the clock, so that writing takes no more
+    than a twentieth of the time. At 7B a state is 20 GB and more.
+    """
+
+    def __init__(self, every: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._clock = every, clock
+        self._next = clock() + FIRST_CHECKPOINT
+
+    def __call__(self, count: int) -> bool:
+        return count % self._every == 0 if self._every else self._clock() >= self._next
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around a write, whose time tells when the next is due."""
+        began = self._clock()
+        yield
+        ended = self._clock()
+        self._next = ended + max(FIRST_CHECKPOINT, 20 * (ended - began))
+
+
 @contextlib.contextmanager
-def _processes() -> Iterator[tuple[int, int]]:
+def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
     """(rank, number of processes); joins the group that torchrun announces, and leaves it again."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or dist.is_initialized():
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # Objects travel over gloo, from any device; NCCL would put them on the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), world
     finally:
@@ -316,7 +387,7 @@ def progress_bar(console: Console) -> Progress:
 def _deciding(options: Options, device: torch.device, world: int) -> dict[str, Any]:
     """What the bits of the result depend on, by the names a person typed."""
     values = asdict(options)
-    for name in ("out", "checkpoint_every", "restart", "second_pass", "images", "text"):
+    for name in ("out", "checkpoint_every", "device_map", "restart", "second_pass", "images", "text"):
         del values[name]  # the data count by `chosen_samples`, so a moved folder does not
     return values | {
         "device": device.type,
@@ -359,25 +430,29 @@ def _skipped(skipped: Sequence[tuple[str, str]], what: str, most: int = 5) -> li
     return lines + ([f"and {len(skipped) - most} more broken {what}s"] if len(skipped) > most else [])
 
 
-def _out_of_memory(device: torch.device, name: str, text_tokens: int) -> InputError:
+def _out_of_memory(device: torch.device, name: str, text_tokens: int | None) -> InputError:
     return InputError(
-        f"out of memory on {device} at {name}: lower --text-tokens (now {text_tokens}) or --groups, load the weights "
+        f"out of memory on {device} at {name}: lower --text-tokens (now {text_tokens or 'all'}) or --groups, load the weights "
         "smaller with --dtype bfloat16, or use --device cpu; with changed arguments add --restart"
     )
 
 
 def _scarce(model: Any, groups: int, device: torch.device) -> str | None:
-    """A note where the accumulators may outgrow the free memory: d (d + 1) / 2 float64 numbers a layer, modality and
-    group, each made once more tokens came than are held back.
+    """A note where the metric's state may outgrow the free memory.
+
+    A layer and modality has held rows; and for each group an accumulator of d (d + 1) / 2 float64 numbers with rows
+    gathered for it, made once more tokens came than are held.
     """
     config = model.config.get_text_config()
-    each = 8 * config.num_hidden_layers * config.hidden_size * (config.hidden_size + 1)
+    d, layers, size = config.hidden_size, config.num_hidden_layers, next(model.parameters()).element_size()
+    held = max(HOLD, d + 1) * d * size
+    accumulator = 4 * d * (d + 1) + ROWS.get(device.type, max(ROWS.values())) * d * size
+    needed, without = (2 * layers * (held + count * accumulator) / 1e9 for count in (max(groups, 1), 1))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    if free is None or max(groups, 1) * each < free:
+    if free is None or needed < free / 1e9:
         return None
-    return (
-        f"mean and covariance of every layer may take {max(groups, 1) * each / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
-        f"are free on {device}" + (f": --groups 0 takes {each / 1e9:.1f} GB" if groups else "")
+    return f"the covariances of every layer may take {needed:.1f} GB, and {free / 1e9:.1f} GB are free on {device}" + (
+        f": --groups 0 takes {without:.1f} GB" if groups else ""
     )
 
 

@@ -61,15 +61,17 @@ class Chosen(Generic[T]):
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def choose_images(path: Path | str, count: int, seed: int) -> Chosen[Path]:
-    """At most `count` readable images in an order set by `seed`; `path` is a folder, searched recursively, or one file.
+def choose_images(path: Path | str, count: int, seed: int | None) -> Chosen[Path]:
+    """At most `count` readable images in an order set by `seed`, by name with None; `path` is a folder, searched recursively, or one file.
 
     Every image is decoded once; one that cannot be is skipped with the reason. Raises InputError if `path` is not there
     or holds no readable image.
     """
     path = Path(path)
     candidates = image_files(path)
-    chosen = _choose(candidates, count, f"{seed}/images", lambda p: (open_image(p), p)[1], lambda p: _name(p, path))
+    chosen = _choose(
+        candidates, count, _seed(seed, "images"), lambda p: (open_image(p), p)[1], lambda p: _name(p, path)
+    )
     if not chosen.items:
         raise InputError(
             f"no usable image in {path}: {_why_none(chosen, 'no file there is of an image type that Pillow opens')}"
@@ -77,8 +79,10 @@ def choose_images(path: Path | str, count: int, seed: int) -> Chosen[Path]:
     return chosen
 
 
-def choose_texts(path: Path | str, count: int, seed: int) -> Chosen[Text]:
-    """At most `count` pieces of prose in an order set by `seed`; `path` is a .txt, .story or .jsonl file or a folder.
+def choose_texts(path: Path | str, count: int, seed: int | None) -> Chosen[Text]:
+    """At most `count` pieces of prose in an order set by `seed`, as they come with None.
+
+    `path` is a .txt, .story or .jsonl file or a folder.
 
     A .txt file is one piece; a .story (CNN / Daily Mail) one, up to its first @highlight; a .jsonl one a line, a string
     or an object with one of the keys "text", "article", "content", "story", "document", "caption". A piece that is
@@ -86,7 +90,7 @@ def choose_texts(path: Path | str, count: int, seed: int) -> Chosen[Text]:
     """
     path = Path(path)
     candidates = list(_text_pieces(path))
-    chosen = _choose(candidates, count, f"{seed}/texts", lambda p: p.read(path), lambda p: p.name(path))
+    chosen = _choose(candidates, count, _seed(seed, "texts"), lambda p: p.read(path), lambda p: p.name(path))
     if not chosen.items:
         raise InputError(
             f"no usable text in {path}: {_why_none(chosen, 'there is no ' + ', '.join(TEXT_SUFFIXES) + ' file')}"
@@ -94,10 +98,13 @@ def choose_texts(path: Path | str, count: int, seed: int) -> Chosen[Text]:
     return chosen
 
 
-def pair(images: Sequence[Path | Image.Image], texts: Sequence[Text], count: int, seed: int) -> list[Sample]:
-    """`count` pairs of a random image with unrelated prose; what is too few comes again, in a new order each round."""
-    left = _rounds(images, count, f"{seed}/image rounds")
-    right = _rounds(texts, count, f"{seed}/text rounds")
+def pair(images: Sequence[Path | Image.Image], texts: Sequence[Text], count: int, seed: int | None) -> list[Sample]:
+    """`count` pairs of a random image with unrelated prose; what is too few comes again, in a new order each round.
+
+    seed None: in order, round after round.
+    """
+    left = _rounds(images, count, _seed(seed, "image rounds"))
+    right = _rounds(texts, count, _seed(seed, "text rounds"))
     return [Sample(image, text) for image, text in zip(left, right, strict=True)]
 
 
@@ -127,8 +134,10 @@ def open_image(source: Path | Image.Image) -> Image.Image:
             return image.convert("RGB")
 
 
-def truncate(text: str, tokenizer: Any, tokens: int) -> str:
-    """The first `tokens` tokens of `text`, as a slice of it where the tokenizer knows offsets."""
+def truncate(text: str, tokenizer: Any, tokens: int | None) -> str:
+    """The first `tokens` tokens of `text`, all with None; a slice of it where the tokenizer knows offsets."""
+    if tokens is None:
+        return text
     text = text[: 100 * tokens]  # tokenizers read the whole string before they cut it
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(
@@ -217,11 +226,12 @@ def _files(path: Path, what: str) -> list[Path]:
 
 
 def _choose(
-    candidates: Sequence[Any], count: int, seed: str, read: Callable[[Any], T], name: Callable[[Any], str]
+    candidates: Sequence[Any], count: int, seed: str | None, read: Callable[[Any], T], name: Callable[[Any], str]
 ) -> Chosen[T]:
     chosen: Chosen[T] = Chosen()
     order = list(range(len(candidates)))
-    random.Random(seed).shuffle(order)
+    if seed is not None:
+        random.Random(seed).shuffle(order)
     for index in order:
         if len(chosen.items) == count:
             break
@@ -232,7 +242,13 @@ def _choose(
     return chosen
 
 
-def _rounds(items: Sequence[T], count: int, seed: str) -> list[T]:
+def _seed(seed: int | None, what: str) -> str | None:
+    return None if seed is None else f"{seed}/{what}"
+
+
+def _rounds(items: Sequence[T], count: int, seed: str | None) -> list[T]:
+    if seed is None:
+        return [items[index % len(items)] for index in range(count)]
     shuffler, out = random.Random(seed), list(items[:count])
     while len(out) < count:
         out += shuffler.sample(items, min(len(items), count - len(out)))

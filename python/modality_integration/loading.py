@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from modality_integration.data import InputError
+from modality_integration.moca import FILE, KEY, load_moca, moca_parameters
 
 DTYPES = {
     "auto": "auto",
@@ -21,7 +23,16 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-TEMPLATES = ("auto", "chat", "plain")
+TEMPLATES = ("auto", "chat", "plain", "published")
+# The published code's: LLaVA's conversation vicuna_v1, with prose as the answer.
+PUBLISHED = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image}\n ASSISTANT: {prose}{end}"
+)
+
+# Of the processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral and SmolVLM; the extra that brings them.
+PROCESSOR_PACKAGES = {"torchvision": "torchvision", "num2words": "num2words"}
+PROCESSOR_EXTRA = 'pip install "mir-kernels[processors]" (a torchvision that was built for another torch does not load)'
 
 # What stands for the image in a plain prompt where it is not simply `processor.image_token`, by the processor's class.
 _PLAIN_MARKERS = {
@@ -49,11 +60,23 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load(name: str, device: torch.device, dtype: str = "auto") -> tuple[torch.nn.Module, Any]:
-    """Model (in eval mode, on `device`) and processor of `name`, a folder or a hub name; a folder needs no network.
+class Loaded(NamedTuple):
+    """A model in eval mode, its processor, and sentences on what was not ordinary in the files."""
 
-    dtype: "auto" (as saved), "float32", "bfloat16", "float16" or "float64". Raises InputError if there is no such model
-    or it does not take images and text.
+    model: torch.nn.Module
+    processor: Any
+    notes: list[str]
+
+
+def load(
+    name: str, device: torch.device, dtype: str = "auto", *, device_map: str | None = None, template: str = "auto"
+) -> Loaded:
+    """`name`, a folder or a hub name, on `device`, or spread by transformers' `device_map`; a folder needs no network.
+
+    dtype: "auto" (as saved), "float32", "bfloat16", "float16" or "float64". template: of the prompts to come, refused
+    before the weights are read if the processor has none. MoCa in the weights is put into the model.
+    Raises InputError if there is no such model, it does not take images and text, a package is missing, or the files
+    lack weights that the model has: their random stand-ins would be measured in silence.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TAKES_IMAGES
@@ -61,29 +84,39 @@ def load(name: str, device: torch.device, dtype: str = "auto") -> tuple[torch.nn
     if looks_like_path(name) and not Path(name).exists():
         raise InputError(f"model: {name} does not exist")
     local = Path(name).exists()
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(name, local_files_only=local)
-        except (OSError, ValueError) as error:
-            raise InputError(f"model: {_why_not(name, local, error)}") from error
+    with quiet(), _said(name, local):
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
         if config.model_type not in TAKES_IMAGES:
             raise InputError(
                 f"model: {name} is a {config.model_type!r}, which takes no images beside text; "
                 "MIR compares the vision and the text tokens of one decoder"
             )
-        try:
-            processor = AutoProcessor.from_pretrained(name, local_files_only=local)
-            if not hasattr(processor, "image_processor"):
-                raise InputError(
-                    f"model: {name} has a tokenizer but no image processor: save its processor there with "
-                    "processor.save_pretrained(folder)"
-                )
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=DTYPES[dtype], local_files_only=local)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            raise InputError(f"model: {_why_not(name, local, error)}") from error
-    return model.to(device).eval(), processor
+        processor = AutoProcessor.from_pretrained(name, local_files_only=local)
+        if not hasattr(processor, "image_processor"):
+            raise InputError(
+                f"model: {name} has a tokenizer but no image processor: save its processor there with "
+                "processor.save_pretrained(folder)"
+            )
+        _prompt(processor, "", template)
+        model: Any
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=DTYPES[dtype], device_map=device_map, local_files_only=local, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise InputError(
+                f"model: the files of {name} lack {_keys(info['missing_keys'])}; with random numbers in their place "
+                f"MIR would mean nothing{_instead(info['unexpected_keys'])}"
+            )
+        if device_map is None:
+            model.to(device)
+        moca = [key for key in info["unexpected_keys"] if KEY.search(key)]
+        notes = []
+        if moca or (local and (Path(name) / FILE).exists()):  # among the weights, or beside them as save_moca writes it
+            load_moca(model, _folder(name))
+            notes.append(f"with the MoCa that {name} holds, in {len(moca_parameters(model)) // 2} decoder layers")
+    if unused := set(info["unexpected_keys"]) - set(moca):
+        notes.append(f"the model has no place for {_keys(unused)} in its files, which are not used")
+    return Loaded(model.eval(), processor, notes)
 
 
 def encode(processor: Any, image: Image.Image, text: str, template: str = "auto") -> dict[str, torch.Tensor]:
@@ -103,10 +136,10 @@ def looks_like_path(name: str) -> bool:
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA, else Apple's MPS, else the CPU; under torchrun each process takes the GPU of its local rank."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if name == "auto" and not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -127,7 +160,9 @@ def _prompt(processor: Any, text: str, template: str) -> str:
     kind = type(processor).__name__
     plain = next((value for name, value in _PLAIN_MARKERS.items() if kind.startswith(name)), marker)
     if not plain and not kind.startswith(tuple(_PLAIN_MARKERS)):
-        raise InputError(f"template: {kind} names no image token to write a plain prompt with, use --template chat")
+        raise InputError(f"template: {kind} names no image token to write a prompt with, use --template chat")
+    if template == "published":
+        return PUBLISHED.format(image=plain, prose=text, end=processor.tokenizer.eos_token or "")
     return f"{plain}\n{text}"
 
 
@@ -143,8 +178,56 @@ def _chat_prompt(processor: Any, text: str) -> str:
         ) from error
 
 
+@contextlib.contextmanager
+def _said(name: str, local: bool) -> Iterator[None]:
+    """What transformers raises inside, as an InputError of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        package = next((p for p in PROCESSOR_PACKAGES if p in str(error).lower()), None)
+        if package is None:
+            raise InputError(f"model: {name} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"model: the processor of {name} takes {package}: {PROCESSOR_EXTRA}") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise InputError(
+            f"model: out of memory while loading {name}: load the weights smaller with --dtype bfloat16, spread them "
+            "with --device-map auto, or use --device cpu"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "nms does not exist" in str(error):
+            raise InputError(f"model: torchvision, which {name} takes, does not load: {PROCESSOR_EXTRA}") from error
+        raise InputError(f"model: {_why_not(name, local, error)}") from error
+
+
+def _keys(keys: Iterable[str], most: int = 3) -> str:
+    first = sorted(keys)
+    more = f" and {len(first) - most} more" if len(first) > most else ""
+    return f"{len(first)} weight{'s' * (len(first) > 1)} ({', '.join(first[:most])}{more})"
+
+
+def _instead(unexpected: Iterable[str]) -> str:
+    return f"; they have {_keys(unexpected)} instead: were they renamed?" if unexpected else ""
+
+
+def _folder(name: str) -> Path:
+    """Where the files of `name` are: the folder itself, or the hub's cache."""
+    if Path(name).exists():
+        return Path(name)
+    from transformers.utils.hub import cached_file
+
+    return Path(str(cached_file(name, "config.json"))).parent
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _why_not(name: str, local: bool, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = _first_line(error)
+    if "ignore_mismatched_sizes" in first:
+        first = "weights in its files have other shapes than its config.json says"
     if local:
         return f"{name} cannot be loaded: {first}"
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 MODALITIES = ("vision", "text")
 _COUNTS = ("kept", "removed", "missed")  # the last one since version 2 of the schema
 SCHEMA = "modality-integration-rate"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
@@ -72,15 +73,17 @@ class MIRResult:
     outliers, normalize: the settings. notes: sentences on anything that was not exact or not ordinary; empty when all
     is well. missed: tokens among those kept that the rule would have left out, had the stream not passed already; 0 is
     exact. left_out: the layer's distance with each group of samples left out, for the standard error; None without.
+    settings: what else the value depends on, as `mir compute` writes it (model, data, prompt): by name a word, number,
+    True, False or None; may be empty.
 
-    As JSON, version 2: {"schema": "modality-integration-rate", "version": 2, "mir": number, "error", "lower", "upper":
-    number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "notes": [string],
+    As JSON, version 3: {"schema": "modality-integration-rate", "version": 3, "mir": number, "error", "lower", "upper":
+    number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "notes": [string], "settings": object,
     "layers": [{"layer": 1.., "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root": number,
     "error", "root_lower", "root_upper": number or null, "kept": {"vision": int, "text": int}, "removed", "missed":
     likewise, "left_out": [number] or null}]}.
     A number that is not finite is the string "inf" or "-inf". "mir", "error", "lower", "upper" and "distance" follow
     from the rest and are written for readers. Readers refuse a version above theirs; a new version is one whose keys
-    change. Version 1 has no "error", "missed" and "left_out"; its "notes" alone tell of missed tokens.
+    change. Version 2 has no "settings"; version 1 has no "error", "missed" and "left_out"; its "notes" alone tell of missed tokens.
     """
 
     terms: list[LayerTerms]
@@ -92,6 +95,7 @@ class MIRResult:
     notes: list[str] = field(default_factory=list)
     missed: dict[str, list[int]] = field(default_factory=dict)
     left_out: list[list[float]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.missed = {m: self.missed.get(m, [0] * len(self.terms)) for m in MODALITIES}
@@ -141,6 +145,9 @@ class MIRResult:
     def __float__(self) -> float:
         return self.value
 
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
+
     def __str__(self) -> str:
         text = f"MIR {with_error(self.value, self.error)} over {len(self.terms)} layers"
         if self.lower is not None:
@@ -148,7 +155,7 @@ class MIRResult:
         return "\n".join([text, *(f"note: {note}" for note in self.notes)])
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The result as JSON (see the class), written to `path` if one is given."""
+        """The result as JSON (see the class), written to `path` if one is given: whole, or not at all."""
         layers = []
         errors = self.layer_errors
         for index, terms in enumerate(self.terms):
@@ -166,11 +173,12 @@ class MIRResult:
             "outliers": self.outliers,
             "normalize": self.normalize,
             "notes": self.notes,
+            "settings": self.settings,
             "layers": layers,
         }
         text = json.dumps(_encode(document), indent=2, allow_nan=False) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            _replace(Path(path), text)
         return text
 
     @classmethod
@@ -234,6 +242,12 @@ def _outward(value: float, towards: float) -> float:
     return math.nextafter(math.nextafter(value, towards), towards)
 
 
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _encode(entry) for key, entry in value.items()}
@@ -251,6 +265,9 @@ def _result(document: dict[str, Any], version: int) -> MIRResult:
         raise TypeError("outliers, normalize: take a word and true or false")
     if not isinstance(document["notes"], list) or not all(isinstance(note, str) for note in document["notes"]):
         raise TypeError("notes: takes a list of sentences")
+    settings = document["settings"] if version > 2 else {}
+    if not isinstance(settings, dict) or not all(map(_plain, settings.values())):
+        raise TypeError(f"settings: takes an object of words, numbers, true, false and null, got {settings!r}")
     left_out: list[Any] = [layer["left_out"] for layer in layers] if version > 1 else [None]
     if left_out.count(None) not in (0, len(left_out)) or len({len(values or ()) for values in left_out}) > 1:
         raise ValueError("left_out: takes as many numbers in every layer")
@@ -259,11 +276,12 @@ def _result(document: dict[str, Any], version: int) -> MIRResult:
     result = MIRResult(
         terms=[_terms(layer) for layer in layers],
         alpha=[_number(layer["alpha"]) for layer in layers],
-        **{n: {m: [_count(layer[n][m]) for layer in layers] for m in MODALITIES} for n in _COUNTS[: version + 1]},
+        **{n: {m: [_count(layer[n][m]) for layer in layers] for m in MODALITIES} for n in _COUNTS[: 2 + (version > 1)]},
         left_out=None if None in left_out else [[_number(x, finite=False) for x in values] for values in left_out],
         outliers=document["outliers"],
         normalize=document["normalize"],
         notes=document["notes"],
+        settings=settings,
     )
     derived = (*result.per_layer, result.value, result.lower, result.upper, result.error)
     if any(value is not None and math.isnan(value) for value in derived):
@@ -286,6 +304,10 @@ def _number(value: Any, *, finite: bool = True) -> float:
         if math.isfinite(number) or (not finite and not math.isnan(number)):
             return number
     raise TypeError(f"takes a {'finite ' if finite else ''}number, got {value!r}")
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _count(value: Any) -> int:

@@ -26,8 +26,8 @@ from typing import Any
 from rich.console import Console
 
 from modality_integration import loading, report
-from modality_integration.compute import Options, choose, finish, progress_bar, stream
-from modality_integration.data import InputError, Sample, refusals
+from modality_integration.compute import Options, choose, finish, load, metric_of, progress_bar, require_folder, stream
+from modality_integration.data import InputError, Sample
 from modality_integration.metric import ModalityIntegrationRate
 from modality_integration.result import MODALITIES, MIRResult
 
@@ -44,19 +44,19 @@ class Subject:
 
     model: Any
     processor: Any
-    text_tokens: int = 512
+    text_tokens: int | None = 512
     template: str = "auto"
     last: str = "normed"
     text_role: str = "after"
     outliers: str = "remove"
     normalize: bool = True
     groups: int = 5
+    precision: str = "auto"
+    bounds: bool = False
 
     def metric(self) -> ModalityIntegrationRate:
         """A fresh one on the model's device."""
-        with refusals("options"):
-            metric = ModalityIntegrationRate(outliers=self.outliers, normalize=self.normalize, groups=self.groups)
-        return metric.to(next(self.model.parameters()).device)
+        return metric_of(self).to(next(self.model.parameters()).device)
 
     def feed(self, metric: ModalityIntegrationRate, samples: Sequence[Sample], start: int, advance: Advance) -> None:
         """Count `samples[start:]`; advance(1) after each."""
@@ -90,11 +90,15 @@ def run(name: str, options: Options, console: Console) -> list[Row]:
     for given, option in ((options.second_pass, "--second-pass"), (options.restart, "--restart")):
         if given:
             raise InputError(f"study: keeps no checkpoint and passes over the data once, so it takes no {option}")
+    require_folder(options.out)
     cells = _cells(name, options, console)
     device = loading.pick_device(options.device)
-    with console.status(f"loading {options.model}"):
-        model, processor = loading.load(options.model, device, options.dtype)
-    shared = ("text_tokens", "template", "last", "text_role", "outliers", "normalize", "groups")
+    metric_of(options)  # refuses before the weights are read
+    wanted = replace(options, template="chat") if name == "template" else options
+    model, processor, notes = load(wanted, device, console)
+    for note in notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False)
+    shared = ("text_tokens", "template", "last", "text_role", "outliers", "normalize", "groups", "precision")
     subject = Subject(model, processor, **{key: getattr(options, key) for key in shared})
     with progress_bar(console) as bar:
         total = sum(map(len, cells.values())) * (len(TEMPLATES) if name == "template" else 1)

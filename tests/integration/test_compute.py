@@ -3,13 +3,16 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from integration.saved_models import save_tiny_llama, save_tiny_llava, write_images, write_texts
 from modality_integration import compute, data, loading
@@ -17,6 +20,7 @@ from modality_integration.checkpoint import Passage
 from modality_integration.compute import Interrupted, Options, run
 from modality_integration.data import InputError
 from modality_integration.metric import mir
+from modality_integration.moca import add_moca, load_moca, remove_moca, save_moca
 from modality_integration.residual_stream import capture
 from modality_integration.result import MIRResult
 
@@ -82,7 +86,7 @@ def in_process(options, *before):
 def test_the_value_is_mir_of_the_features_that_the_model_gives_sample_by_sample(options):
     result = quiet_run(options)
 
-    model, processor = loading.load(options.model, torch.device("cpu"))
+    model, processor, _ = loading.load(options.model, torch.device("cpu"))
     images = data.choose_images(options.images, SAMPLES, 0).items
     texts = data.choose_texts(options.text, SAMPLES, 0).items
     vision, text = [], []
@@ -122,11 +126,17 @@ def test_it_prints_the_standard_error_beside_the_value_and_does_without_where_no
     assert plain.value == pytest.approx(result.value, rel=1e-9)
 
 
-def test_accumulators_that_outgrow_the_memory_are_told_before_the_work(options, monkeypatch):
-    monkeypatch.setattr(compute, "free_memory", lambda: 5 * 8 * 3 * 16 * 17)  # of the tiny model's accumulators
-    console = Console(record=True, file=io.StringIO(), width=200)
-    run(Options(**{**vars(options), "samples": 2}), console)
-    assert "may take 0.0 GB, and 0.0 GB are free on cpu: --groups 0 takes 0.0 GB" in console.export_text()
+def test_a_state_that_outgrows_the_memory_is_told_before_the_work(options, monkeypatch):
+    d, layers, groups = 16, 3, 5
+    accumulators = groups * 8 * layers * d * (d + 1)
+    gathered = groups * 2 * layers * 1024 * d * 4
+    held = 2 * layers * 2048 * d * 4
+    for free, told in ((accumulators + gathered + held, True), (accumulators + gathered + held + 1, False)):
+        monkeypatch.setattr(compute, "free_memory", lambda free=free: free)
+        console = Console(record=True, file=io.StringIO(), width=200)
+        run(Options(**{**vars(options), "samples": 2}), console)
+        said = "may take 0.0 GB, and 0.0 GB are free on cpu: --groups 0 takes 0.0 GB"
+        assert (said in console.export_text()) == told
 
 
 def test_too_few_images_are_used_again_and_broken_ones_skipped_both_in_the_notes(options, tmp_path):
@@ -236,8 +246,6 @@ def test_a_damaged_checkpoint_is_an_error_that_says_how_to_begin_anew(unfinished
         ({"text": "nowhere"}, "text: nowhere does not exist"),
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here"),
         ({"device": "gpu"}, "device: 'gpu' cannot be used here"),
-        ({"template": "chat"}, "no chat template"),
-        ({"outliers": "median"}, "median"),
         ({"samples": 1, "text_tokens": 1, "outliers": "none"}, "layer 1.*text"),
     ],
 )
@@ -257,6 +265,112 @@ def test_a_model_saved_without_its_processor_is_refused_with_the_remedy(options,
         (tmp_path / "bare" / name).write_bytes((folders / "model" / name).read_bytes())
     with pytest.raises(InputError, match=r"bare"):
         quiet_run(options, model=str(tmp_path / "bare"))
+
+
+def changed_weights(folders, folder, change):
+    """A copy of the model whose weights are `change(weights)`."""
+    shutil.copytree(folders / "model", folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: {k: v for k, v in weights.items() if "projector" not in k},
+            r"lack 4 weights \(model.multi_modal_projector.linear_1.bias, .* and 1 more\); with random numbers",
+        ),
+        (
+            lambda weights: {f"module.{k}": v for k, v in weights.items()},
+            r"lack \d+ weights .*; they have \d+ weights \(module\..* instead: were they renamed",
+        ),
+        (
+            lambda weights: {k: v[:, :-1].contiguous() if "linear_1.weight" in k else v for k, v in weights.items()},
+            "weights in its files have other shapes than its config.json says",
+        ),
+    ],
+)
+def test_weights_that_are_missing_or_of_another_shape_are_refused_by_name(options, folders, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        quiet_run(options, model=changed_weights(folders, tmp_path / "changed", change))
+
+
+def test_weights_that_the_model_has_no_place_for_are_in_the_notes(options, folders, tmp_path):
+    model = changed_weights(folders, tmp_path / "more", lambda weights: weights | {"head.weight": torch.ones(3)})
+    result = quiet_run(options, model=model)
+    assert "the model has no place for 1 weight (head.weight) in its files, which are not used" in result.notes
+    assert result.value == quiet_run(options, out=tmp_path / "plain").value
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_moca_in_the_models_files_is_measured_with_it(options, tmp_path, beside):
+    model, processor, _ = loading.load(options.model, torch.device("cpu"))
+    add_moca(model, std=0.5)
+    if beside:
+        save_moca(model, tmp_path / "trained")
+        remove_moca(model)
+    model.save_pretrained(tmp_path / "trained")
+    processor.save_pretrained(tmp_path / "trained")
+    if beside:
+        load_moca(model, tmp_path / "trained")
+    samples, _, _ = compute.choose(options, Console(quiet=True))
+    metric = compute.ModalityIntegrationRate(groups=5)
+    compute.stream(model, processor, samples, metric, text_tokens=options.text_tokens)
+
+    result = quiet_run(options, model=str(tmp_path / "trained"))
+    assert result.value == pytest.approx(metric.compute().value, rel=1e-9)
+    assert any("with the MoCa that" in note and "in 3 decoder layers" in note for note in result.notes)
+    assert result.value != pytest.approx(quiet_run(options, out=tmp_path / "plain").value, rel=1e-3)
+
+
+def test_a_broken_weight_file_is_one_line(options, folders, tmp_path):
+    shutil.copytree(folders / "model", tmp_path / "half")
+    file = tmp_path / "half" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(InputError, match=r"model: .*half cannot be loaded: .*incomplete metadata"):
+        quiet_run(options, model=str(tmp_path / "half"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but\nit was"), "takes torchvision: pip"),
+        (ImportError("Package `num2words` is required to run SmolVLM processor."), "takes num2words: pip"),
+        (ImportError("Using a `device_map` requires Accelerate: pip\nmore"), "device_map` requires Accelerate: pip$"),
+        (RuntimeError("operator torchvision::nms does not exist"), "torchvision, which .* takes, does not load: pip"),
+        (torch.OutOfMemoryError("CUDA"), "out of memory while loading .*--device-map auto"),
+    ],
+)
+def test_a_package_that_is_missing_or_broken_is_one_line_that_says_what_to_install(options, monkeypatch, error, said):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+    with pytest.raises(InputError, match=rf"\Amodel: [^\n]*{said}") as refused:
+        quiet_run(options)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 1}, "groups: takes 0"),
+        ({"outliers": "median"}, "outliers: .median"),
+        ({"precision": "most"}, "precision: takes"),
+        ({"template": "chat"}, "no chat template"),
+        ({"out": Path(__file__)}, "out: .*test_compute.py is a file"),
+        ({"out": Path(__file__) / "deeper"}, "out: .*test_compute.py is a file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_weights_are_read(options, monkeypatch, changes, message):
+    def read(*args, **kwargs):
+        pytest.fail("the weights were read")
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", read)
+    with pytest.raises(InputError, match=message):
+        quiet_run(options, **changes)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +417,79 @@ def test_two_processes_give_what_one_does(options, tmp_path):
     assert two.per_layer == pytest.approx(one.per_layer, rel=1e-9)
     assert two.kept == one.kept
     assert not (options.out / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "device", "backend"),
+    [
+        ("auto", 4, "cuda:3", "cpu:gloo,cuda:nccl"),
+        ("cuda", 2, "cuda:1", "cpu:gloo,cuda:nccl"),
+        ("cpu", 4, "cpu", "gloo"),
+        ("auto", 0, "cpu", "gloo"),
+    ],
+)
+def test_a_process_takes_its_own_gpu_before_it_joins_and_objects_travel_over_gloo(
+    monkeypatch, wanted, gpus, device, backend
+):
+    done = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(str(device)))
+    monkeypatch.setattr(compute.dist, "init_process_group", done.append)
+    monkeypatch.setattr(compute.dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(compute.dist, "destroy_process_group", lambda: done.append("left"))
+    picked = loading.pick_device(wanted)
+    assert str(picked) == device
+    with compute._processes(picked) as place:
+        assert place == (3, 4)
+    assert done == [*([device] if device != "cpu" else []), backend, "left"]
+
+
+def test_checkpoints_by_the_clock_take_a_twentieth_of_the_time_at_most():
+    now = [0.0]
+    due = compute._Due(None, clock=lambda: now[0])
+    assert not due(10)
+    now[0] = compute.FIRST_CHECKPOINT
+    assert due(11)
+    with due.writing():
+        now[0] += 50.0
+    ended = now[0]
+    now[0] = ended + 999.0
+    assert not due(20)
+    now[0] = ended + 1000.0
+    assert due(21)
+    with due.writing():
+        now[0] += 0.001
+    assert not due(22)
+    now[0] += compute.FIRST_CHECKPOINT
+    assert due(23)
+    assert [count for count in range(1, 12) if compute._Due(5)(count)] == [5, 10]
+
+
+def test_the_result_says_what_it_was_measured_with(options, folders):
+    result = quiet_run(options, seed=3, precision="exact", last="raw")
+    settings = MIRResult.from_json(options.out / "mir.json").settings
+    assert settings == result.settings
+    expected = {"model": str(folders / "model"), "samples": SAMPLES, "seed": 3, "in_order": False, "text_tokens": 20}
+    expected |= {"template": "auto", "last": "raw", "text_role": "after", "precision": "exact", "dtype": "float32"}
+    expected |= {"groups": 5, "processes": 1}
+    assert settings | expected == settings
+    assert settings["chosen_samples"] != quiet_run(options, seed=4).settings["chosen_samples"]
+
+
+def test_precision_reaches_the_metric(options, monkeypatch):
+    made, seen = compute.ModalityIntegrationRate, []
+    monkeypatch.setattr(compute, "ModalityIntegrationRate", lambda **kwargs: (seen.append(kwargs), made(**kwargs))[1])
+    quiet_run(options, precision="exact", samples=2)
+    assert seen[0]["precision"] == "exact"
+
+
+def test_a_device_map_spreads_the_model_and_gives_the_same_bits(options, tmp_path):
+    pytest.importorskip("accelerate")
+    spread = quiet_run(options, device_map="auto", samples=4)
+    assert spread.per_layer == quiet_run(options, samples=4, out=tmp_path / "one").per_layer
 
 
 @pytest.mark.parametrize(("other", "expected"), [(Passage(2, 3), Passage(2, 5)), (Passage(1, 9), Passage())])

@@ -113,8 +113,8 @@ def test_a_damaged_run_checkpoint_is_refused_with_the_way_out(tmp_path, text):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"version": 2', '"version": true'),
-        ('"version": 2', '"version": 0'),
+        ('"version": 3', '"version": true'),
+        ('"version": 3', '"version": 0'),
         ('"mean": ', '"mean": NaN, "_": '),
         ('"mean": ', '"mean": "nan", "_": '),
         ('"trace_root": ', '"trace_root": 1e999, "_": '),

@@ -52,6 +52,7 @@ def test_one_layer_without_bounds_leaves_the_value_without():
         result(LayerTerms(0.0, 1.0, 1.0, 1.0, 0.9, 1.1), outliers="median"),
         result(LayerTerms(0.0, 1.0, 1.0, 1.0, 1.0, 1.0)),
         result(LayerTerms(0.1, 1.0, 1.0, 0.5), missed={"vision": [3], "text": [0]}, left_out=[[1.0, 1 / 3, 1e-9]]),
+        result(LayerTerms(0.1, 1.0, 1.0, 0.5), settings={"model": "a", "text_tokens": None, "in_order": False}),
     ],
 )
 def test_json_comes_back_as_it_was(made, tmp_path):
@@ -66,11 +67,23 @@ def test_json_comes_back_as_it_was(made, tmp_path):
 def test_json_has_the_documented_keys():
     document = json.loads(result(LayerTerms(0.0, 1.0, 1.0, 1.0)).to_json())
     assert document["schema"] == "modality-integration-rate"
-    assert document["version"] == 2
+    assert document["version"] == 3
     assert document["mir"] == "-inf"
     assert document["lower"] is None
     assert set(document) == {
-        *("schema", "version", "mir", "error", "lower", "upper", "outliers", "normalize", "notes", "layers"),
+        *(
+            "schema",
+            "version",
+            "mir",
+            "error",
+            "lower",
+            "upper",
+            "outliers",
+            "normalize",
+            "notes",
+            "settings",
+            "layers",
+        ),
     }
     assert set(document["layers"][0]) == {
         *("layer", "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root", "root_lower", "root_upper"),
@@ -82,10 +95,12 @@ def test_json_has_the_documented_keys():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=3), "version 3 of the schema, this reader takes 2"),
+        (lambda d: d.update(version=4), "version 4 of the schema, this reader takes 3"),
         (lambda d: d.update(schema="other"), "is no MIR result"),
         (lambda d: d["layers"][0].pop("mean"), "incomplete.*mean"),
         (lambda d: d.pop("layers"), "incomplete.*layers"),
+        (lambda d: d.update(settings=["model"]), "incomplete.*settings: takes an object"),
+        (lambda d: d.update(settings={"seed": [0]}), "incomplete.*settings: takes an object"),
     ],
 )
 def test_json_of_something_else_is_refused_by_name(change, message, tmp_path):
@@ -97,9 +112,12 @@ def test_json_of_something_else_is_refused_by_name(change, message, tmp_path):
         MIRResult.from_json(path)
 
 
-def test_json_of_version_1_is_still_read():
+def test_json_of_older_versions_is_still_read():
     made = result(LayerTerms(0.1, 1.0, 1.0, 0.5), LayerTerms(0.2, 1.0, 1.0, 0.5), left_out=[[0.1, 0.2]] * 2)
     document = json.loads(made.to_json())
+    document["version"] = 2
+    del document["settings"]
+    assert MIRResult.from_json(json.dumps(document)) == made
     document["version"] = 1
     del document["error"]
     for layer in document["layers"]:
@@ -130,3 +148,24 @@ def test_printed_it_says_value_bounds_and_notes():
     text = str(result(LayerTerms(90.0, 8.0, 6.0, 2.0, 1.9, 2.1), notes=["something moved"]))
     assert text.startswith("MIR 2.0000 over 1 layers, between 1.99913")
     assert "note: something moved" in text
+
+
+def test_a_result_formats_as_its_value():
+    made = result(LayerTerms(90.0, 8.0, 6.0, 2.0))
+    assert f"{made:.3f}" == "2.000"
+    assert f"{made}" == str(made)
+
+
+def test_writing_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch):
+    path = tmp_path / "mir.json"
+    before = result(LayerTerms(90.0, 8.0, 6.0, 2.0)).to_json(path)
+    write = type(path).write_text
+
+    def full(self, text, **kwargs):
+        write(self, text[:40], **kwargs)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        result(LayerTerms(1.0, 8.0, 6.0, 2.0)).to_json(path)
+    assert path.read_text() == before

@@ -1,5 +1,6 @@
 """`mir compute --study`: every row is the value that MIR has by itself, in a table that reads back, with a picture."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def value_of(options, **changes):
 def test_sample_count_reads_the_value_of_the_first_samples_along_one_stream(options):
     rows = studied("samples", options, groups=4)
     assert [row["samples"] for row in rows] == [5, 10, 20, 24]
-    model, processor = loading.load(options.model, compute.torch.device("cpu"))
+    model, processor, _ = loading.load(options.model, compute.torch.device("cpu"))
     samples, _, _ = compute.choose(options, Console(quiet=True))
     for row in rows:
         metric = ModalityIntegrationRate(groups=4)
@@ -105,17 +106,12 @@ def test_content_of_one_kind_against_two_is_enough_and_of_one_against_one_is_ref
         studied("content", options, images=drawn, text=mail)
 
 
-def test_template_measures_the_same_samples_with_the_chat_template_and_plain(options, monkeypatch):
+def test_template_measures_the_same_samples_with_the_chat_template_and_plain(options, folders, tmp_path):
     with pytest.raises(InputError, match="no chat template"):
         studied("template", options)
-    load = loading.load
-
-    def with_chat(*args):
-        model, processor = load(*args)
-        processor.chat_template = CHAT
-        return model, processor
-
-    monkeypatch.setattr(loading, "load", with_chat)
+    shutil.copytree(folders / "model", tmp_path / "chatty")
+    (tmp_path / "chatty" / "chat_template.jinja").write_text(CHAT)
+    options = Options(**{**vars(options), "model": str(tmp_path / "chatty")})
     rows = studied("template", options)
     for row, name in zip(rows, ("chat", "plain"), strict=True):
         assert row["template"] == name
@@ -154,12 +150,20 @@ def test_options_reach_the_study(options):
         ({"restart": True}, "takes no --restart"),
         ({"images": Path("nowhere")}, "nowhere does not exist"),
         ({"groups": 1}, "groups: takes 0"),
+        ({"out": Path(__file__)}, "out: .*test_study.py is a file"),
     ],
 )
 def test_what_a_study_cannot_do_is_refused(options, changes, message):
     for name in ("samples", "content"):
         with pytest.raises(InputError, match=message):
             studied(name, options, **changes)
+
+
+def test_options_that_cannot_be_are_refused_before_the_weights_are_read(options, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", lambda *a, **k: pytest.fail("read"))
+    for changes in ({"groups": 1}, {"precision": "most"}, {"template": "chat"}):
+        with pytest.raises(InputError, match=next(iter(changes))):
+            studied("samples", options, **changes)
 
 
 def test_several_processes_are_refused(options, monkeypatch):
