@@ -21,7 +21,7 @@ namespace {
 // by five times that.
 constexpr float kLeft = 2.5e-5f;
 // With fewer rows that is too much, and there is little to gain.
-constexpr int64_t kFewestRows = 512;
+constexpr int64_t kFewestRows = 1024;
 
 #if MIR_INTEGER_PRODUCTS
 constexpr int64_t kRows = 2 * Words<Pair>::kRun;  // of a run
@@ -58,9 +58,29 @@ struct Run {
   int64_t rows;
 };
 
-// What rounding to the unit leaves of a value; scale is 1 / unit.
-MIR_INLINE F32Vec left_over(F32Vec v, F32Vec unit, F32Vec scale) {
-  return v - ((v * scale + kRounds) - kRounds) * unit;
+// What rounding has left so far in two series of rows, which the next row of a series takes along: values that repeat
+// are rounded now up and now down, and what their rounding adds to the covariance with a column that knows of them (a
+// mark of special tokens, say) does not pile up. Which row belongs to which series is random, lest another pattern does.
+struct Carry {
+  F32Vec of[2];
+};
+constexpr uint64_t kSeries = 0x9e6c63d0876a9a35u;
+constexpr float kCarried = 0.996f;  // of what is left: with it an integer stays the integer it is
+
+MIR_INLINE F32Vec within_half(F32Vec v) { return least(most(v, F32Vec{} - 0.5f), F32Vec{} + 0.5f); }
+
+// f(row, its integer in the lowest 16 bits, what rounding left of it in units) for the rows of a run; scale = 1 / unit.
+template <class F>
+MIR_INLINE void round_run(const Run& run, int64_t index, F32Vec unit, F32Vec scale, Carry& carry, const F& f) {
+  for (F32Vec& c : carry.of) c = within_half(c * scale);
+  for (int64_t r = 0; r < run.rows; ++r) {
+    F32Vec& c = carry.of[kSeries >> ((r + 21 * index) % 64) & 1];
+    const F32Vec exact = run.row[r] * scale, with_carry = multiply_add(c, F32Vec{} + kCarried, exact);
+    const F32Vec shifted = with_carry + kRounds, rounded = shifted - kRounds;
+    c = with_carry - rounded;
+    f(r, (U32Vec)shifted & 0xffffu, exact - rounded);
+  }
+  for (F32Vec& c : carry.of) c *= unit;
 }
 
 // The sum over the rows of a run of a value squared, and of what was left of it squared.
@@ -69,7 +89,7 @@ struct Squares {
 };
 
 // Packs a run, and writes its unit: the power of two with which neither the norm nor a value is too large.
-MIR_INLINE Squares quantize(const Run& run, Pair* to, float* unit_to) {
+MIR_INLINE Squares quantize(const Run& run, int64_t index, Carry& carry, Pair* to, float* unit_to) {
   F32Vec all[2] = {}, largest[2] = {}, left[2] = {};
   for (int64_t r = 0; r < run.rows; ++r) {
     all[r % 2] = multiply_add(run.row[r], run.row[r], all[r % 2]);
@@ -80,15 +100,16 @@ MIR_INLINE Squares quantize(const Run& run, Pair* to, float* unit_to) {
   scale = (F32Vec)((U32Vec)least(scale, F32Vec{} + 0x1p100f) & 0x7f800000u);
   const F32Vec unit = 1.0f / scale + (norm - norm);  // NaN for what cannot be packed, Inf and NaN
   store_bits(unit_to, unit);
-  for (int64_t r = 0; r < run.rows; r += 2, to += kBlock) {
-    const U32Vec low = (U32Vec)(run.row[r] * scale + kRounds), high = (U32Vec)(run.row[r + 1] * scale + kRounds);
-    store_bits(to, (low & 0xffffu) | (high << 16));
-    for (int64_t k = 0; k < 2; ++k) {
-      const F32Vec rest = left_over(run.row[r + k], unit, scale);
-      left[k] = multiply_add(rest, rest, left[k]);
+  U32Vec low = {};
+  round_run(run, index, unit, scale, carry, [&](int64_t r, U32Vec integer, F32Vec rest) {
+    left[r % 2] = multiply_add(rest, rest, left[r % 2]);
+    if (r % 2 == 0) {
+      low = integer;
+    } else {
+      store_bits(to + r / 2 * kBlock, low | (integer << 16));
     }
-  }
-  return {all[0] + all[1], left[0] + left[1]};
+  });
+  return {all[0] + all[1], (left[0] + left[1]) * unit * unit};
 }
 
 // The workspace: pairs of all columns and of the remainders, the units of both, the products of the remainders, whether
@@ -121,6 +142,7 @@ struct PairWorkspace {
 void pack_pairs(const SecondMoment& p, const PairWorkspace& work, int64_t column, int64_t left, Pair* to, float* unit) {
   const BF16* x = static_cast<const BF16*>(p.x) + column;
   F32Vec shift = columns(p.shift + column, left), all = {}, lost = {};
+  Carry carry = {};
   for (int64_t c = 0; c < kLanes<float> && c < left; ++c) p.sums[column + c] = 0;
   Run run;
   for (int64_t first = 0; first < p.rows; first += kRows, to += kTile * Words<Pair>::kRun, unit += kTile) {
@@ -138,7 +160,7 @@ void pack_pairs(const SecondMoment& p, const PairWorkspace& work, int64_t column
     for (int64_t r = 0; r < run.rows; ++r) sum += run.row[r] -= shift;
     add_to(p.sums + column, sum, left);
     if (run.rows % 2 != 0) run.row[run.rows++] = F32Vec{};
-    const Squares squares = quantize(run, to, unit);
+    const Squares squares = quantize(run, first / kRows, carry, to, unit);
     all += squares.all;
     lost += squares.left;
   }
@@ -169,7 +191,8 @@ void pack_remainders(const SecondMoment& p, const PairWorkspace& work, int64_t b
   };
   const F32Vec shift = gather([&](int64_t c) { return p.shift[c]; });
   const int64_t runs = runs_of<Pair>(pairs_of(p.rows));
-  Run run;
+  Run run, rest;
+  Carry carry = {}, carry_of_rest = {};
   for (int64_t i = 0; i < runs; ++i, to += kTile * Words<Pair>::kRun, unit += kTile) {
     const F32Vec in_units = gather([&](int64_t c) { return work.units[(c / kTile * runs + i) * kTile + c % kTile]; });
     run.rows = smaller(p.rows - i * kRows, kRows);
@@ -177,12 +200,15 @@ void pack_remainders(const SecondMoment& p, const PairWorkspace& work, int64_t b
       const BF16* row = static_cast<const BF16*>(p.x) + (i * kRows + r) * p.x_stride;
       BF16 lanes[kLanes<float>] = {};
       for (int64_t k = 0; k < count; ++k) lanes[k] = row[owner[k]];
-      // Lanes without an owner have no unit either.
-      const U32Vec real = (U32Vec)(in_units != 0);
-      run.row[r] = (F32Vec)(real & (U32Vec)left_over(Simd<BF16>::load(lanes) - shift, in_units, 1.0f / in_units));
+      run.row[r] = Simd<BF16>::load(lanes) - shift;
     }
-    if (run.rows % 2 != 0) run.row[run.rows++] = F32Vec{};
-    quantize(run, to, unit);
+    const U32Vec real = (U32Vec)(in_units != 0);  // lanes without an owner have no unit either
+    round_run(run, i, in_units, 1.0f / in_units, carry, [&](int64_t r, U32Vec, F32Vec left) {
+      rest.row[r] = (F32Vec)(real & (U32Vec)(left * in_units));
+    });
+    rest.rows = run.rows;
+    if (rest.rows % 2 != 0) rest.row[rest.rows++] = F32Vec{};
+    quantize(rest, i, carry_of_rest, to, unit);
   }
 }
 

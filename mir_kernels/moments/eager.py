@@ -11,6 +11,9 @@ from torch import Tensor
 from mir_kernels.moments.packed import add_outer, panels
 
 CHUNK = 256  # rows shifted at a time: a chunk's two passes stay in the cache
+# Rows whose float32 products are summed at a time, then added up: each sum of n products may be off by n 2^-24 of
+# sigma_i sigma_j, where the first is large and the others are lost beside it.
+RUN = 128
 
 
 def token_norms(x: Tensor) -> Tensor:
@@ -38,8 +41,16 @@ def accumulate(
             if dtype == torch.float64:
                 panel.addmm_(y[:, start:stop].T, y[:, :stop])
             else:
-                panel += torch.mm(y[:, start:stop].T, y[:, :stop])
+                panel += _product(y[:, start:stop], y[:, :stop])
     return shift.double(), y.sum(0).double()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, float32, in runs of rows."""
+    total = torch.mm(left[:RUN].T, right[:RUN])
+    for a, b in zip(left[RUN:].split(RUN), right[RUN:].split(RUN), strict=True):
+        total += torch.mm(a.T, b)  # not addmm: a library may go on summing where `total` ended
+    return total
 
 
 def _shifted(x: Tensor, mask: Tensor | None, shift: Tensor) -> Tensor:

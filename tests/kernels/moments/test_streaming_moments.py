@@ -77,6 +77,17 @@ def test_error_is_within_the_promise_on_hard_streams(run, stream, dtype, assert_
     assert_moments(moments, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", [0.9, 1.3])
+def test_products_that_are_lost_beside_a_large_one_stay_within_the_promise(run, dtype, part, assert_moments):
+    x = torch.full((4096, 8), (part * 2**-24) ** 0.5)
+    x[1::2] *= -1
+    x[0] = 1  # each further product is less than the last place of this one's, and all of them are more
+    moments = StreamingMoments(8, device=run.device, backend=run.backend)
+    moments.update(x.to(dtype).to(run.device))
+    assert_moments(moments, x.to(dtype))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_split_order_mask_merge_tree_and_dtype_gives_the_same_moments(data):
