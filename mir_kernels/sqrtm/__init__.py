@@ -22,7 +22,7 @@ POLAR = Operation("polar", orders=_ORDERS)
 NEWTON_SCHULZ = Operation("newton_schulz", orders={"cuda": ("eager",), "cpu": ("eager",)})
 OPERATIONS = (SQRTM, INVERSE_SQRTM, POLAR, NEWTON_SCHULZ)
 
-PRECISIONS = ("bfloat16", "float32", "float64")
+PRECISIONS = ("bfloat16", "float16", "float32", "float64")
 METHODS = ("auto", "polar", "coupled", "eigh")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _Gradient = Callable[..., Tensor]
@@ -52,7 +52,7 @@ def sqrtm(
     well-conditioned matrices only; "auto", "eigh" on a CPU and for "float64", "polar" elsewhere and with the "triton"
     backend, which knows no other method and no "float64".
     precision: what the iterations of "polar" and "coupled" are run in; |X - A^(1/2)|_F / |A^(1/2)|_F of "polar" is at
-    most about 2e-2 ("bfloat16"), 4e-6 ("float32") and 2e-7 ("float64"), whatever the condition.
+    most about 2e-2 ("bfloat16"), 5e-3 ("float16"), 4e-6 ("float32") and 2e-7 ("float64"), whatever the condition.
     iterations: number of steps instead of the method's own.  tol: a RuntimeWarning says so if |XX - A|_F / |A|_F of a
     matrix is above it.
     dtypes float32, bfloat16, float64, kept.  Gradient: the Lyapunov equation X S + S X = G, null directions left out; a
@@ -84,8 +84,9 @@ def polar(
     """The orthogonal polar factor U of M = U H, H = (M^T M)^(1/2), for `m` (..., m, n), wide ones transposed.
 
     Degree-5 Newton-Schulz with the coefficients of The Polar Express (Amsel et al., 2025). U has orthonormal columns
-    over the singular values above 3e-4 ("bfloat16"), 1e-7 ("float32") or 1e-12 ("float64") of the largest; smaller
-    ones come out below 1, and a zero singular value as 0.
+    over the singular values above 3e-4 ("bfloat16"), 1e-4 ("float16"), 1e-7 ("float32") or 1e-12 ("float64") of the
+    largest; smaller ones come out below 1, and a zero singular value as 0. "float16" takes the time of "bfloat16" on
+    tensor cores and is eight times finer; nothing here leaves its range.
     The "triton" backend has no "float64". dtypes float32, bfloat16, float64, kept. Gradient included, a second one
     raises. Raises ValueError for values that are not finite.
     """
@@ -129,13 +130,13 @@ def polar_iteration(m: Tensor, precision: str, backend: str, iterations: int | N
 
 
 def polished_polar(m: Tensor, precision: str, backend: str, iterations: int | None = None) -> Tensor:
-    """The polar factor in float64: the iteration in `precision`, then one step in float32 (after bfloat16) or float64.
+    """The polar factor in float64: the iteration in `precision`, then one step in float32 (after 16 bits) or float64.
 
     That step cubes the deviation from orthogonality that rounding left. What remains is a rotation, which changes
     <U, M> in second order only. Finite, whatever the iteration did.
     """
     u = polar_iteration(m, precision, backend, iterations)
-    u = u.float() if precision == "bfloat16" else u.double()
+    u = u.float() if u.dtype.itemsize == 2 else u.double()
     return eager.polynomial_step(u, SCHULZ).double().nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -173,7 +174,7 @@ def _root(
 
 def _choose(operation: Operation, backend: str | None, device: torch.device, form: str) -> str:
     """The backend; `form` is a precision, or a method that is no polar factor. Triton has neither float64 nor those."""
-    if form in ("bfloat16", "float32"):
+    if form in ("bfloat16", "float16", "float32"):
         return operation.choose(backend, device)
     if backend == "triton":
         raise RuntimeError(f"backend 'triton' of {operation.name} has no {form}: leave the backend out")
@@ -384,9 +385,9 @@ class _NewtonSchulz(torch.autograd.Function):
         return _newton_schulz_backward(ctx, *grad_outputs, gradient=_root_gradient)
 
 
-_COUPLED = {"bfloat16": 12, "float32": 24, "float64": 40}
+_COUPLED = {"bfloat16": 12, "float16": 14, "float32": 24, "float64": 40}
 # Residuals above this are not what rounding leaves of a converged iteration.
-_DIVERGED = {"bfloat16": 5e-2, "float32": 1e-3, "float64": 1e-8}
+_DIVERGED = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-8}
 
 
 def _by_eigenvectors(kind: str, a: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Newton-Schulz iterations in plain torch: polar factors in bfloat16, float32 or float64, coupled square roots."""
+"""Newton-Schulz iterations in plain torch: polar factors and coupled square roots in 16, 32 or 64 bits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from torch import Tensor
 
 from mir_kernels.sqrtm.coefficients import SCHULZ, Step, schedule
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 # How far rounding can push a singular value out of the interval a step was made for; where a schedule may end, because
 # rounding moves the singular values that far anyway; the smallest relative singular value one schedule brings home.
-SAFETY = {"bfloat16": 1.1, "float32": 1.001, "float64": 1.0 + 1e-9}
-TARGET = {"bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-14}
-LOWER = {"bfloat16": 3e-4, "float32": 1e-7, "float64": 1e-12}
+SAFETY = {"bfloat16": 1.1, "float16": 1.02, "float32": 1.001, "float64": 1.0 + 1e-9}
+TARGET = {"bfloat16": 1e-2, "float16": 1e-3, "float32": 1e-6, "float64": 1e-14}
+LOWER = {"bfloat16": 3e-4, "float16": 1e-4, "float32": 1e-7, "float64": 1e-12}
 
 StepFunction = Callable[[Tensor, Step], Tensor]
 
@@ -49,7 +54,7 @@ def steps_for(precision: str, iterations: int | None = None, lower: float | None
 
 
 def polynomial_step(x: Tensor, coefficients: Step) -> Tensor:
-    """a X + X (b G + c G^2), G = X^T X, for (batch, m, n); in bfloat16 products are accumulated in float32.
+    """a X + X (b G + c G^2), G = X^T X, for (batch, m, n); 16-bit products are accumulated in float32.
 
     a X goes into the accumulation of the last product: a I + b G + c G^2 rounded to bfloat16 would have negative
     eigenvalues near 0.004, and those grow.
@@ -62,10 +67,10 @@ def polynomial_step(x: Tensor, coefficients: Step) -> Tensor:
 
 def product(x: Tensor, y: Tensor, *, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """alpha X Y + beta add, rounded once to the dtype of X from a float32 (float64) accumulation."""
-    if x.dtype == torch.bfloat16 and not x.is_cuda:
-        # The same numbers as a tensor core: exact products of bfloat16, float32 sums.
+    if x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda:
+        # The same numbers as a tensor core: exact products of 16 bits, float32 sums.
         out = product(x.float(), y.float(), add=None if add is None else add.float(), alpha=alpha, beta=beta)
-        return out.bfloat16()
+        return out.to(x.dtype)
     return torch.bmm(x, y) if add is None else torch.baddbmm(add, x, y, alpha=alpha, beta=beta)
 
 

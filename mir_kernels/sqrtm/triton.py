@@ -59,8 +59,11 @@ TABLE = {
 }
 
 
+TABLE[torch.float16] = TABLE[torch.bfloat16]  # the same instructions
+
+
 def polar(m: Tensor, precision: str, *, iterations: int | None = None, lower: float | None = None) -> Tensor:
-    """The orthogonal polar factor of (batch, m, n), m >= n, in bfloat16 or float32; see `eager.polar`."""
+    """The orthogonal polar factor of (batch, m, n), m >= n, in bfloat16, float16 or float32; see `eager.polar`."""
     dtype = eager.DTYPES[precision]
     steps = eager.steps_for(precision, iterations, lower)
     x = eager.normalize(m, dtype).contiguous()
@@ -164,7 +167,7 @@ def _edge(x: Tensor) -> int:
 
 @triton.jit
 def _dot(x, y, acc, FLOAT32: tl.constexpr):
-    # The interpreter multiplies bfloat16 wrongly; products of bfloat16 are exact in float32 anyway.
+    # The interpreter multiplies bfloat16 wrongly; products of 16 bits are exact in float32 anyway.
     if INTERPRET:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(x, y, acc, input_precision=FLOAT32)

@@ -18,6 +18,7 @@ from mir_kernels.frechet import (
     trace_sqrt_product,
     trace_sqrt_report,
 )
+from mir_kernels.sqrtm import certificate
 
 _spec = importlib.util.spec_from_file_location("covariances", Path(__file__).parent / "sqrtm" / "covariances.py")
 covariances = importlib.util.module_from_spec(_spec)
@@ -312,8 +313,21 @@ def test_report_says_which_path_ran():
     assert trace_sqrt_report(*pair("i^-1")).path == ("cholesky+eigvalsh",)
     assert trace_sqrt_report(*pair("one direction 1e6")).path == ("cholesky+svdvals",)
     assert trace_sqrt_report(*pair("rank d/4")).path == ("eigh+svdvals",)
-    iterated = trace_sqrt_report(*pair("i^-3"), precision="bfloat16", backend="eager")
-    assert iterated.path == ("cholesky+polar[bfloat16]+polar[float32]",)
+    for kind, path in (("i^-2", "polar[float16]"), ("one coordinate 1e6", "polar[float16]+polar[float32]")):
+        iterated = trace_sqrt_report(*pair(kind, 256), precision="bfloat16", backend="eager")
+        assert iterated.path == (f"cholesky+{path}",)
+
+
+@pytest.mark.parametrize("kind", ["i^-1", "i^-2", "condition 1e12", "rank d/4", "block"])
+def test_float16_certifies_what_bfloat16_cannot(kind):
+    """As fast on a tensor core, and eight times finer where all values lie between 0 and 2."""
+    n = frechet._factors(*(x[None] for x in pair(kind, 256)), 1.0).n
+    gaps = {}
+    for precision in ("float16", "bfloat16"):
+        u = frechet.sqrtm.polished_polar(n, precision, "eager")
+        gaps[precision] = frechet._gap(n, certificate.polar_witness(n, u, TOLERANCE["bfloat16"])).item()
+    assert gaps["float16"] <= 0.5 * TOLERANCE["bfloat16"]
+    assert gaps["float16"] <= 0.2 * gaps["bfloat16"]
 
 
 def test_a_precision_that_is_missed_is_said(monkeypatch):
