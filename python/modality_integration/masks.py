@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -139,6 +140,25 @@ class ForwardPass:
         return mask != 0
 
 
+class _Running:
+    """The forward pass that a thread is in."""
+
+    def __init__(self) -> None:
+        self.forward: ForwardPass | None = None
+        self.inside: list[int] = []  # places on the decoder's path of the modules that are being called
+        self.embedded: Tensor | None = None
+
+
+class _Elsewhere(threading.local):
+    """The same for each thread that finds the watch in use by another."""
+
+    def __init__(self) -> None:
+        self.running = _Running()
+
+    def __reduce__(self) -> tuple[type[_Elsewhere], tuple[()]]:
+        return _Elsewhere, ()  # a copy of a model runs nothing
+
+
 class ForwardWatch:
     """Follows the forward passes of a model and keeps what marks the tokens of the running one.
 
@@ -152,10 +172,10 @@ class ForwardWatch:
         self.token_ids = vision_token_ids(model)
         self.type_ids = TYPE_IDS.get(model_type, "mm_token_type_ids")
         self.watched = ("input_ids", "attention_mask", "past_key_values", self.type_ids, *named)
-        self.running: ForwardPass | None = None
-        self._depth = 0
-        self._embedded: Tensor | None = None
+        self._here, self._elsewhere = _Running(), _Elsewhere()
+        self._owner: dict[str, int] = {}  # the thread that has `_here`, under one key: a dict claims it atomically
         self._arguments = {type(module): _argument_names(module) for module in decoder.path}
+        self._path = decoder.path
         self._handles = []
         for module in decoder.path:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -165,6 +185,11 @@ class ForwardWatch:
             embedding = inner.get_input_embeddings()
             self._handles.append(embedding.register_forward_pre_hook(self._embed))
 
+    @property
+    def running(self) -> ForwardPass | None:
+        """The forward pass that this thread is in, or None."""
+        return self._state().forward
+
     def remove(self) -> None:
         """Takes the hooks off the model."""
         for handle in self._handles:
@@ -172,29 +197,54 @@ class ForwardWatch:
         self._handles.clear()
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.running is None:
-            self.running = ForwardPass(self.token_ids, self.type_ids)
-        self._depth += 1
-        inputs = self.running.inputs
+        state, place = self._state(claim=True), self._place(module)
+        if state.inside and state.inside[-1] >= place:  # what an interrupt (Ctrl-C) left behind: no hook saw its end
+            state.inside.clear()
+            state.forward = None
+        if state.forward is None:
+            state.forward = ForwardPass(self.token_ids, self.type_ids)
+        state.inside.append(place)
+        inputs = state.forward.inputs
         names = self._arguments.get(type(module)) or _argument_names(module)
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
             if name not in self.watched or value is None or name in inputs:
                 continue
-            if name == "attention_mask" and self._depth > 1 and not (isinstance(value, Tensor) and value.dim() == 2):
+            if name == "attention_mask" and len(state.inside) > 1 and not _is_matrix(value):
                 continue  # the causal mask that an outer module built
             inputs[name] = value
-        if self._embedded is not None and "input_ids" not in inputs:
-            inputs["input_ids"] = self._embedded
-            self.running.embedded = True
+        if state.embedded is not None and "input_ids" not in inputs:
+            inputs["input_ids"] = state.embedded
+            state.forward.embedded = True
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self.running = self._embedded = None
+        state = self._state()
+        state.inside.pop()
+        if not state.inside:
+            state.forward = state.embedded = None
+            if state is self._here:
+                self._owner.clear()
 
     def _embed(self, module: nn.Module, args: tuple) -> None:
-        if self._depth == 0:
-            self._embedded = args[0]
+        state = self._state(claim=True)
+        if not state.inside:
+            state.embedded = args[0]
+
+    def _state(self, *, claim: bool = False) -> _Running:
+        """This thread's state: a plain one for the first thread to come and for torch.compile, which knows no other."""
+        if torch.compiler.is_compiling():
+            return self._here
+        elsewhere, me = self._elsewhere.running, threading.get_ident()
+        if elsewhere.inside or elsewhere.embedded is not None:  # in the middle of a pass, whoever has left meanwhile
+            return elsewhere
+        owner = self._owner.setdefault("thread", me) if claim else self._owner.get("thread", me)
+        return self._here if owner == me else elsewhere
+
+    def _place(self, module: nn.Module) -> int:
+        return next(i for i, other in enumerate(self._path) if other is module)
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules import module as torch_module
 
 from mir_kernels import _checks
 from mir_kernels.moca import MoCa
@@ -26,6 +28,7 @@ from modality_integration.masks import ForwardPass, ForwardWatch
 # The submodule's name on each decoder layer and the checkpoint keys are those of the published checkpoints.
 NAME = "modality_layernorm"
 FILE = "moca.safetensors"
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # of transformers' Trainer, beside the weights
 KEY = re.compile(r"layers\.([0-9]{1,6})\.modality_layernorm(?:\.modules_to_save\.[^.]+)?\.(scale|shift)$")
 
 
@@ -70,15 +73,16 @@ def add_moca(
     """h <- scale * h + shift on the vision tokens of every decoder layer's output (Eq. 5 of the MIR paper).
 
     Each layer gets a submodule `modality_layernorm` with `scale` and `shift`, (d,) each: ones and zeros, or drawn from
-    normal(1, std) and normal(0, std). `dtype` is theirs: float32 unless given (float64 in a float64 model), so that
-    bf16 models train them in full precision. `layers` and `vision_mask` (the name of a forward argument) are as in
-    `capture`; for a mask that the caller holds, run the model inside `vision_tokens`.
+    normal(1, std) and normal(0, std). `dtype` is theirs: float32 unless given (float64 in a float64 model). Keep it so
+    in a bf16 model too: steps of 1e-3 do not move a bf16 scale of 1, hence a warning. `layers` and `vision_mask` (the
+    name of a forward argument) are as in `capture`; for a mask that the caller holds, run the model inside
+    `vision_tokens`.
 
     The vision tokens are read from the model's own marker once a forward pass. Decoding steps and passes without an
     image do nothing; only where gradients are synchronised between processes do the latter touch the parameters, with
     gradients of zero, because every process has to have them. Add MoCa before DDP, `fully_shard` or torch.compile, and
     on either side of PEFT: before `get_peft_model`, name `modality_layernorm` in its `modules_to_save`, or PEFT
-    freezes it. `fully_shard` wants one dtype a group: give `dtype`, or shard each `modality_layernorm` as a group.
+    freezes it. `fully_shard` wants one dtype a group: shard each `modality_layernorm` as a group of its own.
 
     `fused`: where a layer has Llama's form (Llama, Qwen2, Qwen3, Mistral and the decoders of Qwen-VL are), its last
     addition, MoCa and the RMSNorm that reads the sum run as one `add_moca_rms_norm`; the report says which layers do
@@ -86,28 +90,30 @@ def add_moca(
     bits either way, its norm may differ in the last place of its dtype (see add_moca_rms_norm). The plain way is taken
     in passes where the fused one would not be the same: under gradient checkpointing, torch.compile and FSDP, with
     `output_hidden_states` or hooks of others on a layer while gradients are recorded, in autocast, in inference mode.
-    Errors: ValueError for a model that has MoCa, and as `capture` has for models without vision tokens.
+    Errors: ValueError for a model that has MoCa, and as `capture` has for models without vision tokens; TypeError for
+    a dtype that is not floating.
     """
     if not std >= 0:
         raise ValueError(f"std: takes a number >= 0, got {std!r}")
+    if dtype is not None:
+        _check_dtype(dtype)
     decoder = find_decoder(model, layers)
     _refuse_sharded(model)
     if any(hasattr(layer, NAME) for layer in decoder.layers):
         raise ValueError("model: has MoCa already; remove_moca first")
     hidden_size = _hidden_size(model, decoder)
+    modules = [_module_for(layer, hidden_size, std, dtype) for layer in decoder.layers]
     named = ("output_hidden_states", *((vision_mask,) if vision_mask else ()))
     calibration = _Calibration(ForwardWatch(model, decoder, named=named), vision_mask)
     plain = [seam.why_plain(model, decoder, i) if fused else "asked for" for i in range(len(decoder.layers))]
     sites = []
     layer: Any
-    for i, (layer, name) in enumerate(zip(decoder.layers, decoder.names, strict=True)):
-        device = parameter_device(layer)
-        wide = any(p.dtype == torch.float64 for p in layer.parameters())
-        kind = dtype or (torch.float64 if wide else torch.float32)
-        layer.add_module(NAME, MoCa(hidden_size, std=std, device=device, dtype=kind))
+    for i, (layer, name, module) in enumerate(zip(decoder.layers, decoder.names, modules, strict=True)):
+        layer.add_module(NAME, module)
         layer._moca = calibration
         calibration.handles.append(layer.register_forward_hook(calibration.apply))
-        sites.append(MoCaSite(name, hidden_size, kind, device, seam.reader_of(decoder, i)[0], plain[i]))
+        read_by, scale = seam.reader_of(decoder, i)[0], module.scale
+        sites.append(MoCaSite(name, hidden_size, scale.dtype, scale.device, read_by, plain[i]))
     if not all(plain):
         calibration.seams = seam.place(decoder, plain, NAME, calibration)
     return MoCaReport(tuple(sites))
@@ -226,9 +232,14 @@ class _Calibration:
             return None
         module = getattr(layer, NAME)
         # A module sharded on its own is handed views of its inputs by FSDP, which autograd does not let it overwrite.
-        inplace = not module._forward_pre_hooks and _may_overwrite(state, args)
+        inplace = not module._forward_pre_hooks and self._sees_first(layer) and _may_overwrite(state, args)
         state = module(state, mask, inplace=inplace)
         return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    def _sees_first(self, layer: Any) -> bool:
+        """Whether no hook of others has seen the layer's output: it may have kept it."""
+        first = next(iter(layer._forward_hooks.values()))
+        return not torch_module._global_forward_hooks and getattr(first, "__self__", None) is self
 
     def mask(self, layer: nn.Module, state: Tensor) -> Tensor | None:
         """(B, T) bool, True at vision tokens, where `state` (B, T, d) lies; None where there is nothing to do."""
@@ -237,11 +248,10 @@ class _Calibration:
             return self._mask_outside(shape).to(state.device)
         if "vision" not in running.found:
             vision = running.vision(shape, self.given)
-            idle = not torch.compiler.is_compiling() and not bool(vision.any())
+            running.found["idle"] = not torch.compiler.is_compiling() and not bool(vision.any())
             running.found["vision"] = vision
-            running.found["idle"] = idle and not _synchronises_gradients(layer)
             self._remember(running, vision)
-        if running.found["idle"]:
+        if running.found["idle"] and not _needed_by_others(layer):
             return None
         if running.found["vision"].device != state.device:
             running.found["vision"] = running.found["vision"].to(state.device)
@@ -275,11 +285,14 @@ class _Calibration:
         return masks[0]
 
 
-def _synchronises_gradients(layer: nn.Module) -> bool:
+def _needed_by_others(layer: nn.Module) -> bool:
+    """Whether other processes wait for this one to use the layer's MoCa: to gather its shards, or its gradients."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
         return False
-    return torch.is_grad_enabled() and any(p.requires_grad for p in getattr(layer, NAME).parameters())
+    parameters = list(getattr(layer, NAME).parameters())
+    sharded = any(isinstance(p, DTensor) for p in parameters)  # by itself: with the layer it is whole by now
+    return sharded or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
 
 def _may_overwrite(state: Tensor, args: tuple) -> bool:
@@ -306,6 +319,25 @@ def _module(layer: nn.Module) -> Any:
     return module
 
 
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _checks.FLOATS:
+        takes = ", ".join(str(d).removeprefix("torch.") for d in _checks.FLOATS)
+        raise TypeError(f"dtype: takes {takes}, got {dtype}")
+    if dtype.itemsize == 2:
+        step = torch.finfo(dtype).eps / 4  # half the distance to the next number below
+        warnings.warn(
+            f"dtype: in {str(dtype).removeprefix('torch.')} a scale of 1 stays 1 under steps smaller than {step:.1g}; "
+            "keep float32, in a shard group of its own under fully_shard",
+            stacklevel=3,
+        )
+
+
+def _module_for(layer: nn.Module, hidden_size: int, std: float, dtype: torch.dtype | None) -> MoCa:
+    wide = any(p.dtype == torch.float64 for p in layer.parameters())
+    dtype = dtype or (torch.float64 if wide else torch.float32)
+    return MoCa(hidden_size, std=std, device=parameter_device(layer), dtype=dtype)
+
+
 def _hidden_size(model: nn.Module, decoder: Decoder) -> int:
     weight = getattr(decoder.norm, "weight", None)
     size = getattr(text_config(model), "hidden_size", None) or (weight.shape[-1] if weight is not None else None)
@@ -326,24 +358,33 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 
 def _read(path: Path) -> dict[tuple[int, str], Tensor]:
-    files = [path]
-    if path.is_dir():
-        own = path / FILE
-        files = [own] if own.exists() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    if not files or not files[0].exists():
-        raise FileNotFoundError(f"path: no safetensors or torch file at {path}")
     values: dict[tuple[int, str], Tensor] = {}
-    for file in files:
-        for key, value in _tensors(file).items():
-            if isinstance(key, str) and (match := KEY.search(key)):
-                _checks.floating(f"path: {key} in {file}", value)
-                place = int(match[1]), match[2]
-                if place in values and not torch.equal(values[place], value):
-                    raise ValueError(f"path: {key} in {file} differs from another value of the same layer")
-                values[place] = value
-    if not values:
-        raise ValueError(f"path: no key ending in layers.{{i}}.{NAME}.scale or .shift in {path}")
-    return values
+    for files in _candidates(path):
+        for file in files:
+            for key, value in _tensors(file).items():
+                if isinstance(key, str) and (match := KEY.search(key)):
+                    _checks.floating(f"path: {key} in {file}", value)
+                    place = int(match[1]), match[2]
+                    if place in values and not torch.equal(values[place], value):
+                        raise ValueError(f"path: {key} in {file} differs from another value of the same layer")
+                    values[place] = value
+        if values:
+            return values
+    raise ValueError(f"path: no key ending in layers.{{i}}.{NAME}.scale or .shift in {path}")
+
+
+def _candidates(path: Path) -> list[list[Path]]:
+    """Files to read together, then those to read where these hold no MoCa: LoRA runs keep it in a .bin beside."""
+    if not path.is_dir():
+        found = [[path]]
+    elif (path / FILE).exists():
+        found = [[path / FILE]]
+    else:
+        torch_files = sorted(file for file in path.glob("*.bin") if file.name not in NOT_WEIGHTS)
+        found = [files for files in (sorted(path.glob("*.safetensors")), torch_files) if files]
+    if not found or not found[0][0].exists():
+        raise FileNotFoundError(f"path: no safetensors or torch file at {path}")
+    return found
 
 
 def _tensors(file: Path) -> dict[str, Any]:

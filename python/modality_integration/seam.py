@@ -209,7 +209,7 @@ def _is_llama_layer(kind: Any) -> bool:
     Found by running both on stand-ins for the layer's parts, so a forward that touches anything else, or changes in
     another release of its library, is not taken for the known one.
     """
-    x = torch.linspace(-2, 2, 7, dtype=torch.float64)
+    x = torch.linspace(-2, 2, 7, dtype=torch.float64, device="cpu")
     try:
         given = {name: object() for name in (*_defaults(kind), "another")}
         outcomes = []
@@ -238,11 +238,12 @@ def _is_llama_layer(kind: Any) -> bool:
 @functools.cache
 def _is_llama_norm(kind: Any) -> bool:
     """Whether the class's forward gives the bits of Llama's RMSNorm, in its order of rounding."""
-    x, weight = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).bfloat16().split((8, 1))
+    drawn = torch.randn(9, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    x, weight = drawn.bfloat16().split((8, 1))
     parts = {"weight": weight[0], "variance_epsilon": 0.5}
-    zeros = torch.zeros(64)
+    nothing = torch.zeros_like(x)
     expected, _ = add_moca_rms_norm(
-        x, torch.zeros_like(x), zeros, zeros, torch.zeros(8).bool(), weight[0], eps=0.5, backend="eager"
+        x, nothing, nothing[0], nothing[0], nothing[:, 0].bool(), weight[0], eps=0.5, backend="eager"
     )
     try:
         found: Any = kind.forward(_stand_in(kind, parts), x)

@@ -1,5 +1,6 @@
 """One of two gloo processes that train a model with MoCa: python moca_processes.py RANK STORE FOLDER."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def fully_sharded_bf16(rank, folder):
     check(model, trained(freeze_vision(calibrated(torch.bfloat16))), moca_only=True, dtype=torch.bfloat16, factor=3)
 
 
+def sharded_by_itself(rank, folder):
+    """Where nobody trains MoCa, a process without an image still takes part in gathering its shards."""
+    model = freeze_vision(calibrated(torch.bfloat16))
+    for parameter in moca_parameters(model):
+        parameter.requires_grad_(False)
+    expected = copy.deepcopy(model)
+    for layer in model.model.language_model.layers:
+        fully_shard(layer.get_submodule(NAME))
+        fully_shard(layer)
+    fully_shard(model)
+    loss_of(model, 1, rank).backward()
+    with torch.no_grad():
+        assert_close(loss_of(model, 1, rank), loss_of(expected, 1, rank), dtype=torch.bfloat16)
+
+
 def freeze_vision(model):
     """The vision tower gets no gradient from a text-only batch: what DDP does with that is not MoCa's concern."""
     model.model.vision_tower.requires_grad_(False)
@@ -144,7 +160,10 @@ def _plain(model):
 if __name__ == "__main__":
     rank, store, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for case in (data_parallel, data_parallel_fused, fully_sharded, fully_sharded_float32, fully_sharded_bf16):
+    for case in (
+        *(data_parallel, data_parallel_fused, fully_sharded, fully_sharded_float32, fully_sharded_bf16),
+        sharded_by_itself,
+    ):
         case(rank, folder)
         print(f"{case.__name__} ok", flush=True)
     dist.destroy_process_group()

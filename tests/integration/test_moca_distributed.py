@@ -37,7 +37,11 @@ def outputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "case", ["data_parallel", "data_parallel_fused", "fully_sharded", "fully_sharded_float32", "fully_sharded_bf16"]
+    "case",
+    [
+        *("data_parallel", "data_parallel_fused", "fully_sharded", "fully_sharded_float32", "fully_sharded_bf16"),
+        "sharded_by_itself",
+    ],
 )
 def test_two_processes_train_moca_as_one_does(outputs, case):
     """Text-only batches on one process included; fully_sharded also saves, loads and refuses a late add_moca."""

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -320,6 +322,17 @@ def test_published_checkpoints_and_whole_model_checkpoints_load(tmp_path):
             assert torch.equal(other.get_parameter(name), value)
 
 
+def test_a_folder_of_a_lora_run_loads(tmp_path):
+    """MoCa in a torch file, beside an adapter in safetensors and a pickle that is no file of tensors."""
+    model, other = calibrated(), calibrated(seed=7)
+    vectors = {n: p.detach().clone() for n, p in model.named_parameters() if NAME in n}
+    torch.save(vectors, tmp_path / "non_lora_trainables.bin")
+    torch.save(re.compile("arguments"), tmp_path / "training_args.bin")
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    load_moca(other, tmp_path)
+    assert all(torch.equal(other.get_parameter(name), value) for name, value in vectors.items())
+
+
 def test_incomplete_or_misfitting_checkpoints_change_nothing(tmp_path):
     model = calibrated()
     before = [p.clone() for p in moca_parameters(model)]
@@ -450,6 +463,100 @@ def test_a_layer_run_outside_the_model_is_an_error_and_not_a_guess():
     assert torch.equal(out[:, [0, 3, 4]], plain[:, [0, 3, 4]])
     moca = layer.get_submodule(NAME)
     assert_close(out[:, 1:3], plain[:, 1:3] * moca.scale + moca.shift)
+
+
+def test_a_forward_after_an_interrupted_one_goes_by_its_own_mask():
+    model, interrupted = calibrated(), calibrated()
+    first, second = (tiny_batch(model, "llava", [row]) for row in ("itttt", "tttti"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = decoder_of(interrupted, "llava")[0][1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(**first.inputs)
+    hook.remove()
+    with torch.no_grad():
+        assert torch.equal(interrupted(**second.inputs).logits, model(**second.inputs).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # plain; fused
+def test_threads_in_one_model_go_by_their_own_masks(dtype):
+    model = calibrated(dtype=dtype)
+    batches = [tiny_batch(model, "llava", [row]) for row in ("itttt", "tttti")]
+    layer = decoder_of(model, "llava")[0][0]
+    with torch.no_grad():
+        expected = [model(**batch.inputs).logits for batch in batches]
+        # the first thread stops inside its first layer until the second one is through, which then outlives nothing
+        inside, through = threading.Event(), threading.Event()
+        main = threading.get_ident()
+
+        def wait(*_):
+            if threading.get_ident() != main:
+                inside.set()
+                assert through.wait(60)
+
+        layer.mlp.register_forward_pre_hook(wait)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(torch.no_grad()(lambda: model(**batches[0].inputs).logits))
+            assert inside.wait(60)
+            found = model(**batches[1].inputs).logits
+            through.set()
+            assert torch.equal(other.result(), expected[0])
+        assert torch.equal(found, expected[1])
+        assert torch.equal(model(**batches[0].inputs).logits, expected[0])
+
+
+def test_a_thread_that_came_second_keeps_its_mask_when_the_first_has_left():
+    model = calibrated()
+    batches = [tiny_batch(model, "llava", [row]) for row in ("itttt", "tttti")]
+    watch = decoder_of(model, "llava")[0][0]._moca.watch
+    with torch.no_grad():
+        expected = model(**batches[1].inputs).logits
+        entered, left = threading.Event(), threading.Event()
+
+        def wait(*_):
+            entered.set()
+            assert left.wait(60)
+
+        watch._enter(model, (), {})  # this thread is in a pass, the other one comes and outlasts it
+        hook = decoder_of(model, "llava")[0][0].mlp.register_forward_pre_hook(wait)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(torch.no_grad()(lambda: model(**batches[1].inputs).logits))
+            assert entered.wait(60)
+            watch._leave(model, (), None)
+            left.set()
+            assert torch.equal(other.result(), expected)
+        hook.remove()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_a_hook_from_before_moca_kept_is_not_overwritten(fused, recorded):
+    model = tiny_model("llava", dtype=torch.float32)
+    kept = []
+    hook = decoder_of(model, "llava")[0][0].register_forward_hook(lambda _, __, out: kept.append((out, out.clone())))
+    add_moca(model, std=0.3, fused=fused)
+    batch = tiny_batch(model, "llava", ROWS)
+    if recorded:
+        (loss_of(model, batch) + kept[0][0].square().mean()).backward()  # square keeps the state for its gradient
+    else:
+        with torch.no_grad():
+            model(**batch.inputs)
+    assert all(torch.equal(state, copied) for state, copied in kept)
+    hook.remove()
+
+
+def test_what_moca_cannot_compute_in_is_refused_before_anything_is_placed():
+    model = tiny_model("llava")
+    with pytest.raises(TypeError, match=r"dtype: takes float32, bfloat16, float16, float64, got torch\.int32"):
+        add_moca(model, dtype=torch.int32)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, NAME) for m in model.modules())
+
+
+def test_a_dtype_that_does_not_train_is_warned_of():
+    with pytest.warns(UserWarning, match="dtype: in bfloat16 a scale of 1 stays 1 under steps smaller than 0.002"):
+        add_moca(tiny_model("llava"), dtype=torch.bfloat16)
 
 
 class Decoder(nn.Module):

@@ -157,6 +157,15 @@ def test_a_layer_that_does_anything_else_is_not_taken_for_llamas():
     assert found == [True, False, True, False, False]
 
 
+def test_a_model_built_on_no_device_does_not_spoil_the_trial_of_the_next():
+    for trial in (seam._is_llama_layer, seam._is_llama_norm):
+        trial.cache_clear()
+    with torch.device("meta"):
+        report = add_moca(FAMILIES["llava"].build())
+    assert {site.plain for site in report.sites} == {None}
+    assert {site.plain for site in add_moca(tiny_model("llava", dtype=torch.float32)).sites} == {None}
+
+
 def test_a_fused_pass_runs_one_norm_a_layer_and_the_first_and_last_no_more(calls, norms):
     _, model = pair_of()
     norms.clear()
