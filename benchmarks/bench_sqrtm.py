@@ -1,11 +1,14 @@
-"""Tr((Sv St)^(1/2)) by every recipe in use, error and time side by side; and error against iterations.
+"""Tr((Sv St)^(1/2)) by every recipe in use, error and time side by side; polar factors; and error against iterations.
 
-    python benchmarks/bench_sqrtm.py                        # time and error at d = 512, 1024 and 2048
-    python benchmarks/bench_sqrtm.py --d 64 --batch 512     # many small matrices
-    python benchmarks/bench_sqrtm.py --iterations 15        # error against iterations at layer 15 of a real model
+    python benchmarks/bench_sqrtm.py                                            # traces at d = 512, 1024 and 2048
+    python benchmarks/bench_sqrtm.py --operations polar --d 64 --batch 512      # many small matrices
+    python benchmarks/bench_sqrtm.py --device cuda --d 4096 --batch 33          # all layers of a 7B model
+    python benchmarks/bench_sqrtm.py --iterations 15      # error against iterations at layer 15 of a real model
 
 For the times, covariances are random rotations of power-law spectra, as hidden states have; the truth is the float64
-singular values of the factors they were made from. A rival whose error is beyond the gate is printed without a time.
+singular values of the factors they were made from (on CUDA above d = 1024, eigenvalues of A^(1/2) B A^(1/2)). A rival
+whose error is beyond its limit is printed without a time; the published fast mode, which is no root at all and wrong
+by construction, is timed, for its error stands beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import sys
 import warnings
 
 import torch
@@ -20,69 +24,35 @@ from torch import Tensor
 
 import counts
 import harness
-from mir_kernels.frechet import trace_sqrt_product, trace_sqrt_report
-from mir_kernels.sqrtm import eager, factor
+import recipes
+from mir_kernels.frechet import TOLERANCE, trace_sqrt_product, trace_sqrt_report
+from mir_kernels.sqrtm import eager, factor, polar_iteration
 
-GATE = 1e-2  # relative error of the trace above which a time would mean nothing
+GATE = 1e-2  # relative error of the trace above which a rival's time would mean nothing
+DISTINCT = 1 << 23  # elements of different matrices made on a GPU; a larger batch repeats them
 SPECTRA = {"i^-1 and i^-1.5": (1.0, 1.5), "i^-2 and i^-2": (2.0, 2.0)}
 
 
 def covariances(d: int, powers: tuple[float, float], batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Two (batch, d, d) float64 covariances and the truth, (batch,)."""
-    generator = torch.Generator().manual_seed(d)
-    i = torch.arange(1, d + 1, dtype=torch.float64)
+    made_on = "cuda" if device == "cuda" and d > 1024 else "cpu"
+    distinct = min(batch, max(1, DISTINCT // d**2)) if made_on == "cuda" else batch
+    generator = torch.Generator(made_on).manual_seed(d)
+    i = torch.arange(1, d + 1, dtype=torch.float64, device=made_on)
     factors = []
     for power in powers:
-        q, _ = torch.linalg.qr(torch.randn(batch, d, d, generator=generator, dtype=torch.float64))
-        factors.append(q * i ** (-power / 2))
-    truth = torch.linalg.svdvals(factors[0].mT @ factors[1]).sum(-1)
-    a, b = (c @ c.mT for c in factors)
-    return *(((x + x.mT) / 2).to(device) for x in (a, b)), truth
+        normal = torch.randn(distinct, d, d, generator=generator, dtype=torch.float64, device=made_on)
+        factors.append(torch.linalg.qr(normal).Q * i ** (-power / 2))
+    a, b = (((x + x.mT) / 2).to(device) for x in (c @ c.mT for c in factors))
+    if made_on == "cuda":  # a GPU takes minutes for singular values of this size
+        truth = recipes.eigh_trace(a, b).cpu()
+    else:
+        truth = torch.linalg.svdvals(factors[0].mT @ factors[1]).sum(-1)
+    repeats = -(-batch // distinct)
+    return *(x.repeat(repeats, 1, 1)[:batch] for x in (a, b)), truth.repeat(repeats)[:batch]
 
 
-def torch_eigh(a: Tensor, b: Tensor) -> Tensor:
-    """sqrt of the eigenvalues of A^(1/2) B A^(1/2), the root by eigenvectors, float64."""
-    values, vectors = torch.linalg.eigh(a)
-    root = vectors * values.clamp(min=0).sqrt()[..., None, :] @ vectors.mT
-    return torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum(-1)
-
-
-def torchmetrics_recipe(a: Tensor, b: Tensor) -> Tensor:
-    """torchmetrics' FID: the real part of the square roots of the eigenvalues of AB, a general matrix."""
-    return torch.linalg.eigvals(a @ b).sqrt().real.sum(-1)
-
-
-def scipy_sqrtm(a: Tensor, b: Tensor) -> Tensor:
-    """The published accurate mode: scipy.linalg.sqrtm of the float32 product, real part, trace."""
-    import scipy.linalg
-
-    product = (a.float() @ b.float()).cpu().numpy()
-    roots = [scipy.linalg.sqrtm(p).real.trace() for p in product.reshape(-1, *product.shape[-2:])]
-    return torch.tensor(roots, dtype=torch.float64)
-
-
-def published_fast(a: Tensor, b: Tensor, iterations: int = 10) -> Tensor:
-    """The published fast mode: Y <- (Y + Z^-1 AB)/2, Z <- (Z + Y^-1 AB)/2 from Y = AB, Z = I, in float32."""
-    product = a.float() @ b.float()
-    y, z = product, torch.eye(a.shape[-1], device=a.device).expand_as(product)
-    for _ in range(iterations):
-        y, z = (y + torch.linalg.solve(z, product)) / 2, (z + torch.linalg.solve(y, product)) / 2
-    return y.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def coupled_newton_schulz(a: Tensor, b: Tensor, iterations: int = 20) -> Tensor:
-    """The usual fast recipe: coupled Newton-Schulz on the product, scaled by its Frobenius norm, in float32."""
-    product = (a @ b).float()
-    scale = torch.linalg.matrix_norm(product)[..., None, None]
-    eye = torch.eye(a.shape[-1], device=a.device)
-    y, z = product / scale, eye.expand_as(product)
-    for _ in range(iterations):
-        t = 1.5 * eye - 0.5 * z @ y
-        y, z = y @ t, t @ z
-    return (y * scale.sqrt()).diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-compiled_newton_schulz = torch.compile(coupled_newton_schulz, dynamic=False)
+compiled_newton_schulz = torch.compile(recipes.coupled_newton_schulz_trace, dynamic=False)
 
 
 def ours(backend: str, precision: str, bounds: bool = False):
@@ -93,53 +63,97 @@ def ours(backend: str, precision: str, bounds: bool = False):
     return call
 
 
-def rivals(device: str, d: int) -> dict:
-    mine = {
-        "ours (linalg)": ours("linalg", "float64"),
-        "ours (linalg, with bounds)": ours("linalg", "float64", bounds=True),
-    }
+def trace_rivals(device: str, d: int) -> dict:
+    """{name: (call, largest error that is timed)}."""
+    mine = {}
+    if device == "cpu" or d <= 1024:  # a GPU finds singular values slowly
+        mine["ours (linalg)"] = ours("linalg", "float64"), TOLERANCE["float64"]
+        mine["ours (linalg, with bounds)"] = ours("linalg", "float64", bounds=True), TOLERANCE["float64"]
     fast = "triton" if device == "cuda" else "eager"
     if device == "cuda" or d <= 512:  # on a CPU LAPACK wins by far
-        mine |= {f"ours ({fast}, {precision})": ours(fast, precision) for precision in ("float32", "bfloat16")}
+        for precision in ("float32", "bfloat16"):
+            mine[f"ours ({fast}, {precision})"] = ours(fast, precision), TOLERANCE[precision]
     others = {
-        "torch.linalg.eigh twice": torch_eigh,
-        "torchmetrics (eigvals of AB)": torchmetrics_recipe,
-        "published fast mode (float32)": published_fast,
-        "coupled Newton-Schulz, compiled": compiled_newton_schulz,
+        "torch.linalg.eigh twice": (recipes.eigh_trace, GATE),
+        "torchmetrics (eigvals of AB)": (recipes.torchmetrics_trace, GATE),
+        "published fast mode (float32)": (recipes.published_fast_trace, None),
+        "coupled Newton-Schulz, compiled": (compiled_newton_schulz, GATE),
     }
     if d <= 1024:
-        others["scipy.linalg.sqrtm (float32 AB)"] = scipy_sqrtm
+        others["scipy.linalg.sqrtm (float32 AB)"] = recipes.published_accurate_trace, GATE
     return mine | others
+
+
+def worst(call, a: Tensor, b: Tensor, truth: Tensor) -> float:
+    """The largest relative error in a batch of traces."""
+    return ((call(a, b).double().cpu() - truth) / truth).abs().amax().nan_to_num(float("inf")).item()
 
 
 def run(call, a: Tensor, b: Tensor, i: int) -> Tensor:
     return call(a, b)
 
 
-def time_table(flags: argparse.Namespace) -> None:
+def trace_rows(flags: argparse.Namespace, d: int) -> list[dict]:
     rows = []
-    for d in flags.d:
-        for name, powers in SPECTRA.items():
-            a, b, truth = covariances(d, powers, flags.batch, flags.device)
-            entries = []
-            for rival, call in rivals(flags.device, d).items():
-                try:
-                    found = call(a, b).double().cpu()
-                    error = ((found - truth) / truth).abs().amax().nan_to_num(float("inf")).item()
-                except (RuntimeError, ImportError) as problem:  # no convergence; no scipy; no such solver on the device
-                    print(f"{rival}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
-                    error = float("inf")
-                gate = float("inf") if flags.time_wrong else GATE
-                entries.append(harness.Rival(rival, functools.partial(run, call, a, b), error, gate))
-            case = f"{flags.batch} x {d}^2, {name}"
+    for name, powers in SPECTRA.items():
+        a, b, truth = covariances(d, powers, flags.batch, flags.device)
+        entries = [
+            harness.Rival(rival, functools.partial(run, call, a, b), functools.partial(worst, call, a, b, truth), limit)
+            for rival, (call, limit) in trace_rivals(flags.device, d).items()
+            if not any(word in rival for word in flags.skip)
+        ]
+        case = f"{flags.batch} x {d}^2, {name}"
+        if flags.device == "cpu":
             print(case, trace_sqrt_report(a[:1], b[:1], precision="float64").path[0])
-            least = counts.trace_sqrt(d).times(flags.batch)
-            rows += harness.compare(
-                "trace_sqrt_product", case, entries, bytes_moved=least.bytes, flops=least.flops,
-                device=flags.device, seconds=flags.seconds, rounds=(3, 50),
-            )  # fmt: skip
+        least = counts.trace_sqrt(d).times(flags.batch)
+        work = {"float64_flops" if flags.device == "cpu" else "flops": least.flops}
+        rows += harness.compare(
+            "trace_sqrt_product", case, entries, bytes_moved=least.bytes, **work,
+            device=flags.device, seconds=flags.seconds, rounds=(5, 50),
+        )  # fmt: skip
+    return rows
+
+
+def polar_rows(flags: argparse.Namespace, d: int) -> list[dict]:
+    """The same schedule of steps by our kernels, by cuBLAS or BLAS, and by torch.compile over it."""
+    rows = []
+    generator = torch.Generator(flags.device).manual_seed(d)
+    m = torch.randn(flags.batch, d, d, generator=generator, device=flags.device)
+    exact = eager.polar(m[:4].double(), "float64")
+    compiled = torch.compile(eager.polar, dynamic=False)
+    backend = "triton" if flags.device == "cuda" else "eager"
+    for precision in ("float16", "float32"):
+        calls = {
+            f"ours ({backend})": lambda p=precision: polar_iteration(m, p, backend),
+            "the same steps in torch": lambda p=precision: eager.polar(m, p),
+            "the same steps, torch.compile": lambda p=precision: compiled(m, p),
+        }
+        limit = {"float16": 3e-2, "float32": 1e-3}[precision]
+        entries = [
+            harness.Rival(name, lambda i, c=call: c(), lambda c=call: distance(c()[:4].double(), exact), limit)
+            for name, call in calls.items()
+            if not any(word in name for word in flags.skip)
+        ]
+        least = counts.polar_step(d).times(flags.batch * len(eager.steps_for(precision)))
+        rows += harness.compare(
+            "polar", f"{flags.batch} x {d}^2, {precision}", entries, bytes_moved=8 * m.numel(), flops=least.flops,
+            device=flags.device, seconds=flags.seconds, rounds=(5, 100),
+        )  # fmt: skip
+    return rows
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def time_table(flags: argparse.Namespace) -> int:
+    rows: list[dict] = []
+    for operation in flags.operations:
+        for d in flags.d:
+            rows += {"trace": trace_rows, "polar": polar_rows}[operation](flags, d)
+            harness.write_csv(rows, flags.out)
     harness.print_rows(rows)
-    harness.write_csv(rows, flags.out)
+    return harness.exit_code(rows)
 
 
 def iteration_table(flags: argparse.Namespace) -> None:
@@ -166,7 +180,8 @@ def iteration_rows(case: str, a: Tensor, b: Tensor) -> list[dict]:
     x, y = factor.factor(a), factor.factor(b)
     n, power = factor.cross_product(x.columns, y.columns, triangular=True), torch.exp2(x.exponent + y.exponent)[0]
     rows = []
-    for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+    for precision in ("bfloat16", "float16", "float32"):
+        dtype = eager.DTYPES[precision]
         for k, value in enumerate(coupled_values(a @ b, dtype, 30), start=1):
             rows.append(row(case, "coupled Newton-Schulz", precision, k, value, truth))
         for k in range(1, 31):
@@ -195,18 +210,22 @@ def row(case: str, method: str, precision: str, k: int, value: Tensor, truth: Te
     return {"case": case, "method": method, "precision": precision, "iterations": k, "error": f"{error:.6g}"}
 
 
-def main() -> None:
+def main() -> int:
     parser = harness.arguments(__doc__.splitlines()[0], "sqrtm")
     parser.add_argument("--d", type=int, nargs="+", default=[512, 1024, 2048], help="sizes of the matrices")
     parser.add_argument("--batch", type=int, default=1, help="matrices in a batch")
-    parser.add_argument("--time-wrong", action="store_true", help="time rivals beyond the error gate too")
+    parser.add_argument("--operations", nargs="+", default=["trace"], choices=("trace", "polar"), help="what is timed")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="leave out rivals whose name has it")
     parser.add_argument("--iterations", type=int, metavar="LAYER", help="error against iterations instead of time")
     parser.set_defaults(default_out=parser.get_default("out"))
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_grad_enabled(False)
-    time_table(flags) if flags.iterations is None else iteration_table(flags)
+    if flags.iterations is not None:
+        iteration_table(flags)
+        return 0
+    return time_table(flags)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
