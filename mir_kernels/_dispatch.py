@@ -75,7 +75,9 @@ def _native_reason(device: torch.device) -> str | None:
 
 
 def _cuda_reason(device: torch.device) -> str | None:
-    return _native.cuda_reason() if device.type == "cuda" else f"the CUDA kernels do not take {device.type} tensors"
+    return (
+        _native.cuda_reason(device) if device.type == "cuda" else f"the CUDA kernels do not take {device.type} tensors"
+    )
 
 
 def _anywhere(device: torch.device) -> None:

@@ -27,12 +27,26 @@ def cpu_reason() -> str | None:
     return MISSING
 
 
-def cuda_reason() -> str | None:
-    """Why the native CUDA kernels cannot run here, or None. Never starts a CUDA context."""
+def cuda_reason(device: torch.device | None = None) -> str | None:
+    """Why the native CUDA kernels cannot run here, or None. Never starts a CUDA context.
+
+    `device`, torch's current one by default, is looked at where CUDA runs already, as it does once a tensor lies there.
+    """
     if MISSING is not None:
         return MISSING
+    if torch.version.hip is not None:
+        return "built for CUDA, and this torch is built for ROCm"
     if not C.CUDA_ARCHS:
         return "built without nvcc: install the CUDA toolkit and reinstall mir-kernels with MIR_CUDA=1"
-    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):  # the second asks the driver on every call
-        return "torch sees no CUDA device"
+    if not torch.cuda.is_initialized():
+        return None if torch.cuda.is_available() else "torch sees no CUDA device"  # asks the driver on every call
+    major, minor = torch.cuda.get_device_capability(device)
+    # Machine code runs on later devices of its major version; PTX, of the last architecture, on all later ones.
+    binary = any(arch // 10 == major and arch % 10 <= minor for arch in C.CUDA_ARCHS)
+    if not binary and 10 * major + minor < C.CUDA_ARCHS[-1]:
+        built = ", ".join(f"{arch // 10}.{arch % 10}" for arch in C.CUDA_ARCHS)
+        return (
+            f"built for compute capability {built}, and the device has {major}.{minor}: reinstall mir-kernels with "
+            f"MIR_CUDA_ARCHS={major}{minor}"
+        )
     return None

@@ -37,10 +37,11 @@ class Moca(torch.autograd.Function):
         x, places, scale, shift, mask = ctx.saved_tensors
         if places is not None:
             x = x.new_empty((mask.numel(), x.shape[-1])).index_copy_(0, places, x).view(grad.shape)
-        raw = _plain(grad)
-        calls = (rows.forward, rows.backward) if raw else (torch.ops.mir_kernels.moca, _moca_backward_op)
-        needs = ctx.needs_input_grad
-        return *_moca_gradients(*calls, needs, grad, x, scale, shift, mask, ctx.backend), None, None, None
+        raw, needs = _plain(grad), ctx.needs_input_grad
+        forward = rows.forward if raw else torch.ops.mir_kernels.moca
+        backward = rows.backward if raw else _moca_backward_op
+        gradients = _moca_gradients(forward, backward, needs, grad, x, scale, shift, mask, ctx.backend)
+        return *gradients, None, None, None
 
 
 class AddMocaRmsNorm(torch.autograd.Function):

@@ -1,11 +1,15 @@
 """The compiled module loads anywhere and says what it was built with."""
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 
 import pytest
 import torch
+
+from mir_kernels import _native
+from mir_kernels.moca import OPERATIONS
 
 
 def test_constants_say_what_was_built(native_module):
@@ -53,3 +57,28 @@ def test_cuda_launch_without_a_driver_raises_with_cudas_message(native_module):
         pytest.skip("built without nvcc")
     with pytest.raises(RuntimeError, match=r"CUDA|driver"):
         native_module.moca_forward_cuda(0, 0, 0, 0, 0, 0, 0, 1, 8, 0, 0, 0)
+
+
+ARCHITECTURES = [
+    ((90,), (8, 0), "built for compute capability 9.0, and the device has 8.0.*MIR_CUDA_ARCHS=80"),
+    ((90,), (10, 0), None),  # PTX
+    ((80, 90), (8, 9), None),  # machine code of 8.0 runs on all of 8.x
+    ((86, 90), (8, 0), "built for compute capability 8.6, 9.0, and the device has 8.0"),
+    ((80, 120), (9, 0), "the device has 9.0"),  # PTX is of the last architecture only
+    ((80, 86, 89, 90, 100, 120), (10, 3), None),
+]
+
+
+@pytest.mark.parametrize(("built", "device", "reason"), ARCHITECTURES)
+def test_a_device_that_the_build_has_no_code_for_takes_triton_and_says_why(monkeypatch, built, device, reason):
+    monkeypatch.setattr(_native, "C", type("C", (), {"CUDA_ARCHS": built}))
+    monkeypatch.setattr(_native, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    capability, gpu = device, torch.device("cuda", 0)
+    found = OPERATIONS[0].reason("cuda", gpu)
+    assert found is None if reason is None else re.search(reason, found)
+    if reason and OPERATIONS[0].reason("triton", gpu) is None:
+        assert OPERATIONS[0].choose(None, gpu) == "triton"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in OPERATIONS[0].reason("cuda", gpu)
