@@ -1,4 +1,4 @@
-"""Every native MoCa kernel once, in every dtype and on odd sizes, against float64: what compute-sanitizer runs.
+"""Every native MoCa kernel in every dtype, on odd sizes, rows apart, from odd addresses and in place, against float64.
 
 compute-sanitizer --tool memcheck python benchmarks/check_native.py --device cuda
 """
@@ -7,43 +7,85 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from mir_kernels import _native
 from mir_kernels.moca import native
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
-SHAPES = [(1, 1), (37, 7), (129, 576), (65, 1032)]
+
+
+class Case(NamedTuple):
+    """A matrix with `offset` elements before it and `gap` behind each row; its results replace it or lie elsewhere."""
+
+    rows: int
+    d: int
+    offset: int = 0
+    gap: int = 0
+    in_place: bool = False
+
+    def placed(self, values: Tensor, device: str) -> Tensor:
+        """The values at this case's offset and distance, in a buffer that ends with their last element."""
+        stride = self.d + self.gap
+        size = self.offset + (self.rows - 1) * stride + self.d
+        buffer = torch.full((size,), float("nan"), dtype=values.dtype, device=device)
+        return buffer.as_strided(values.shape, (stride, 1), self.offset).copy_(values)
+
+
+CASES = [
+    *(Case(1, 1), Case(37, 7), Case(129, 576), Case(65, 1032)),
+    *(Case(37, 7, in_place=True), Case(129, 576, in_place=True)),
+    *(Case(33, 576, offset=16, gap=32), Case(33, 576, offset=1, gap=3), Case(33, 577, gap=5)),
+    *(Case(33, 576, offset=16, gap=32, in_place=True), Case(33, 577, offset=1, gap=3, in_place=True)),
+]
+
+
+def results(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """{what: (found, what float64 says)}."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, grad = (torch.randn(case.rows, case.d, generator=generator).to(dtype) for _ in range(2))
+    scale, shift = (torch.randn(case.d, generator=generator).to(wide) for _ in range(2))
+    mask = torch.arange(case.rows) % 2 == 0
+    a, g, nothing = (case.placed(t, device) for t in (x, grad, torch.full_like(x, float("nan"))))
+    u, v, m = (t.to(device) for t in (scale, shift, mask))
+    dx = g if case.in_place else nothing.clone()
+    sums = native.backward(g, a, u, m, dx)
+    out = a if case.in_place else nothing
+    native.forward(a, u, v, m, out)
+    m = mask[:, None]
+    return {
+        "out": (out, torch.where(m, x.double() * scale.double() + shift.double(), x.double())),
+        "dx": (dx, torch.where(m, grad.double() * scale.double(), grad.double())),
+        "dscale": (sums[0], (grad.double() * x.double() * m).sum(0)),
+        "dshift": (sums[1], (grad.double() * m).sum(0)),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    device = parser.parse_args().device
-    generator, wrong = torch.Generator().manual_seed(0), 0
+    parser.add_argument(
+        "--can-run", action="store_true", help="only say whether the compiled kernels are there: 0 or 1"
+    )
+    flags = parser.parse_args()
+    reason = _native.cuda_reason() if flags.device == "cuda" else None if _native.C is not None else _native.MISSING
+    if flags.can_run or reason:
+        print(reason or "the kernels are there")
+        return int(reason is not None)
+    wrong = count = 0
     for dtype, limit in LIMIT.items():
-        for rows, d in SHAPES:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            x, grad = (torch.randn(rows, d, generator=generator).to(dtype) for _ in range(2))
-            scale, shift = (torch.randn(d, generator=generator).to(wide) for _ in range(2))
-            mask = torch.arange(rows) % 2 == 0
-            on = [t.to(device) for t in (x, grad, scale, shift, mask)]
-            out, dx = (torch.full_like(on[0], float("nan")) for _ in range(2))
-            native.forward(on[0], on[2], on[3], on[4], out)
-            sums = native.backward(on[1], on[0], on[2], on[4], dx)
-            m = mask[:, None]
-            exact = (
-                torch.where(m, x.double() * scale.double() + shift.double(), x.double()),
-                torch.where(m, grad.double() * scale.double(), grad.double()),
-                (grad.double() * x.double() * m).sum(0),
-                (grad.double() * m).sum(0),
-            )
-            for name, found, true in zip(("out", "dx", "dscale", "dshift"), (out, dx, *sums), exact, strict=True):
+        for seed, case in enumerate(CASES):
+            for name, (found, true) in results(case, dtype, flags.device, seed).items():
                 error = ((found.cpu().double() - true).norm() / true.norm()).item()
+                count += 1
                 if not error <= limit:
                     wrong += 1
-                    print(f"{name} {dtype} ({rows}, {d}): relative error {error:.1e} beyond {limit:.0e}")
-    print(f"{4 * len(LIMIT) * len(SHAPES)} results on {device}, {wrong} wrong")
+                    print(f"{name} {dtype} {case}: relative error {error:.1e} beyond {limit:.0e}")
+    print(f"{count} results on {flags.device}, {wrong} wrong")
     return int(wrong > 0)
 
 

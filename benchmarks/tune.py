@@ -1,19 +1,24 @@
 """Block sizes of the Triton kernels by measurement: candidates, a correctness gate against float64, time.
 
-    python benchmarks/tune.py --out tuned.json          # on a GPU: times every candidate, prints the rows to commit
+    python benchmarks/tune.py --out tuned.json          # on a GPU: times every candidate, writes the rows to commit
     python benchmarks/tune.py --out tuned.json --dry    # anywhere: two candidates a table, compiled for sm_90
 
-Nothing in the repository changes. A row is offered in place of the shipped one where it is at least 3% faster.
+All candidates are first compiled ahead of time, in as many processes as there are cores: those that spill or do not fit
+into shared memory are out, and a launch finds the others in Triton's cache. Nothing in the repository changes. A row is
+offered in place of the shipped one where it is at least 3% faster, in tuned.json and as lines to commit in tuned.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +33,7 @@ from mir_kernels.moments import triton as moments
 from mir_kernels.sqrtm import eager
 from mir_kernels.sqrtm import triton as sqrtm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 WORTH = 0.97  # of the shipped row's median: what another row must reach to be offered
 STEP = (3.2, -2.4, 0.5)
 Calls = list[tuple[Callable, tuple]]  # launchers and their arguments
@@ -38,9 +44,19 @@ class Job(NamedTuple):
 
     name: str
     table: dict
-    candidates: list[dict]
+    candidates: Callable[[NamedTuple], list[dict]]  # changes to the shipped row
     calls: Callable[[str], tuple[Calls, Callable[[], float]]]
     limit: float
+
+    def rows(self, architecture: str) -> dict[str, NamedTuple]:
+        """{name: row}, the shipped one first, no row twice."""
+        shipped = self.table[architecture]
+        found = {"shipped": shipped}
+        for change in self.candidates(shipped):
+            row = shipped._replace(**change)
+            if row not in found.values():
+                found[json.dumps(change)] = row
+        return found
 
 
 def moca_rows(device: str) -> tuple[Calls, Callable[[], float]]:
@@ -99,27 +115,95 @@ def polynomial_step(dtype: torch.dtype, device: str) -> tuple[Calls, Callable[[]
     return [(sqrtm.polynomial_step, (x, STEP))], error
 
 
+def small_polar(dtype: torch.dtype, d: int, device: str) -> tuple[Calls, Callable[[], float]]:
+    x = (torch.randn(528, d, d, device=device) / (2 * d**0.5)).to(dtype)
+
+    def error() -> float:
+        exact = eager.polynomial_step(eager.polynomial_step(x.double(), STEP), STEP)
+        return relative(sqrtm.small_polar(x, (STEP, STEP)), exact)
+
+    return [(sqrtm.small_polar, (x, (STEP,) * 8))], error
+
+
 def relative(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def grid(**values: tuple) -> list[dict]:
-    """Every combination of the values, as changes to a row."""
-    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+def grid(**values: tuple) -> Callable[[NamedTuple], list[dict]]:
+    """Every combination of the values, as changes to any row."""
+    changes = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    return lambda row: changes
 
 
-TILES = grid(tile=(128,), step=(32, 64), warps=(4, 8), stages=(3, 4)) + grid(
-    tile=(64,), step=(32, 64), warps=(4,), stages=(3,)
+def warps_at(edge: int) -> Callable[[NamedTuple], list[dict]]:
+    """Warps of the kernel that holds a matrix of this edge in registers."""
+    return lambda row: [{"small": {**row.small, edge: warps}} for warps in (1, 2, 4, 8)]
+
+
+def either(*parts: Callable[[NamedTuple], list[dict]]) -> Callable[[NamedTuple], list[dict]]:
+    return lambda row: [change for part in parts for change in part(row)]
+
+
+# Tiles are square, and 256^2 float32 sums are more than a program's registers: 128 is the largest.
+LARGE = either(
+    grid(tile=(128,), step=(32, 64), warps=(4, 8), stages=(3, 4)),
+    grid(tile=(64,), step=(32, 64), warps=(4,), stages=(3,)),
 )
+SPLIT = grid(tile=(64, 128), step=(32, 64), warps=(4, 8), stages=(3,))  # of the kernels that multiply three times
 BF16, FP32 = torch.bfloat16, torch.float32
 JOBS = [
     Job("moca.TABLE", moca.TABLE, grid(tile_bytes=(4096, 8192, 16384), programs=(264, 528, 1056)), moca_rows, 1e-2),
     Job("moca.TABLE", moca.TABLE, grid(row_programs=(132, 264, 528)), moca_fused, 1e-2),
-    Job("moments.PLAIN", moments.PLAIN, TILES, functools.partial(second_moment, False), 1e-5),
-    Job("moments.SHIFTED", moments.SHIFTED, TILES[-4:], functools.partial(second_moment, True), 1e-5),
-    Job("sqrtm.TABLE[bfloat16]", sqrtm.TABLE[BF16], TILES, functools.partial(polynomial_step, BF16), 2e-2),
-    Job("sqrtm.TABLE[float32]", sqrtm.TABLE[FP32], TILES[-4:], functools.partial(polynomial_step, FP32), 1e-5),
-]
+    Job("moments.PLAIN", moments.PLAIN, LARGE, functools.partial(second_moment, False), 1e-5),
+    Job("moments.SHIFTED", moments.SHIFTED, SPLIT, functools.partial(second_moment, True), 1e-5),
+    Job("sqrtm.TABLE[torch.bfloat16]", sqrtm.TABLE[BF16], LARGE, functools.partial(polynomial_step, BF16), 2e-2),
+    Job("sqrtm.TABLE[torch.float32]", sqrtm.TABLE[FP32], SPLIT, functools.partial(polynomial_step, FP32), 1e-5),
+    *(
+        Job(f"sqrtm.TABLE[{dtype}]", sqrtm.TABLE[dtype], warps_at(d), functools.partial(small_polar, dtype, d), limit)
+        for dtype, limit, edges in ((BF16, 2e-2, (32, 64)), (FP32, 1e-5, (32,)))
+        for d in edges
+    ),
+    Job("sqrtm.TABLE[torch.bfloat16]", sqrtm.TABLE[BF16], grid(looped=(32, 64)),
+        functools.partial(small_polar, BF16, 128), 2e-2),
+    Job("sqrtm.TABLE[torch.float32]", sqrtm.TABLE[FP32], grid(looped=(16, 32)),
+        functools.partial(small_polar, FP32, 128), 1e-5),
+]  # fmt: skip
+
+
+def needs(number: int, name: str, architecture: str, shared: int) -> tuple[str, str]:
+    """What one candidate of one job takes, compiled ahead of time: why it cannot run or "", and its resources."""
+    import aot
+
+    job = JOBS[number]
+    shipped = job.table[architecture]
+    used = []
+    try:
+        job.table[architecture] = job.rows(architecture)[name]
+        for launcher, arguments in job.calls("meta")[0]:
+            for launch in aot.record(launcher, *arguments, target=architecture):
+                used.append((launch.kernel.__name__, aot.compile_launch(architecture, launch)))
+    except Exception as problem:  # triton raises several kinds
+        return harness.first_line(problem), ""
+    finally:
+        job.table[architecture] = shipped
+    text = ", ".join(f"{n} {b.registers} registers, {b.shared} B shared, {b.spills} B spills" for n, b in used)
+    if any(b.spills for _, b in used):
+        return f"spills: {text}", text
+    return ("" if all(b.shared <= shared for _, b in used) else f"too much shared memory: {text}"), text
+
+
+def compiled(
+    numbers: Sequence[int], architecture: str, shared: int, most: int | None = None
+) -> dict[tuple[int, str], tuple[str, str]]:
+    """`needs` of the first `most` rows of these jobs, every process compiling some."""
+    rows = [(number, name) for number in numbers for name in list(JOBS[number].rows(architecture))[:most]]
+    workers = max(1, min(len(rows), os.cpu_count() or 1))
+    if workers == 1:
+        return {row: needs(*row, architecture, shared) for row in rows}
+    # Spawned, for a fork would inherit the CUDA context.
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        found = [pool.submit(needs, *row, architecture, shared) for row in rows]
+        return dict(zip(rows, (one.result() for one in found), strict=True))
 
 
 def run_all(calls: Calls, table: dict, architecture: str, row: NamedTuple, i: int = 0) -> None:
@@ -129,80 +213,95 @@ def run_all(calls: Calls, table: dict, architecture: str, row: NamedTuple, i: in
         launcher(*arguments)
 
 
-def choose(job: Job, architecture: str, seconds: float) -> dict:
-    """Times every candidate that compiles, fits and is right; the best stays in the table, for the jobs that follow."""
+def choose(job: Job, architecture: str, seconds: float, refused: dict[str, str]) -> dict:
+    """Times every candidate that was not refused and is right; the best stays in the table, for what follows."""
     shipped = job.table[architecture]
     calls, error = job.calls("cuda")
-    rivals, rows, refused = [], {}, {}
-    for change in [{}, *job.candidates]:
-        row = shipped._replace(**change)
-        if row in rows.values():
-            continue
-        name = json.dumps(change) if change else "shipped"
-        try:
-            job.table[architecture] = row
-            found = error()
-        except Exception as problem:  # triton raises several kinds where a candidate does not fit
-            refused[name] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:90]}"
-            continue
-        rows[name] = row
-        rivals.append(
-            harness.Rival(name, functools.partial(run_all, calls, job.table, architecture, row), found, job.limit)
+    rows = {name: row for name, row in job.rows(architecture).items() if name not in refused}
+
+    def error_of(row: NamedTuple) -> float:
+        job.table[architecture] = row
+        return error()
+
+    rivals = [
+        harness.Rival(
+            name,
+            functools.partial(run_all, calls, job.table, architecture, row),
+            functools.partial(error_of, row),
+            job.limit,
         )
+        for name, row in rows.items()
+    ]
     timed = harness.compare("tune", job.name, rivals, seconds=seconds, rounds=(5, 50), device="cuda")
-    medians = {r["rival"]: r["p50_ms"] for r in timed if r["p50_ms"] is not None}
-    best = min(medians, key=medians.__getitem__, default="shipped")
-    if medians.get(best, 1.0) > WORTH * medians.get("shipped", float("inf")):
-        best = "shipped"
+    best = fastest({r["rival"]: r["p50_ms"] for r in timed if r["p50_ms"] is not None})
     job.table[architecture] = rows.get(best, shipped)
+    medians = {r["rival"]: r["p50_ms"] for r in timed}
     return {
-        "table": job.name, "architecture": architecture, "offer": repr(job.table[architecture]),
-        "changed": best != "shipped",
+        "table": job.name, "architecture": architecture, "shipped": repr(shipped),
+        "offer": repr(job.table[architecture]), "changed": best != "shipped",
         "shipped_ms": medians.get("shipped"), "best_ms": medians.get(best), "refused": refused,
-        "candidates": [{k: r[k] for k in ("rival", "p20_ms", "p50_ms", "p80_ms", "error")} for r in timed],
+        "candidates": [{k: r[k] for k in ("rival", "p20_ms", "p50_ms", "p80_ms", "error", "failure")} for r in timed],
     }  # fmt: skip
 
 
-def compile_only(job: Job, architecture: str = "sm_90") -> dict:
-    """The shipped row and the first candidate, recorded on tensors without memory and compiled ahead of time."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    import aot
+def fastest(medians: dict[str, float]) -> str:
+    """The name of the row to take: the shipped one unless another is WORTH it."""
+    best = min(medians, key=medians.__getitem__, default="shipped")
+    return best if medians.get(best, 1.0) <= WORTH * medians.get("shipped", float("inf")) else "shipped"
 
-    shipped = job.table[architecture]
-    calls, _ = job.calls("meta")
-    candidates = []
-    for change in ({}, job.candidates[0]):
-        job.table[architecture] = shipped._replace(**change)
-        launches = [launch for launcher, args in calls for launch in aot.record(launcher, *args, target=architecture)]
-        built = {launch.kernel.__name__: aot.compile_launch(architecture, launch) for launch in launches}
-        usage = {
-            name: f"{b.registers} registers, {b.shared} B shared, {b.spills} B spills" for name, b in built.items()
-        }
-        candidates.append({"change": change, **usage})
-    job.table[architecture] = shipped
-    return {"table": job.name, "architecture": architecture, "offer": repr(shipped), "changed": False,
-            "compiled": candidates}  # fmt: skip
+
+def lines_to_commit(found: Sequence[dict], before: dict[str, str]) -> str:
+    """For each table that changes, its row as it is and as it would be: `before` and the last offer."""
+    last = {one["table"]: one for one in found}
+    text = []
+    for table, one in last.items():
+        if one["offer"] != before[table]:
+            module, _, name = table.partition(".")
+            text += [f"mir_kernels/{module}/triton.py, {name}"]
+            text += [
+                f'{sign}    "{one["architecture"]}": {row},'
+                for sign, row in (("-", before[table]), ("+", one["offer"]))
+            ]
+    return "\n".join(text) + "\n" if text else ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
-    parser.add_argument("--seconds", type=float, default=0.2, help="time for each candidate")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON to write; the lines to commit go beside it as .txt"
+    )
+    parser.add_argument("--seconds", type=float, default=0.1, help="time for each candidate")
     parser.add_argument("--only", default="", help="tables whose name contains this")
     parser.add_argument("--dry", action="store_true", help="compile ahead of time, time nothing")
     flags = parser.parse_args()
     torch.manual_seed(0)
-    found = []
-    for job in (job for job in JOBS if flags.only in job.name):
+    numbers = [number for number, job in enumerate(JOBS) if flags.only in job.name]
+    architecture, shared = "sm_90", 227 << 10
+    if not flags.dry:
+        architecture = _triton.architecture(torch.device("cuda"))
+        shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    before = {JOBS[number].name: repr(JOBS[number].table[architecture]) for number in numbers}
+    resources = compiled(numbers, architecture, shared, 2 if flags.dry else None)
+    found: list[dict] = []
+    for number in numbers:
+        job = JOBS[number]
+        mine = {name: text for (of, name), text in resources.items() if of == number}
+        refused = {name: why for name, (why, _) in mine.items() if why}
         if flags.dry:
-            found.append(compile_only(job))
+            row = repr(job.table[architecture])
+            found.append({"table": job.name, "architecture": architecture, "shipped": row, "offer": row,
+                          "changed": False, "refused": refused,
+                          "compiled": {name: text for name, (_, text) in mine.items()}})  # fmt: skip
         else:
-            found.append(choose(job, _triton.architecture(torch.device("cuda")), flags.seconds))
-        flags.out.write_text(json.dumps(found, indent=1) + "\n")  # what is known so far, should time run out
+            found.append(choose(job, architecture, flags.seconds, refused))
+        # What is known so far, should time run out.
+        flags.out.write_text(json.dumps({"of": len(numbers), "tables": found}, indent=1) + "\n")
+        flags.out.with_suffix(".txt").write_text(lines_to_commit(found, before))
         one = found[-1]
-        speed = f"{one['shipped_ms']} ms -> {one['best_ms']} ms" if "best_ms" in one else f"{len(one['compiled'])} rows"
-        print(f'{one["table"]}: {speed}\n    "{one["architecture"]}": {one["offer"]},')
-    return 0
+        speed = f"{one['shipped_ms']} ms -> {one['best_ms']} ms" if "best_ms" in one else f"{len(mine)} rows"
+        print(f'{one["table"]}: {speed}, {len(refused)} refused\n    "{architecture}": {one["offer"]},', flush=True)
+    print(lines_to_commit(found, before) or "no row changes")
+    return int(any("shipped" in one["refused"] for one in found))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ POINTERS = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
-    torch.bool: "i1",
+    torch.bool: "u1",
     torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -133,8 +133,13 @@ def compile_for(
     missing = set(kernel.arg_names) - set(signature) - set(constexprs)
     assert not missing, f"{kernel.__name__}: no type or value for {sorted(missing)}"
     typed = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    fixed = {p.name for p in kernel.params if p.do_not_specialize}
     known = {n for n, t in typed.items() if n in set(divisible) or (aligned and t.startswith("*"))}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in known}
+    attrs = {
+        (i,): [["tt.divisibility", 16]] if name in known else []
+        for i, name in enumerate(kernel.arg_names)
+        if name not in fixed and typed[name] not in ("fp32", "fp64")  # of these a launch says nothing
+    }
     constants = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     source = ASTSource(fn=kernel, signature=typed, constexprs=constants, attrs=attrs)

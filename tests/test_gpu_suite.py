@@ -1,11 +1,18 @@
 """The GPU suite goes through its stages on a CPU, and says so where one fails."""
 
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import gpu_suite
+import harness
+import shard
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +32,7 @@ def test_quick_stages_pass_dry(tmp_path):
         "environment": "passed",
         "sanitizer": "passed",
     }
-    assert "64 results on cpu, 0 wrong" in (tmp_path / "sanitizer.log").read_text()
+    assert "176 results on cpu, 0 wrong" in (tmp_path / "sanitizer.log").read_text()
     assert "racecheck" in (tmp_path / "sanitizer.log").read_text()
     assert len(printed.splitlines()) < 100
 
@@ -42,31 +49,194 @@ def test_a_stage_that_fails_hides_no_other_and_shows_in_the_exit_code(tmp_path):
     assert "see ceilings.log" in printed
 
 
+def tuned(path, *arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--out", str(path), "--dry", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return json.loads(path.read_text()), done.stdout
+
+
 def test_a_candidate_row_compiles_and_is_printed_as_it_would_be_committed(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--out", str(tmp_path / "t.json"), "--dry"]
     pytest.importorskip("triton")
-    done = subprocess.run([*command, "--only", "float32"], capture_output=True, text=True, timeout=300, check=True)
-    assert '"sm_90": Blocks(tile=' in done.stdout
-    (one,) = json.loads((tmp_path / "t.json").read_text())
-    assert len(one["compiled"]) == 2
-    assert all("0 B spills" in text for row in one["compiled"] for name, text in row.items() if name != "change")
+    found, printed = tuned(tmp_path / "t.json", "--only", "moca")
+    assert '"sm_90": Blocks(tile_bytes=' in printed
+    assert found["of"] == len(found["tables"]) == 2
+    for one in found["tables"]:
+        assert len(one["compiled"]) == 2
+        assert " 0 B spills" in one["compiled"]["shipped"]
+    assert (tmp_path / "t.txt").read_text() == ""  # nothing was timed, nothing is to commit
 
 
-def test_a_command_past_its_limit_may_still_write_what_it_has(tmp_path, capfd):
-    import gpu_suite
+def test_a_candidate_that_spills_or_outgrows_shared_memory_is_refused_before_it_is_timed():
+    pytest.importorskip("triton")
+    import tune
 
+    number = next(i for i, job in enumerate(tune.JOBS) if getattr(job.calls, "args", ())[1:] == (64,))
+    why, used = tune.needs(number, '{"small": {"16": 1, "32": 1, "64": 1}}', "sm_90", 227 << 10)
+    assert why.startswith("spills")
+    assert used in why
+    before = tune.JOBS[number].table["sm_90"]
+    assert tune.needs(number, "shipped", "sm_90", 227 << 10)[0] == ""
+    assert tune.needs(number, "shipped", "sm_90", 1 << 10)[0].startswith("too much shared memory")
+    assert tune.needs(number, "no such row", "sm_90", 1 << 10)[0].startswith("KeyError")
+    assert tune.JOBS[number].table["sm_90"] is before
+
+
+def test_a_row_is_offered_where_it_is_worth_it_and_as_lines_to_commit():
+    pytest.importorskip("triton")
+    import tune
+
+    assert tune.fastest({"shipped": 1.0, "other": 0.98}) == "shipped"
+    assert tune.fastest({"shipped": 1.0, "other": 0.9, "third": 0.95}) == "other"
+    assert tune.fastest({"other": 0.9}) == "other"  # the shipped row was wrong or did not fit
+    assert tune.fastest({}) == "shipped"
+    names = [job.name for job in tune.JOBS]
+    assert all(getattr(sys.modules[f"mir_kernels.{n.split('.')[0]}.triton"], re.split(r"[.\[]", n)[1]) for n in names)
+    found = [
+        {"table": "moments.PLAIN", "architecture": "sm_90", "offer": offer} for offer in ("Blocks(1)", "Blocks(2)")
+    ]
+    assert tune.lines_to_commit(found, {"moments.PLAIN": "Blocks(0)"}).splitlines() == [
+        "mir_kernels/moments/triton.py, PLAIN",
+        '-    "sm_90": Blocks(0),',
+        '+    "sm_90": Blocks(2),',
+    ]
+    assert tune.lines_to_commit(found, {"moments.PLAIN": "Blocks(2)"}) == ""
+
+
+def test_limits_add_up_to_those_of_the_stages_and_of_the_run():
+    stages = {name: limit for name, (_, limit) in gpu_suite.STAGES.items()}
+    assert sum(stages.values()) <= gpu_suite.TOTAL <= 9 * 60
+    within = gpu_suite.GRACE + 1
+    assert sum(one.limit + gpu_suite.GRACE for one in gpu_suite.BENCHMARKS.values()) <= stages["bench"]
+    assert gpu_suite.LIMITS["tests"] + within <= stages["tests"]
+    assert gpu_suite.LIMITS["tune"] + within <= stages["tune"]
+    assert len(gpu_suite.SANITIZERS) * (gpu_suite.LIMITS["sanitizer"] + gpu_suite.GRACE) <= stages["sanitizer"]
+
+
+def test_a_command_past_its_limit_may_still_write_what_it_has(capfd):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written')"
     assert gpu_suite.run([sys.executable, "-c", code], limit=2) == 124
     assert "written" in capfd.readouterr().out
     assert gpu_suite.run([sys.executable, "-c", "raise SystemExit(3)"], limit=30) == 3
 
 
-def test_what_a_test_file_imports_and_is_not_here_is_named(tmp_path):
-    import gpu_suite
+def test_what_is_left_from_an_earlier_run_does_not_pass_as_new(tmp_path, monkeypatch):
+    (tmp_path / "tests0.xml").write_text('<testsuite><testcase name="old"/></testsuite>')
+    (tmp_path / "tuned.json").write_text('{"of": 1, "tables": [{"changed": false}]}')
+    (tmp_path / "moca_cpu.csv").write_text("operation,case,rival,p50_ms\nold,old,ours,1\n")
+    monkeypatch.setattr(gpu_suite, "run_together", lambda commands, *_: [4] * len(commands))
+    found = [stage(tmp_path, True) for stage in (gpu_suite.tests, gpu_suite.tune, gpu_suite.bench)]
+    assert [one["state"] for one in found] == ["failed"] * 3
+    assert found[0]["counts"]["passed"] == 0
+    assert found[2]["files"] == []
+    assert not list(tmp_path.iterdir())
 
+
+def test_a_benchmark_that_is_cut_short_keeps_its_rows_and_one_of_ours_without_a_time_fails(tmp_path, monkeypatch):
+    row = dict.fromkeys(harness.COLUMNS) | {"operation": "job", "case": "c", "failure": ""}
+
+    def run(command, **_):
+        path = Path(command[command.index("--out") + 1])
+        mine = None if path.name == "moments_cpu.csv" else 1.0
+        harness.write_csv([row | {"rival": "ours, triton", "p50_ms": mine}], path)
+        return 124 if path.name == "moca_cpu.csv" else 0
+
+    monkeypatch.setattr(gpu_suite, "run", run)
+    found = gpu_suite.bench(tmp_path, True)
+    assert found["state"] == "failed"
+    assert found["note"] == "moca: stopped after 45 s with 1 rows; moments: no time for ours, triton"
+    assert len(found["files"]) == len(gpu_suite.BENCHMARKS)
+
+
+def test_tuning_that_is_cut_short_says_how_far_it_came(tmp_path, monkeypatch):
+    def run(command, **_):
+        (tmp_path / "tuned.json").write_text('{"of": 6, "tables": [{"changed": false}, {"changed": false}]}')
+        return 124
+
+    monkeypatch.setattr(gpu_suite, "run", run)
+    found = gpu_suite.tune(tmp_path, False)
+    assert (found["state"], found["note"]) == ("failed", "2 of 6 tables, 0 with a faster row (stopped at its limit)")
+
+
+def test_a_failure_without_a_message_is_read(tmp_path):
+    path = tmp_path / "t.xml"
+    path.write_text('<t><s><testcase name="a"><failure message=""/></testcase><testcase name="b"/></s></t>')
+    assert gpu_suite.read_junit(path) == ({"passed": 1, "failed": 1, "skipped": 0}, ["a: no message"])
+
+
+def test_every_file_with_gpu_tests_is_run_and_no_other():
+    found = {path.name for path in gpu_suite.gpu_files()}
+    assert {"test_guarded.py", "test_moca_cuda.py", "test_metric_cuda.py", "test_moca.py"} <= found
+    assert not found & {"test_cli.py", "test_report.py", "test_fuzz_smoke.py", "test_readme.py"}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert path.name in found or "mark.gpu" not in path.read_text() or path == Path(__file__)
+
+
+def test_what_a_test_file_needs_through_others_and_is_not_here_is_named(tmp_path, monkeypatch):
     path = tmp_path / "test_some.py"
-    path.write_text("import json\nimport no_such_package\nfrom kernels.jobs import every_job\nimport torch\n")
+    path.write_text("import json\nimport no_such_package.part\nfrom kernels.jobs import every_job\nimport fuzz.run\n")
     assert gpu_suite.missing_imports(path) == ["no_such_package"]
+    (tmp_path / "beside.py").write_text("import another_that_is_missing\n")
+    path = tmp_path / "test_other.py"
+    path.write_text("import beside\nimport torch\ndef later():\n    import not_looked_at\n")
+    assert gpu_suite.missing_imports(path) == ["another_that_is_missing"]
+    here = importlib.util.find_spec
+    bare = ("torchmetrics", "safetensors", "hypothesis", "transformers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in bare else here(name))
+    lacking = {path.name: gpu_suite.missing_imports(path) for path in gpu_suite.gpu_files()}
+    assert "torchmetrics" in lacking["test_metric_cuda.py"]  # modality_integration imports it
+    assert lacking["test_guarded.py"] == lacking["test_moca_cuda.py"] == lacking["test_sqrtm_triton.py"] == []
+
+
+def test_shards_share_the_tests_out(monkeypatch):
+    parts = []
+    for part in range(3):
+        monkeypatch.setenv("MIR_SHARD", f"{part}/3")
+        items = list(range(50))
+        shard.pytest_collection_modifyitems(items)
+        parts.append(items)
+    assert sorted(item for part in parts for item in part) == list(range(50))
+    assert max(map(len, parts)) - min(map(len, parts)) <= shard.TOGETHER
+
+
+def test_without_pytest_every_kernel_job_is_checked_by_a_script(tmp_path):
+    pytest.importorskip("triton")
+    command = [sys.executable, "tests/kernels/check_jobs.py", "--report", str(tmp_path / "t.xml"), "--small"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run([*command, "--shard", "1/15"], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts, failures = gpu_suite.read_junit(tmp_path / "t.xml")
+    assert counts["passed"] >= 4
+    assert failures == []
+
+
+def test_without_nvcc_the_cpu_part_is_built_and_the_note_says_so(tmp_path, monkeypatch):
+    seen = {}
+
+    def run(command, **environ):
+        seen.update(environ)
+        (tmp_path / "built").mkdir()
+        (tmp_path / "built" / "_C.so").touch()
+        return 0
+
+    monkeypatch.setattr(gpu_suite, "run", run)
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    (tmp_path / "mir_kernels").mkdir()
+    found = gpu_suite.build(tmp_path, False)
+    assert (found["state"], found["cuda"], seen["MIR_CUDA"]) == ("passed", False, "0")
+    assert "CUDA C++ WAS NOT BUILT: there is no nvcc" in found["note"]
+    assert [path.name for path in (tmp_path / "mir_kernels").iterdir()] == ["_C.so"]
+
+
+def test_an_older_setuptools_gets_a_pyproject_without_the_license_that_it_refuses(tmp_path, monkeypatch):
+    tomllib = pytest.importorskip("tomllib")
+    monkeypatch.setattr(gpu_suite.importlib.metadata, "version", lambda name: "70.2.0")
+    assert gpu_suite.old_setuptools() == "70.2.0"
+    project = tomllib.loads((gpu_suite.source_tree(tmp_path) / "pyproject.toml").read_text())["project"]
+    assert {"license", "license-files"} & project.keys() == set()
+    assert project["version"]
+    monkeypatch.setattr(gpu_suite.importlib.metadata, "version", lambda name: "77.0.1")
+    assert gpu_suite.old_setuptools() == ""
 
 
 @pytest.mark.slow
