@@ -260,9 +260,9 @@ def _iterated(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: fl
         if open_.numel() == 0:
             break
         part = n[open_]
-        u = sqrtm.polished_polar(part, rung, backend)
+        u, norm = sqrtm.polished_polar(part, rung, backend)
         found = (u * part).sum((-2, -1))
-        witness = certificate.polar_witness(part, u, TOLERANCE[precision])
+        witness = certificate.polar_witness(part, u, norm, TOLERANCE[precision])
         reached = _gap(part, witness)
         better = reached < gap[open_]
         value[open_] = torch.where(better, found, value[open_])
@@ -314,7 +314,7 @@ def _factors(a: Tensor, b: Tensor, indefinite: float) -> _Factors:
 def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
     def polar_witness(n: Tensor) -> certificate.Witness:
         for rung in ("float32", "float64")[precision == "float64" :]:
-            found = certificate.polar_witness(n, sqrtm.polished_polar(n, rung, backend), TOLERANCE[precision])
+            found = certificate.polar_witness(n, *sqrtm.polished_polar(n, rung, backend), TOLERANCE[precision])
             if bool((_gap(n, found) <= TOLERANCE[precision]).all()):
                 break
         return found

@@ -12,8 +12,7 @@ from torch import Tensor
 from mir_kernels import _checks
 from mir_kernels._dispatch import Operation
 from mir_kernels._precision import with_float32_products
-from mir_kernels.sqrtm import eager, factor, reference
-from mir_kernels.sqrtm.coefficients import SCHULZ
+from mir_kernels.sqrtm import certificate, eager, factor, reference
 
 _ORDERS = {"cuda": ("triton", "eager"), "cpu": ("eager", "triton")}
 SQRTM = Operation("sqrtm", orders=_ORDERS)
@@ -129,15 +128,13 @@ def polar_iteration(m: Tensor, precision: str, backend: str, iterations: int | N
     return eager.polar(m, precision, iterations=iterations)
 
 
-def polished_polar(m: Tensor, precision: str, backend: str, iterations: int | None = None) -> Tensor:
-    """The polar factor in float64: the iteration in `precision`, then one step in float32 (after 16 bits) or float64.
+def polished_polar(m: Tensor, precision: str, backend: str, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    """The polar factor in float64, the iteration in `precision` and `certificate.contract`; and a bound of its norm.
 
-    That step cubes the deviation from orthogonality that rounding left. What remains is a rotation, which changes
-    <U, M> in second order only. Finite, whatever the iteration did.
+    That last step squares the deviation from orthogonality that rounding left. What remains is a rotation, which
+    changes <U, M> in second order only. Finite, whatever the iteration did.
     """
-    u = polar_iteration(m, precision, backend, iterations)
-    u = u.float() if u.dtype.itemsize == 2 else u.double()
-    return eager.polynomial_step(u, SCHULZ).double().nan_to_num(0.0, 0.0, 0.0)
+    return certificate.contract(polar_iteration(m, precision, backend, iterations).double().nan_to_num(0.0, 0.0, 0.0))
 
 
 def _root(
@@ -408,7 +405,7 @@ def _by_polar(kind: str, a: Tensor, precision: str, iterations: int | None, back
     if kind == "inverse":
         _check_positive(~c.singular & (c.columns.diagonal(dim1=-2, dim2=-1) > 0).all(-1))
     power = torch.exp2(c.exponent)[..., None, None]
-    u = polished_polar(c.columns.mT, precision, backend, iterations)
+    u, _ = polished_polar(c.columns.mT, precision, backend, iterations)
     if kind == "sqrt":
         return _symmetric(u.mT @ c.columns.mT) * power
     # L^T = U R, so R^-1 = L^-T U.

@@ -21,10 +21,11 @@ _SHIFTS = (2, 16, 128)
 class Witness(NamedTuple):
     """What the bounds are read from; any values give true bounds, good ones give close bounds.
 
-    N ~ X R (the columns of X against the rows of R), and U close to the orthogonal polar factor of N.
+    N ~ X R (the columns of X against the rows of R), and U close to the orthogonal polar factor of N, |U|_2 <= norm.
     """
 
     u: Tensor
+    norm: Tensor
     x: Tensor
     r: Tensor
 
@@ -210,10 +211,32 @@ def spectral_witness(n: Tensor) -> Witness:
     else:
         q, r = torch.linalg.qr(x)
         q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
-    return Witness(q @ v.mT, x, v.mT)
+    u = q @ v.mT
+    return Witness(u, spectral_norm_bound(u), x, v.mT)
 
 
-def polar_witness(n: Tensor, u: Tensor, tolerance: float) -> Witness:
+def contract(u: Tensor) -> tuple[Tensor, Tensor]:
+    """U (3I - U^T U)/2 for float64 (batch, m, n), m >= n, and a bound of its spectral norm.
+
+    s (3 - s^2)/2 takes [0, sqrt(3)] into [0, 1], its top at s = 1: no norm needs to be found, rounding is added to 1.
+    """
+    m, k = u.shape[-2:]
+    g = factor.gram(u)
+    t = g * -0.5
+    t.diagonal(dim1=-2, dim2=-1).add_(1.5)
+    out = u @ t
+    size = frobenius(u)
+    of_gram = gamma(m) * size.square() * (1 + gamma(4))
+    room = g.mul_(-1.0)
+    room.diagonal(dim1=-2, dim2=-1).add_(3.0)
+    within = at_least(room, of_gram + 4 * UNIT)
+    # What rounding of U^T U, of its half, and of the last product is worth, sqrt(3) at most the norm of U.
+    rounded = 1.8 * (of_gram / 2 + 4 * UNIT * frobenius(t)) + gamma(k) * size * frobenius(t)
+    norm = 1 + rounded * (1 + 8 * UNIT)
+    return out, norm if bool(within.all()) else torch.where(within, norm, spectral_norm_bound(out))
+
+
+def polar_witness(n: Tensor, u: Tensor, norm: Tensor, tolerance: float) -> Witness:
     """X = N R^-1 with R^T R = sym(U^T N) + delta I: the dual bound (Tr P + Tr(P^-1 N^T N)) / 2 without an inverse.
 
     delta costs tolerance/4 of the nuclear norm and makes up for the rounding in U, which can leave sym(U^T N)
@@ -228,7 +251,7 @@ def polar_witness(n: Tensor, u: Tensor, tolerance: float) -> Witness:
     good = (info == 0)[..., None, None]
     r = torch.where(good, r, eye)
     x = torch.where(good, torch.linalg.solve_triangular(r, n, upper=True, left=False), 0.0)
-    return Witness(u, x, torch.where(good, r, 0.0))
+    return Witness(u, norm, x, torch.where(good, r, 0.0))
 
 
 def nuclear_lower(n: Tensor, witness: Witness) -> Tensor:
@@ -237,8 +260,7 @@ def nuclear_lower(n: Tensor, witness: Witness) -> Tensor:
     u = witness.u
     inner = (u * n).sum(-1).sum(-1)
     inner = inner - gamma(m + k + 2) * frobenius(u) * frobenius(n) * (1 + gamma(4 * m * k))
-    norm = spectral_norm_bound(u)
-    return torch.where(norm > 0, inner.clamp(min=0.0) / norm, 0.0) * (1 - 8 * UNIT)
+    return torch.where(witness.norm > 0, inner.clamp(min=0.0) / witness.norm, 0.0) * (1 - 8 * UNIT)
 
 
 def nuclear_upper(n: Tensor, witness: Witness) -> Tensor:

@@ -10,6 +10,7 @@ from covariances import covariance
 from torch import Tensor
 
 from mir_kernels.sqrtm import certificate, factor
+from tolerances import relative_error
 
 
 def exact_residual(h: Tensor, c: Tensor) -> list[list[Fraction]]:
@@ -57,3 +58,17 @@ def test_both_spectral_witnesses_are_orthonormal(kind):
     n = covariance(kind, 24, 3)
     u = certificate.spectral_witness(n).u
     assert torch.allclose(u.mT @ u, torch.eye(24, dtype=n.dtype), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5, 1.0, 1.02, 1.6, 1.8, 3.0])
+def test_the_last_step_proves_its_norm_without_finding_it(largest):
+    """At most 1 and rounding up to sqrt(3); beyond, what it really is."""
+    generator = torch.Generator().manual_seed(6)
+    w, _ = torch.linalg.qr(torch.randn(2, 40, 30, generator=generator, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(2, 30, 30, generator=generator, dtype=torch.float64))
+    s = torch.linspace(0, 1, 30, dtype=torch.float64) * largest
+    out, norm = certificate.contract(w * s @ v.mT)
+    exact = torch.linalg.svdvals(out).amax(-1)
+    assert (exact <= norm).all()
+    assert relative_error(out, w * (s * (3 - s**2) / 2) @ v.mT) <= 1e-14
+    assert (norm <= (1 + 1e-11 if largest < 3**0.5 else 2 * exact.amax() + 1e-9)).all()
