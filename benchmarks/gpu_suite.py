@@ -52,13 +52,25 @@ class Bench(NamedTuple):
 
 
 BENCHMARKS = {  # by the name of the CSV
-    "moca": Bench("moca", "--seconds 0.3", "--tokens 64 --hidden 64", 45),
+    "moca": Bench("moca", "--seconds 0.3", "--tokens 64 --hidden 64", 43),
     "moments": Bench("moments", "--seconds 0.3", "--tokens 64 --d 32", 22),
     # One matrix, and batches of many small ones: where LAPACK and cuSOLVER are slowest.
-    "sqrtm": Bench("sqrtm", "--seconds 0.3 --d 512", "--d 16", 22),
-    "sqrtm_batch512": Bench("sqrtm", "--seconds 0.2 --d 64 --batch 512", "--d 8 --batch 3", 18),
-    "sqrtm_batch256": Bench("sqrtm", "--seconds 0.2 --d 256 --batch 256", "--d 12 --batch 2", 18),
-    "sqrtm_4096": Bench("sqrtm", "--seconds 0.2 --d 4096 --batch 1", "--d 20 --batch 1", 22),
+    "sqrtm": Bench("sqrtm", "--seconds 0.3 --d 512 --skip scipy", "--d 16", 20),
+    "sqrtm_batch512": Bench(
+        "sqrtm",
+        "--seconds 0.2 --operations polar trace --d 64 --batch 512 --skip scipy linalg",
+        "--operations polar trace --d 8 --batch 3",
+        24,
+    ),
+    "sqrtm_batch256": Bench(
+        "sqrtm", "--seconds 0.2 --operations polar --d 256 --batch 256", "--operations polar --d 12 --batch 2", 14
+    ),
+    "sqrtm_4096": Bench(
+        "sqrtm",
+        "--seconds 0.2 --operations polar trace --d 4096 --skip torchmetrics published",
+        "--operations polar trace --d 20 --skip torchmetrics published",
+        24,
+    ),
     "mir": Bench(
         "mir",
         "--seconds 0.7 --layers 2 --hidden 2048 --samples 20 --vision 576 --text 64 "

@@ -106,7 +106,7 @@ def second_moment(shifted: bool, device: str) -> tuple[Calls, Callable[[], float
 
 
 def polynomial_step(dtype: torch.dtype, device: str) -> tuple[Calls, Callable[[], float]]:
-    d = 2048 if dtype == torch.bfloat16 else 1024
+    d = 1024 if dtype == torch.float32 else 2048
     x = (torch.randn(2, d, d, device=device) / (2 * d**0.5)).to(dtype)
 
     def error() -> float:
@@ -144,29 +144,33 @@ def either(*parts: Callable[[NamedTuple], list[dict]]) -> Callable[[NamedTuple],
     return lambda row: [change for part in parts for change in part(row)]
 
 
+def waves(row: NamedTuple) -> list[dict]:
+    """Half and twice as many programs as fit a GPU at once, in the kernels that loop over rows."""
+    return [{"processors": row.processors // 2}, {"processors": row.processors * 2}]
+
+
 # Tiles are square, and 256^2 float32 sums are more than a program's registers: 128 is the largest.
 LARGE = either(
     grid(tile=(128,), step=(32, 64), warps=(4, 8), stages=(3, 4)),
     grid(tile=(64,), step=(32, 64), warps=(4,), stages=(3,)),
 )
 SPLIT = grid(tile=(64, 128), step=(32, 64), warps=(4, 8), stages=(3,))  # of the kernels that multiply three times
-BF16, FP32 = torch.bfloat16, torch.float32
 JOBS = [
-    Job("moca.TABLE", moca.TABLE, grid(tile_bytes=(4096, 8192, 16384), programs=(264, 528, 1056)), moca_rows, 1e-2),
-    Job("moca.TABLE", moca.TABLE, grid(row_programs=(132, 264, 528)), moca_fused, 1e-2),
+    Job("moca.TABLE", moca.TABLE, either(grid(tile_bytes=(4096, 8192, 16384)), waves), moca_rows, 1e-2),
+    Job("moca.TABLE", moca.TABLE, waves, moca_fused, 1e-2),
     Job("moments.PLAIN", moments.PLAIN, LARGE, functools.partial(second_moment, False), 1e-5),
     Job("moments.SHIFTED", moments.SHIFTED, SPLIT, functools.partial(second_moment, True), 1e-5),
-    Job("sqrtm.TABLE[torch.bfloat16]", sqrtm.TABLE[BF16], LARGE, functools.partial(polynomial_step, BF16), 2e-2),
-    Job("sqrtm.TABLE[torch.float32]", sqrtm.TABLE[FP32], SPLIT, functools.partial(polynomial_step, FP32), 1e-5),
     *(
-        Job(f"sqrtm.TABLE[{dtype}]", sqrtm.TABLE[dtype], warps_at(d), functools.partial(small_polar, dtype, d), limit)
-        for dtype, limit, edges in ((BF16, 2e-2, (32, 64)), (FP32, 1e-5, (32,)))
-        for d in edges
+        Job(f"sqrtm.TABLE[{dtype}]", table, candidates, functools.partial(calls, dtype, *d), limit)
+        for dtype, table in {id(table): (dtype, table) for dtype, table in reversed(sqrtm.TABLE.items())}.values()
+        for limit in (1e-5 if dtype == torch.float32 else 2e-2,)
+        for candidates, calls, *d in (
+            (SPLIT if dtype == torch.float32 else LARGE, polynomial_step),
+            (warps_at(32), small_polar, 32),
+            *([] if dtype == torch.float32 else [(warps_at(64), small_polar, 64)]),
+            (grid(looped=(16, 32) if dtype == torch.float32 else (32, 64)), small_polar, 128),
+        )
     ),
-    Job("sqrtm.TABLE[torch.bfloat16]", sqrtm.TABLE[BF16], grid(looped=(32, 64)),
-        functools.partial(small_polar, BF16, 128), 2e-2),
-    Job("sqrtm.TABLE[torch.float32]", sqrtm.TABLE[FP32], grid(looped=(16, 32)),
-        functools.partial(small_polar, FP32, 128), 1e-5),
 ]  # fmt: skip
 
 
