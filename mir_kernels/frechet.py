@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,14 +98,7 @@ def _trace_sqrt_product(
     a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     report = _report(a, b, precision, backend)
-    missed = report.error.amax().item() if report.error.numel() else 0.0
-    if missed > TOLERANCE[precision]:
-        warnings.warn(
-            f"trace_sqrt_product: reached a relative error of {missed:.2g}, precision={precision!r} asks for "
-            f"{TOLERANCE[precision]:.0e}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _say_if_missed("trace_sqrt_product", report.error, precision)
     if not bounds:
         return report.value, report.value.new_empty(0), report.value.new_empty(0)
     lower, upper = _bounds(a, b, precision, backend)
@@ -146,14 +139,16 @@ def _report(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
 
 
 @torch.no_grad()
+@with_float32_products
 def trace_sqrt_from_features(
-    x: Tensor, y: Tensor, *, precision: str = "float32", bounds: bool = False
+    x: Tensor, y: Tensor, *, precision: str = "float32", bounds: bool = False, backend: str | None = None
 ) -> Tensor | TraceSqrt:
     """Tr((Sx Sy)^(1/2)) of the covariances (ddof 1) of the rows of x (n, d) and y (m, d), n, m >= 2, in float64.
 
-    The singular values of Xc Yc^T / sqrt((n-1)(m-1)), exact to rounding, where one of them has no more rows than
-    columns; otherwise `trace_sqrt_product` of the two covariances, and then bounds are those of the covariances as
-    rounded to float64. The features need not be centred. A scalar, or `TraceSqrt` with `bounds`.
+    The nuclear norm of Xc Yc^T / sqrt((n-1)(m-1)), without a covariance, where one of them has no more rows than
+    columns: by singular values ("linalg", exact to rounding) or a polar factor to `precision`. Otherwise
+    `trace_sqrt_product` of the two covariances, and then bounds are those of the covariances as rounded to float64.
+    The features need not be centred. A scalar, or `TraceSqrt` with `bounds`.
     """
     _checks.tokens("x", x)
     _checks.tokens("y", y)
@@ -165,26 +160,34 @@ def trace_sqrt_from_features(
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: takes {x.shape[1]} columns as x has, got {y.shape[1]}")
     _checks.choice("precision", precision, PRECISIONS)
+    backend = OPERATION.choose(backend, x.device)
     if min(x.shape[0], y.shape[0]) > x.shape[1]:
         (cx, ex), (cy, ey) = _covariance(x), _covariance(y)
-        root = trace_sqrt_product(cx, cy, precision=precision, bounds=bounds)
+        root = trace_sqrt_product(cx, cy, precision=precision, bounds=bounds, backend=backend)
         power = torch.exp2(ex + ey)
         return TraceSqrt(*(t * power for t in root)) if isinstance(root, TraceSqrt) else root * power
     (cx, ex), (cy, ey) = _centred(x), _centred(y)
     power = torch.exp2(ex + ey) / ((x.shape[0] - 1) * (y.shape[0] - 1)) ** 0.5
     if not bounds:
-        thin = [c if c.shape[0] <= c.shape[1] else torch.linalg.qr(c, mode="r").R for c in (cx, cy)]
-        return torch.linalg.svdvals(thin[0] @ thin[1].mT).sum() * power
-    n = cx @ cy.mT if x.shape[0] >= y.shape[0] else cy @ cx.mT
-    witness = certificate.spectral_witness(n)
+        cx, cy = (c if c.shape[0] <= c.shape[1] else torch.linalg.qr(c, mode="r").R for c in (cx, cy))
+    n = cx @ cy.mT if cx.shape[0] >= cy.shape[0] else cy @ cx.mT
+    if backend in ("linalg", "reference"):
+        value = torch.linalg.svdvals(n).sum()
+    else:
+        value, gap, _ = _nuclear_norm(n[None], precision, backend)
+        _say_if_missed("trace_sqrt_from_features", gap, precision)
+        value = value[0]
+    if not bounds:
+        return value * power
+    witness = _witness(precision, backend)(n[None])
     # Centring: the subtraction, and the rounding of the mean of what was centred once already.
     rows = max(x.shape[0], y.shape[0])
     slack = certificate.product_error(cx.mT, cy.mT) + 3 * certificate.gamma(rows + 4) * (
         certificate.frobenius(cx) * certificate.frobenius(cy)
     )
-    lower = (certificate.nuclear_lower(n, witness) - slack).clamp(min=0.0) * power * (1 - 8 * factor.UNIT)
-    upper = (certificate.nuclear_upper(n, witness) + slack) * power * (1 + 8 * factor.UNIT)
-    return TraceSqrt((torch.linalg.svdvals(n).sum() * power).clamp(lower, upper), lower, upper)
+    lower = (certificate.nuclear_lower(n, witness)[0] - slack).clamp(min=0.0) * power * (1 - 8 * factor.UNIT)
+    upper = (certificate.nuclear_upper(n, witness)[0] + slack) * power * (1 + 8 * factor.UNIT)
+    return TraceSqrt((value * power).clamp(lower, upper), lower, upper)
 
 
 @torch.no_grad()
@@ -253,8 +256,15 @@ def _iterated(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: fl
     """<U, N> with U the polar factor of N by Newton-Schulz, one precision after another until the dual bound says that
     the error asked for is met."""
     n, exponent, rounding, how = _factors(a, b, indefinite)
+    value, gap, path = _nuclear_norm(n, precision, backend)
+    path = [first + rest for first, rest in zip(how, path, strict=True)]
+    return TraceReport(factor.times_power(value, exponent), gap + _relative(rounding, value), tuple(path))
+
+
+def _nuclear_norm(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor, list[str]]:
+    """|N|_* of float64 (batch, m, n), m >= n; the relative gap of its dual bounds; the precisions that ran."""
     value, gap = n.new_zeros(n.shape[0]), n.new_full((n.shape[0],), float("inf"))
-    path = list(how)
+    path = [""] * n.shape[0]
     for rung in RUNGS[precision]:
         open_ = torch.nonzero(gap > TOLERANCE[precision])[:, 0]
         if open_.numel() == 0:
@@ -269,7 +279,7 @@ def _iterated(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: fl
         gap[open_] = torch.where(better, reached, gap[open_])
         for i in open_.tolist():
             path[i] += f"+polar[{rung}]"
-    return TraceReport(factor.times_power(value, exponent), gap + _relative(rounding, value), tuple(path))
+    return value, gap, path
 
 
 def _gap(n: Tensor, witness: certificate.Witness) -> Tensor:
@@ -277,6 +287,17 @@ def _gap(n: Tensor, witness: certificate.Witness) -> Tensor:
     lower, upper = certificate.nuclear_lower(n, witness), certificate.nuclear_upper(n, witness)
     gap = torch.where(upper > 0, (upper - lower) / upper, 0.0)
     return torch.where((witness.r == 0).all(-1).all(-1) & (upper > 0), 1.0, gap)
+
+
+def _say_if_missed(name: str, error: Tensor, precision: str) -> None:
+    missed = error.amax().item() if error.numel() else 0.0
+    if missed > TOLERANCE[precision]:
+        warnings.warn(
+            f"{name}: reached a relative error of {missed:.2g}, precision={precision!r} asks for "
+            f"{TOLERANCE[precision]:.0e}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _relative(error: Tensor, value: Tensor) -> Tensor:
@@ -312,20 +333,26 @@ def _factors(a: Tensor, b: Tensor, indefinite: float) -> _Factors:
 
 
 def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
-    def polar_witness(n: Tensor) -> certificate.Witness:
-        for rung in ("float32", "float64")[precision == "float64" :]:
-            found = certificate.polar_witness(n, *sqrtm.polished_polar(n, rung, backend), TOLERANCE[precision])
-            if bool((_gap(n, found) <= TOLERANCE[precision]).all()):
-                break
-        return found
-
-    witness = certificate.spectral_witness if backend in ("linalg", "reference") else polar_witness
+    witness = _witness(precision, backend)
     ends = [certificate.trace_bounds(x, y, witness) for x, y in _chunks(a, b)]
     if not ends:
         empty = a.new_zeros(a.shape[:-2], dtype=torch.float64)
         return empty, empty.clone()
     lower, upper = (torch.cat(end).reshape(a.shape[:-2]) for end in zip(*ends, strict=True))
     return lower, upper
+
+
+def _witness(precision: str, backend: str) -> Callable[[Tensor], certificate.Witness]:
+    """How the bounds of a batch of N are witnessed: eigenvectors, or a polar factor as fine as `precision` wants."""
+
+    def polar_witness(n: Tensor) -> certificate.Witness:
+        for rung in RUNGS[precision if precision == "float64" else "float32"]:
+            found = certificate.polar_witness(n, *sqrtm.polished_polar(n, rung, backend), TOLERANCE[precision])
+            if bool((_gap(n, found) <= TOLERANCE[precision]).all()):
+                break
+        return found
+
+    return certificate.spectral_witness if backend in ("linalg", "reference") else polar_witness
 
 
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
