@@ -69,8 +69,15 @@ def trace_sqrt(d: int) -> Count:
 
 
 def trace_factors(d: int) -> Count:
-    """Read two float64 matrices; a Cholesky factor of each, d^3/3, and the factors' product as a full one."""
-    return Count(24 * d * d, 2 * d**3 // 3 + 2 * d**3)
+    """Read two float64 matrices, write N; a Cholesky factor of each and the product of the triangles, d^3/3 twice."""
+    return Count(24 * d * d, 4 * d**3 // 3)
+
+
+def trace_certificate(d: int) -> Count:
+    """Float64 work that turns an iterated polar factor U of N into a trace with its error (sqrtm/certificate.py): the
+    last step U (3 I - U^T U)/2, P = U^T N, N R^-1 and X R with R^T R = P, and two Cholesky factors. What is symmetric
+    or triangular counts half. U is read in float32, six matrices of float64 are written."""
+    return Count((4 + 6 * 8) * d * d, (1 + 2 + 2 + 1 + 1) * d**3 + 2 * d**3 // 3)
 
 
 def polar_step(d: int, element: int = 2) -> Count:

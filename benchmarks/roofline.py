@@ -20,23 +20,27 @@ from mir_kernels.sqrtm import eager
 
 
 class Gpu(NamedTuple):
-    """Data sheet peaks: GB/s, and dense TFLOP/s of bf16 and float64 (both on tensor cores); and where they stand."""
+    """Data sheet peaks: GB/s, and dense TFLOP/s of bf16, tf32 and float64 (on tensor cores); and where they stand."""
 
     bandwidth: float
     bf16: float
+    tf32: float
     float64: float
     source: str
 
 
 GPUS = {
-    "A100": Gpu(2039, 312, 19.5, "NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM"),
-    "H100": Gpu(3350, 989, 67, "NVIDIA H100 Tensor Core GPU data sheet, SXM, without sparsity"),
-    "H200": Gpu(4800, 989, 67, "NVIDIA H200 Tensor Core GPU data sheet, SXM, without sparsity"),
-    "B200": Gpu(8000, 2250, 40, "NVIDIA HGX B200 data sheet, one of eight, without sparsity"),
+    "A100": Gpu(2039, 312, 156, 19.5, "NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM"),
+    "H100": Gpu(3350, 989, 494, 67, "NVIDIA H100 Tensor Core GPU data sheet, SXM, without sparsity"),
+    "H200": Gpu(4800, 989, 494, 67, "NVIDIA H200 Tensor Core GPU data sheet, SXM, without sparsity"),
+    "B200": Gpu(8000, 2250, 1125, 40, "NVIDIA HGX B200 data sheet, one of eight, without sparsity"),
 }
-# Shares of the peak, rounded from H100s: a copy of 3.0 TB/s and a bf16 product of 798 TFLOP/s on random data. The
-# factorisation's share is a guess.
-REACHED = {"bandwidth": 0.9, "bf16": 0.8, "float64": 0.4}
+# Shares of the peak, rounded from H100s: a copy of 3.0 TB/s and a bf16 product of 798 TFLOP/s on random data. Those of
+# tf32 and of float64, where factors and triangular solves are among the products, are guesses.
+REACHED = {"bandwidth": 0.9, "bf16": 0.8, "tf32": 0.6, "float64": 0.4}
+TF32_PRODUCTS = 3  # that make one in float32
+# What `mir` takes by default on CUDA, certified to 1e-6, and what its sqrt_precision="bfloat16" takes, to 2e-3.
+GRADES = {"float32": "float32", "bfloat16": "float16"}  # precision asked for: that of the iteration
 # Layers and hidden size of the language models under LLaVA-1.5-7B, LLaVA-1.5-13B and LLaVA-NeXT-34B.
 MODELS = {"7B": (32, 4096), "13B": (40, 5120), "34B": (60, 7168)}
 ROWS, WIDTH = 16384, 4096  # of the kernels' table; half of the rows are vision
@@ -72,58 +76,83 @@ class MirTime(NamedTuple):
     tokens: float
     factors: float
     polar: float
+    certificate: float
 
     @property
     def total(self) -> float:
         return sum(self)
 
 
-def mir_time(gpu: Gpu, layers: int, d: int, tokens: int) -> MirTime:
-    """Norms and covariances of all tokens; float64 factors of each layer's covariances; bf16 polar steps."""
-    steps = len(eager.steps_for("bfloat16"))
+def mir_time(gpu: Gpu, layers: int, d: int, tokens: int, precision: str = "float32") -> MirTime:
+    """Norms and covariances of all tokens; of each layer's root the float64 factors, polar steps and certificate."""
+    steps = layers * len(eager.steps_for(GRADES[precision]))
+    if precision == "float32":
+        one = counts.polar_step(d, element=4)
+        polar = seconds(counts.Count(one.bytes, TF32_PRODUCTS * one.flops).times(steps), gpu, "tf32")
+    else:
+        polar = seconds(counts.polar_step(d).times(steps), gpu)
     return MirTime(
         seconds(counts.mir_tokens(layers, tokens, d), gpu),
         seconds(counts.trace_factors(d).times(layers), gpu, "float64"),
-        seconds(counts.polar_step(d).times(layers * steps), gpu),
+        polar,
+        seconds(counts.trace_certificate(d).times(layers), gpu, "float64"),
     )
 
 
-def measured(paths: list[Path]) -> dict[str, str]:
-    """{operation: the best median of ours with its device, at this table's sizes}, out of benchmark CSVs."""
+def mir_case(layers: int, d: int, samples: int, vision: int, text: int) -> str:
+    """As bench_mir.py names it."""
+    return f"{layers} layers, d {d}, {samples} x ({vision} vision + {text} text)"
+
+
+def measured(paths: list[Path], cases: dict[str, str]) -> dict[str, str]:
+    """{name: the best median of ours with its device}, out of benchmark CSVs; cases: {name: part of the CSV's case}."""
     best: dict[str, tuple[float, str]] = {}
-    cases = {name: case for name, (case, _) in kernels().items()}
     for path in paths:
         for row in harness.read_csv(path):
-            name, ms = row["operation"], row.get("p50_ms")
-            if ms is not None and row["rival"].startswith("ours") and name in cases and cases[name] in row["case"]:
-                best[name] = min(best.get(name, (float("inf"), "")), (ms, row["device"]))
+            ms = row.get("p50_ms")
+            for name, case in cases.items():
+                same = row["operation"] == name.partition(":")[0] and case in row["case"]
+                if ms is not None and same and row["rival"].startswith(harness.OURS):
+                    best[name] = min(best.get(name, (float("inf"), "")), (ms, row["device"]))
     return {name: f"{ms:.4g} ms on {device}" for name, (ms, device) in best.items()}
 
 
 def report(samples: int, vision: int, text: int, paths: list[Path]) -> str:
     """Both tables and their assumptions, as Markdown."""
-    names, beside = list(GPUS), measured(paths)
+    names = list(GPUS)
+    cases = {name: case for name, (case, _) in kernels().items()}
+    cases |= {f"mir:{model}": mir_case(*shape, samples, vision, text) for model, shape in MODELS.items()}
+    beside = measured(paths, cases)
     head = " | ".join(names)
     lines = ["PREDICTION, not a measurement.", ""]
     lines += [f"| kernel (bf16, ms) | {head} | measured |", "| --- |" + " ---: |" * len(names) + " --- |"]
     for name, (case, count) in kernels().items():
         times = " | ".join(f"{1e3 * seconds(count, GPUS[g]):.3g}" for g in names)
         lines.append(f"| {name} {case} | {times} | {beside.get(name, '')} |")
-    lines += ["", f"| MIR, {samples} samples of {vision} + {text} tokens (s) | {head} |"]
-    lines += ["| --- |" + " ---: |" * len(names)]
+    lines += ["", f"| MIR, {samples} samples of {vision} + {text} tokens (s) | {head} | measured |"]
+    lines += ["| --- |" + " ---: |" * len(names) + " --- |"]
     for model, (layers, d) in MODELS.items():
-        parts = [mir_time(GPUS[g], layers, d, samples * (vision + text)) for g in names]
-        for part in ("tokens", "factors", "polar", "total"):
-            times = " | ".join(f"{getattr(p, part):.3g}" for p in parts)
-            lines.append(f"| {model} ({layers} layers, d = {d}), {part} | {times} |")
+        for precision in GRADES:
+            parts = [mir_time(GPUS[g], layers, d, samples * (vision + text), precision) for g in names]
+            shown = (
+                ("tokens", "factors", "certificate", "polar", "total") if precision == "float32" else ("polar", "total")
+            )
+            for part in shown:
+                times = " | ".join(f"{getattr(p, part):.3g}" for p in parts)
+                grade = f" in {precision}{' (the default)' * default}" if part in ("polar", "total") else ""
+                found = beside.get(f"mir:{model}", "") if part == "total" and default else ""
+                lines.append(f"| {model} ({layers} layers, d = {d}), {part}{grade} | {times} | {found} |")
     lines += ["", "Assumptions:"]
     lines += [f"- reached of the peak: {', '.join(f'{k} {v}' for k, v in REACHED.items())}"]
-    lines += [
-        f"- {n}: {g.bandwidth} GB/s, bf16 {g.bf16}, float64 {g.float64} TFLOP/s ({g.source})" for n, g in GPUS.items()
-    ]
+    for name, g in GPUS.items():
+        peaks = f"bf16 {g.bf16}, tf32 {g.tf32}, float64 {g.float64} TFLOP/s"
+        lines.append(f"- {name}: {g.bandwidth} GB/s, {peaks} ({g.source})")
     lines += [
         "- bytes and operations are the fewest (benchmarks/counts.py); half of the kernels' rows are vision rows",
-        f"- a root: float64 Cholesky factors, their product, then {len(eager.steps_for('bfloat16'))} bf16 polar steps",
+        "- a root: float64 Cholesky factors and their product, "
+        f"{len(eager.steps_for(GRADES['float32']))} polar steps in float32 by {TF32_PRODUCTS} tf32 products each, or "
+        f"{len(eager.steps_for(GRADES['bfloat16']))} in 16 bits, and the float64 certificate of either; one precision "
+        "suffices",
         "- hidden states lie in GPU memory; launches, the forward pass of the model and the host are not counted",
     ]
     return "\n".join(lines)
@@ -134,7 +163,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--vision", type=int, default=576, help="vision tokens a sample")
     parser.add_argument("--text", type=int, default=64, help="text tokens a sample")
-    parser.add_argument("--measured", type=Path, nargs="*", default=sorted(harness.DATA.glob("*_cuda.csv")))
+    parser.add_argument("--measured", type=Path, nargs="*", default=sorted(harness.DATA.glob("*_cuda*.csv")))
     flags = parser.parse_args()
     print(report(flags.samples, flags.vision, flags.text, flags.measured))
 

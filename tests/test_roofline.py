@@ -1,5 +1,6 @@
 """The predicted times follow from the counts, say that they are predictions, and take measured rows beside them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import counts
 import harness
 import roofline
+from mir_kernels.frechet import RUNGS, TOLERANCE
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +27,7 @@ def test_counts_are_those_of_the_tensors():
 
 
 def test_time_is_the_longer_of_bytes_and_operations():
-    gpu = roofline.Gpu(1000, 100, 10, "made up")
+    gpu = roofline.Gpu(1000, 100, 50, 10, "made up")
     reached = roofline.REACHED
     assert roofline.seconds(counts.Count(10**12, 1), gpu) == pytest.approx(1 / reached["bandwidth"])
     assert roofline.seconds(counts.Count(1, 10**14), gpu) == pytest.approx(1 / reached["bf16"])
@@ -39,6 +41,16 @@ def test_more_tokens_and_layers_take_as_much_longer():
     assert roofline.mir_time(gpu, 1, 4096, 128_000).tokens == pytest.approx(2 * one.tokens)
 
 
+def test_the_default_precision_takes_longer_only_in_its_polar_steps():
+    gpu = roofline.GPUS["A100"]
+    fine, rough = (roofline.mir_time(gpu, 32, 4096, 64_000, precision) for precision in ("float32", "bfloat16"))
+    assert fine.polar > 3 * rough.polar
+    assert fine._replace(polar=0) == rough._replace(polar=0)
+    assert fine == roofline.mir_time(gpu, 32, 4096, 64_000)
+    assert set(roofline.GRADES) <= set(TOLERANCE)
+    assert roofline.GRADES["bfloat16"] == RUNGS["bfloat16"][0]
+
+
 def test_a_measured_row_stands_beside_its_prediction(tmp_path):
     case = roofline.kernels()["moca backward"][0] + " bf16, 8192 vision rows"
     row = dict.fromkeys(harness.COLUMNS) | {"operation": "moca backward", "case": case, "device": "a GPU"}
@@ -47,6 +59,18 @@ def test_a_measured_row_stands_beside_its_prediction(tmp_path):
     text = roofline.report(100, 576, 64, [tmp_path / "moca_cuda.csv"])
     (line,) = (line for line in text.splitlines() if line.startswith("| moca backward"))
     assert line.endswith("| 0.25 ms on a GPU |")
+
+
+def test_a_measured_mir_stands_beside_its_total(tmp_path):
+    row = dict.fromkeys(harness.COLUMNS) | {"operation": "mir", "device": "a GPU", "p50_ms": 900.0}
+    case = roofline.mir_case(32, 4096, 100, 576, 64)
+    harness.write_csv([row | {"rival": "mir_kernels, streamed", "case": case}], tmp_path / "mir_cuda.csv")
+    text = roofline.report(100, 576, 64, [tmp_path / "mir_cuda.csv"])
+    (line,) = (line for line in text.splitlines() if "900 ms" in line)
+    assert line.startswith("| 7B (32 layers, d = 4096), total in float32 (the default) |")
+    shape = {"layers": 32, "hidden": 4096, "samples": 100, "vision": 576, "text": 64}
+    pattern = re.search(r'f"(\{flags.layers\} layers.*?)"', (ROOT / "benchmarks" / "bench_mir.py").read_text())[1]
+    assert re.sub(r"\{flags\.(\w+)\}", lambda m: str(shape[m[1]]), pattern) == case
 
 
 def test_the_script_says_that_it_predicts():
