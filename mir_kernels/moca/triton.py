@@ -24,29 +24,30 @@ class Blocks(NamedTuple):
     """One architecture's block sizes.
 
     tile_bytes: of one operand in a program's tile; 8 KB with 128 threads is four 16-byte accesses in flight a thread.
-    programs: in the backward kernels, all told: four a multiprocessor, so that all are resident and the rows of partial
-    sums stay a few percent of the traffic.
-    row_programs: the same for a fused backward that holds whole rows: two a multiprocessor.
+    processors: multiprocessors (compute units). The backward kernels are at most as many programs as fit them at once.
     whole_row: the widest row that fits the registers beside its three float32 column sums.
     sum_columns: columns of one program of the last, small kernel.
     lanes: threads in a warp.
     """
 
     tile_bytes: int
-    programs: int
-    row_programs: int
+    processors: int
     whole_row: int
     sum_columns: int
     lanes: int
 
 
 TABLE = {
-    "sm_80": Blocks(tile_bytes=8192, programs=432, row_programs=216, whole_row=4096, sum_columns=64, lanes=32),
-    "sm_90": Blocks(tile_bytes=8192, programs=528, row_programs=264, whole_row=4096, sum_columns=64, lanes=32),
-    "sm_100": Blocks(tile_bytes=8192, programs=592, row_programs=296, whole_row=4096, sum_columns=64, lanes=32),
-    "gfx942": Blocks(tile_bytes=16384, programs=1216, row_programs=608, whole_row=8192, sum_columns=64, lanes=64),
-    "interpreter": Blocks(tile_bytes=32768, programs=3, row_programs=3, whole_row=4096, sum_columns=2048, lanes=32),
+    "sm_80": Blocks(tile_bytes=8192, processors=108, whole_row=4096, sum_columns=64, lanes=32),
+    "sm_90": Blocks(tile_bytes=8192, processors=132, whole_row=4096, sum_columns=64, lanes=32),
+    "sm_100": Blocks(tile_bytes=8192, processors=148, whole_row=4096, sum_columns=64, lanes=32),
+    "gfx942": Blocks(tile_bytes=16384, processors=304, whole_row=8192, sum_columns=64, lanes=64),
+    "interpreter": Blocks(tile_bytes=32768, processors=1, whole_row=4096, sum_columns=2048, lanes=32),
 }
+
+# Warps that a multiprocessor of any of them holds at once where a thread takes up to 128 registers: 65536 registers in
+# warps of 32, or 131072 in warps of 64. More would run as a second wave, with as many partial sums more.
+RESIDENT_WARPS = 16
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) -> None:
@@ -67,7 +68,7 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor) -
     rows, cols = grad.shape
     blocks = _triton.row(TABLE, grad.device)
     block_m, block_n = tile(grad, blocks.tile_bytes // 2)
-    grid = row_programs(rows, cols, block_m, block_n, blocks.programs)
+    grid = row_programs(rows, cols, block_m, block_n, blocks.processors, warps=4)
     partial = torch.empty((2, grid[0], cols), dtype=accumulator(grad), device=grad.device)
     with _triton.on(grad.device):
         backward_kernel[grid](
@@ -129,14 +130,11 @@ def add_rms_backward(
     block_m, block_n = 1, triton.next_power_of_2(cols)
     whole = block_n * accumulator(grad_out).itemsize <= blocks.whole_row * 4
     if whole:
-        grid = (min(rows, blocks.row_programs), 1)
-        warps = row_warps(block_n, 8, blocks.lanes)
-        dots = rstd
+        warps, dots = row_warps(block_n, 8, blocks.lanes), rstd
     else:
         block_m, block_n = tile(grad_out, blocks.tile_bytes // 4)
-        grid = row_programs(rows, cols, block_m, block_n, blocks.programs)
-        warps = 4
-        dots = torch.empty_like(rstd)
+        warps, dots = 4, torch.empty_like(rstd)
+    grid = row_programs(rows, cols, block_m, block_n, blocks.processors, warps)
     partial = torch.empty((3, grid[0], cols), dtype=accumulator(grad_out), device=grad_out.device)
     with _triton.on(grad_out.device):
         if not whole:
@@ -343,9 +341,10 @@ def tile(x: Tensor, tile_bytes: int) -> tuple[int, int]:
     return max(1, tile_bytes // (block_n * x.element_size())), block_n
 
 
-def row_programs(rows: int, cols: int, block_m: int, block_n: int, programs: int) -> tuple[int, int]:
-    """Grid of a backward kernel: about `programs` in all, each looping over the rows."""
+def row_programs(rows: int, cols: int, block_m: int, block_n: int, processors: int, warps: int) -> tuple[int, int]:
+    """Grid of a backward kernel: as many programs as run at once, fewer where rows are few, each looping over rows."""
     columns = triton.cdiv(cols, block_n)
+    programs = processors * max(1, RESIDENT_WARPS // warps)
     return min(triton.cdiv(rows, block_m), max(1, programs // columns)), columns
 
 
