@@ -134,10 +134,8 @@ def report(samples: int, vision: int, text: int, paths: list[Path]) -> str:
     for model, (layers, d) in MODELS.items():
         for precision in GRADES:
             parts = [mir_time(GPUS[g], layers, d, samples * (vision + text), precision) for g in names]
-            shown = (
-                ("tokens", "factors", "certificate", "polar", "total") if precision == "float32" else ("polar", "total")
-            )
-            for part in shown:
+            default = precision == "float32"
+            for part in (*(("tokens", "factors", "certificate") if default else ()), "polar", "total"):
                 times = " | ".join(f"{getattr(p, part):.3g}" for p in parts)
                 grade = f" in {precision}{' (the default)' * default}" if part in ("polar", "total") else ""
                 found = beside.get(f"mir:{model}", "") if part == "total" and default else ""
