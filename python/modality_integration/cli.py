@@ -18,11 +18,27 @@ main = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Modality Integration Rate (MIR): how well a vision-language model blends image and text tokens.
-
-    MIR is log10 of the Fréchet distance between vision and text tokens, summed over the decoder's layers; lower is
-    better blended. Start with [bold]mir demo[/], then point [bold]mir compute[/] at your model.""",
+    help="Modality Integration Rate (MIR): how well a vision-language model blends image and text tokens.\n\n"
+    "MIR is log10 of the Fréchet distance between vision and text tokens, summed over the decoder's layers; lower is "
+    "better blended. Start with [bold]mir demo[/], then point [bold]mir compute[/] at your model.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mir-kernels {version('mir-kernels')}")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 class Dtype(str, Enum):
@@ -37,6 +53,16 @@ class Template(str, Enum):
     auto = "auto"
     chat = "chat"
     plain = "plain"
+
+
+class Protocol(str, Enum):
+    random = "random"
+    published = "published"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    exact = "exact"
 
 
 class Last(str, Enum):
@@ -90,7 +116,9 @@ def command(epilog: str) -> Callable:
                 _say(str(error), "red")
                 raise typer.Exit(1) from None
 
-        return main.command(epilog=epilog, rich_help_panel=None)(guarded)
+        paragraphs = (function.__doc__ or "").split("\n\n")  # whose line breaks are the source's, not the terminal's
+        help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        return main.command(epilog=epilog, rich_help_panel=None, help=help)(guarded)
 
     return register
 
@@ -144,9 +172,13 @@ def compute(
     samples: Annotated[int, typer.Option(min=1, help="Random image-text pairs; the paper takes 100.")] = 100,
     seed: Annotated[int, typer.Option(help="Chooses and pairs the images and texts.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="For weights that outgrow one device: auto, balanced or sequential, as in transformers."),
+    ] = None,
     dtype: Annotated[
         Dtype,
-        typer.Option(metavar="DTYPE", help="Of the weights: auto (as saved), float32, bfloat16, float16, float64."),
+        typer.Option(help="Of the weights; auto is as saved."),
     ] = Dtype.auto,
     out: Annotated[Path, typer.Option(help="Folder for mir.json, layers.png, run.json and the checkpoint.")] = Path(
         "mir-out"
@@ -154,17 +186,17 @@ def compute(
     text_tokens: Annotated[int, typer.Option(min=1, help="Prose is cut to this many tokens.")] = 512,
     template: Annotated[
         Template,
-        typer.Option(metavar="NAME", help="chat template, plain image and prose, or auto: chat where there is one."),
+        typer.Option(help="chat template, plain image and prose, or auto: chat where there is one."),
     ] = Template.auto,
     last: Annotated[
         Last,
-        typer.Option(metavar="NAME", help="Last layer normed (after the final norm, as published) or raw (before it)."),
+        typer.Option(help="Last layer normed (after the final norm, as published) or raw (before it)."),
     ] = Last.normed,
     text_role: Annotated[
-        TextRole, typer.Option(metavar="NAME", help="Text tokens: those after the image (as published), or all.")
+        TextRole, typer.Option(help="Text tokens: those after the image (as published), or all.")
     ] = TextRole.after,
     outliers: Annotated[
-        Outliers, typer.Option(metavar="NAME", help="Tokens beyond 3 sigma in norm: remove (as the paper), or none.")
+        Outliers, typer.Option(help="Tokens beyond 3 sigma in norm: remove (as the paper), or none.")
     ] = Outliers.remove,
     normalize: Annotated[bool, typer.Option(help="Scale each layer by its mean text norm (Eq. 2).")] = True,
     bounds: Annotated[bool, typer.Option(help="Prove an interval around the value.")] = True,
@@ -172,7 +204,20 @@ def compute(
         int,
         typer.Option(min=0, help="Of samples, for a standard error; memory for covariances times this. 0: no error."),
     ] = 5,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Samples between checkpoints.")] = 10,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the covariances: exact is float64 throughout, for features short of rank.")
+    ] = Precision.auto,
+    protocol: Annotated[
+        Protocol,
+        typer.Option(
+            help="How samples are made: random pairs and the prompt of --template, or as the published code makes "
+            "them: files in order, its conversation with whole prose as the answer."
+        ),
+    ] = Protocol.random,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples between checkpoints; if not given, a twentieth of the time goes to them."),
+    ] = None,
     second_pass: Annotated[
         bool, typer.Option("--second-pass", help="Stream again if the one-pass outlier rule turns out inexact.")
     ] = False,
@@ -180,7 +225,6 @@ def compute(
     study: Annotated[
         Study | None,
         typer.Option(
-            metavar="NAME",
             help="One of the paper's studies in place of one value, as a table and a plot: samples (how many are "
             "enough), normalization (on and off, layer by layer), content (each sub-folder of --images with each of "
             "--text), template (chat and plain), layers (the terms of each).",
@@ -194,6 +238,7 @@ def compute(
             raise typer.Exit(1)
     from modality_integration import compute as work
 
+    published = protocol is Protocol.published
     options = work.Options(
         model=model,
         images=images,
@@ -203,8 +248,11 @@ def compute(
         device=device,
         dtype=dtype.value,
         out=out,
-        text_tokens=text_tokens,
-        template=template.value,
+        text_tokens=None if published else text_tokens,
+        template="published" if published else template.value,
+        in_order=published,
+        precision=precision.value,
+        device_map=device_map,
         last=last.value,
         text_role=text_role.value,
         outliers=outliers.value,
@@ -234,7 +282,7 @@ def states(
     device: Annotated[str, typer.Option(help="Where the arithmetic runs: auto, cpu, cuda.")] = "auto",
     outliers: Annotated[
         AllOutliers,
-        typer.Option(metavar="NAME", help="Tokens beyond 3 sigma: remove (paper), median (published code), none."),
+        typer.Option(help="Tokens beyond 3 sigma: remove (paper), median (published code), none."),
     ] = AllOutliers.remove,
     normalize: Annotated[bool, typer.Option(help="Scale each layer by its mean text norm (Eq. 2).")] = True,
     bounds: Annotated[bool, typer.Option(help="Prove an interval around the value.")] = True,
@@ -255,7 +303,8 @@ def compare(
 ) -> None:
     """Two runs side by side: each layer's distances and their ratio, and whether MIR differs.
 
-    Where both runs have a standard error (mir compute --groups), the difference is held against the two together.
+    The difference is held against its standard error (mir compute --groups): that of the differences where both runs
+    had the same samples, else of the two together. From 2 standard errors on one "seems" better, from 3 it is.
     """
     from modality_integration import report
     from modality_integration.data import refusals
@@ -283,8 +332,10 @@ def plot(
     from modality_integration.data import refusals
 
     with refusals(""):
-        report.plot_layers({str(path): _result(path) for path in results}, out)
-    _console().print(f"wrote {out}", highlight=False)
+        curves = {str(path): _result(path) for path in results}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        written = report.plot_layers(curves, out)
+    _console().print(f"wrote {written}", highlight=False)
 
 
 @command(epilog="Example:\n\nmir doctor")

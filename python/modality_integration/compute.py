@@ -34,7 +34,6 @@ from modality_integration.residual_stream import capture
 from modality_integration.result import MIRResult, with_error
 from modality_integration.states import mir_of_states
 
-
 FIRST_CHECKPOINT = 10.0  # seconds
 
 
@@ -432,8 +431,8 @@ def _skipped(skipped: Sequence[tuple[str, str]], what: str, most: int = 5) -> li
 
 def _out_of_memory(device: torch.device, name: str, text_tokens: int | None) -> InputError:
     return InputError(
-        f"out of memory on {device} at {name}: lower --text-tokens (now {text_tokens or 'all'}) or --groups, load the weights "
-        "smaller with --dtype bfloat16, or use --device cpu; with changed arguments add --restart"
+        f"out of memory on {device} at {name}: lower --text-tokens (now {text_tokens or 'all'}) or --groups, load the "
+        "weights smaller with --dtype bfloat16, or use --device cpu; with changed arguments add --restart"
     )
 
 

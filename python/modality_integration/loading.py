@@ -126,7 +126,9 @@ def encode(processor: Any, image: Image.Image, text: str, template: str = "auto"
     start = getattr(processor.tokenizer, "bos_token", None)
     if start and prompt.startswith(start):
         arguments["add_special_tokens"] = False  # the chat template has put it there
-    return dict(processor(**arguments))
+    inputs = dict(processor(**arguments))
+    inputs.pop("labels", None)  # PaliGemma's has some, and the loss would want every token's logits
+    return inputs
 
 
 def looks_like_path(name: str) -> bool:

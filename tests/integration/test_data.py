@@ -156,6 +156,21 @@ def test_pairs_use_everything_once_a_round_and_pair_anew_each_round():
     assert pairs == [(s.image.getpixel((0, 0)), s.text.name) for s in pair(images, texts, 15, 0)]
 
 
+def test_without_a_seed_files_come_in_order_and_again_in_order(tmp_path):
+    write_images(tmp_path / "images", 3)
+    write_texts(tmp_path / "text", 2)
+    images = choose_images(tmp_path / "images", 2, None).items
+    texts = choose_texts(tmp_path / "text", 5, None).items
+    assert [path.name for path in images] == ["image-00.png", "image-01.png"]
+    pairs = [(sample.image.name, sample.text.name) for sample in pair(images, texts, 3, None)]
+    assert pairs == [(f"image-0{i % 2}.png", f"text-0{i % 2}.txt") for i in range(3)]
+
+
+def test_prose_may_be_taken_whole():
+    prose = "the cat sits " * 1000
+    assert truncate(prose, tiny_tokenizer(), None) == prose
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 100])
 def test_truncate_gives_a_prefix_of_at_most_so_many_tokens(tokens):
     tokenizer = tiny_tokenizer()

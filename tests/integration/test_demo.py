@@ -17,7 +17,8 @@ from modality_integration import demo
 from modality_integration.cli import main
 from modality_integration.compute import Interrupted
 from modality_integration.data import InputError
-from modality_integration.demo import Options, Pictures, build, run, trainable, training_step
+from modality_integration.demo import Options, Pictures, build, measure, probe_samples, run, trainable, training_step
+from modality_integration.loading import load
 from modality_integration.moca import moca_parameters
 from modality_integration.result import MIRResult
 
@@ -155,9 +156,14 @@ def test_moca_starts_as_the_model_without_it_and_is_trained(finished, llama, tmp
         assert not torch.equal(parameter, parameter.round())  # neither ones nor zeros any more
 
 
-def test_a_model_with_moca_is_not_saved_without_it(llama, tmp_path):
-    with pytest.raises(InputError, match="leave out save or moca"):
-        run(Options(out=tmp_path, save=tmp_path / "saved", language_model=llama, moca=True), Console(quiet=True))
+def test_a_model_that_was_trained_with_moca_is_measured_with_it_after_saving(llama, tmp_path):
+    options = Options(out=tmp_path, steps=2, samples=4, save=tmp_path / "saved", language_model=llama, moca=True)
+    results = run(options, Console(quiet=True))
+    loaded = load(str(options.save), torch.device("cpu"))
+    assert loaded.notes == [f"with the MoCa that {options.save} holds, in 3 decoder layers"]
+    probe = probe_samples(Pictures(0), 4, 0)
+    again = measure(loaded.model, loaded.processor, probe, False, lambda count: None)
+    assert again.value == pytest.approx(results[-1].value, rel=1e-6)
 
 
 def test_the_worked_example_writes_loss_and_mir_of_both_trainings_and_their_plot(llama, tmp_path):

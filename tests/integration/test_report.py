@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from modality_integration import report
 from modality_integration.metric import mir
-from modality_integration.result import LayerTerms
+from modality_integration.result import LayerTerms, jackknife
 
 
 def result(seed=0, layers=3, **options):
@@ -68,9 +69,10 @@ def test_comparison_with_bounds_says_whether_the_intervals_overlap():
     assert report.compare(a, a).disjoint is False
 
 
-def with_left_out(made, spread):
-    """The result with two groups, whose standard error is `spread` (in MIR)."""
-    made.left_out = [[d * 10**spread, d * 10**-spread] for d in made.per_layer]
+def with_left_out(made, spread, groups=6):
+    """The result with an even number of groups, whose standard error is `spread` (in MIR)."""
+    step = spread / math.sqrt(groups - 1)
+    made.left_out = [[d * 10 ** (step * (-1) ** g) for g in range(groups)] for d in made.per_layer]
     assert made.error == pytest.approx(spread)
     return made
 
@@ -97,16 +99,48 @@ def test_comparison_holds_the_difference_against_both_errors_together(errors, wo
     assert "below B's" in swapped.verdict()
 
 
-def test_comparison_without_an_error_on_both_sides_has_the_plain_words():
+def test_comparison_without_an_error_on_both_sides_names_none_better():
     a, b = result(1, bounds=True), result(0, bounds=True)
     both = report.compare(with_left_out(a, 0.1), b)
     assert both.error is None
     assert both.z is None
     difference = a.value - b.value
     assert both.verdict(("old", "new")) == (
-        f"new blends the modalities better: its MIR is {difference:.4f} below old's "
-        "(their proved intervals do not overlap)"
+        f"new's MIR is {difference:.4f} below old's; whether other samples would say so too takes a standard error of "
+        "both (mir compute --groups 5) (their proved intervals do not overlap)"
     )
+
+
+def test_comparison_with_few_groups_is_never_sure_and_says_so():
+    a, b = result(1), result(0)
+    both = report.compare(with_left_out(a, 1e-6, groups=4), with_left_out(b, 1e-6))
+    assert abs(both.z) > 1000
+    assert both.verdict().startswith("B seems to blend the modalities better")
+    assert both.notes == ["A's standard error is of 4 groups of samples: take 5 or more"]
+
+
+def with_samples(made, digest, **settings):
+    made.settings = {"chosen_samples": digest, "processes": 1, **settings}
+    return made
+
+
+def test_comparison_of_the_same_samples_goes_by_the_differences_group_by_group():
+    a, b = with_left_out(result(1), 0.1), with_left_out(result(1), 0.1)
+    b.left_out = [[d * 0.98 * (1 + 1e-4 * g) for g, d in enumerate(layer)] for layer in a.left_out]
+    b.terms = [replace(t, **{name: 0.98 * value for name, value in vars(t).items() if value}) for t in a.terms]
+    differences = [y - x for x, y in zip(a.left_out_values, b.left_out_values, strict=True)]
+    apart, same = report.compare(a, b), report.compare(with_samples(a, "x"), with_samples(b, "x"))
+    assert not apart.paired
+    assert apart.verdict().startswith("no difference beyond the standard error")
+    assert same.paired
+    assert same.error == jackknife(differences) < apart.error / 100
+    assert same.verdict().startswith("B blends the modalities better")
+    assert same.notes == ["the same samples in both: the error is that of the differences, group by group"]
+    for other in (with_samples(b, "y"), with_samples(b, "x", processes=2), with_left_out(with_samples(b, "x"), 0.1, 8)):
+        assert not report.compare(a, other).paired
+    assert report.compare(a, with_left_out(with_samples(b, "y"), 0.1), paired=True).paired
+    with pytest.raises(ValueError, match=r"paired: takes results with as many groups of samples, got 6 and 0"):
+        report.compare(a, result(0), paired=True)
 
 
 def test_comparison_of_a_result_with_itself_is_no_difference():
@@ -118,11 +152,26 @@ def test_comparison_of_a_result_with_itself_is_no_difference():
     assert report.compare(exact, other).verdict().startswith("A blends the modalities better")
 
 
-def test_comparison_names_settings_that_differ_and_refuses_other_depths():
-    both = report.compare(result(0), result(0, normalize=False, outliers="none"))
-    assert both.notes == ["outliers differs: remove and none", "normalize differs: True and False"]
-    with pytest.raises(ValueError, match="a has 3 layers and b has 2"):
-        report.compare(result(0), result(0, layers=2))
+def test_comparison_names_every_setting_that_differs():
+    a, b = result(0), result(0, normalize=False, outliers="none")
+    a.settings = {"model": "one", "last": "normed", "text_tokens": 512, "seed": 0, "only_here": 1}
+    b.settings = {"model": "two", "last": "raw", "text_tokens": None, "seed": 0}
+    assert report.compare(a, b).notes == [
+        *("outliers differs: remove and none", "normalize differs: True and False", "model differs: one and two"),
+        *("last differs: normed and raw", "text tokens differs: 512 and None"),
+    ]
+
+
+def test_models_of_other_depths_are_compared_without_the_layers_ratios():
+    a, b = result(1), result(0, layers=2)
+    both = report.compare(with_left_out(a, 1e-4), with_left_out(b, 1e-4))
+    assert both.per_layer == []
+    assert both.difference == b.value - a.value
+    assert both.verdict().startswith("B blends the modalities better")
+    assert "3 and 2 layers: MIR sums over them, and is compared as it stands" in both.notes
+    text = printed(both.table())
+    assert f"{a.per_layer[2]:.4g}" in text
+    assert "B / A" not in text
 
 
 def test_zeros_and_infinities_are_compared_without_nan():

@@ -1,5 +1,6 @@
 """`mir compute --study`: every row is the value that MIR has by itself, in a table that reads back, with a picture."""
 
+import io
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,19 @@ def test_content_of_one_kind_against_two_is_enough_and_of_one_against_one_is_ref
     assert [(row["images"], row["text"]) for row in rows] == [("drawn", "mail"), ("drawn", "news")]
     with pytest.raises(InputError, match="content compares kinds, each a sub-folder"):
         studied("content", options, images=drawn, text=mail)
+
+
+def test_files_beside_the_kinds_are_not_used_and_the_study_says_so(options, tmp_path):
+    shutil.copytree(options.images, tmp_path / "images")
+    write_images(tmp_path / "images", 2)
+    (tmp_path / "images" / ".hidden").write_bytes(b"")
+    changes = {"images": tmp_path / "images", "text": options.text / "mail", "samples": 4}
+    console = Console(record=True, file=io.StringIO(), width=300)
+    rows = study.run("content", Options(**{**vars(options), **changes}), console)
+    assert {row["images"] for row in rows} == {"drawn", "photographed"}
+    said = console.export_text()
+    assert f"2 files beside the sub-folders of {tmp_path / 'images'}: of no kind, not used" in said
+    assert said.count("beside the sub-folders") == 1
 
 
 def test_template_measures_the_same_samples_with_the_chat_template_and_plain(options, folders, tmp_path):
