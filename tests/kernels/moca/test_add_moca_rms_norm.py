@@ -163,6 +163,51 @@ def test_no_tokens_give_no_rows_and_zero_sums(run):
     assert not any(found[n].any() for n in ("scale", "shift", "weight"))
 
 
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("vision", [True, False], ids=["all vision", "all text"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batches_of_one_kind_and_of_one_token(run, dtype, vision, tokens):
+    tensors, grad_out, grad_h = inputs(run, dtype, 576, tokens)
+    tensors["mask"] = torch.full_like(tensors["mask"], vision)
+    out, h = call(tensors, run)
+    p = tensors["x"] + tensors["residual"]
+    vectors = (tensors["scale"], tensors["shift"], tensors["mask"])
+    assert torch.equal(h, moca(p, *vectors, backend=run.backend) if vision else p)
+    wide = h.double()
+    assert_close(out, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * tensors["weight"].double())
+    ours, exact = gradients(tensors, run, grad_out, grad_h), exact_gradients(tensors, grad_out, grad_h)
+    for name in NAMES if vision else ("x", "residual", "weight"):
+        assert_close(ours[name], exact[name], dtype=dtype, factor=2)
+    if not vision:
+        assert not ours["scale"].any()
+        assert not ours["shift"].any()
+
+
+# The interpreter adds a tile's rows one after the other where hardware adds them as a tree: few rows tell enough there.
+@pytest.mark.parametrize(("d", "tokens"), [(576, 60)] if INTERPRETED else [(7, 9001), (576, 2049)])
+def test_column_sums_are_no_worse_than_twice_torchs_float32_sums(run, d, tokens):
+    tensors, grad_out, grad_h = inputs(run, torch.float32, d, tokens)
+    ours = gradients(tensors, run, grad_out, grad_h)
+    # The terms of each sum as float32 has them, added by torch in float32 and in float64.
+    t = {n: tensors[n].double() for n in NAMES}
+    h = call(tensors, run)[1]
+    r = torch.rsqrt(h.double().square().mean(-1, keepdim=True) + 1e-6)
+    n, dn = h.double() * r, t["weight"] * grad_out.double()
+    dh = grad_h.double() + r * (dn - n * (dn * n).mean(-1, keepdim=True))
+    vision = tensors["mask"]
+    terms = {
+        "scale": (dh * (tensors["x"] + tensors["residual"]).double())[vision],
+        "shift": dh[vision],
+        "weight": (grad_out.double() * n).view(-1, d),
+    }
+    for name, term in terms.items():
+        exact = term.sum(0)
+        torchs = (term.float().sum(0).double() - exact).norm()
+        # A term is itself a few float32 roundings from exact, at random over the rows, whatever adds them.
+        rounding = 2.0**-24 * (2 * term.norm() + exact.norm())
+        assert (ours[name].double() - exact).norm() <= 2 * torchs + rounding, name
+
+
 def test_gradients_pass_gradcheck_in_float64(run):
     tensors, _, _ = inputs(run, torch.float64, 5, 4)
     leaves = [tensors[n].requires_grad_() for n in NAMES]
