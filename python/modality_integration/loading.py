@@ -98,10 +98,10 @@ def load(
                 "processor.save_pretrained(folder)"
             )
         _prompt(processor, "", template)
-        model: Any
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name, dtype=DTYPES[dtype], device_map=device_map, local_files_only=local, output_loading_info=True
         )
+        model, info = loaded
         if info["missing_keys"]:
             raise InputError(
                 f"model: the files of {name} lack {_keys(info['missing_keys'])}; with random numbers in their place "
