@@ -1,7 +1,8 @@
 """Newton-Schulz in Triton: symmetric products at half the work, the fused step, and small batches in one launch.
 
 A batch is one launch: the matrix index is part of the grid and every offset is 64 bits wide. Products are accumulated
-in float32; a float32 product is three tf32 ones where the hardware has them, never one.
+in float32. A float32 product is three of float16 on tensor cores: every entry here is below 32, so that its high and
+its low half fit float16's range and hold 22 bits together, as two tf32 would at half the rate.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Blocks(NamedTuple):
     tile, step: edge of an output tile and depth of one product.  warps, stages: of the tiled kernels.
     small: {edge: warps} of the kernels that keep a whole matrix of that size in registers.
     looped: edge of a tile of the kernel that keeps a matrix in the first-level cache.
-    float32: how float32 products are made.
+    float32: how float32 products are made, "fp16x3" or "ieee".
     """
 
     tile: int
@@ -50,11 +51,11 @@ TABLE = {
         "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1, 64: 1}, 64, "ieee"),
     },
     torch.float32: {
-        "sm_80": Blocks(64, 32, 4, 3, {16: 1, 32: 4}, 32, "tf32x3"),
-        "sm_90": Blocks(64, 32, 4, 3, {16: 1, 32: 4}, 32, "tf32x3"),
-        "sm_100": Blocks(64, 32, 4, 3, {16: 1, 32: 4}, 32, "tf32x3"),
+        "sm_80": Blocks(128, 32, 8, 3, {16: 1, 32: 4}, 64, "fp16x3"),
+        "sm_90": Blocks(128, 32, 8, 3, {16: 1, 32: 4, 64: 4}, 64, "fp16x3"),
+        "sm_100": Blocks(128, 32, 8, 3, {16: 1, 32: 4, 64: 4}, 64, "fp16x3"),
         "gfx942": Blocks(64, 32, 4, 2, {16: 1, 32: 4}, 32, "ieee"),
-        "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1}, 32, "ieee"),
+        "interpreter": Blocks(32, 32, 4, 1, {16: 1, 32: 1}, 32, "fp16x3"),
     },
 }
 
@@ -167,10 +168,36 @@ def _edge(x: Tensor) -> int:
 
 @triton.jit
 def _dot(x, y, acc, FLOAT32: tl.constexpr):
+    """acc + x y, or acc + UNIT x y for float32 by "fp16x3"; see `_unit`."""
+    if x.dtype == tl.float32 and FLOAT32 == "fp16x3":
+        x_high, x_low = _halves(x)
+        y_high, y_low = _halves(y)
+        acc = _exact_dot(x_low, y_high, acc)
+        acc = _exact_dot(x_high, y_low, acc)
+        return _exact_dot(x_high, y_high, acc)
+    return _exact_dot(x, y, acc)
+
+
+@triton.jit
+def _exact_dot(x, y, acc):
     # The interpreter multiplies bfloat16 wrongly; products of 16 bits are exact in float32 anyway.
     if INTERPRET:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(x, y, acc, input_precision=FLOAT32)
+    return tl.dot(x, y, acc, input_precision="ieee")
+
+
+@triton.jit
+def _halves(x):
+    """x 2^10 as two float16: of 0.01, the size of an entry at d = 4096, the low one is no subnormal yet."""
+    scaled = x * 1024.0
+    high = scaled.to(tl.float16)
+    return high, (scaled - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _unit(dtype: tl.constexpr, FLOAT32: tl.constexpr):
+    """What `_dot` multiplies products with."""
+    return 1048576.0 if dtype == tl.float32 and FLOAT32 == "fp16x3" else 1.0
 
 
 @triton.jit
@@ -184,14 +211,15 @@ def _small_polar_fwd(
     offsets = tl.program_id(0).to(tl.int64) * stride + o_m * cols + o_n
     x = tl.load(p_x + offsets, mask=inside, other=0.0)  # [EDGE, EDGE]
     dtype: tl.constexpr = x.dtype
+    unit: tl.constexpr = _unit(dtype, FLOAT32)
     zero = tl.zeros((EDGE, EDGE), dtype=tl.float32)
     for s in range(steps):
         a = tl.load(p_steps + 3 * s)
         b = tl.load(p_steps + 3 * s + 1)
         c = tl.load(p_steps + 3 * s + 2)
-        g = cast(_dot(tl.trans(x), x, zero, FLOAT32), dtype)
-        z = cast(c * _dot(g, g, zero, FLOAT32) + b * g.to(tl.float32), dtype)
-        x = cast(_dot(x, z, a * x.to(tl.float32), FLOAT32), dtype)
+        g = cast(_dot(tl.trans(x), x, zero, FLOAT32) / unit, dtype)
+        z = cast(c / unit * _dot(g, g, zero, FLOAT32) + b * g.to(tl.float32), dtype)
+        x = cast(_dot(x, z, a * unit * x.to(tl.float32), FLOAT32) / unit, dtype)
     tl.store(p_out + offsets, x, mask=inside)
 
 
@@ -210,6 +238,7 @@ def _looped_polar_fwd(
     o_r = tl.arange(0, TILE)[:, None]
     o_c = tl.arange(0, TILE)[None, :]
     tiles: tl.constexpr = EDGE // TILE
+    unit: tl.constexpr = _unit(p_x.dtype.element_ty, FLOAT32)
     for s in range(steps):
         a = tl.load(p_steps + 3 * s)
         b = tl.load(p_steps + 3 * s + 1)
@@ -222,7 +251,7 @@ def _looped_polar_fwd(
                 for k in range(0, EDGE, TILE):
                     left = tl.load(p_x + (k + o_c) * EDGE + i + o_r)
                     acc = _dot(left, tl.load(p_x + (k + o_r) * EDGE + j + o_c), acc, FLOAT32)
-                _store_mirrored(p_g, acc, i, j, o_r, o_c, EDGE)
+                _store_mirrored(p_g, acc / unit, i, j, o_r, o_c, EDGE)
         tl.debug_barrier()
         for t in range(tiles * tiles):
             i = t // tiles * TILE
@@ -232,17 +261,17 @@ def _looped_polar_fwd(
                 for k in range(0, EDGE, TILE):
                     left = tl.load(p_g + (i + o_r) * EDGE + k + o_c)
                     acc = _dot(left, tl.load(p_g + (k + o_r) * EDGE + j + o_c), acc, FLOAT32)
-                acc = c * acc + b * tl.load(p_g + (i + o_r) * EDGE + j + o_c).to(tl.float32)
+                acc = c / unit * acc + b * tl.load(p_g + (i + o_r) * EDGE + j + o_c).to(tl.float32)
                 _store_mirrored(p_z, acc, i, j, o_r, o_c, EDGE)
         tl.debug_barrier()
         for t in range(tiles * tiles):
             i = t // tiles * TILE
             j = t % tiles * TILE
-            acc = a * tl.load(p_x + (i + o_r) * EDGE + j + o_c).to(tl.float32)
+            acc = a * unit * tl.load(p_x + (i + o_r) * EDGE + j + o_c).to(tl.float32)
             for k in range(0, EDGE, TILE):
                 left = tl.load(p_x + (i + o_r) * EDGE + k + o_c)
                 acc = _dot(left, tl.load(p_z + (k + o_r) * EDGE + j + o_c), acc, FLOAT32)
-            tl.store(p_out + (i + o_r) * EDGE + j + o_c, cast(acc, p_out.dtype.element_ty))
+            tl.store(p_out + (i + o_r) * EDGE + j + o_c, cast(acc / unit, p_out.dtype.element_ty))
         tl.debug_barrier()
         # The result of this step is the input of the next.
         p_x, p_out = p_out, p_x
@@ -284,9 +313,9 @@ def _symmetric_product_fwd(
         acc = _dot(b_i, b_j, acc, FLOAT32)
         p_i += STEP * stride_depth
         p_j += STEP * stride_depth
-    acc = acc * alpha
+    acc = acc * (alpha / _unit(p_x.dtype.element_ty, FLOAT32))
     if i == j:
-        acc = 0.5 * (acc + tl.trans(acc))  # three tf32 products do not come out the same in both triangles
+        acc = 0.5 * (acc + tl.trans(acc))  # three products of halves do not come out the same in both triangles
     base = batch * size * size
     inside = (o_i[:, None] < size) & (o_j[None, :] < size)
     offsets = base + o_i[:, None].to(tl.int64) * size + o_j[None, :]
@@ -325,5 +354,6 @@ def _product_fwd(
         p_b += STEP * cols
     inside = (o_m[:, None] < rows) & (o_n[None, :] < cols)
     offsets = o_m[:, None].to(tl.int64) * cols + o_n[None, :]
+    acc = acc / _unit(p_x.dtype.element_ty, FLOAT32)
     acc += beta * tl.load(p_x + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(p_out + batch * rows * cols + offsets, cast(acc, p_out.dtype.element_ty), mask=inside)
