@@ -230,6 +230,10 @@ def compute(
             "--text), template (chat and plain), layers (the terms of each).",
         ),
     ] = None,
+    repeat: Annotated[
+        int,
+        typer.Option(min=1, help="Sets of samples that --study samples draws, a seed each; the paper's Table 6: 10."),
+    ] = 1,
 ) -> None:
     """MIR of a model on your images and prose: one number, one per layer, a table and a plot."""
     for path, option in ((images, "images"), (text, "text")):  # before seconds of imports
@@ -237,6 +241,7 @@ def compute(
             _say(f"{option}: {path} does not exist", "red")
             raise typer.Exit(1)
     from modality_integration import compute as work
+    from modality_integration.data import InputError
 
     published = protocol is Protocol.published
     options = work.Options(
@@ -263,12 +268,14 @@ def compute(
         second_pass=second_pass,
         restart=restart,
     )
+    if study is None and repeat > 1:
+        raise InputError("repeat: draws sets of samples for --study samples alone")
     if study is None:
         work.run(options, _console())
     else:
         from modality_integration import study as studies
 
-        studies.run(study.value, options, _console())
+        studies.run(study.value, options, _console(), repeat)
 
 
 @command(

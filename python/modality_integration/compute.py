@@ -249,7 +249,13 @@ def metric_of(options: Any) -> ModalityIntegrationRate:
 def finish(metric: ModalityIntegrationRate) -> MIRResult:
     """The metric's result, what cannot be computed said as an InputError."""
     with refusals("MIR is not defined for these samples"):
-        return metric.compute()
+        result = metric.compute()
+    asked, got = metric.options.groups, len(result.left_out[0]) if result.left_out else 0
+    if 0 < got < asked:
+        result.notes.append(
+            f"the standard error is of {got} groups of samples, {asked} were asked for: take more samples"
+        )
+    return result
 
 
 def _pass(

@@ -240,11 +240,19 @@ def plot_study(name: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -
     figure, axes = _figure()
     errors = None if any(row.get("error") is None for row in rows) else [row["error"] for row in rows]
     if name == "samples":
-        axes.errorbar([row["samples"] for row in rows], [row["mir"] for row in rows], errors, marker="o", capsize=3)
+        counts = sorted({row["samples"] for row in rows})
+        values, label = [row["mir"] for row in rows], "MIR, with its standard error"
+        bars: Any = errors
+        if "set" in rows[0]:
+            sets = [[row["mir"] for row in rows if row["samples"] == count] for count in counts]
+            values, label = [sum(one) / len(one) for one in sets], f"MIR, mean and range of {len(sets[0])} sets"
+            ends = zip(values, sets, strict=True)
+            bars = list(zip(*((mean - min(one), max(one) - mean) for mean, one in ends), strict=True))
+        axes.errorbar(counts, values, bars, marker="o", capsize=3)
         axes.set_xscale("log")
-        axes.set_xticks([row["samples"] for row in rows], [str(row["samples"]) for row in rows])
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
-        axes.set(xlabel="samples", ylabel="MIR, with its standard error")
+        axes.set(xlabel="samples", ylabel=label)
     elif name in ("normalization", "layers"):
         layers = [row["layer"] for row in rows]
         if name == "layers":

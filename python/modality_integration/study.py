@@ -80,18 +80,23 @@ class Subject:
         return finish(metric)
 
 
-def run(name: str, options: Options, console: Console) -> list[Row]:
+def run(name: str, options: Options, console: Console, repeat: int = 1) -> list[Row]:
     """The rows of study `name`; also in study_<name>.csv, drawn in study_<name>.png, both in `options.out`.
 
-    Raises InputError for what a person can mend.
+    repeat: sets of samples that "samples" draws, each with a seed of its own. Raises InputError for what a person can
+    mend.
     """
+    if repeat > 1 and (name != "samples" or options.in_order):
+        raise InputError("repeat: draws sets of random samples for --study samples alone")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("study: runs in one process, without torchrun")
     for given, option in ((options.second_pass, "--second-pass"), (options.restart, "--restart")):
         if given:
             raise InputError(f"study: keeps no checkpoint and passes over the data once, so it takes no {option}")
     require_folder(options.out)
-    cells = _cells(name, options, console)
+    cells: dict[tuple[str, str], list[Sample]] = {}
+    for number in range(repeat):
+        cells |= _cells(name, replace(options, seed=options.seed + number), console, f" {number + 1}" * (repeat > 1))
     device = loading.pick_device(options.device)
     metric_of(options)  # refuses before the weights are read
     wanted = replace(options, template="chat") if name == "template" else options
@@ -114,10 +119,13 @@ def rows_of(
 ) -> Iterator[Row]:
     """The rows of study `name`, one by one as they are measured.
 
-    cells: the samples, by kind of image and kind of text; every study but "content" takes one such pair.
+    cells: the samples, by kind of image and kind of text; "content" takes several, "samples" takes each for a set of
+    its own, the others take one.
     """
     if name == "content":
         return content(subject, cells, advance)
+    if name == "samples" and len(cells) > 1:
+        return repeated_sample_count(subject, list(cells.values()), advance)
     (samples,) = cells.values()
     return {"samples": sample_count, "normalization": normalization, "template": template, "layers": layers}[name](
         subject, samples, advance
@@ -147,7 +155,8 @@ def read(path: Path) -> list[Row]:
 def sample_count(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
     """MIR after 5, 10, 20, 50, ... and all samples of one stream.
 
-    The paper draws ten sets a count and gives mean and range; here each count's own standard error tells the range.
+    The paper draws ten sets a count and gives mean and range: see `repeated_sample_count`. One set's own standard error
+    tells about as much.
     """
     metric, done = subject.metric(), 0
     for count in sorted({*(c for c in COUNTS if c < len(samples)), len(samples)}):
@@ -155,6 +164,13 @@ def sample_count(subject: Subject, samples: Sequence[Sample], advance: Advance) 
         result, done = finish(metric), count
         tokens = {f"{m}_tokens": result.kept[m][0] + result.removed[m][0] for m in MODALITIES}
         yield {"samples": count, **tokens, **_value(result)}
+
+
+def repeated_sample_count(subject: Subject, sets: Sequence[Sequence[Sample]], advance: Advance) -> Iterator[Row]:
+    """`sample_count` of each set of samples in turn: mean and range of their values are Table 6 and Figure 8."""
+    for number, samples in enumerate(sets, 1):
+        for row in sample_count(subject, samples, advance):
+            yield {"set": number, **row}
 
 
 def normalization(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
@@ -199,7 +215,7 @@ def layers(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Ite
         }
 
 
-def _cells(name: str, options: Options, console: Console) -> dict[tuple[str, str], list[Sample]]:
+def _cells(name: str, options: Options, console: Console, mark: str = "") -> dict[tuple[str, str], list[Sample]]:
     """The samples, by kind of image and kind of text: for "content" the sub-folders, else all there are."""
     images, texts = [options.images], [options.text]
     if name == "content":
@@ -211,7 +227,7 @@ def _cells(name: str, options: Options, console: Console) -> dict[tuple[str, str
             )
     cells = {}
     for image, text in product(images, texts):
-        cells[image.name, text.name], notes, _ = choose(replace(options, images=image, text=text), console)
+        cells[image.name, text.name + mark], notes, _ = choose(replace(options, images=image, text=text), console)
         for note in notes:
             console.print(f"[yellow]note[/] {image.name} with {text.name}: {note}", highlight=False)
     return cells

@@ -126,6 +126,12 @@ def test_it_prints_the_standard_error_beside_the_value_and_does_without_where_no
     assert plain.value == pytest.approx(result.value, rel=1e-9)
 
 
+def test_an_error_of_fewer_groups_than_were_asked_for_is_in_the_notes(options):
+    said = "the standard error is of 3 groups of samples, 5 were asked for: take more samples"
+    assert said in quiet_run(options, samples=3).notes
+    assert not any("asked for" in note for note in quiet_run(options, samples=5).notes)
+
+
 def test_a_state_that_outgrows_the_memory_is_told_before_the_work(options, monkeypatch):
     d, layers, groups = 16, 3, 5
     accumulators = groups * 8 * layers * d * (d + 1)

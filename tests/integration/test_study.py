@@ -120,6 +120,18 @@ def test_files_beside_the_kinds_are_not_used_and_the_study_says_so(options, tmp_
     assert said.count("beside the sub-folders") == 1
 
 
+def test_repeated_sample_counts_are_those_of_each_seed_and_their_plot_has_mean_and_range(options, tmp_path):
+    rows = study.run("samples", Options(**{**vars(options), "samples": 6}), Console(quiet=True), repeat=3)
+    assert [(row["set"], row["samples"]) for row in rows] == [(s, n) for s in (1, 2, 3) for n in (5, 6)]
+    for number in range(3):
+        alone = studied("samples", options, samples=6, seed=number, out=tmp_path / str(number))
+        assert [{"set": number + 1, **row} for row in alone] == rows[2 * number : 2 * number + 2]
+    assert study.read(options.out / "study_samples.csv")[-1]["set"] == 3
+    for name, changes in (("layers", {}), ("samples", {"in_order": True})):
+        with pytest.raises(InputError, match="repeat: draws sets of random samples"):
+            study.run(name, Options(**{**vars(options), **changes}), Console(quiet=True), repeat=2)
+
+
 def test_template_measures_the_same_samples_with_the_chat_template_and_plain(options, folders, tmp_path):
     with pytest.raises(InputError, match="no chat template"):
         studied("template", options)
