@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mir_kernels.sqrtm import coefficients
+from mir_kernels.sqrtm import coefficients, eager
 from mir_kernels.sqrtm.eager import LOWER, SAFETY, TARGET
 
 
@@ -55,3 +55,12 @@ def test_wider_intervals_take_more_steps():
 def test_schedule_refuses_intervals_it_cannot_map(bad):
     with pytest.raises(ValueError, match="schedule: takes"):
         coefficients.schedule(*bad)
+
+
+@pytest.mark.parametrize("precision", list(eager.DTYPES))
+def test_no_entry_of_a_step_comes_near_the_end_of_float16_times_its_scale(precision):
+    """The kernels split float32 into halves of float16 after multiplying by 2^10: entries must stay below 63."""
+    for a, b, c in eager.steps_for(precision, lower=1e-12):
+        for s in (1.1**2 * i / 1000 for i in range(1001)):
+            assert abs(b * s + c * s * s) < 32  # an eigenvalue, hence an entry, of b G + c G^2
+        assert abs(a) < 32
