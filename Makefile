@@ -12,7 +12,10 @@ JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir study moca-training figures docs clean
+# One at a time, whatever -j says: two benchmarks would time each other.
+.NOTPARALLEL: bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch
+
+.PHONY: help demo test test-slow test-gpu sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch study moca-training figures docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +84,9 @@ bench: bench-moca bench-moments bench-sqrtm bench-mir figures ## every benchmark
 
 bench-moca bench-moments bench-sqrtm bench-mir: bench-%: $(VENV)/.test ## one operation against its rivals, into benchmarks/data/
 	$(BIN)/python benchmarks/bench_$*.py
+
+bench-watch: $(VENV)/.test ## one benchmark an operation by pytest-benchmark, in a minute; BENCH passes options on to it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
 
 study: $(VENV)/.test ## the sample-count and normalisation studies on the demo's model, then the README's figures
 	$(BIN)/python benchmarks/study_demo.py

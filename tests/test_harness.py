@@ -1,6 +1,8 @@
 """The benchmarks' harness: the gate, the rounds, the floor, and what becomes of a rival that raises."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -116,8 +118,6 @@ def test_the_last_columns_are_the_environment():
 
 
 def test_without_git_the_commit_is_unknown_and_changed_code_shows(monkeypatch, tmp_path):
-    import subprocess
-
     monkeypatch.setattr(harness.shutil, "which", lambda name: None)
     assert harness.commit.__wrapped__() == "unknown"
     monkeypatch.undo()
@@ -170,3 +170,15 @@ def test_copies_move_the_bytes_and_are_extrapolated_only_beyond_the_largest(monk
     for way in ways:
         assert torch.equal(way.call(0), source)
     assert harness.copies_of(0, "cpu") == ([], 1.0)
+
+
+def test_every_operation_has_a_benchmark_that_runs_and_is_right():
+    pytest.importorskip("pytest_benchmark")
+    root = harness.DATA.parents[1]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", "--benchmark-disable"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 passed" in done.stdout
+    operations = {"moca", "add_moca_rms_norm", "token_norms", "newton_schulz", "polar", "trace_sqrt_product"}
+    text = (root / "benchmarks" / "test_operations.py").read_text()
+    assert all(f"def test_{name}(benchmark" in text for name in operations | {"frechet_distance", "mir"})
