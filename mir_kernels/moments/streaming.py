@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
@@ -32,9 +33,9 @@ class StreamingMoments:
 
     hidden_size: d. device: where the tokens are and the state lies.
     precision: "auto": every covariance entry is within 1e-5 of sigma_i sigma_j whatever the mean, with products in
-    float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 1e18. "exact": products in
-    float64. "fast": one low-precision pass by Triton, whose error grows with the square of mean / deviation; "auto"
-    elsewhere.
+    float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 5e16; beyond, a block's
+    sums of squares leave float32. "exact": products in float64. "fast": one low-precision pass by Triton, whose error
+    grows with the square of mean / deviation; "auto" elsewhere.
     backend: "triton", "native" or "eager" (`mir_kernels.backends()`), or "reference".
 
     A refused update leaves the state as it was. Non-finite tokens are not looked for: they make the results non-finite.
@@ -230,10 +231,12 @@ class StreamingMoments:
                 self._pending = None
 
     def to(self, device: torch.device | str) -> StreamingMoments:
-        """Moves the state, chooses the backend anew, and returns self."""
-        state, self.device = self.state_dict(), torch.empty(0, device=device).device
-        self.backend = OPERATION.choose(self._asked, self.device)
-        self.load_state_dict(state)
+        """Moves the state, chooses the backend anew, and returns self. Where that fails, nothing has changed."""
+        moved = copy.copy(self)
+        moved.device = torch.empty(0, device=device).device
+        moved.backend = OPERATION.choose(self._asked, moved.device)
+        moved.load_state_dict(self.state_dict())
+        vars(self).update(vars(moved))
         return self
 
     @property

@@ -23,7 +23,7 @@ from modality_integration.layer import (
     require_tokens,
     sum_of_norms,
 )
-from modality_integration.outliers import Decision, Limits, OnePass, three_sigma
+from modality_integration.outliers import Decision, Limits, OnePass, sent, three_sigma
 from modality_integration.result import MODALITIES
 
 # Rows held back in a stream while they might turn out to be outliers; at least one more than the hidden size, so that
@@ -118,10 +118,10 @@ class LayerStream:
             self._slot(slot).merge(moments)
 
     def to(self, device: torch.device) -> None:
-        """Move rows and accumulators."""
-        state = self.state_dict()
-        self.device = device
-        self.load_state_dict({key: value.to(device) for key, value in state.items()})
+        """Move rows and accumulators. Where that fails, nothing has changed."""
+        moved = LayerStream(self.hidden_size, self.dtype, device, self.options)
+        moved.load_state_dict(self.state_dict())
+        vars(self).update(vars(moved))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors: `text_norms` (groups,), the keys of OnePass after `vision.` and `text.`, and those of each
@@ -283,4 +283,4 @@ def _by_group(rows: Tensor, groups: Tensor) -> Iterator[tuple[int, Tensor]]:
     for group in present:
         # By index: indexing with a mask would wait for the device to count it.
         index = (groups == group).nonzero().flatten()
-        yield group, rows if len(present) == 1 else rows.index_select(0, index.to(rows.device))
+        yield group, rows if len(present) == 1 else rows.index_select(0, sent(index, rows.device))

@@ -19,10 +19,20 @@ from mir_kernels.moments import token_norms
 from modality_integration import state_file
 from modality_integration.layer import Options, assemble, layer_result, require_finite
 from modality_integration.layer_stream import LayerStream
-from modality_integration.outliers import three_sigma
+from modality_integration.outliers import sent, three_sigma
 from modality_integration.result import MODALITIES, MIRResult
 from modality_integration.sync import gathered
 
+# What torchmetrics.Metric takes and keeps under the same name.
+_OF_TORCHMETRICS = (
+    "compute_on_cpu",
+    "dist_sync_on_step",
+    "process_group",
+    "dist_sync_fn",
+    "distributed_available_fn",
+    "sync_on_compute",
+    "compute_with_cache",
+)
 _PLACE = re.compile(r"0|[1-9]\d{0,5}", re.ASCII)  # a layer in the keys of a state
 
 
@@ -131,13 +141,17 @@ class ModalityIntegrationRate(Metric):
             if not self._streams:
                 self._device = hidden_states[0].device
                 self._streams = [self._stream(k, h.shape[-1], h.dtype, h.device) for k, h in enumerate(hidden_states)]
+            # Once a device, not once a layer.
+            places = {
+                device: {m: tuple(sent(index, device).unbind(1)) for m, index in indices.items() if len(index)}
+                for device in {hidden.device for hidden in hidden_states}
+            }
             for k, (stream, hidden) in enumerate(zip(self._streams, hidden_states, strict=True)):
                 if stream.device != hidden.device:
                     stream.to(hidden.device)
-                for modality, index in indices.items():
-                    if len(index):
-                        rows = hidden.detach()[tuple(index.to(hidden.device).unbind(1))]
-                        stream.push(modality, rows, norms[modality][k], groups[index[:, 0]])
+                for modality, place in places[hidden.device].items():
+                    rows = hidden.detach()[place]
+                    stream.push(modality, rows, norms[modality][k], groups[indices[modality][:, 0]])
 
     def compute(self) -> MIRResult:
         """MIR of all tokens so far, as a MIRResult.
@@ -178,8 +192,8 @@ class ModalityIntegrationRate(Metric):
 
     @property
     def held_bytes(self) -> int:
-        """Memory of the rows held back now."""
-        return sum(s.tokens[m].held * s.hidden_size * s.dtype.itemsize for s in self._streams for m in MODALITIES)
+        """Memory allocated for the rows held back."""
+        return sum(stream.tokens[modality].held_bytes for stream in self._streams for modality in MODALITIES)
 
     def save(self, path: str | Path) -> None:
         """Write the whole state to one safetensors file, in one step: the old file or the new is there, never half."""
@@ -299,7 +313,7 @@ class ModalityIntegrationRate(Metric):
         return LayerStream(hidden_size, dtype, device, self.options, limits)
 
     def _sibling(self) -> ModalityIntegrationRate:
-        other = type(self)(**self.options._asdict(), process_group=self.process_group, dist_sync_fn=self.dist_sync_fn)
+        other = type(self)(**self.options._asdict(), **{name: getattr(self, name) for name in _OF_TORCHMETRICS})
         other._limits = self._limits
         return other
 
@@ -382,7 +396,7 @@ class ModalityIntegrationRate(Metric):
 
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
         group = process_group or self.process_group
-        device = _transport_device(group, self.device)
+        device = _transport_device(group)
         self._streams = gathered(self._streams, self.options, lambda tensor: dist_sync_fn(tensor, group=group), device)
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> torch.nn.Module:
@@ -412,8 +426,12 @@ def _place(indices: Tensor, i: int) -> int | tuple[int, ...]:
     return place[0] if len(place) == 1 else place
 
 
-def _transport_device(group: Any, device: torch.device) -> torch.device:
-    # NCCL moves CUDA tensors only; everything else moves CPU tensors.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return device if "nccl" in torch.distributed.get_backend(group) else torch.device("cpu")
-    return device
+def _transport_device(group: Any) -> torch.device:
+    """Where tensors travel from: the CPU if the group has a backend for it, else (NCCL) this process's GPU.
+
+    Not where the data lie: the processes must agree, and one without data has none.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or "cpu:" in torch.distributed.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -55,6 +55,11 @@ def replace_by_column_medians(features: Tensor, outlier: Tensor) -> Tensor:
     return replaced
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, without waiting for what a GPU still has to do: from pageable memory it would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Marks(NamedTuple):
     """What is remembered of tokens: their norms (n,), float32, and the group of each one's sample (n,), uint8; CPU."""
 
@@ -97,10 +102,10 @@ class OnePass:
     """The 3-sigma rule over a stream: rows go in, rows that may be counted come out, the rest is decided at the end.
 
     All norms are kept (5 bytes a token with its group), so the limits are known exactly at the end. At most `hold` rows
-    are held back: whenever there are more, those closest to the median of all norms so far are released until hold/2
-    are left, so what is held is always the most extreme part of the stream, and rows come out in large blocks. The kept
-    set is that of the two-pass rule unless a row was released and the stream then moved away from it; `decide` counts
-    such rows as `missed`. No row is ever removed that the rule keeps.
+    are held back, in a buffer of no more: whenever there would be more, those closest to the median of all norms so far
+    are released until hold/2 are left, so what is held is always the most extreme part of the stream, and rows come out
+    in large blocks. The kept set is that of the two-pass rule unless a row was released and the stream then moved away
+    from it; `decide` counts such rows as `missed`. No row is ever removed that the rule keeps.
 
     hold: rows held back at most, after each push; 2 or more. limits: apply these (of a first pass over the same
     stream) instead: what lies beyond is dropped on arrival and nothing is missed. Limits(0, inf) keeps everything.
@@ -117,6 +122,11 @@ class OnePass:
         self._released: list[Marks] = []
         self._dropped: list[Marks] = []
         self.held = 0  # rows held back now
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory allocated for the rows held back."""
+        return 0 if self._buffer is None else self._buffer.nbytes
 
     @property
     def norms(self) -> Tensor:
@@ -151,9 +161,11 @@ class OnePass:
                 rows, marks = _take(rows, keep), marks.where(keep)
         if len(marks.norms) == 0:
             return None
+        if self.held + len(rows) > self.hold:
+            return self._release(rows, marks)
         self._append(rows)
         self._held.append(marks)
-        return self._release() if self.held > self.hold else None
+        return None
 
     def decide(self, without: int | None = None) -> Decision:
         """Apply the rule to everything seen, or to all but one group; the stream stays as it is. Needs 2 tokens.
@@ -210,23 +222,32 @@ class OnePass:
     def _seen(self) -> Marks:
         return Marks.cat([*self._released, *self._held, *self._dropped])
 
-    def _release(self) -> Released:
-        marks = Marks.cat(self._held)
-        count = len(marks.norms)
-        center = self.norms.median().item() if self.limits is None else 0.0
+    def _release(self, rows: Tensor, marks: Marks) -> Released:
+        """Takes in rows that are too many for the buffer and gives out the least extreme of all."""
+        marks = Marks.cat([*self._held, marks])
+        center = (
+            torch.cat([*(part.norms for part in self._released), marks.norms]).median().item()
+            if self.limits is None
+            else 0.0
+        )
         # Stable, so that equal norms are released in the order they came in, on every machine.
         order = torch.argsort((marks.norms.double() - center).abs(), stable=True)
-        released = torch.ones(count, dtype=torch.bool)
+        released = torch.ones(len(order), dtype=torch.bool)
         if self.limits is None:
-            released[order[count - self.hold // 2 :]] = False
-        rows = self._rows()
-        out = Released(_take(rows, released), marks.groups[released])
-        stay = _take(rows, ~released)
-        rows[: len(stay)] = stay
+            released[order[len(order) - self.hold // 2 :]] = False
+        parts, split = (self._rows() if self.held else rows[:0], rows), (self.held, len(rows))
+        out, stay = (
+            [_take(part, mask) for part, mask in zip(parts, which.split(split), strict=True)]
+            for which in (released, ~released)
+        )
+        if self.held > self.hold:  # merged: a buffer of `hold` rows is enough again
+            self._buffer = None
+        self.held = 0
+        for part in stay:
+            self._append(part)
         self._held = [marks.where(~released)]
         _remember(self._released, marks.where(released))
-        self.held = len(stay)
-        return out
+        return Released(torch.cat(out), marks.groups[released])
 
     def _rows(self) -> Tensor:
         if self._buffer is None:
@@ -234,10 +255,10 @@ class OnePass:
         return self._buffer[: self.held]
 
     def _append(self, rows: Tensor) -> None:
-        """Copy rows behind those that are held; a full buffer doubles, up to what one push may need."""
+        """Copy rows behind those that are held; a full buffer doubles, up to `hold` rows."""
         total, capacity = self.held + len(rows), 0 if self._buffer is None else len(self._buffer)
         if total > capacity:
-            buffer = rows.new_empty(max(total, min(2 * capacity, self.hold + len(rows))), self.hidden_size)
+            buffer = rows.new_empty(max(total, min(2 * capacity, self.hold)), self.hidden_size)
             buffer[: self.held] = self._rows()
             self._buffer = buffer
         if self._buffer is not None:
@@ -277,4 +298,4 @@ def _remember(parts: list[Marks], marks: Marks) -> None:
 
 def _take(rows: Tensor, mask: Tensor) -> Tensor:
     # By index: indexing with a mask would wait for the device to count it.
-    return rows.index_select(0, mask.nonzero().flatten().to(rows.device))
+    return rows.index_select(0, sent(mask.nonzero().flatten(), rows.device))

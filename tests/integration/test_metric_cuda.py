@@ -1,6 +1,9 @@
 """The metric on a CUDA device: the CPU's value, whichever way the state got there."""
 
+import warnings
+
 import pytest
+import torch
 
 from integration.test_metric import pair
 from integration.test_metric_stream import assert_same, fed, sample, whole
@@ -28,6 +31,25 @@ def test_a_stream_on_the_device_gives_the_value_of_all_features_at_once(precisio
     samples = [sample(seed) for seed in range(20)]
     result = fed([on_gpu(one) for one in samples], hold=60, precision=precision).compute()
     assert_same(result, whole(samples), tolerance=1e-9 if precision == "exact" else 1e-4)
+
+
+def test_an_update_waits_for_the_device_as_often_for_many_layers_as_for_one():
+    def waits(layers):
+        samples = [on_gpu(sample(seed)) for seed in range(8)]
+        metric = ModalityIntegrationRate(hold=60)
+        for hidden, vision, text in samples[:4]:
+            metric.update((hidden * layers)[:layers], vision, text)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for hidden, vision, text in samples[4:]:
+                    metric.update((hidden * layers)[:layers], vision, text)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
+    assert waits(9) == waits(1) <= 4 * 3  # two masks and the norms of all layers
 
 
 def test_state_follows_the_data_and_to(tmp_path):

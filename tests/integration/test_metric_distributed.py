@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 from integration.test_metric_stream import D, sample
-from modality_integration.metric import ModalityIntegrationRate
+from modality_integration.metric import ModalityIntegrationRate, _transport_device
 
 SAMPLES = 12
 
@@ -183,3 +183,14 @@ def test_layers_that_do_not_match_are_refused_on_every_process(two_processes):
         assert "processes 0 and 1 have different layers" in answer["error"]
         assert "(24, 'float32')" in answer["error"]
         assert "(20, 'float32')" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"),
+    [("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda:3")],
+)
+def test_tensors_travel_where_the_group_has_a_backend(backends, device, monkeypatch):
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert _transport_device(None) == torch.device(device)

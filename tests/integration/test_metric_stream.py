@@ -134,6 +134,34 @@ def test_rows_counted_before_the_norms_moved_are_told_and_a_second_pass_is_exact
     assert second.compute().total_missed == 0
 
 
+def test_what_is_held_back_takes_the_memory_that_it_says_and_no_large_update_more():
+    metric = fed([sample(0, tokens=2000)], hold=50)
+    buffers = sum(tokens._buffer.nbytes for stream in metric._streams for tokens in stream.tokens.values())
+    assert metric.held_bytes == buffers <= 2 * LAYERS * 50 * D * 4
+
+
+def test_indices_travel_to_the_device_once_an_update_and_not_once_a_layer(monkeypatch):
+    travelled = []
+
+    def sent(tensor, device):
+        travelled.append(tuple(tensor.shape))
+        return tensor.to(device)
+
+    for module in ("metric", "layer_stream", "outliers"):
+        monkeypatch.setattr(f"modality_integration.{module}.sent", sent)
+    fed([sample(0)])
+    assert len(travelled) == 2  # vision and text
+
+
+def test_a_second_pass_keeps_what_torchmetrics_was_told():
+    def sync(tensor, group=None):
+        return [tensor]
+
+    told = {"sync_on_compute": False, "compute_with_cache": False, "dist_sync_on_step": True, "dist_sync_fn": sync}
+    second = fed([sample(0)], **told).second_pass()
+    assert {name: getattr(second, name) for name in told} == told
+
+
 def test_second_pass_says_when_it_saw_other_tokens():
     metric = fed([sample(seed) for seed in range(4)])
     second = metric.second_pass()

@@ -178,6 +178,21 @@ def test_merged_streams_decide_over_the_norms_of_both():
     assert decision.missed == 0
 
 
+def test_no_push_however_large_makes_the_buffer_larger_than_what_is_held():
+    norms = torch.from_numpy(heavy(np.random.default_rng(5), 50_000, 1.0)).float()
+    whole, parts = (OnePass(4, torch.bfloat16, hold=100) for _ in range(2))
+    rows = torch.randn(50_000, 4).bfloat16()
+    whole.push(rows, norms)
+    assert whole.held_bytes <= 100 * 4 * 2
+    for start in range(0, 50_000, 60):
+        parts.push(rows[start : start + 60], norms[start : start + 60])
+        assert parts.held_bytes <= 100 * 4 * 2
+    whole.merge(parts)
+    assert whole.held_bytes >= whole.held * 4 * 2 > 100 * 4 * 2
+    whole.push(rows[:1], norms[:1])
+    assert whole.held_bytes <= 100 * 4 * 2
+
+
 def test_hold_takes_at_least_two_rows():
     with pytest.raises(ValueError, match="hold: takes 2 rows or more, got 1"):
         OnePass(4, torch.float32, hold=1)

@@ -303,6 +303,29 @@ def test_reset_copies_and_moves_are_whole(assert_moments):
     assert_moments(twin, x)
 
 
+@pytest.mark.parametrize("device", ["meta", "no device of torch"])
+def test_a_move_that_fails_changes_nothing(device, assert_moments):
+    x = torch.randn(1500, 8)
+    moments = StreamingMoments(8, backend="eager")
+    moments.update(x)
+    if device == "meta":
+        moments._asked = "native"  # takes CPU tensors only
+    with pytest.raises(RuntimeError):
+        moments.to(device)
+    assert moments.device == torch.device("cpu")
+    assert moments.backend == "eager"
+    assert_moments(moments, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("deviation", [2e-15, 4e16])
+def test_the_ends_of_the_range_keep_the_promise(run, dtype, deviation, assert_moments):
+    x = (deviation * (torch.randn(4096, 40, dtype=torch.float64) + 3.9)).to(dtype).to(run.device)
+    moments = StreamingMoments(40, device=run.device, backend=run.backend)
+    moments.update(x)
+    assert_moments(moments, x)
+
+
 def test_memory_is_one_triangle_and_a_block_of_rows():
     moments = StreamingMoments(2048)
     triangle = 8 * 2048 * 2049 // 2
