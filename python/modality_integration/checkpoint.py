@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modality_integration.data import InputError
+from modality_integration.state_file import flush_to_disk, partial_of
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,22 @@ class Checkpoint:
             self._progress,
             {"pass": passage.number, "done": passage.done, "state": state.name, "arguments": self.arguments},
         )
-        for old in self.folder.glob(f"rank{self.rank}-*.safetensors"):
+        for old in self._files():
             if old != state:
                 old.unlink()
 
     def clear(self) -> None:
         """Remove this process's checkpoint: the run is finished, or begins anew."""
         self._progress.unlink(missing_ok=True)
-        for state in self.folder.glob(f"rank{self.rank}-*.safetensors"):
-            state.unlink()
+        for file in self._files():
+            file.unlink()
         with contextlib.suppress(OSError):  # gone already, or another process still has its checkpoint there
             self.folder.rmdir()
+
+    def _files(self) -> list[Path]:
+        """This process's states, and what a killed one left half written."""
+        patterns = ("rank{}-*.safetensors", ".rank{}-*.partial", ".rank{}.json.partial")
+        return [path for pattern in patterns for path in self.folder.glob(pattern.format(self.rank))]
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -115,10 +121,11 @@ def state_name(rank: int, number: int, done: int) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step: a reader sees the old file or the new one, never half."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with partial.open("w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    flush_to_disk(path.parent)

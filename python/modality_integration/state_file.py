@@ -20,17 +20,32 @@ FORMAT, VERSION = "modality-integration-rate-state", 2
 
 def write(path: Path, state: dict[str, Tensor], options: Options) -> None:
     """The old file or the new one is there, never half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     state = {key: value.contiguous() for key, value in state.items()}
     words = json.dumps(options._asdict())
     metadata = {"format": FORMAT, "version": str(VERSION), "options": words, "sha256": _digest(state, words)}
     try:
         save_file(state, partial, metadata=metadata)
-        _flush_to_disk(partial)
+        flush_to_disk(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    _flush_to_disk(path.parent)
+    flush_to_disk(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it takes its place. One name for all processes: a killed one leaves it behind, and
+    the next to write takes it over."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def flush_to_disk(path: Path) -> None:
+    """A file's content, or a folder's names, survive the machine's losing power from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_options(path: str | Path) -> Options:
@@ -88,11 +103,3 @@ def _digest(state: dict[str, Tensor], options: str) -> str:
         content: Any = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         hashed.update(content)
     return hashed.hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,8 @@
 """What the fuzzers of tests/fuzz found, one test each: refused by name, with nothing changed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fuzz.targets import ARGUMENTS, calibrated, metric, sample, unchanged
 from mir_kernels import StreamingMoments, token_norms
 from modality_integration import MIRResult, ModalityIntegrationRate, state_file
-from modality_integration.checkpoint import Checkpoint
+from modality_integration.checkpoint import Checkpoint, Passage
 from modality_integration.data import InputError
 from modality_integration.moca import load_moca, moca_parameters, save_moca
 from modality_integration.states import mir_of_states, save_states
@@ -108,6 +110,39 @@ def test_a_damaged_run_checkpoint_is_refused_with_the_way_out(tmp_path, text):
     (tmp_path / "rank0.json").write_text(text)
     with pytest.raises(InputError, match=r"rank0\.json is damaged.*--restart"):
         Checkpoint(tmp_path, ARGUMENTS).passage()
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from fuzz.targets import metric
+from modality_integration import state_file
+from modality_integration.checkpoint import Checkpoint, Passage
+write = state_file.save_file
+def killed(*arguments, **options):
+    write(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+state_file.save_file = killed
+Checkpoint(Path({folder!r}), {{}}).save(metric(), Passage(1, 5))
+"""
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_checkpoint_and_with_the_last(tmp_path):
+    folder = tmp_path / "checkpoint"
+    code = KILLED.format(paths=sys.path, folder=str(folder))
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+    assert [p.name for p in folder.iterdir()] == [".rank0-pass1-000005.safetensors.partial"]
+    Checkpoint(folder, {}, rank=1).save(metric(), Passage(1, 2))  # another process's is left alone
+    checkpoint = Checkpoint(folder, {})
+    checkpoint.save(metric(), Passage(1, 6))
+    rank1 = ["rank1-pass1-000002.safetensors", "rank1.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["rank0-pass1-000006.safetensors", "rank0.json", *rank1]
+    (folder / ".rank0.json.partial").touch()
+    (folder / ".rank0-pass1-000009.safetensors.partial").touch()
+    checkpoint.clear()
+    assert sorted(p.name for p in folder.iterdir()) == rank1
 
 
 @pytest.mark.parametrize(
