@@ -30,7 +30,8 @@ def model_and_processor(request, monkeypatch):
             pytest.importorskip("torchvision")
     with loading.quiet():
         processor = tiny_processor(family)
-        marker = getattr(processor, "image_token_id", None) or processor.tokenizer.convert_tokens_to_ids("<image>")
+        own = getattr(processor, "image_token_ids", None) or [None]
+        marker = own[0] or processor.tokenizer.convert_tokens_to_ids("<image>")
         monkeypatch.setattr(tiny_models, "VOCAB", len(processor.tokenizer))
         monkeypatch.setattr(tiny_models, "IMAGE", marker)
         monkeypatch.setitem(tiny_models.TEXT, "vocab_size", len(processor.tokenizer))
