@@ -1,17 +1,23 @@
-"""One layer: the Fréchet distance between its vision and text tokens, from features or from moments, and its terms."""
+"""One layer: the Fréchet distance between its vision and text tokens, from features or from moments, and its terms.
+
+What needs a root of two covariances is a generator that yields them and is sent the root: `results` runs many at once
+and takes the roots of layers of one size together, where that is faster.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mir_kernels import _checks
+from mir_kernels.frechet import OPERATION as ROOT
 from mir_kernels.frechet import trace_sqrt_from_features, trace_sqrt_product
 from mir_kernels.moments import StreamingMoments, token_norms
 from modality_integration.outliers import replace_by_column_medians, three_sigma
@@ -19,6 +25,10 @@ from modality_integration.result import MODALITIES, LayerTerms, MIRResult
 
 OUTLIERS = ("remove", "median", "none")
 MOST_GROUPS = 255  # a token's group is kept in a byte
+# Of the covariances of layers whose roots are taken by one call on a GPU: as many as mir_kernels works on at a time.
+MOST_TOGETHER = 1 << 24  # numbers
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,7 +51,7 @@ class Options(NamedTuple):
     normalize: bool = True
     bounds: bool = False
     precision: str = "auto"
-    sqrt_precision: str = "float64"
+    sqrt_precision: str | None = None
     hold: int | None = None
     backend: str | None = None
     groups: int = 0
@@ -50,7 +60,8 @@ class Options(NamedTuple):
         """Itself, once every option is one that exists."""
         _checks.choice("outliers", self.outliers, OUTLIERS)
         _checks.choice("precision", self.precision, ("fast", "auto", "exact"))
-        _checks.choice("sqrt_precision", self.sqrt_precision, ("bfloat16", "float32", "float64"))
+        if self.sqrt_precision is not None:
+            _checks.choice("sqrt_precision", self.sqrt_precision, ("bfloat16", "float32", "float64"))
         if self.hold is not None and self.hold < 2:
             raise ValueError(f"hold: takes 2 rows or more, got {self.hold}")
         if self.groups != 0 and not 2 <= self.groups <= MOST_GROUPS:
@@ -58,8 +69,64 @@ class Options(NamedTuple):
         return self
 
 
+class Covariances(NamedTuple):
+    """What a root is asked of: two float64 matrices (d, d) on one device."""
+
+    vision: Tensor
+    text: Tensor
+    options: Options
+
+    def alike(self, other: Covariances) -> bool:
+        """Whether one call can take both roots."""
+        mine, others = self.vision, other.vision
+        return (mine.shape, mine.device, self.options) == (others.shape, others.device, other.options)
+
+
+Roots = Generator[Covariances, Any, T]  # yields what it needs the root of, is sent that, and returns a T
+
+
+def results(tasks: Iterable[Roots[T]], together: int) -> list[T]:
+    """What the tasks return, in order; `together` of them run at once."""
+    tasks, found = iter(tasks), []
+    while batch := list(islice(tasks, together)):
+        found += _results_of(batch)
+    return found
+
+
+def _results_of(tasks: list[Roots[T]]) -> list[T]:
+    returned: dict[int, T] = {}
+    asked: dict[int, Covariances] = {}
+
+    def advance(i: int, step: Callable[[], Covariances]) -> None:
+        try:
+            asked[i] = step()
+        except StopIteration as end:
+            returned[i] = end.value
+
+    for i, task in enumerate(tasks):
+        advance(i, partial(next, task))
+    while asked:
+        alike = [i for i, covariances in asked.items() if covariances.alike(next(iter(asked.values())))]
+        # Not kept while the next ones are made: they are as large as everything else.
+        roots = _roots([asked.pop(i) for i in alike])
+        for i, root in zip(alike, roots, strict=True):
+            advance(i, partial(tasks[i].throw if isinstance(root, Exception) else tasks[i].send, root))
+    return [returned[i] for i in range(len(tasks))]
+
+
+def layers_together(hidden_size: int, device: torch.device) -> int:
+    """How many layers' roots to take by one call: on a CPU one, where LAPACK has no use for more."""
+    return max(1, MOST_TOGETHER // max(hidden_size, 1) ** 2) if device.type == "cuda" else 1
+
+
 def layer_result(vision: Tensor, text: Tensor, layer: int, options: Options) -> LayerResult:
     """One layer of `mir`: features (n, d) and (m, d) to its share of the result; `layer` (1..K) is for messages."""
+    (result,) = results([layer_steps(vision, text, layer, options)], 1)
+    return result
+
+
+def layer_steps(vision: Tensor, text: Tensor, layer: int, options: Options) -> Roots[LayerResult]:
+    """`layer_result`, for `results`."""
     for modality, features in (("vision", vision), ("text", text)):
         _checks.floating(f"{modality}, layer {layer}", features)
         if features.dim() != 2:
@@ -84,7 +151,7 @@ def layer_result(vision: Tensor, text: Tensor, layer: int, options: Options) -> 
             features = features[keep.to(features.device)]
         sides[modality] = CountedFeatures(features)
     alpha = alpha_of(sum_of_norms(text.detach()), len(text), layer) if options.normalize else 1.0
-    terms, notes = distance_terms(sides["vision"], sides["text"], alpha, layer, options)
+    terms, notes = yield from distance_terms(sides["vision"], sides["text"], alpha, layer, options)
     return LayerResult(terms, alpha, kept, removed, notes)
 
 
@@ -137,11 +204,11 @@ class CountedFeatures(Counted):
 
 def distance_terms(
     vision: Counted, text: Counted, alpha: float, layer: int, options: Options
-) -> tuple[LayerTerms, list[str]]:
+) -> Roots[tuple[LayerTerms, list[str]]]:
     """The terms of Eq. 3 for one layer, scaled by alpha, and notes on what was not exact in them."""
     (mean_vision, trace_vision), (mean_text, trace_text) = vision.mean_and_trace(), text.mean_and_trace()
     try:
-        root, notes = _root(vision, text, layer, options)
+        root, notes = yield from _root(vision, text, layer, options)
     except (ValueError, torch.linalg.LinAlgError) as error:  # finite, but no covariances: a state made by hand
         raise ValueError(f"layer {layer}: of its covariances no root can be taken ({error})") from error
     value, lower, upper = (float(entry) for entry in root) if options.bounds else (float(root), None, None)
@@ -156,11 +223,11 @@ def distance_terms(
     return terms, notes
 
 
-def _root(vision: Counted, text: Counted, layer: int, options: Options) -> tuple[Any, list[str]]:
+def _root(vision: Counted, text: Counted, layer: int, options: Options) -> Roots[tuple[Any, list[str]]]:
     """Tr((Sigma_v Sigma_t)^(1/2)), with its bounds if asked for, and notes."""
-    precision, bounds = options.sqrt_precision, options.bounds
     if isinstance(vision, CountedFeatures) and isinstance(text, CountedFeatures) and (vision.short or text.short):
-        return trace_sqrt_from_features(vision.features, text.features, precision=precision, bounds=bounds), []
+        precision = _root_precision(options, vision.features.device)
+        return trace_sqrt_from_features(vision.features, text.features, precision=precision, bounds=options.bounds), []
     covariances = {"vision": vision.covariance(), "text": text.covariance()}
     notes = [
         f"layer {layer}, {modality}: the covariance lacks rank to the precision it was accumulated in, so its "
@@ -168,8 +235,31 @@ def _root(vision: Counted, text: Counted, layer: int, options: Options) -> tuple
         for modality, (_, mended) in covariances.items()
         if mended
     ]
-    pair = (covariance for covariance, _ in covariances.values())
-    return trace_sqrt_product(*pair, precision=precision, bounds=bounds), notes
+    root = yield Covariances(covariances.pop("vision")[0], covariances.pop("text")[0], options)
+    return root, notes
+
+
+def _roots(asked: list[Covariances]) -> list[Any]:
+    """For each, the root, with its bounds if asked for, or the error that it has none; all of one size and device."""
+    options, device = asked[0].options, asked[0].vision.device
+    precision = _root_precision(options, device)
+    # A backend of the token kernels alone ("native") leaves the root's to be chosen.
+    backend = options.backend if options.backend in ROOT.names() else None
+    root = partial(trace_sqrt_product, precision=precision, bounds=options.bounds, backend=backend)
+    if len(asked) == 1:
+        try:
+            return [root(asked[0].vision, asked[0].text)]
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            return [error]
+    try:
+        found = root(torch.stack([pair.vision for pair in asked]), torch.stack([pair.text for pair in asked]))
+    except (ValueError, torch.linalg.LinAlgError):  # of one of them: of which?
+        return [one for pair in asked for one in _roots([pair])]
+    return list(zip(*found, strict=True)) if options.bounds else list(found)
+
+
+def _root_precision(options: Options, device: torch.device) -> str:
+    return options.sqrt_precision or ("float32" if device.type == "cuda" else "float64")
 
 
 def nearest_semidefinite(covariance: Tensor) -> Tensor:

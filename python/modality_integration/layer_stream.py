@@ -18,9 +18,11 @@ from modality_integration.layer import (
     CountedFeatures,
     LayerResult,
     Options,
+    Roots,
     alpha_of,
     distance_terms,
     require_tokens,
+    results,
     sum_of_norms,
 )
 from modality_integration.outliers import Decision, Limits, OnePass, sent, three_sigma
@@ -80,6 +82,11 @@ class LayerStream:
 
     def result(self, layer: int) -> LayerResult:
         """The distance over all that was pushed; the stream stays as it is. `layer` (1..K) is for messages."""
+        (result,) = results([self.steps(layer)], 1)
+        return result
+
+    def steps(self, layer: int) -> Roots[LayerResult]:
+        """`result`, for `results`."""
         for modality in MODALITIES:
             require_tokens(self.tokens[modality].count(), layer, modality)
         decisions = {m: self.tokens[m].decide() for m in MODALITIES}
@@ -98,7 +105,8 @@ class LayerStream:
         ]
         alpha = self._alpha(decisions["text"], self.text_norms.sum(), layer)
         sides = self._sides(decisions, self.moments)
-        terms, inexact = distance_terms(sides["vision"], sides["text"], alpha, layer, self.options)
+        terms, inexact = yield from distance_terms(sides["vision"], sides["text"], alpha, layer, self.options)
+        left_out = (yield from self._left_out(layer)) if self.options.groups else None
         return LayerResult(
             terms,
             alpha,
@@ -106,7 +114,7 @@ class LayerStream:
             removed={m: decisions[m].removed for m in MODALITIES},
             notes=notes + inexact,
             missed={m: decisions[m].missed for m in MODALITIES},
-            left_out=self._left_out(layer) if self.options.groups else None,
+            left_out=left_out,
         )
 
     def merge(self, other: LayerStream) -> None:
@@ -221,7 +229,7 @@ class LayerStream:
             sides[modality] = Counted(counted, rounded)
         return sides
 
-    def _left_out(self, layer: int) -> list[float] | None:
+    def _left_out(self, layer: int) -> Roots[list[float] | None]:
         """The distance with each group's samples left out in turn, or None where that leaves too little.
 
         The others are merged: taking a group's moments away from the whole would cancel. Limits and alpha are those of
@@ -246,7 +254,8 @@ class LayerStream:
             norms = torch.stack([norm for group, norm in enumerate(self.text_norms) if group != left]).sum()
             sides = self._sides(decisions, {slot: part for slot, part in settled.items() if slot[1] != left})
             alpha = self._alpha(decisions["text"], norms, layer)
-            distances.append(distance_terms(sides["vision"], sides["text"], alpha, layer, options)[0].distance)
+            terms, _ = yield from distance_terms(sides["vision"], sides["text"], alpha, layer, options)
+            distances.append(terms.distance)
         return distances
 
 

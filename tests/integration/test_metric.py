@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from integration import mir_oracle
+from mir_kernels.moments.streaming import OPERATION
+from modality_integration import layer, metric
 from modality_integration.metric import mir
 
 
@@ -127,6 +129,61 @@ def test_constant_columns_are_survived():
     vision[:, 9] = 0.0
     result = mir([vision], [text])
     assert result.per_layer == pytest.approx([mir_oracle.distance(vision, text, how="eigh")], rel=1e-6)
+
+
+@pytest.fixture
+def roots(monkeypatch):
+    """Every call of the root: the shape it got and its options."""
+    calls, take = [], layer.trace_sqrt_product
+
+    def recorded(a, b, **options):
+        calls.append((tuple(a.shape), options))
+        return take(a, b, **options)
+
+    monkeypatch.setattr(layer, "trace_sqrt_product", recorded)
+    return calls
+
+
+@pytest.mark.parametrize("bounds", [False, True])
+def test_roots_of_layers_of_one_size_are_taken_by_one_call_where_that_is_faster(bounds, roots, monkeypatch):
+    sizes = [40, 40, 24, 40, 24]
+    vision, text = zip(*(pair(300 + d, 250, d) for d in sizes), strict=True)
+    expected = mir(list(vision), list(text), bounds=bounds)
+    assert [shape for shape, _ in roots] == [(d, d) for d in sizes]  # on a CPU
+    roots.clear()
+    monkeypatch.setattr(metric, "layers_together", lambda hidden_size, device: 4)
+    together = mir(list(vision), list(text), bounds=bounds)
+    assert [shape for shape, _ in roots] == [(3, 40, 40), (24, 24), (24, 24)]
+    assert together.per_layer == pytest.approx(expected.per_layer, rel=1e-12)
+    assert together.lower == expected.lower if not bounds else together.lower == pytest.approx(expected.lower, rel=1e-9)
+
+
+def test_a_layer_whose_root_cannot_be_taken_is_named_among_those_taken_together(monkeypatch):
+    def refuses(a, b, **options):
+        matrices = a.reshape(-1, *a.shape[-2:])
+        if (matrices[:, 0, 0] > 1e3).any():
+            raise ValueError("too large")
+        return matrices.new_ones(a.shape[:-2])
+
+    monkeypatch.setattr(layer, "trace_sqrt_product", refuses)
+    monkeypatch.setattr(metric, "layers_together", lambda hidden_size, device: 4)
+    vision, text = pair(300, 250, 24)
+    with pytest.raises(ValueError, match=r"layer 2: of its covariances no root can be taken \(too large\)"):
+        mir([vision, 1000 * vision, vision], [text, text, text])
+
+
+def test_the_root_takes_the_backend_where_it_has_it_and_the_precision_of_its_device(roots):
+    vision, text = pair(300, 250, 24)
+    asked = [None, "eager"] + ["native"] * (OPERATION.reason("native", torch.device("cpu")) is None)
+    values = [mir([vision], [text], backend=backend).value for backend in asked]
+    assert [options["backend"] for _, options in roots] == [None, "eager", None][: len(asked)]
+    assert values == pytest.approx([values[0]] * len(asked), abs=1e-7)
+    assert {options["precision"] for _, options in roots} == {"float64"}
+    mir([vision], [text], sqrt_precision="float32")
+    assert roots[-1][1]["precision"] == "float32"
+    assert layer._root_precision(layer.Options(), torch.device("cuda")) == "float32"
+    assert layer.layers_together(1024, torch.device("cuda")) == 16
+    assert layer.layers_together(8192, torch.device("cuda")) == 1
 
 
 @pytest.mark.parametrize(("n", "m"), [(400, 300), (30, 300)])
