@@ -126,6 +126,35 @@ def test_any_split_order_mask_merge_tree_and_dtype_gives_the_same_moments(data):
         torch.testing.assert_close(moments.covariance(), reference.covariance(x), rtol=0, atol=4 * limit)
 
 
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_blocks_as_large_as_they_are_give_the_same_moments_whatever_split_mask_and_dtype(data):
+    """Integer products, a second macro-tile of 96 columns and a second panel of 256, each with a remainder."""
+    d = data.draw(st.sampled_from([97, 257, 300]), "d")
+    parts = data.draw(st.lists(st.sampled_from([1, 63, 511, 1024, 1500]), min_size=1, max_size=4), "rows")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    ratio = data.draw(st.sampled_from([0, 5, 300]), "mean / deviation")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+    kept, moments = [], StreamingMoments(d)
+    for rows in (1100, *parts):
+        x = torch.randn(rows, d, generator=generator) * torch.linspace(0.1, 3, d)
+        x[:, ::50] += ratio * torch.linspace(0.1, 3, d)[::50]
+        x[::577, 1::60] *= 1000
+        x = x.to(dtype)
+        mask = torch.rand(rows, generator=generator) < 0.95 if data.draw(st.booleans(), "mask") else None
+        kept.append(x if mask is None else x[mask])
+        other = StreamingMoments(d) if data.draw(st.booleans(), "merge") else moments
+        other.update(x, mask)
+        if other is not moments:
+            moments.merge(other)
+    rows = torch.cat(kept).double()
+    true = reference.covariance(rows)
+    sigma = true.diagonal().sqrt()
+    assert moments.count == len(rows)
+    assert ((moments.covariance() - true).abs() <= 1e-5 * sigma[:, None] * sigma).all()
+    assert ((moments.mean - reference.mean(rows)).abs() <= 1e-5 * sigma).all()
+
+
 def test_bits_do_not_depend_on_how_rows_were_split(small_blocks):
     x = torch.randn(130, 40).bfloat16()
     mask = torch.rand(130) < 0.7
