@@ -6,14 +6,16 @@ The promise: a documented error that names the argument, and the state is as bef
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fuzz.targets import D, metric, same, sample, told, unchanged
+from mir_kernels import moca, trace_sqrt_product
 from mir_kernels.moments import StreamingMoments, reference
 from modality_integration import ModalityIntegrationRate, mir
 
@@ -203,7 +205,84 @@ def moments_state(data: st.DataObject) -> None:
     mine.update(torch.ones(3, D))
 
 
+@given(st.data())
+def moca_inputs(data: st.DataObject) -> None:
+    """mir_kernels.moca against its formula in float64, row by row; what it refuses or takes, its inputs stay."""
+    d = data.draw(st.sampled_from([D, D, 1, 0, 8, 65]))
+    lead = data.draw(st.sampled_from([(5,), (2, 3), (0,), (40,), ()]))
+    width = data.draw(st.sampled_from([d] * 9 + [d + 1]))
+    given_ = [data.draw(tensors((*lead, d))), *(data.draw(tensors((width,))) for _ in range(2)), data.draw(masks(lead))]
+    inplace = data.draw(st.integers(0, 5)) == 0
+    assume(not any(isinstance(t, Tensor) and t.is_sparse for t in given_))  # torch refuses those in its own words
+    before = [t.detach().clone() if isinstance(t, Tensor) else t for t in given_]
+    try:
+        out = moca(*given_, inplace=inplace)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last as torch has it, of leaves and of inference
+        told(error, "x: ", "scale: ", "shift: ", "mask: ", "inplace", "Inference tensors")
+        assert all(as_before(now, then) for now, then in zip(given_, before, strict=True))
+        return
+    x, scale, shift, mask = before
+    assert all(as_before(now, then) for now, then in zip(given_[inplace:], before[inplace:], strict=True))
+    assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
+    if out.is_meta:
+        return
+    applies = mask.reshape(-1) != 0
+    rows, found = x.reshape(-1, d), out.detach().reshape(-1, d)
+    assert same(found[~applies], rows[~applies])
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    exact = (scale.to(wide) * rows[applies].to(wide) + shift.to(wide)).to(x.dtype)
+    torch.testing.assert_close(found[applies], exact, equal_nan=True)
+
+
+def as_before(now: Any, then: Any) -> bool:
+    if not isinstance(now, Tensor) or now.is_meta:
+        return True
+    return same(*(t.detach().clone(memory_format=torch.contiguous_format) for t in (now, then)))
+
+
+@given(st.data())
+def trace_inputs(data: st.DataObject) -> None:
+    """mir_kernels.trace_sqrt_product: covariances of any rank and scale, and what is none."""
+    d, batch = data.draw(st.sampled_from([1, 2, 3, 7])), data.draw(st.sampled_from([(), (1,), (3,), (0,), (2, 2)]))
+    precision, bounds = data.draw(st.sampled_from(["bfloat16", "float32", "float64"])), data.draw(st.booleans())
+    pair = []
+    for _ in range(2):
+        if data.draw(st.integers(0, 3)) == 0:
+            shape = data.draw(st.sampled_from([(*batch, d, d), (*batch, d, d), (*batch, d), (*batch, d, d + 1)]))
+            pair.append(data.draw(tensors(shape)))
+            continue
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+        rank = data.draw(st.integers(0, d + 1))
+        factor = torch.randn(*batch, d, rank, generator=generator, dtype=torch.float64)
+        factor *= data.draw(st.sampled_from([1.0, 1e-6, 1e6, 1e-150, 1e60]))
+        pair.append(factor @ factor.mT)
+    backend = data.draw(st.sampled_from([None, None, "eager"]))
+    assume(not any(x.is_meta for x in pair))  # without values torch refuses in its own words
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a precision that was missed at low rank
+            found = trace_sqrt_product(*pair, precision=precision, bounds=bounds, backend=backend)
+    except (TypeError, ValueError) as error:
+        told(error, "a: ", "b: ")
+        return
+    value = found.value if bounds else found
+    assert (value.shape, value.dtype) == (pair[0].shape[:-2], torch.float64)
+    if value.is_meta or not value.numel():
+        return
+    assert bool(torch.isfinite(value).all())
+    assert bool((value >= 0).all())
+    if bounds:
+        assert bool(((found.lower <= value) & (value <= found.upper)).all())
+    scales = [x.detach().to(torch.float64).diagonal(dim1=-2, dim2=-1).sum(-1) for x in pair]
+    limit = scales[0].clamp(min=0).sqrt() * scales[1].clamp(min=0).sqrt()  # Cauchy-Schwarz
+    # What rounding of the inputs left indefinite is cut off, which can only add.
+    slack = 3e-3 + sum(8 * d * torch.finfo(x.dtype).eps for x in pair)
+    assert bool((value <= limit * (1 + slack) + 1e-300).all()), (value, limit)
+
+
 INPUTS = {
+    "moca-inputs": moca_inputs,
+    "trace-inputs": trace_inputs,
     "update": update,
     "moments-update": moments_update,
     "metric-edits": metric_state,
