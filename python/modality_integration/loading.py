@@ -191,7 +191,7 @@ def _said(name: str, local: bool) -> Iterator[None]:
         package = next((p for p in PROCESSOR_PACKAGES if p in str(error).lower()), None)
         if package is None:
             raise InputError(f"model: {name} cannot be loaded: {_first_line(error)}") from error
-        raise InputError(f"model: the processor of {name} takes {package}: {PROCESSOR_EXTRA}") from error
+        raise InputError(f"model: the processor of {name} needs {package}: {PROCESSOR_EXTRA}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(
             f"model: out of memory while loading {name}: load the weights smaller with --dtype bfloat16, spread them "
@@ -199,7 +199,7 @@ def _said(name: str, local: bool) -> Iterator[None]:
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "nms does not exist" in str(error):
-            raise InputError(f"model: torchvision, which {name} takes, does not load: {PROCESSOR_EXTRA}") from error
+            raise InputError(f"model: torchvision, which {name} needs, does not load: {PROCESSOR_EXTRA}") from error
         raise InputError(f"model: {_why_not(name, local, error)}") from error
 
 

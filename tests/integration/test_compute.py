@@ -342,10 +342,10 @@ def test_a_broken_weight_file_is_one_line(options, folders, tmp_path):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but\nit was"), "takes torchvision: pip"),
-        (ImportError("Package `num2words` is required to run SmolVLM processor."), "takes num2words: pip"),
+        (ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but\nit was"), "needs torchvision: pip"),
+        (ImportError("Package `num2words` is required to run SmolVLM processor."), "needs num2words: pip"),
         (ImportError("Using a `device_map` requires Accelerate: pip\nmore"), "device_map` requires Accelerate: pip$"),
-        (RuntimeError("operator torchvision::nms does not exist"), "torchvision, which .* takes, does not load: pip"),
+        (RuntimeError("operator torchvision::nms does not exist"), "torchvision, which .* needs, does not load: pip"),
         (torch.OutOfMemoryError("CUDA"), "out of memory while loading .*--device-map auto"),
     ],
 )
