@@ -20,6 +20,9 @@ VERSION = 1  # of the state's layout
 
 # Rows gathered before a product, by device type: where more no longer makes the product faster per row.
 ROWS = {"cpu": 1024, "cuda": 4096}
+# Blocks of an update on a GPU that need no gathering: each takes a pass over the triangle, and with more rows float32
+# sums of products whose mean is 4 deviations would lose more than is promised.
+DIRECT = 8192
 # Rows that the shift of a block is taken from where reading them all would cost a pass of its own.
 SAMPLE = 512
 
@@ -33,7 +36,7 @@ class StreamingMoments:
 
     hidden_size: d. device: where the tokens are and the state lies.
     precision: "auto": every covariance entry is within 1e-5 of sigma_i sigma_j whatever the mean, with products in
-    float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 5e16; beyond, a block's
+    float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 4e16; beyond, a block's
     sums of squares leave float32. "exact": products in float64. "fast": one low-precision pass by Triton, whose error
     grows with the square of mean / deviation; "auto" elsewhere.
     backend: "triton", "native" or "eager" (`mir_kernels.backends()`), or "reference".
@@ -287,9 +290,10 @@ class StreamingMoments:
         """The same without asking how many rows a mask keeps: only the device moves and counts them."""
         size = self._rows()
         if keep is None and rows.shape[0] >= size:
-            for part in rows.split(size):
+            direct = rows.shape[0] // size * size
+            for part in rows[:direct].split(max(size, DIRECT)):
                 self._fold(part, None)
-            return
+            rows = rows[direct:]
         for start in range(0, rows.shape[0], size):
             part = rows[start : start + size]
             take = part.shape[0]

@@ -70,7 +70,7 @@ def test_products_stay_in_flight_over_the_borders_of_chunks():
 
 def test_sums_that_truncate_keep_the_promise_just_below_the_threshold_of_shifting():
     """Tensor cores as they are: 16 products at a time, exactly, then the accumulator rounded toward zero."""
-    rows, d = streaming.ROWS["cuda"], 32
+    rows, d = streaming.DIRECT, 32
     x = torch.randn(rows, d, generator=torch.Generator().manual_seed(0)) + 0.97 * kernels.SHIFT_ABOVE
     x = x.bfloat16().double().numpy()
     total = numpy.zeros((d, d), numpy.float32)
@@ -84,8 +84,9 @@ def test_sums_that_truncate_keep_the_promise_just_below_the_threshold_of_shiftin
     covariance = total / rows - numpy.outer(x.mean(0), x.mean(0))
     true = numpy.cov(x, rowvar=False, bias=True)
     sigma = numpy.sqrt(true.diagonal())
-    # Half the promise: here are a thousand entries, and in a covariance of d = 4096 the largest of 8 million.
-    assert abs((covariance - true) / numpy.outer(sigma, sigma)).max() <= 5e-6
+    error = (covariance - true) / numpy.outer(sigma, sigma)
+    assert abs(error).max() <= 5e-6
+    assert abs(error.mean()) + 6 * error.std() <= 1e-5  # the largest of the 8 million entries at d = 4096
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)

@@ -98,7 +98,7 @@ def test_error_is_within_the_promise_whatever_the_mean(dtype, ratio, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_columns_just_below_the_threshold_of_shifting_keep_the_promise(dtype, monkeypatch, assert_moments):
     """The largest sums that go into the tensor cores as they are, which truncate: no column but has a mean."""
-    rows, d = (700, 33) if INTERPRETED else (8192, 512)
+    rows, d = (700, 33) if INTERPRETED else (streaming.DIRECT, 512)
     monkeypatch.setattr(streaming, "ROWS", {"cpu": 350, "cuda": streaming.ROWS["cuda"]})
     x = (torch.randn(rows, d, device=DEVICE) + 0.97 * kernels.SHIFT_ABOVE).to(dtype)
     moments = StreamingMoments(d, device=DEVICE, backend="triton")
@@ -108,10 +108,14 @@ def test_columns_just_below_the_threshold_of_shifting_keep_the_promise(dtype, mo
 
 def test_a_block_larger_than_what_is_gathered_goes_in_directly(monkeypatch, assert_moments):
     monkeypatch.setattr(streaming, "ROWS", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(streaming, "DIRECT", 32)
+    folded, fold = [], StreamingMoments._fold
+    monkeypatch.setattr(StreamingMoments, "_fold", lambda m, x, mask: (folded.append(len(x)), fold(m, x, mask)))
     x = torch.randn(70, 9, device=DEVICE).bfloat16() + 3
     moments = StreamingMoments(9, device=DEVICE, backend="triton")
     moments.update(x[:10])
     moments.update(x[10:60])
+    assert folded == [32, 16]  # and the last two wait with the ten before them
     moments.update(x[60:])
     assert_moments(moments, x)
 
