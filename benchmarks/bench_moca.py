@@ -5,6 +5,8 @@
 The floor is a copy that moves the same bytes. Bytes are the fewest that the job takes: 2 passes over the vision rows
 forward in place (read x, write x), 3 backward (read grad and x, write dx), 2 over the text rows (dx is a new tensor).
 Backward is timed alone, through autograd, with dscale and dshift; errors are the largest of all results in float64.
+"moca in place, training" is what the end of a decoder layer takes both ways, its residual addition included. "1000
+calls" are on (4, 64), where the time is Python's and the launch's: its milliseconds are microseconds of one.
 On a CPU the allocator is told to keep freed memory: else every rival mostly measures page faults of its results.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import sys
 from collections.abc import Callable
 
 import torch
@@ -22,9 +25,10 @@ import harness
 from mir_kernels.moca import OPERATIONS, add_moca_rms_norm, moca
 
 LIMIT = 1e-2  # relative, bf16
+CALLS = 1000
 
 
-def main() -> None:
+def main() -> int:
     parser = harness.arguments(__doc__, "moca")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=None, help="default: 2048 on a CPU, 4096 on a GPU")
@@ -41,13 +45,17 @@ def main() -> None:
         ("moca forward in place", forward_in_place),
         ("moca forward", forward),
         ("moca backward", backward),
+        ("moca in place, training", training_in_place),
         ("add_moca_rms_norm forward", fused_forward),
         ("add_moca_rms_norm backward", fused_backward),
     ):
         rivals, moved = measure(inputs)
         rows += harness.compare(name, case, [copy_of(moved, flags.device), *rivals], bytes_moved=moved, **common)
-    harness.print_rows(rows)
+        harness.write_csv(rows, flags.out)
+    rows += harness.compare(f"{CALLS} calls", "(4, 64) bf16", small_calls(Inputs(4, 64, flags.device)), **common)
     harness.write_csv(rows, flags.out)
+    harness.print_rows(rows)
+    return harness.exit_code(rows)
 
 
 class Inputs:
@@ -148,6 +156,58 @@ def backward(t: Inputs) -> tuple[list[harness.Rival], int]:
     return backward_rivals(calls, inputs, (t.vision,), [t.grad], exact), t.bytes(counts.moca_backward)
 
 
+def training_in_place(t: Inputs) -> tuple[list[harness.Rival], int]:
+    inputs = [t.x.clone().requires_grad_(), t.residual.clone().requires_grad_(), t.scale, t.shift]
+    calls: dict[str, Callable] = {
+        f"ours, {b}": lambda h, *v, b=b: moca(h, *v, t.vision, inplace=True, backend=b) for b in ours(0, t.device)
+    }
+    calls |= {f"ours, {b}, a new tensor": lambda *v, b=b: moca(*v, t.vision, backend=b) for b in ours(0, t.device)[:1]}
+    calls |= {n: lambda *v, c=c: c(*v, t.vision) for n, c in {**RIVALS, "torch.compile(where)": where}.items()}
+    exact = gradients(
+        lambda x, r, *v: where(x + r, *v, t.vision), [v.detach().double() for v in inputs], [t.grad.double()]
+    )
+    rivals = []
+    for name, call in calls.items():
+        layer = layer_end(call)
+        if "compile" in name:
+            layer = torch.compile(layer)
+
+        def run(i: int, layer: Callable = layer) -> tuple:
+            return torch.autograd.grad(layer(*inputs), inputs, t.grad)
+
+        rivals.append(harness.Rival(name, run, lambda run=run: relative(run(0), exact), LIMIT))
+    added = counts.masked_rows(t.rows, t.vision_rows, t.hidden, 3, 3).bytes
+    return rivals, added + t.bytes(counts.moca_forward_in_place) + t.bytes(counts.moca_backward)
+
+
+def layer_end(call: Callable) -> Callable:
+    return lambda x, residual, scale, shift: call(x + residual, scale, shift)
+
+
+def small_calls(t: Inputs) -> list[harness.Rival]:
+    plain = t.x, t.scale.detach(), t.shift.detach(), t.vision
+    x, weight = t.x.clone().requires_grad_(), t.weight.detach()
+    fused = (t.x, t.residual, *plain[1:], weight)
+    calls: dict[str, Callable] = {
+        "torch.add": lambda: torch.add(t.x, t.residual),
+        "ours, moca": lambda: moca(*plain),
+        "ours, moca in place": lambda: moca(*plain, inplace=True),
+        "ours, moca, with gradients": lambda: moca(x, t.scale, t.shift, t.vision),
+        "ours, add_moca_rms_norm": lambda: add_moca_rms_norm(*fused),
+        "torch.nn.functional.rms_norm": lambda: torch.nn.functional.rms_norm(t.x, (t.hidden,), weight),
+        "torch.where(x * scale + shift)": lambda: where(*plain),
+    }
+
+    def repeated(call: Callable) -> Callable[[int], None]:
+        def run(i: int) -> None:
+            for _ in range(CALLS):
+                call()
+
+        return run
+
+    return [harness.Rival(name, repeated(call)) for name, call in calls.items()]
+
+
 def fused_forward(t: Inputs) -> tuple[list[harness.Rival], int]:
     arguments = (t.x, t.residual, t.scale.detach(), t.shift.detach(), t.vision, t.weight.detach())
     exact = separate(*(v if v.dtype == torch.bool else v.double() for v in arguments))
@@ -239,4 +299,4 @@ def liger_norm(t: Inputs) -> torch.nn.Module | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,11 +34,11 @@ MocaForward moca_forward(Address x, int64_t x_stride, Address scale, Address shi
   return {at(x), x_stride, at(scale), at(shift), mask_at(mask), at(out), out_stride, rows, cols, dtype_of(dtype)};
 }
 
-MocaBackward moca_backward(Address grad, int64_t grad_stride, Address x, int64_t x_stride, Address scale, Address mask,
-                           Address dx, int64_t dx_stride, Address partial, Address dscale, Address dshift,
-                           int64_t rows, int64_t cols, int dtype) {
-  return {at(grad), grad_stride, at(x),      x_stride,   at(scale), mask_at(mask), at(dx),
-          dx_stride, at(partial), at(dscale), at(dshift), rows,      cols,          dtype_of(dtype)};
+MocaBackward moca_backward(Address grad, int64_t grad_stride, Address x, int64_t x_stride, Address x_rows,
+                           Address scale, Address mask, Address dx, int64_t dx_stride, Address partial,
+                           Address dscale, Address dshift, int64_t rows, int64_t cols, int dtype) {
+  return {at(grad), grad_stride, at(x), x_stride, static_cast<const int64_t*>(at(x_rows)), at(scale), mask_at(mask),
+          at(dx), dx_stride, at(partial), at(dscale), at(dshift), rows, cols, dtype_of(dtype)};
 }
 
 AddRmsForward add_rms_forward(Address x, int64_t x_stride, Address residual, int64_t residual_stride, Address scale,

@@ -31,9 +31,10 @@ struct MocaBackward {
   int64_t grad_stride;
   const void* x;  // (rows, cols), read inside the mask only
   int64_t x_stride;
-  const void* scale;    // (cols,) A
-  const uint8_t* mask;  // (rows,)
-  void* dx;             // (rows, cols); may be grad: rows outside the mask are then left alone
+  const int64_t* x_rows;  // (rows,), where row r of x lies, for an x of rows inside the mask alone; or null, at r
+  const void* scale;      // (cols,) A
+  const uint8_t* mask;    // (rows,)
+  void* dx;               // (rows, cols); may be grad: rows outside the mask are then left alone
   int64_t dx_stride;
   void* partial;  // (moca_partial_rows(rows), 2, cols) A, scratch
   void* dscale;   // (cols,) A

@@ -54,7 +54,7 @@ template <class T, bool kStream>
 void backward_row(const MocaBackward& p, int64_t r, typename AccumulateIn<T>::type* partial) {
   using A = typename AccumulateIn<T>::type;
   const T* grad = static_cast<const T*>(p.grad) + r * p.grad_stride;
-  const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
+  const T* x = static_cast<const T*>(p.x) + (p.x_rows == nullptr ? r : p.x_rows[r]) * p.x_stride;
   const A* scale = static_cast<const A*>(p.scale);
   T* dx = static_cast<T*>(p.dx) + r * p.dx_stride;
   A* dscale = partial;

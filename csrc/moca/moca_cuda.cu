@@ -66,11 +66,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, class A, int kSize>
-__global__ void __launch_bounds__(kThreads)
+// kGathered: row r of x lies at x_rows[r]. Its place takes the registers of two rows in flight, and up to 128.
+template <class T, class A, int kSize, bool kGathered>
+__global__ void __launch_bounds__(kThreads, kGathered ? 2 : 0)
     backward_kernel(const T* grad, int64_t grad_stride, const T* __restrict__ x, int64_t x_stride,
-                    const A* __restrict__ scale, const uint8_t* __restrict__ mask, T* dx, int64_t dx_stride,
-                    A* __restrict__ partial, int64_t rows, int64_t chunk, int64_t vectors, bool in_place) {
+                    const int64_t* __restrict__ x_rows, const A* __restrict__ scale,
+                    const uint8_t* __restrict__ mask, T* dx, int64_t dx_stride, A* __restrict__ partial, int64_t rows,
+                    int64_t chunk, int64_t vectors, bool in_place) {
+  constexpr int kRows = kGathered ? kUnroll / 2 : kUnroll;
   using Data = Vector<T, kSize>;
   using Column = Vector<A, kSize>;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -82,23 +85,26 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kSize; ++i) dscale.at[i] = dshift.at[i] = 0;
   if (here) {
     const Column s = reinterpret_cast<const Column*>(scale)[column];
-    for (int64_t row = first + threadIdx.y; row < end; row += kUnroll * blockDim.y) {
-      bool inside[kUnroll], live[kUnroll];
-      Data g[kUnroll], v[kUnroll];
+    for (int64_t row = first + threadIdx.y; row < end; row += kRows * blockDim.y) {
+      bool inside[kRows], live[kRows];
+      Data g[kRows], v[kRows];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         const int64_t r = row + u * blockDim.y;
         inside[u] = r < end && mask[r] != 0;
         live[u] = r < end && (inside[u] || !in_place);
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         const int64_t r = row + u * blockDim.y;
         if (live[u]) g[u] = *(reinterpret_cast<const Data*>(grad + r * grad_stride) + column);
-        if (inside[u]) v[u] = *(reinterpret_cast<const Data*>(x + r * x_stride) + column);
+        if (inside[u]) {
+          const int64_t x_row = kGathered ? x_rows[r] : r;
+          v[u] = *(reinterpret_cast<const Data*>(x + x_row * x_stride) + column);
+        }
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         if (inside[u]) {
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
@@ -165,8 +171,9 @@ void launch_backward(const MocaBackward& p, cudaStream_t stream) {
   using A = typename AccumulateIn<T>::type;
   const int64_t vectors = p.cols / kSize, chunk = moca_chunk_rows(p.rows);
   const Shape shape = shape_for(p.rows, chunk, vectors);
-  backward_kernel<T, A, kSize><<<shape.grid, shape.block, 0, stream>>>(
-      static_cast<const T*>(p.grad), p.grad_stride, static_cast<const T*>(p.x), p.x_stride,
+  const auto kernel = p.x_rows == nullptr ? backward_kernel<T, A, kSize, false> : backward_kernel<T, A, kSize, true>;
+  kernel<<<shape.grid, shape.block, 0, stream>>>(
+      static_cast<const T*>(p.grad), p.grad_stride, static_cast<const T*>(p.x), p.x_stride, p.x_rows,
       static_cast<const A*>(p.scale), p.mask, static_cast<T*>(p.dx), p.dx_stride, static_cast<A*>(p.partial), p.rows,
       chunk, vectors, p.dx == p.grad);
   cuda_check(cudaGetLastError(), "moca backward");

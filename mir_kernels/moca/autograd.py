@@ -6,6 +6,7 @@ Saved for backward: x (and residual) only where dscale is wanted, and in place a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -26,21 +27,21 @@ class Moca(torch.autograd.Function):
             ctx.save_for_backward(x if scale.requires_grad else None, None, scale, shift, mask)
             return rows.forward(x, scale, shift, mask, backend)
         ctx.mark_dirty(x)
-        kept, places = rows.vision_rows(x, mask) if scale.requires_grad else (None, None)
-        ctx.save_for_backward(kept, places, scale, shift, mask)
+        kept, x_rows = rows.vision_rows(x, mask) if scale.requires_grad else (None, None)
+        ctx.save_for_backward(kept, x_rows, scale, shift, mask)
         rows.forward_(x, scale, shift, mask, backend)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, places, scale, shift, mask = ctx.saved_tensors
-        if places is not None:
-            x = x.new_empty((mask.numel(), x.shape[-1])).index_copy_(0, places, x).view(grad.shape)
-        raw, needs = _plain(grad), ctx.needs_input_grad
-        forward = rows.forward if raw else torch.ops.mir_kernels.moca
-        backward = rows.backward if raw else _moca_backward_op
-        gradients = _moca_gradients(forward, backward, needs, grad, x, scale, shift, mask, ctx.backend)
+        x, x_rows, scale, shift, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if _plain(grad):
+            calls = rows.forward, functools.partial(rows.backward, x_rows=x_rows)
+        else:
+            calls = torch.ops.mir_kernels.moca, functools.partial(_moca_backward_op, x_rows=x_rows)
+        gradients = _moca_gradients(*calls, needs, grad, x, scale, shift, mask, ctx.backend)
         return *gradients, None, None, None
 
 
@@ -153,8 +154,10 @@ def _moca_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, shift, mask)
 
 
-def _moca_backward_op(*arguments):
-    dx, sums = torch.ops.mir_kernels.moca_backward(*arguments)
+def _moca_backward_op(grad, x, scale, mask, backend, x_rows=None):
+    if x_rows is not None:
+        x = x.index_select(0, x_rows.clamp(min=0)).view(grad.shape) if len(x) else grad
+    dx, sums = torch.ops.mir_kernels.moca_backward(grad, x, scale, mask, backend)
     return dx, *sums.unbind(0)
 
 

@@ -20,8 +20,15 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) 
     torch.where(mask.ne(0)[:, None], y, x, out=out)  # chosen in the storage dtype: text rows keep their bits, NaN too
 
 
-def backward(grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """Write dx and return (dscale, dshift). grad, x, dx (n, d); what x holds outside the mask is not used."""
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor, x_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Write dx and return (dscale, dshift). grad, x, dx (n, d); what x holds outside the mask is not used.
+
+    x_rows (n,): where row i of x lies in x, for an x that holds vision rows alone.
+    """
+    if x_rows is not None:
+        x = x.index_select(0, x_rows.clamp(min=0)) if len(x) else grad
     dtype = _arithmetic(grad)
     vision = mask.ne(0)[:, None]
     scaled = torch.empty_like(grad)

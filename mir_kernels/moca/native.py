@@ -25,17 +25,20 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) 
         C.moca_forward(*arguments, torch.get_num_threads())
 
 
-def backward(grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor, x_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """dx = scale * grad on masked rows, grad elsewhere; returns (dscale, dshift). x is read on masked rows only.
 
-    With `dx` the same memory as grad, other rows stay untouched.
+    With `dx` the same memory as grad, other rows stay untouched. x_rows `(rows,)`, int64, contiguous: where row i of x
+    lies in x, for an x that holds masked rows alone.
     """
     scale, mask = _vector(scale, grad), _bytes(mask)
     sums = _column_sums(grad, 2)
     partial = _partial(grad, 2)
     arguments = (
-        *(*_rows(grad), *_rows(x), scale.data_ptr(), mask.data_ptr(), *_rows(dx), partial.data_ptr()),
-        *(sums[0].data_ptr(), sums[1].data_ptr(), *_shape(grad)),
+        *(*_rows(grad), *_rows(x), 0 if x_rows is None else x_rows.data_ptr(), scale.data_ptr(), mask.data_ptr()),
+        *(*_rows(dx), partial.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr(), *_shape(grad)),
     )
     if grad.is_cuda:
         C.moca_backward_cuda(*arguments, *_stream(grad))

@@ -31,8 +31,15 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) 
     out.copy_(torch.where(vision, (scale.double() * x.double() + shift.double()).to(x.dtype), x))
 
 
-def backward(grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """Write dx and return (dscale, dshift), float64. grad, x, dx (n, d); what x holds outside the mask is not used."""
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor, x_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Write dx and return (dscale, dshift), float64. grad, x, dx (n, d); what x holds outside the mask is not used.
+
+    x_rows (n,): where row i of x lies in x, for an x that holds vision rows alone.
+    """
+    if x_rows is not None:
+        x = x.index_select(0, x_rows.clamp(min=0)) if len(x) else grad
     vision = mask.ne(0)[:, None]
     g = grad.double()
     dx.copy_(torch.where(vision, (scale.double() * g).to(grad.dtype), grad))

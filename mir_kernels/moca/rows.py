@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mir_kernels._dispatch import Operation
 
@@ -19,6 +20,9 @@ MOCA = Operation("moca", orders={"cuda": ("cuda", "triton", "eager"), "cpu": ("n
 ADD_MOCA_RMS_NORM = Operation("add_moca_rms_norm", orders={"cuda": ("triton", "eager"), "cpu": ("native", "eager")})
 OPERATIONS = (MOCA, ADD_MOCA_RMS_NORM)
 
+# {mask: (its version, where its vision rows lie, which of them a row is)}: the layers of a model share one mask, and to
+# count its rows is to wait for the device.
+_PLACES = WeakTensorKeyDictionary()
 _MODULES = {"cuda": "native"}  # one module calls the compiled kernels of both devices
 
 
@@ -41,20 +45,27 @@ def forward_(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, backend: str
 
 
 def vision_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of x's vision rows (n, d) and their places (n,). Waits for the device: their number is in the mask."""
-    places = _flags(mask).nonzero().view(-1)
-    return _rows(x).index_select(0, places), places
+    """A copy of x's vision rows and, for each row of x, where in the copy it lies (only vision rows do)."""
+    version = None if mask.is_inference() else mask._version
+    if mask not in _PLACES or _PLACES[mask][0] != version:
+        vision = _flags(mask).ne(0)
+        _PLACES[mask] = version, vision.nonzero().view(-1), vision.cumsum(0) - 1
+    _, places, x_rows = _PLACES[mask]
+    return _rows(x).index_select(0, places), x_rows
 
 
 def backward(
-    grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, backend: str | None
+    grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, backend: str | None, *, x_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dscale, dshift), the last two float32 (float64 for float64). Only x's vision rows are read."""
+    """(dx, dscale, dshift), the last two float32 (float64 for float64). Only x's vision rows are read.
+
+    x_rows: of `vision_rows`, where x is their copy.
+    """
     dx = _like(grad)
     if not grad.numel():
         return dx, _zero_sum(grad), _zero_sum(grad)
     module = _module(0, backend, grad.device)
-    dscale, dshift = module.backward(_rows(grad), _rows(x), scale, _flags(mask), _rows(dx))
+    dscale, dshift = module.backward(_rows(grad), _rows(x), scale, _flags(mask), _rows(dx), x_rows)
     return dx, dscale, dshift
 
 

@@ -63,8 +63,13 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) 
         )  # fmt: skip
 
 
-def backward(grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """Write dx and return (dscale, dshift), float32 (float64 for float64). x is read in vision rows only."""
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor, x_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Write dx and return (dscale, dshift), float32 (float64 for float64). x is read in vision rows only.
+
+    x_rows (n,), int64: where row i of x lies in x, for an x that holds vision rows alone.
+    """
     rows, cols = grad.shape
     blocks = _triton.row(TABLE, grad.device)
     block_m, block_n = tile(grad, blocks.tile_bytes // 2)
@@ -72,9 +77,10 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor) -
     partial = torch.empty((2, grid[0], cols), dtype=accumulator(grad), device=grad.device)
     with _triton.on(grad.device):
         backward_kernel[grid](
-            grad, x, scale.contiguous(), mask, dx, partial, rows, cols, grad.stride(0), x.stride(0), dx.stride(0),
-            VECTOR=vector(grad, x, dx), WIDE=wide(grad), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
-            **_triton.LAUNCH,
+            grad, x, mask if x_rows is None else x_rows, scale.contiguous(), mask, dx, partial, rows, cols,
+            grad.stride(0), x.stride(0), dx.stride(0),
+            X_ROWS=x_rows is not None, VECTOR=vector(grad, x, dx), WIDE=wide(grad), BLOCK_M=block_m, BLOCK_N=block_n,
+            num_warps=4, **_triton.LAUNCH,
         )  # fmt: skip
         dscale, dshift = column_sums(partial)
     return dscale, dshift
@@ -173,8 +179,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
-    grad_ptr, x_ptr, scale_ptr, mask_ptr, dx_ptr, partial_ptr, rows, cols, grad_stride, x_stride, dx_stride,
-    VECTOR: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_ptr, x_ptr, x_rows_ptr, scale_ptr, mask_ptr, dx_ptr, partial_ptr, rows, cols,
+    grad_stride, x_stride, dx_stride,
+    X_ROWS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     first, programs = tl.program_id(0), tl.num_programs(0)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -190,7 +197,8 @@ def backward_kernel(
         b_grad = tl.load(
             grad_ptr + row[:, None] * (grad_stride // VECTOR * VECTOR) + col[None, :], mask=m_used, other=0
         )
-        b_x = tl.load(x_ptr + row[:, None] * (x_stride // VECTOR * VECTOR) + col[None, :], mask=m_vision, other=0)
+        x_row = tl.load(x_rows_ptr + row, mask=vision, other=0) if X_ROWS else row
+        b_x = tl.load(x_ptr + x_row[:, None] * (x_stride // VECTOR * VECTOR) + col[None, :], mask=m_vision, other=0)
         b_wide = b_grad.to(WIDE)
         b_dx = tl.where(m_vision, cast(b_wide * b_scale[None, :], b_grad.dtype), b_grad)
         tl.store(dx_ptr + row[:, None] * (dx_stride // VECTOR * VECTOR) + col[None, :], b_dx, mask=m_used)

@@ -36,11 +36,13 @@ def sources():
 
 
 def kernel_name(mangled):
-    """backward_kernel<bfloat16, 8> out of a mangled name of a kernel template over element type, A and vector size."""
+    """backward_kernel<bfloat16, 8> out of a mangled name of a kernel template over element type, A, vector size and
+    whether rows are gathered, which is named where it is so."""
     name, arguments = re.search(r"\d([a-z_]+_kernel)I(.+?)EEv", mangled).groups()
     element = re.match("|".join(sorted(TYPES, key=len, reverse=True)), arguments).group()
     size = re.search(r"Li(\d+)", arguments + "E")
-    return f"{name}<{TYPES[element]}{f', {size[1]}' if size else ''}>"
+    gathered = ", gathered" if "Lb1" in arguments + "E" else ""
+    return f"{name}<{TYPES[element]}{f', {size[1]}' if size else ''}{gathered}>"
 
 
 @cache

@@ -219,11 +219,12 @@ def test_one_token_without_axes_is_a_row(run):
 
 
 @pytest.mark.parametrize("vision", [True, False], ids=["all vision", "all text"])
-def test_batches_of_one_kind(run, vision):
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+def test_batches_of_one_kind(run, vision, inplace):
     x, scale, shift, mask, grad = inputs(run, torch.bfloat16, 576, 40)
     mask = torch.full_like(mask, vision)
     scale, shift, x = scale.requires_grad_(), shift.requires_grad_(), x.requires_grad_()
-    out = moca(x, scale, shift, mask, backend=run.backend)
+    out = moca(x * 1, scale, shift, mask, inplace=inplace, backend=run.backend)
     dx, dscale, dshift = torch.autograd.grad(out, (x, scale, shift), grad)
     if vision:
         g = grad.double()

@@ -75,6 +75,21 @@ def test_backward_programs_are_as_many_as_run_at_once(target, d):
         assert programs + launch.grid[1] > fit / 2, f"{name}: {programs} programs, where {fit} fit"
 
 
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_a_backward_of_kept_rows_fits_and_moves_as_the_other(target):
+    x, scale, mask, x_rows = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape, dtype in (
+            *(((16384, 4096), torch.bfloat16), (4096, torch.float32)),
+            *((16384, torch.bool), (16384, torch.int64)),
+        )
+    )
+    launch = aot.record(kernels.backward, x, x, scale, mask, x, x_rows, target=target)[0]
+    binary = aot.compile_launch(target, launch)
+    assert (binary.spills, 2 in binary.loads, 16 in binary.loads) == (0, False, True)
+    assert binary.registers <= 128
+
+
 def test_forward_multiplies_and_adds_with_one_rounding():
     binary = compiled("forward", 4096, torch.bfloat16, "sm_90", IN_PLACE=False)
     assert "fma.rn.f32" in binary.asm

@@ -1,6 +1,7 @@
 """How moca, add_moca_rms_norm and MoCa behave inside torch: refusals, autograd, compile, checkpointing, autocast."""
 
 import copy
+import gc
 import shutil
 import warnings
 
@@ -11,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from mir_kernels.moca import OPERATIONS, MoCa, add_moca_rms_norm, moca
+from mir_kernels.moca import OPERATIONS, MoCa, add_moca_rms_norm, moca, rows
 
 D = 16
 
@@ -157,6 +158,38 @@ def test_in_place_through_a_view_reaches_the_base(t):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+def test_in_place_counts_the_vision_rows_once_a_mask(t, monkeypatch):
+    counted = []
+    nonzero = torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda self: counted.append(1) or nonzero(self))
+    scale, mask = t["scale"].requires_grad_(), t["mask"].clone()
+
+    def two_layers():
+        h = t["x"] * 1
+        for _ in range(2):
+            h = moca(h, scale, t["shift"], mask, inplace=True)
+        return h
+
+    found = torch.autograd.grad(two_layers(), scale, t["grad"])
+    assert len(counted) == 1
+    mask.logical_not_()
+    other = torch.autograd.grad(two_layers(), scale, t["grad"])
+    assert len(counted) == 2
+    for sums, vision in ((found, ~mask), (other, mask)):
+        twice = moca(moca(t["x"], scale, t["shift"], vision), scale, t["shift"], vision)
+        assert torch.equal(sums[0], torch.autograd.grad(twice, scale, t["grad"])[0])
+
+
+def test_what_is_known_of_a_mask_goes_when_it_goes(t):
+    gc.collect()
+    before, mask = len(rows._PLACES), t["mask"].clone()
+    moca(t["x"] * 1, t["scale"].requires_grad_(), t["shift"], mask, inplace=True).sum().backward()
+    assert len(rows._PLACES) == before + 1
+    del mask
+    gc.collect()
+    assert len(rows._PLACES) == before
+
+
 @pytest.mark.parametrize(("frozen", "expected"), [(False, "vision rows"), (True, "nothing")])
 def test_in_place_keeps_for_backward_the_vision_rows_only(t, frozen, expected):
     sizes = []
@@ -164,7 +197,9 @@ def test_in_place_keeps_for_backward_the_vision_rows_only(t, frozen, expected):
     x = t["x"].clone().requires_grad_() * 1
     with torch.autograd.graph.saved_tensors_hooks(lambda s: sizes.append(s.numel()) or s, lambda s: s):
         moca(x, scale, t["shift"].requires_grad_(), t["mask"], inplace=True)
-    kept = int(t["mask"].sum()) * (D + 1) if expected == "vision rows" else 0  # the rows and where they were
+    kept = (
+        int(t["mask"].sum()) * D + t["mask"].numel() if expected == "vision rows" else 0
+    )  # and which of them is whose
     assert sum(sizes) == kept + t["scale"].numel() + t["shift"].numel() + t["mask"].numel()
 
 
