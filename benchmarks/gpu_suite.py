@@ -122,7 +122,7 @@ def build(out: Path, dry: bool) -> Result:
         import torch
 
         major, minor = torch.cuda.get_device_capability()
-        env["MIR_CUDA_ARCHS"] = f"{major}{minor}"
+        env |= {"MIR_CUDA_ARCHS": f"{major}{minor}", "CUDA_HOME": str(Path(nvcc).parent.parent)}
     tree = source_tree(out) if old_setuptools() else ROOT
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(out / "build")]
     built = out / "built"
@@ -195,6 +195,7 @@ def tests(out: Path, dry: bool) -> Result:
         more, failed = read_junit(report)
         counts = {name: counts[name] + more[name] for name in counts}
         failures += failed
+    failures = list(dict.fromkeys(failures))  # a file that cannot be collected fails in every process
     note = how + ", ".join(f"{n} {what}" for what, n in counts.items())
     bad = {i: code for i, code in enumerate(codes) if code not in (0, 1, 5)}  # 1: failures, 5: an empty shard
     note += f"; exit codes {sorted(set(bad.values()))} of {len(bad)} of {shards} processes" if bad else ""

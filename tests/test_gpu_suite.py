@@ -209,7 +209,8 @@ def test_without_pytest_every_kernel_job_is_checked_by_a_script(tmp_path):
     assert failures == []
 
 
-def test_without_nvcc_the_cpu_part_is_built_and_the_note_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("nvcc", [None, "/opt/cuda/bin/nvcc"])
+def test_without_nvcc_the_cpu_part_is_built_and_the_note_says_so(tmp_path, monkeypatch, nvcc):
     seen = {}
 
     def run(command, **environ):
@@ -219,12 +220,14 @@ def test_without_nvcc_the_cpu_part_is_built_and_the_note_says_so(tmp_path, monke
         return 0
 
     monkeypatch.setattr(gpu_suite, "run", run)
-    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path=None: nvcc)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
     (tmp_path / "mir_kernels").mkdir()
     found = gpu_suite.build(tmp_path, False)
-    assert (found["state"], found["cuda"], seen["MIR_CUDA"]) == ("passed", False, "0")
-    assert "CUDA C++ WAS NOT BUILT: there is no nvcc" in found["note"]
+    assert (found["state"], found["cuda"], seen["MIR_CUDA"]) == ("passed", nvcc is not None, str(int(nvcc is not None)))
+    assert ("CUDA C++ WAS NOT BUILT: there is no nvcc" in found["note"]) == (nvcc is None)
+    assert (seen.get("CUDA_HOME"), seen.get("MIR_CUDA_ARCHS")) == (("/opt/cuda", "90") if nvcc else (None, None))
     assert [path.name for path in (tmp_path / "mir_kernels").iterdir()] == ["_C.so"]
 
 
