@@ -59,8 +59,8 @@ struct Run {
 };
 
 // What rounding has left so far in two series of rows, which the next row of a series takes along: values that repeat
-// are rounded now up and now down, and what their rounding adds to the covariance with a column that knows of them (a
-// mark of special tokens, say) does not pile up. Which row belongs to which series is random, lest another pattern does.
+// are rounded now up and now down, and the covariance with a column that knows of them (a mark of special tokens, say)
+// does not gather their errors. Which row belongs to which series is random, lest another pattern does.
 struct Carry {
   F32Vec of[2];
 };
