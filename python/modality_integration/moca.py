@@ -301,7 +301,8 @@ def _may_overwrite(state: Tensor, args: tuple) -> bool:
         return False
     if not torch.is_grad_enabled() or not state.requires_grad:
         return True
-    return state.grad_fn is not None and state.grad_fn.name() == "AddBackward0"  # the residual add saves nothing
+    # Neither the residual add keeps its result, nor a checkpoint around it.
+    return state.grad_fn is not None and state.grad_fn.name() in ("AddBackward0", "CheckpointFunctionBackward")
 
 
 def _calibrated_layers(model: nn.Module) -> list[Any]:

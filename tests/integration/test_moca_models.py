@@ -189,6 +189,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_keep_vision_rows_and_no_state_more(reentrant):
+    kept = []
+    for with_moca in (False, True):
+        model = calibrated() if with_moca else tiny_model("llava")
+        model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        batch = tiny_batch(model, "llava", ROWS)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=shapes: seen.append(t.shape) or t, lambda t: t):
+            loss_of(model, batch)
+        kept.append((shapes.count((*batch.vision.shape, HIDDEN)), shapes.count((int(batch.vision.sum()), HIDDEN))))
+    (states, none), (states_with_moca, rows) = kept
+    assert states_with_moca == states
+    assert rows - none == LAYERS
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_around_whole_layers_recompute_with_the_mask_of_their_pass(reentrant):
     from torch.utils.checkpoint import checkpoint
 
