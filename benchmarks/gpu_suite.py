@@ -51,25 +51,26 @@ class Bench(NamedTuple):
     limit: int
 
 
-BENCHMARKS = {  # by the name of the CSV
-    "moca": Bench("moca", "--seconds 0.3", "--tokens 64 --hidden 64", 43),
+# By the name of the CSV. Left out is what takes a GPU minutes: eigenvalues of general matrices, compilers twice.
+BENCHMARKS = {
+    "moca": Bench("moca", "--seconds 0.3", "--tokens 64 --hidden 64", 41),
     "moments": Bench("moments", "--seconds 0.3", "--tokens 64 --d 32", 22),
     # One matrix, and batches of many small ones: where LAPACK and cuSOLVER are slowest.
-    "sqrtm": Bench("sqrtm", "--seconds 0.3 --d 512 --skip scipy", "--d 16", 20),
+    "sqrtm": Bench("sqrtm", "--seconds 0.3 --d 512 --skip scipy", "--d 16", 24),
     "sqrtm_batch512": Bench(
         "sqrtm",
-        "--seconds 0.2 --operations polar trace --d 64 --batch 512 --skip scipy linalg",
+        '--seconds 0.2 --operations polar trace --d 64 --batch 512 --skip scipy torchmetrics compile "(linalg"',
         "--operations polar trace --d 8 --batch 3",
-        24,
+        18,
     ),
     "sqrtm_batch256": Bench(
-        "sqrtm", "--seconds 0.2 --operations polar --d 256 --batch 256", "--operations polar --d 12 --batch 2", 14
+        "sqrtm", "--seconds 0.2 --operations polar --d 256 --batch 256", "--operations polar --d 12 --batch 2", 27
     ),
     "sqrtm_4096": Bench(
         "sqrtm",
-        "--seconds 0.2 --operations polar trace --d 4096 --skip torchmetrics published",
-        "--operations polar trace --d 20 --skip torchmetrics published",
-        24,
+        "--seconds 0.2 --operations polar trace --d 4096 --skip torchmetrics published compile eigh",
+        "--operations polar trace --d 20 --skip torchmetrics published eigh",
+        20,
     ),
     "mir": Bench(
         "mir",
@@ -77,7 +78,7 @@ BENCHMARKS = {  # by the name of the CSV
         '--skip "published, accurate (scipy)" "torchmetrics recipe"',
         '--layers 1 --hidden 16 --samples 2 --vision 20 --text 12 --skip "published, accurate (scipy)" '
         '"torchmetrics recipe" "published, fast" "mir_kernels, lists"',
-        27,
+        22,
     ),
 }
 LIMITS = {"tests": 98, "sanitizer": 32, "tune": 55}  # seconds of one command of these stages

@@ -143,7 +143,7 @@ def test_a_benchmark_that_is_cut_short_keeps_its_rows_and_one_of_ours_without_a_
     monkeypatch.setattr(gpu_suite, "run", run)
     found = gpu_suite.bench(tmp_path, True)
     assert found["state"] == "failed"
-    assert found["note"] == "moca: stopped after 43 s with 1 rows; moments: no time for ours, triton"
+    assert found["note"] == "moca: stopped after 41 s with 1 rows; moments: no time for ours, triton"
     assert len(found["files"]) == len(gpu_suite.BENCHMARKS)
 
 
