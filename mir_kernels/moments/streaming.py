@@ -76,6 +76,7 @@ class StreamingMoments:
         self._pending: Tensor | None = None  # (rows + 1, d) of the tokens' dtype; the last row takes what a mask drops
         self._bound = 0  # rows of _pending in use, at most: on CUDA only the device knows how many a mask kept
         self._filled = torch.zeros((), dtype=torch.int64, device=self.device)  # and this is how many
+        self._whole = True  # no mask dropped any: it is known here, too
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -102,7 +103,7 @@ class StreamingMoments:
         if self._waits_for_nothing():
             self._gather_on_device(rows, keep)
         else:
-            self._gather_on_host(rows, keep)
+            self._gather_known(rows, keep)
 
     @property
     def count(self) -> int:
@@ -151,8 +152,7 @@ class StreamingMoments:
         self._mean += delta * (m / total)
         self._count += other._count
         if other._pending is not None and other._bound:
-            waiting = other._pending[: other._bound]
-            self.update(waiting, other._kept(other._bound))
+            self.update(other._pending[: other._bound], other._kept())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -229,6 +229,7 @@ class StreamingMoments:
             self._bound = max(rows.shape[0], bound) if self._waits_for_nothing() else rows.shape[0]
             self._allocate(rows.dtype, max(self._rows(), self._bound))[: rows.shape[0]] = rows
             self._filled.fill_(rows.shape[0])
+            self._whole = self._bound == rows.shape[0]
             if self._bound >= self._rows():
                 self._fold_pending()
                 self._pending = None
@@ -264,11 +265,11 @@ class StreamingMoments:
         self._pending = torch.empty(rows + 1, self.hidden_size, dtype=dtype, device=self.device)
         return self._pending
 
-    def _kept(self, bound: int) -> Tensor:
-        """Which of the first `bound` gathered rows are rows, (bound,) bool."""
-        return torch.arange(bound, device=self.device) < self._filled
+    def _kept(self) -> Tensor | None:
+        """Which of the gathered rows in use are rows, (_bound,) bool; None where all are."""
+        return None if self._whole else torch.arange(self._bound, device=self.device) < self._filled
 
-    def _gather_on_host(self, rows: Tensor, keep: Tensor | None) -> None:
+    def _gather_known(self, rows: Tensor, keep: Tensor | None) -> None:
         """Blocks of exactly _rows() rows, in order: the bits do not depend on how the rows were split into updates."""
         index = None if keep is None else keep.nonzero().flatten()
         total, done, size = rows.shape[0] if index is None else index.shape[0], 0, self._rows()
@@ -294,6 +295,9 @@ class StreamingMoments:
             for part in rows[:direct].split(max(size, DIRECT)):
                 self._fold(part, None)
             rows = rows[direct:]
+        if keep is None and self._whole:
+            self._gather_known(rows, None)
+            return
         for start in range(0, rows.shape[0], size):
             part = rows[start : start + size]
             take = part.shape[0]
@@ -307,15 +311,16 @@ class StreamingMoments:
             pending.index_copy_(0, place, part)
             self._bound += take
             self._filled += kept.sum()
+            self._whole = False
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _fold_pending(self) -> None:
         if self._bound and self._pending is not None:
-            host = not self._waits_for_nothing()
-            self._fold(self._pending[: self._bound], None if host else self._kept(self._bound))
+            self._fold(self._pending[: self._bound], self._kept())
             self._bound = 0
             self._filled.zero_()
+            self._whole = True
 
     def _fold(self, x: Tensor, mask: Tensor | None) -> None:
         """Joins a block (rows, d) to the state: Chan's rule around the shift s that the block was multiplied with.

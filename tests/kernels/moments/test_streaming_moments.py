@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mir_kernels.moments import StreamingMoments, packed, reference, streaming
 
@@ -401,6 +402,26 @@ def test_an_update_never_asks_the_device_for_a_number(rows, small_blocks):
     assert moments.mean.shape == (8,)
     with pytest.raises(RuntimeError, match="meta"):
         int(moments.count)
+
+
+class Operations(TorchDispatchMode):
+    """How many torch operations run, views aside: each is a launch on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += not (function.is_view or "empty" in function.name())
+        return function(*arguments, **(keywords or {}))
+
+
+def test_gathering_rows_without_a_mask_takes_two_operations():
+    moments = StreamingMoments(8, device="meta")
+    x = torch.zeros(576, 8, device="meta")
+    moments.update(x)
+    for masked, most in ((False, 2), (True, 9)):
+        with Operations() as operations:
+            moments.update(x, torch.zeros(576, dtype=torch.bool, device="meta") if masked else None)
+        assert 0 < operations.count <= most + masked  # the mask itself
 
 
 @pytest.mark.gpu

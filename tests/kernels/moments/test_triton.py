@@ -120,6 +120,27 @@ def test_a_block_larger_than_what_is_gathered_goes_in_directly(monkeypatch, asse
     assert_moments(moments, x)
 
 
+@pytest.mark.parametrize("order", ["masked first", "masked last", "in turn"])
+def test_updates_with_and_without_a_mask_follow_each_other(order, monkeypatch, assert_moments):
+    monkeypatch.setattr(streaming, "ROWS", {"cpu": 16, "cuda": 16})
+    x = torch.randn(91, 9, device=DEVICE).bfloat16() + 3
+    mask = torch.rand(91, device=DEVICE) < 0.6
+    moments, kept = StreamingMoments(9, device=DEVICE, backend="triton"), []
+    for number, (part, keep) in enumerate(zip(x.split(7), mask.split(7), strict=True)):
+        masked = {"masked first": number < 6, "masked last": number > 6, "in turn": number % 2 == 0}[order]
+        moments.update(part, keep if masked else None)
+        kept.append(part[keep] if masked else part)
+        if number == 8:
+            state = {key: value.clone() for key, value in moments.state_dict().items()}
+            moments = StreamingMoments(9, device=DEVICE, backend="triton")
+            moments.load_state_dict(state)
+        if number == 10:
+            other = StreamingMoments(9, device=DEVICE, backend="triton")
+            other.merge(moments)
+            moments = other
+    assert_moments(moments, torch.cat(kept))
+
+
 def test_float64_is_multiplied_in_float64(assert_moments):
     x = torch.randn(40, 9, device=DEVICE, dtype=torch.float64) + 1e5
     moments = StreamingMoments(9, device=DEVICE, backend="triton")
