@@ -30,7 +30,7 @@ def accumulate(
 ) -> tuple[Tensor, Tensor]:
     """The block update of `eager.accumulate`, f32/bf16/f16 without a mask, with products in float32.
 
-    From 512 rows on bf16 is multiplied in 16-bit integers where the CPU has AVX2 (csrc/moments/integers.h), with a
+    From 1024 rows on bf16 is multiplied in 16-bit integers where the CPU has AVX2 (csrc/moments/integers.h), with a
     shift that is coarser than the centre.
     """
     if mask is not None or precision == "exact":
