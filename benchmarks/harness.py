@@ -31,9 +31,10 @@ DATA = Path(__file__).parent / "data"
 MATRIX = {"cpu": 1536, "cuda": 8192}
 COPIED = {"cpu": 128 << 20, "cuda": 2 << 30}
 FLUSHED = 512 << 20  # bytes read before each CUDA timing: past any L2, and longer than a launch takes from Python
-UNITS = {  # what a product may be made of; a job names the kinds of operations that it needs
-    "any": (torch.bfloat16, torch.float32, torch.int8),
-    "float64": (torch.float64,),
+# What the products of a job may be made of. The native second moment multiplies integers; no CUDA kernel does.
+UNITS = {
+    "cpu": {"any": (torch.bfloat16, torch.float32, torch.int8), "float64": (torch.float64,)},
+    "cuda": {"any": (torch.bfloat16, torch.float32), "float64": (torch.float64,)},
 }
 OURS = ("ours", "mir_kernels")  # how the names of our own rivals begin
 COLUMNS = (
@@ -171,7 +172,7 @@ def copies_of(moved: int, device: str) -> tuple[list[Rival], float]:
 @functools.cache
 def rate(device: str, unit: str) -> float:
     """GFLOP/s of the fastest large product of a unit's dtypes, on random data; those that torch lacks here are none."""
-    return max(_product_rate(device, dtype) for dtype in UNITS[unit])
+    return max(_product_rate(device, dtype) for dtype in UNITS[device][unit])
 
 
 def _product_rate(device: str, dtype: torch.dtype) -> float:
