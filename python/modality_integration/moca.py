@@ -263,7 +263,7 @@ class _Calibration:
         if self._replayed:
             self._replayable.clear()
             self._replayed = False
-        self._replayable.append(vision)
+        self._replayable.append(vision.clone())  # what is known of a mask, 16 bytes a token, goes with the pass
 
     def _mask_outside(self, shape: tuple[int, int]) -> Tensor:
         if isinstance(self.given, Tensor):

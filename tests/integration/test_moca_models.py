@@ -1,6 +1,7 @@
 """MoCa inside transformers models: where it acts, where it costs nothing, and the training set-ups it survives."""
 
 import copy
+import gc
 import pickle
 import re
 import threading
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from integration.tiny_models import FAMILIES, HIDDEN, LAYERS, Batch, decoder_of, tiny_batch, tiny_model
+from mir_kernels.moca import rows as kernels
 from modality_integration.moca import (
     NAME,
     add_moca,
@@ -186,6 +188,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
         if "language_model" in name or "lm_head" in name:
             assert_close(gradient, expected[name], factor=10)
     assert all(name in gradients(model) for name in expected if NAME in name)
+
+
+def test_nothing_of_a_pass_is_kept_after_its_backward_but_its_mask():
+    gc.collect()
+    before, model = len(kernels._PLACES), calibrated()
+    loss = loss_of(model, tiny_batch(model, "llava", ROWS))
+    assert len(kernels._PLACES) == before + 1
+    loss.backward()
+    del loss
+    gc.collect()
+    assert len(kernels._PLACES) == before
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
