@@ -20,25 +20,24 @@ from mir_kernels.sqrtm import eager
 
 
 class Gpu(NamedTuple):
-    """Data sheet peaks: GB/s, and dense TFLOP/s of bf16, tf32 and float64 (on tensor cores); and where they stand."""
+    """Data sheet peaks: GB/s, dense TFLOP/s of 16-bit and float64 products (on tensor cores); and where they stand."""
 
     bandwidth: float
     bf16: float
-    tf32: float
     float64: float
     source: str
 
 
 GPUS = {
-    "A100": Gpu(2039, 312, 156, 19.5, "NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM"),
-    "H100": Gpu(3350, 989, 494, 67, "NVIDIA H100 Tensor Core GPU data sheet, SXM, without sparsity"),
-    "H200": Gpu(4800, 989, 494, 67, "NVIDIA H200 Tensor Core GPU data sheet, SXM, without sparsity"),
-    "B200": Gpu(8000, 2250, 1125, 40, "NVIDIA HGX B200 data sheet, one of eight, without sparsity"),
+    "A100": Gpu(2039, 312, 19.5, "NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM"),
+    "H100": Gpu(3350, 989, 67, "NVIDIA H100 Tensor Core GPU data sheet, SXM, without sparsity"),
+    "H200": Gpu(4800, 989, 67, "NVIDIA H200 Tensor Core GPU data sheet, SXM, without sparsity"),
+    "B200": Gpu(8000, 2250, 40, "NVIDIA HGX B200 data sheet, one of eight, without sparsity"),
 }
-# Shares of the peak, rounded from H100s: a copy of 3.0 TB/s and a bf16 product of 798 TFLOP/s on random data. Those of
-# tf32 and of float64, where factors and triangular solves are among the products, are guesses.
-REACHED = {"bandwidth": 0.9, "bf16": 0.8, "tf32": 0.6, "float64": 0.4}
-TF32_PRODUCTS = 3  # that make one in float32
+# Shares of the peak, rounded from H100s: a copy of 3.0 TB/s and a bf16 product of 798 TFLOP/s on random data. That
+# of float64, where factors and triangular solves are among the products, is a guess.
+REACHED = {"bandwidth": 0.9, "bf16": 0.8, "float64": 0.4}
+FLOAT16_PRODUCTS = 3  # that make one in float32
 # What `mir` takes by default on CUDA, certified to 1e-6, and what its sqrt_precision="bfloat16" takes, to 2e-3.
 GRADES = {"float32": "float32", "bfloat16": "float16"}  # precision asked for: that of the iteration
 # Layers and hidden size of the language models under LLaVA-1.5-7B, LLaVA-1.5-13B and LLaVA-NeXT-34B.
@@ -88,7 +87,7 @@ def mir_time(gpu: Gpu, layers: int, d: int, tokens: int, precision: str = "float
     steps = layers * len(eager.steps_for(GRADES[precision]))
     if precision == "float32":
         one = counts.polar_step(d, element=4)
-        polar = seconds(counts.Count(one.bytes, TF32_PRODUCTS * one.flops).times(steps), gpu, "tf32")
+        polar = seconds(counts.Count(one.bytes, FLOAT16_PRODUCTS * one.flops).times(steps), gpu)
     else:
         polar = seconds(counts.polar_step(d).times(steps), gpu)
     return MirTime(
@@ -140,17 +139,17 @@ def report(samples: int, vision: int, text: int, paths: list[Path]) -> str:
                 grade = f" in {precision}{' (the default)' * default}" if part in ("polar", "total") else ""
                 found = beside.get(f"mir:{model}", "") if part == "total" and default else ""
                 lines.append(f"| {model} ({layers} layers, d = {d}), {part}{grade} | {times} | {found} |")
+    steps = {grade: len(eager.steps_for(precision)) for grade, precision in GRADES.items()}
     lines += ["", "Assumptions:"]
     lines += [f"- reached of the peak: {', '.join(f'{k} {v}' for k, v in REACHED.items())}"]
     for name, g in GPUS.items():
-        peaks = f"bf16 {g.bf16}, tf32 {g.tf32}, float64 {g.float64} TFLOP/s"
+        peaks = f"16 bits {g.bf16}, float64 {g.float64} TFLOP/s"
         lines.append(f"- {name}: {g.bandwidth} GB/s, {peaks} ({g.source})")
     lines += [
         "- bytes and operations are the fewest (benchmarks/counts.py); half of the kernels' rows are vision rows",
-        "- a root: float64 Cholesky factors and their product, "
-        f"{len(eager.steps_for(GRADES['float32']))} polar steps in float32 by {TF32_PRODUCTS} tf32 products each, or "
-        f"{len(eager.steps_for(GRADES['bfloat16']))} in 16 bits, and the float64 certificate of either; one precision "
-        "suffices",
+        f"- a root: float64 Cholesky factors and their product, {steps['float32']} polar steps in float32 by "
+        f"{FLOAT16_PRODUCTS} float16 products each, or {steps['bfloat16']} in 16 bits, and the float64 certificate of "
+        "either; one precision suffices",
         "- hidden states lie in GPU memory; launches, the forward pass of the model and the host are not counted",
     ]
     return "\n".join(lines)

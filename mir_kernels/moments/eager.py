@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from mir_kernels._precision import float32_products
 from mir_kernels.moments.packed import add_outer, panels
 
 CHUNK = 256  # rows shifted at a time: a chunk's two passes stay in the cache
@@ -36,7 +34,7 @@ def accumulate(
     shift = centre.to(dtype)
     y = _shifted(x, mask, shift)
     add_outer(second, d, vectors, weights)
-    with _float32_products_in_float32():
+    with float32_products():
         for start, stop, panel in panels(second, d):
             if dtype == torch.float64:
                 panel.addmm_(y[:, start:stop].T, y[:, :stop])
@@ -62,26 +60,3 @@ def _shifted(x: Tensor, mask: Tensor | None, shift: Tensor) -> Tensor:
         if mask is not None:
             part.masked_fill_(~mask[start : start + step, None], 0.0)
     return y
-
-
-@contextlib.contextmanager
-def _float32_products_in_float32() -> Iterator[None]:
-    """torch.mm multiplies float32 in float32 here, whatever the process has set: no autocast, tf32 or bf16 passes."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
-            return
-        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        found = [switch.fp32_precision for switch in switches]
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for switch, precision in zip(switches, found, strict=True):
-                switch.fp32_precision = precision

@@ -160,7 +160,8 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
 
 def _refuse_cross_attention(model: nn.Module, holder: nn.Module) -> None:
     for part in (model, holder):
-        if getattr(text_config(part), "is_encoder_decoder", False):
+        configs = text_config(part), getattr(part, "config", None)
+        if any(getattr(config, "is_encoder_decoder", False) for config in configs):
             raise ValueError(
                 f"model: {type(model).__name__} has an encoder-decoder language model: its vision tokens end in the "
                 "encoder and its text in the decoder, so no layer holds both; name one stack with `layers` to insist"

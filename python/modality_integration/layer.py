@@ -51,7 +51,7 @@ class Options(NamedTuple):
     normalize: bool = True
     bounds: bool = False
     precision: str = "auto"
-    sqrt_precision: str | None = None
+    sqrt_precision: str = "float32"
     hold: int | None = None
     backend: str | None = None
     groups: int = 0
@@ -60,8 +60,7 @@ class Options(NamedTuple):
         """Itself, once every option is one that exists."""
         _checks.choice("outliers", self.outliers, OUTLIERS)
         _checks.choice("precision", self.precision, ("fast", "auto", "exact"))
-        if self.sqrt_precision is not None:
-            _checks.choice("sqrt_precision", self.sqrt_precision, ("bfloat16", "float32", "float64"))
+        _checks.choice("sqrt_precision", self.sqrt_precision, ("bfloat16", "float32", "float64"))
         if self.hold is not None and self.hold < 2:
             raise ValueError(f"hold: takes 2 rows or more, got {self.hold}")
         if self.groups != 0 and not 2 <= self.groups <= MOST_GROUPS:
@@ -226,8 +225,8 @@ def distance_terms(
 def _root(vision: Counted, text: Counted, layer: int, options: Options) -> Roots[tuple[Any, list[str]]]:
     """Tr((Sigma_v Sigma_t)^(1/2)), with its bounds if asked for, and notes."""
     if isinstance(vision, CountedFeatures) and isinstance(text, CountedFeatures) and (vision.short or text.short):
-        precision = _root_precision(options, vision.features.device)
-        return trace_sqrt_from_features(vision.features, text.features, precision=precision, bounds=options.bounds), []
+        root = partial(trace_sqrt_from_features, precision=options.sqrt_precision, backend=_root_backend(options))
+        return root(vision.features, text.features, bounds=options.bounds), []
     covariances = {"vision": vision.covariance(), "text": text.covariance()}
     notes = [
         f"layer {layer}, {modality}: the covariance lacks rank to the precision it was accumulated in, so its "
@@ -241,11 +240,9 @@ def _root(vision: Counted, text: Counted, layer: int, options: Options) -> Roots
 
 def _roots(asked: list[Covariances]) -> list[Any]:
     """For each, the root, with its bounds if asked for, or the error that it has none; all of one size and device."""
-    options, device = asked[0].options, asked[0].vision.device
-    precision = _root_precision(options, device)
-    # A backend of the token kernels alone ("native") leaves the root's to be chosen.
-    backend = options.backend if options.backend in ROOT.names() else None
-    root = partial(trace_sqrt_product, precision=precision, bounds=options.bounds, backend=backend)
+    options = asked[0].options
+    backend = _root_backend(options)
+    root = partial(trace_sqrt_product, precision=options.sqrt_precision, bounds=options.bounds, backend=backend)
     if len(asked) == 1:
         try:
             return [root(asked[0].vision, asked[0].text)]
@@ -258,8 +255,9 @@ def _roots(asked: list[Covariances]) -> list[Any]:
     return list(zip(*found, strict=True)) if options.bounds else list(found)
 
 
-def _root_precision(options: Options, device: torch.device) -> str:
-    return options.sqrt_precision or ("float32" if device.type == "cuda" else "float64")
+def _root_backend(options: Options) -> str | None:
+    """A backend of the token kernels alone ("native") leaves the root's to be chosen."""
+    return options.backend if options.backend in ROOT.names() else None
 
 
 def nearest_semidefinite(covariance: Tensor) -> Tensor:

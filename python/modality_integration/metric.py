@@ -43,7 +43,7 @@ def mir(
     outliers: str = "remove",
     normalize: bool = True,
     bounds: bool = False,
-    sqrt_precision: str | None = None,
+    sqrt_precision: str = "float32",
     backend: str | None = None,
 ) -> MIRResult:
     """MIR = log10 sum_k FID(omega(alpha_k f_k^v), omega(alpha_k f_k^t)), Eq. 3 of the MIR paper.
@@ -54,9 +54,9 @@ def mir(
     (the paper's text), "median" (replaced by the column medians, as the published code has it), "none".
     normalize: multiply by alpha_k = s / sum_j ||t_kj|| (Eq. 2), over all text tokens, outliers included.
     bounds: also give `lower` and `upper`, between which MIR lies provably.
-    sqrt_precision: of Tr((Sigma_v Sigma_t)^(1/2)), see `mir_kernels.trace_sqrt_product`; by default "float64" (1e-8 of
-    the root) on a CPU and "float32" (1e-6, by the tensor cores, checked against a dual bound) on a GPU. Means and
-    covariances are float64 throughout. backend: of the kernels, and of the root where it has one of that name.
+    sqrt_precision: of Tr((Sigma_v Sigma_t)^(1/2)), see `mir_kernels.trace_sqrt_product`; "float32" promises 1e-6 of the
+    root, by tensor cores on a GPU and checked against a dual bound, and 1e-8 comes of float64 decompositions on a CPU.
+    Means and covariances are float64 throughout. backend: of the kernels, and of the root where it has that one.
     Raises ValueError or TypeError that names the layer, the modality and, where one token is at fault, its index.
     """
     options = Options(outliers, normalize, bounds, "exact", sqrt_precision, backend=backend).checked()
@@ -110,7 +110,7 @@ class ModalityIntegrationRate(Metric):
         normalize: bool = True,
         bounds: bool = False,
         precision: str = "auto",
-        sqrt_precision: str | None = None,
+        sqrt_precision: str = "float32",
         hold: int | None = None,
         backend: str | None = None,
         groups: int = 0,

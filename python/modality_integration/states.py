@@ -50,7 +50,7 @@ def mir_of_states(
     normalize: bool = True,
     bounds: bool = False,
     precision: str = "auto",
-    sqrt_precision: str = "float64",
+    sqrt_precision: str = "float32",
     hold: int | None = None,
     backend: str | None = None,
     groups: int = 0,
