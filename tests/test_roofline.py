@@ -27,7 +27,7 @@ def test_counts_are_those_of_the_tensors():
 
 
 def test_time_is_the_longer_of_bytes_and_operations():
-    gpu = roofline.Gpu(1000, 100, 50, 10, "made up")
+    gpu = roofline.Gpu(1000, 100, 10, "made up")
     reached = roofline.REACHED
     assert roofline.seconds(counts.Count(10**12, 1), gpu) == pytest.approx(1 / reached["bandwidth"])
     assert roofline.seconds(counts.Count(1, 10**14), gpu) == pytest.approx(1 / reached["bf16"])

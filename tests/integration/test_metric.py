@@ -172,16 +172,15 @@ def test_a_layer_whose_root_cannot_be_taken_is_named_among_those_taken_together(
         mir([vision, 1000 * vision, vision], [text, text, text])
 
 
-def test_the_root_takes_the_backend_where_it_has_it_and_the_precision_of_its_device(roots):
+def test_the_root_takes_the_backend_where_it_has_it_and_the_precision_asked_for(roots):
     vision, text = pair(300, 250, 24)
     asked = [None, "eager"] + ["native"] * (OPERATION.reason("native", torch.device("cpu")) is None)
     values = [mir([vision], [text], backend=backend).value for backend in asked]
     assert [options["backend"] for _, options in roots] == [None, "eager", None][: len(asked)]
     assert values == pytest.approx([values[0]] * len(asked), abs=1e-7)
-    assert {options["precision"] for _, options in roots} == {"float64"}
-    mir([vision], [text], sqrt_precision="float32")
-    assert roots[-1][1]["precision"] == "float32"
-    assert layer._root_precision(layer.Options(), torch.device("cuda")) == "float32"
+    assert {options["precision"] for _, options in roots} == {"float32"}
+    mir([vision], [text], sqrt_precision="float64")
+    assert roots[-1][1]["precision"] == "float64"
     assert layer.layers_together(1024, torch.device("cuda")) == 16
     assert layer.layers_together(8192, torch.device("cuda")) == 1
 
