@@ -100,9 +100,11 @@ def plot_iterations(source: Path, target: Path) -> None:
     figure, panels = plt.subplots(1, len(cases), figsize=(6 * len(cases), 4.2), sharey=True, squeeze=False)
     for axes, (case, lines) in zip(panels[0], cases.items(), strict=True):
         for (method, precision), points in lines.items():
+            place = ("bfloat16", "float16", "float32").index(precision)
             style = {
                 "linestyle": "--" if method.startswith("coupled") else "-",
-                "marker": "o" if precision == "bfloat16" else "s",
+                "marker": "o^s"[place],
+                "color": f"C{place}",
             }
             x, y = zip(*((i, e) for i, e in points if e == e and e < 1e6), strict=True)
             axes.semilogy(x, y, label=f"{method}, {precision}", markersize=3, **style)
@@ -111,7 +113,7 @@ def plot_iterations(source: Path, target: Path) -> None:
         axes.set_xlabel("iterations")
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("relative error of Tr((AB)^1/2)")
-    panels[0][0].legend()
+    panels[0][0].legend(fontsize="small", loc="upper left")
     figure.tight_layout()
     figure.savefig(target, dpi=130)
 
