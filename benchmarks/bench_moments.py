@@ -7,6 +7,8 @@ to be timed (1e-5, for "exact" 1e-10), a rival only has to give a covariance (1e
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,7 @@ def floor(count: counts.Count) -> dict[str, int]:
     return {"bytes_moved": count.bytes, "flops": count.flops}
 
 
-def main() -> None:
+def main() -> int:
     parser = harness.arguments(__doc__.splitlines()[0], "moments")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 576], help="n of each case")
     parser.add_argument("--d", type=int, nargs="+", default=None, help="d of each case (2048 on a CPU, 4096 on CUDA)")
@@ -144,9 +146,10 @@ def main() -> None:
                 seconds=args.seconds / 4,
                 device=args.device,
             )
+            harness.write_csv(rows, args.out)  # what is known so far, should the next case crash
     harness.print_rows(rows)
-    harness.write_csv(rows, args.out)
+    return harness.exit_code(rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,13 +17,10 @@ import csv
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import harness
+import recipes
 from modality_integration import ModalityIntegrationRate
 
 TRIANGLES = "accumulators: means and triangles, float64"
@@ -33,35 +30,9 @@ GROUPS = 5  # the default of `mir compute`
 COLUMNS = ("case", "part", "mb", "device", "threads", "torch", "python", "commit")
 
 
-class States:
-    """Draws one sample after the other: power-law spectra, a large mean in a few columns, a massive first token."""
-
-    def __init__(self, layers: int, hidden: int, vision: int, text: int) -> None:
-        self.generator = torch.Generator().manual_seed(0)
-        tokens = 1 + vision + text
-        self.vision, self.text = torch.zeros(2, tokens, dtype=torch.bool)
-        self.vision[1 : 1 + vision] = True
-        self.text[1 + vision :] = True
-        self.spectrum = torch.arange(1, hidden + 1) ** -0.75
-        self.means = torch.zeros(hidden)
-        self.means[:: max(1, hidden // 4)] = 20.0
-        self.gaps = torch.randn(layers, hidden, generator=self.generator) * self.spectrum
-
-    def sample(self) -> list[Tensor]:
-        """The states of every layer, (tokens, d) bf16 each."""
-        return list(self._layers())
-
-    def _layers(self) -> Iterator[Tensor]:
-        for gap in self.gaps:
-            x = torch.randn(len(self.vision), len(gap), generator=self.generator).add_(self.means).mul_(self.spectrum)
-            x[self.vision] = x[self.vision].roll(1, -1) + gap
-            x[0] *= 300
-            yield x.bfloat16()
-
-
 def measure(flags: argparse.Namespace, layers: int, groups: int) -> dict[str, float]:
     """MB by part; see the module."""
-    states = States(layers, flags.hidden, flags.vision, flags.text)
+    states = recipes.HiddenStates(layers, flags.hidden, flags.vision, flags.text)
     _warm_up()
     before = _rss_mb()
     began = time.monotonic()
@@ -112,7 +83,7 @@ def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
 
 def _warm_up() -> None:
     """What a process allocates once, for BLAS, LAPACK and the kernels, is no part of the stream."""
-    states = States(1, 64, 80, 80)
+    states = recipes.HiddenStates(1, 64, 80, 80)
     metric = ModalityIntegrationRate(hold=2)
     for _ in range(2):
         metric.update(states.sample(), states.vision, states.text)
