@@ -101,6 +101,7 @@ def _sound(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> bool:
         isinstance(mask, Tensor)
         and len(size) == 1
         and size[0] > 0
+        and x.layout == scale.layout == shift.layout == mask.layout == torch.strided
         and x.dtype in _checks.FLOATS
         and scale.dtype in _checks.FLOATS
         and shift.dtype in _checks.FLOATS
@@ -118,6 +119,7 @@ def _fit(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
     return (
         isinstance(residual, Tensor)
         and isinstance(weight, Tensor)
+        and residual.layout == weight.layout == torch.strided
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device

@@ -61,6 +61,13 @@ def test_bad_input_is_refused_by_name_and_nothing_changes(t, name, change, error
     assert all(t[n] == v if isinstance(v, list) else v.is_meta or torch.equal(t[n], v) for n, v in before.items())
 
 
+@pytest.mark.parametrize("name", ["x", "scale", "mask"])
+def test_sparse_tensors_are_refused_by_name(t, name):
+    t[name] = t[name].detach().to_sparse()
+    with pytest.raises(TypeError, match=f"{name}: takes a dense tensor, got torch.sparse_coo"):
+        moca(t["x"], *vectors(t))
+
+
 def test_backends_that_do_not_exist_or_cannot_run_say_so(t):
     with pytest.raises(ValueError, match="backend: moca has no backend 'fast'"):
         moca(t["x"], *vectors(t), backend="fast")
