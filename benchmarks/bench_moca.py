@@ -13,19 +13,23 @@ On a CPU the allocator is told to keep freed memory: else every rival mostly mea
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 import counts
 import harness
-from mir_kernels.moca import OPERATIONS, add_moca_rms_norm, moca
+from mir_kernels import add_moca_rms_norm, moca
+from mir_kernels.ops.moca.launch import ADD_MOCA_RMS_NORM, MOCA
 
 LIMIT = 1e-2  # relative, bf16
 CALLS = 1000
+Results = Tensor | tuple[Tensor, ...]
 
 
 def main() -> int:
@@ -114,74 +118,62 @@ def separate(x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, vision: 
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype), h
 
 
-def ours(operation: int, device: str) -> list[str]:
-    """The backends of an operation that run here."""
-    chosen = OPERATIONS[operation]
-    return [b for b in chosen.orders[device] if chosen.reason(b, torch.device(device)) is None]
-
-
 def copy_of(moved: int, device: str) -> harness.Rival:
     source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return harness.Rival("copy of the same bytes", lambda i: target.copy_(source))
 
 
+def rival(name: str, call: Callable[[], Results], exact: Results) -> harness.Rival:
+    """A way of computing what `exact` is in float64; nothing runs before its error or its time is asked for."""
+    return harness.Rival(name, lambda i: call(), lambda: relative(call(), exact), LIMIT)
+
+
 def forward_in_place(t: Inputs) -> tuple[list[harness.Rival], int]:
     vectors = (t.scale.detach(), t.shift.detach(), t.vision)
-    calls = {f"ours, {b}": lambda x, *v, b=b: moca(x, *v, inplace=True, backend=b) for b in ours(0, t.device)}
+    calls = moca_in_place_calls(t.device)
     calls |= {"published formula": lambda x, *v: x.copy_(formula(x, *v)), "boolean indexing": indexing_}
-    calls["torch.compile(where)"] = torch.compile(where_)
+    calls["torch.compile(where)"] = harness.compiled(where_)
     exact = where(t.x.double(), *(v.double() for v in vectors[:2]), t.vision)
-    rivals = []
-    for name, call in calls.items():
-        x = t.x.clone()
-        error = relative([call(x, *vectors)], [exact])
-        rivals.append(harness.Rival(name, lambda i, c=call, x=x: c(x, *vectors), error, LIMIT))
+    rivals = [rival(name, functools.partial(call, t.x.clone(), *vectors), exact) for name, call in calls.items()]
     return rivals, t.bytes(counts.moca_forward_in_place)
 
 
 def forward(t: Inputs) -> tuple[list[harness.Rival], int]:
     arguments = (t.x, t.scale.detach(), t.shift.detach(), t.vision)
     exact = where(*(v.double() for v in arguments[:3]), t.vision)
-    calls = {f"ours, {b}": lambda *v, b=b: moca(*v, backend=b) for b in ours(0, t.device)} | RIVALS
-    rivals = [harness.Rival(n, lambda i, c=c: c(*arguments), relative([c(*arguments)], [exact]), LIMIT)
-              for n, c in calls.items()]  # fmt: skip
+    calls = moca_calls(t.device) | RIVALS
+    rivals = [rival(name, functools.partial(call, *arguments), exact) for name, call in calls.items()]
     return rivals, t.bytes(counts.moca_forward)
 
 
 def backward(t: Inputs) -> tuple[list[harness.Rival], int]:
     inputs = [t.x.clone().requires_grad_(), t.scale, t.shift]
-    calls = {f"ours, {b}": lambda *v, b=b: moca(*v, backend=b) for b in ours(0, t.device)} | RIVALS
-    exact = gradients(lambda *v: (where(*v, t.vision),), [v.detach().double() for v in inputs], [t.grad.double()])
-    return backward_rivals(calls, inputs, (t.vision,), [t.grad], exact), t.bytes(counts.moca_backward)
+    exact = gradients(lambda *v: where(*v, t.vision), [v.detach().double() for v in inputs], [t.grad.double()])
+    rivals = backward_rivals(moca_calls(t.device) | RIVALS, inputs, (t.vision,), [t.grad], exact)
+    return rivals, t.bytes(counts.moca_backward)
 
 
 def training_in_place(t: Inputs) -> tuple[list[harness.Rival], int]:
     inputs = [t.x.clone().requires_grad_(), t.residual.clone().requires_grad_(), t.scale, t.shift]
-    calls: dict[str, Callable] = {
-        f"ours, {b}": lambda h, *v, b=b: moca(h, *v, t.vision, inplace=True, backend=b) for b in ours(0, t.device)
-    }
-    calls |= {f"ours, {b}, a new tensor": lambda *v, b=b: moca(*v, t.vision, backend=b) for b in ours(0, t.device)[:1]}
-    calls |= {n: lambda *v, c=c: c(*v, t.vision) for n, c in {**RIVALS, "torch.compile(where)": where}.items()}
+    calls = moca_in_place_calls(t.device)
+    calls |= {f"{name}, a new tensor": call for name, call in list(moca_calls(t.device).items())[:1]}
+    calls |= {**RIVALS, "torch.compile(where)": where}
     exact = gradients(
         lambda x, r, *v: where(x + r, *v, t.vision), [v.detach().double() for v in inputs], [t.grad.double()]
     )
     rivals = []
     for name, call in calls.items():
-        layer = layer_end(call)
+        layer = layer_end(call, t.vision)
         if "compile" in name:
-            layer = torch.compile(layer)
-
-        def run(i: int, layer: Callable = layer) -> tuple:
-            return torch.autograd.grad(layer(*inputs), inputs, t.grad)
-
-        rivals.append(harness.Rival(name, run, lambda run=run: relative(run(0), exact), LIMIT))
+            layer = harness.compiled(layer)
+        rivals.append(rival(name, lambda layer=layer: torch.autograd.grad(layer(*inputs), inputs, t.grad), exact))
     added = counts.masked_rows(t.rows, t.vision_rows, t.hidden, 3, 3).bytes
     return rivals, added + t.bytes(counts.moca_forward_in_place) + t.bytes(counts.moca_backward)
 
 
-def layer_end(call: Callable) -> Callable:
-    return lambda x, residual, scale, shift: call(x + residual, scale, shift)
+def layer_end(call: Callable, vision: Tensor) -> Callable:
+    return lambda x, residual, scale, shift: call(x + residual, scale, shift, vision)
 
 
 def small_calls(t: Inputs) -> list[harness.Rival]:
@@ -211,8 +203,7 @@ def small_calls(t: Inputs) -> list[harness.Rival]:
 def fused_forward(t: Inputs) -> tuple[list[harness.Rival], int]:
     arguments = (t.x, t.residual, t.scale.detach(), t.shift.detach(), t.vision, t.weight.detach())
     exact = separate(*(v if v.dtype == torch.bool else v.double() for v in arguments))
-    rivals = [harness.Rival(n, lambda i, c=c: c(*arguments), relative(c(*arguments), exact), LIMIT)
-              for n, c in fused_calls(t).items()]  # fmt: skip
+    rivals = [rival(name, functools.partial(call, *arguments), exact) for name, call in fused_calls(t.device).items()]
     if liger := liger_norm(t):
         rivals.append(harness.Rival("Liger, no MoCa", lambda i: liger(t.x, t.residual)))
     return rivals, t.bytes(counts.add_moca_rms_norm_forward)
@@ -220,7 +211,7 @@ def fused_forward(t: Inputs) -> tuple[list[harness.Rival], int]:
 
 def fused_backward(t: Inputs) -> tuple[list[harness.Rival], int]:
     inputs = [t.x.clone().requires_grad_(), t.residual.clone().requires_grad_(), t.scale, t.shift, t.weight]
-    calls = {n: lambda x, r, u, v, w, m, c=c: c(x, r, u, v, m, w) for n, c in fused_calls(t).items()}
+    calls = {n: lambda x, r, u, v, w, m, c=c: c(x, r, u, v, m, w) for n, c in fused_calls(t.device).items()}
     wide = [v.detach().double() for v in inputs]
     upstream = [t.grad, t.grad_h]
     exact = gradients(
@@ -239,44 +230,51 @@ def fused_backward(t: Inputs) -> tuple[list[harness.Rival], int]:
     return rivals, t.bytes(counts.add_moca_rms_norm_backward)
 
 
-def fused_calls(t: Inputs) -> dict[str, Callable]:
-    calls: dict[str, Callable] = {
-        f"ours, {b}": lambda *v, b=b: add_moca_rms_norm(*v, backend=b) for b in ours(1, t.device)
-    }
-    return calls | {"separate operations": separate, "torch.compile(separate)": torch.compile(separate)}
+def moca_calls(device: str) -> dict[str, Callable]:
+    return {f"ours, {b}": functools.partial(moca, backend=b) for b in harness.backends(MOCA, device)}
+
+
+def moca_in_place_calls(device: str) -> dict[str, Callable]:
+    return {name: functools.partial(call, inplace=True) for name, call in moca_calls(device).items()}
+
+
+def fused_calls(device: str) -> dict[str, Callable]:
+    backends = harness.backends(ADD_MOCA_RMS_NORM, device)
+    calls: dict[str, Callable] = {f"ours, {b}": functools.partial(add_moca_rms_norm, backend=b) for b in backends}
+    return calls | {"separate operations": separate, "torch.compile(separate)": harness.compiled(separate)}
 
 
 RIVALS: dict[str, Callable] = {
     "published formula": formula,
     "boolean indexing": indexing,
-    "torch.compile(where)": torch.compile(where),
+    "torch.compile(where)": harness.compiled(where),
 }
 
 
 def backward_rivals(
-    calls: dict[str, Callable], inputs: list[Tensor], constants: tuple, upstream: list[Tensor], exact: list[Tensor]
+    calls: dict[str, Callable], inputs: list[Tensor], constants: tuple, upstream: list[Tensor], exact: Results
 ) -> list[harness.Rival]:
-    """One rival a call: its forward runs once here, its backward each time."""
-    rivals = []
-    for name, call in calls.items():
-        found = call(*inputs, *constants)
-        outputs = found if isinstance(found, tuple) else (found,)
+    """One rival a call: its forward runs once, before the first backward."""
 
-        def run(i: int, outputs: tuple = outputs) -> tuple:
-            return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+    def backward_of(call: Callable) -> Callable[[], Results]:
+        outputs = functools.cache(lambda: results(call(*inputs, *constants)))
+        return lambda: torch.autograd.grad(outputs(), inputs, upstream, retain_graph=True)
 
-        rivals.append(harness.Rival(name, run, relative(run(0), exact), LIMIT))
-    return rivals
+    return [rival(name, backward_of(call), exact) for name, call in calls.items()]
 
 
-def gradients(function: Callable, inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+def gradients(function: Callable, inputs: list[Tensor], upstream: list[Tensor]) -> Results:
     leaves = [v.requires_grad_() for v in inputs]
-    return list(torch.autograd.grad(function(*leaves), leaves, upstream))
+    return torch.autograd.grad(function(*leaves), leaves, upstream)
 
 
-def relative(found, exact) -> float:
+def results(found: Results) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def relative(found: Results, exact: Results) -> float:
     """The largest ||found - exact|| / ||exact|| of several results."""
-    pairs = zip(found, exact, strict=True)
+    pairs = zip(results(found), results(exact), strict=True)
     return max(((f.double() - e).norm() / e.norm()).item() for f, e in pairs)
 
 

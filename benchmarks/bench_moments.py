@@ -7,15 +7,18 @@ to be timed (1e-5, for "exact" 1e-10), a rival only has to give a covariance (1e
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import counts
 import harness
-from mir_kernels.moments import TOKEN_NORMS, StreamingMoments, reference, token_norms
-from mir_kernels.moments.streaming import OPERATION
+from mir_kernels import StreamingMoments, token_norms
+from mir_kernels.ops.moments import reference
+from mir_kernels.ops.moments.launch import STREAMING_MOMENTS, TOKEN_NORMS
 
 PROMISE = {"auto": 1e-5, "exact": 1e-10, "fast": 1e-1}
 
@@ -52,30 +55,33 @@ def float64_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     return features.sum(0), features.t().mm(features)
 
 
-def covariance_rivals(xs: list[Tensor], true: Tensor) -> list[harness.Rival]:
+def rival(name: str, run: Callable, xs: list[Tensor], error: Callable, limit: float) -> harness.Rival:
+    """`run` on one set of tokens after the other; error: of what it returns for the first of them."""
+    return harness.Rival(name, lambda i: run(xs[i % len(xs)]), lambda: error(run(xs[0])), limit)
+
+
+def covariance_rivals(xs: list[Tensor]) -> list[harness.Rival]:
     n = xs[0].shape[0]
-    device = xs[0].device
+    device = xs[0].device.type
+    true = reference.covariance(xs[0])
     rivals = []
 
-    def add(name, run, covariance, limit):  # covariance: of what run returned
-        error = covariance_error(covariance(run(xs[0])).to(true.device), true)
-        rivals.append(harness.Rival(name, lambda i: run(xs[i % len(xs)]), error, limit))
+    def add(name: str, run: Callable, covariance: Callable, limit: float) -> None:  # covariance: of what run returned
+        rivals.append(rival(name, run, xs, lambda out: covariance_error(covariance(out).to(true.device), true), limit))
 
     add("torchmetrics recipe (float64)", float64_sums, lambda out: from_sums(*out, n), 1e-1)
-    for backend in OPERATION.orders[device.type]:
-        if OPERATION.reason(backend, device) is None:
-            for precision, limit in PROMISE.items():
-                if precision == "fast" and backend != "triton":
-                    continue
-                name = f"ours, {precision}, {backend}"
-                add(name, lambda x, p=precision, b=backend: ours(x, p, b), lambda m: m.covariance(), limit)
-    gram = torch.compile(lambda x: (x.float().sum(0), x.float().t() @ x.float()), dynamic=False)
+    for backend in harness.backends(STREAMING_MOMENTS, device):
+        for precision, limit in PROMISE.items():
+            if precision == "fast" and backend != "triton":
+                continue
+            run = functools.partial(ours, precision=precision, backend=backend)
+            add(f"ours, {precision}, {backend}", run, StreamingMoments.covariance, limit)
+    gram = harness.compiled(lambda x: (x.float().sum(0), x.float().t() @ x.float()), dynamic=False)
     add("torch.compile, float32 sums", gram, lambda out: from_sums(*out, n), 1e-1)
-    if device.type == "cuda":
+    if device == "cuda":
         add("torch.addmm, bf16 to float32", gram_addmm, lambda out: from_sums(*out, n), 1e-1)
-        add("torch.cov, float32", lambda x: torch.cov(x.float().T), lambda c: c, 1e-1)
-    else:
-        add("torch.cov, float32", lambda x: torch.cov(x.float().T), lambda c: c, 1e-1)
+    add("torch.cov, float32", lambda x: torch.cov(x.float().T), lambda c: c, 1e-1)
+    if device == "cpu":
         add("numpy.cov, float64", numpy_cov, torch.from_numpy, 1e-1)
         add("scipy ssyrk, float32 sums", ssyrk, lambda out: from_sums(*out, n), 1e-1)
     return rivals
@@ -104,15 +110,13 @@ def norm_rivals(xs: list[Tensor]) -> list[harness.Rival]:
     true = reference.token_norms(xs[0]).double()
     rivals = []
 
-    def add(name, run, limit):
-        error = ((run(xs[0]).double() - true).norm() / true.norm()).item()
-        rivals.append(harness.Rival(name, lambda i: run(xs[i % len(xs)]), error, limit))
+    def add(name: str, run: Callable, limit: float) -> None:
+        rivals.append(rival(name, run, xs, lambda out: ((out.double() - true).norm() / true.norm()).item(), limit))
 
     add("torch.linalg.vector_norm, bf16", lambda x: torch.linalg.vector_norm(x, dim=-1), 1e-1)
     add("x.float().norm", lambda x: x.float().norm(dim=-1), 1e-1)
-    for backend in TOKEN_NORMS.orders[xs[0].device.type]:
-        if TOKEN_NORMS.reason(backend, xs[0].device) is None:
-            add(f"ours, {backend}", lambda x, b=backend: token_norms(x, backend=b), 1e-6)
+    for backend in harness.backends(TOKEN_NORMS, xs[0].device.type):
+        add(f"ours, {backend}", functools.partial(token_norms, backend=backend), 1e-6)
     return rivals
 
 
@@ -133,7 +137,7 @@ def main() -> int:
             rows += harness.compare(
                 "covariance",
                 case,
-                covariance_rivals(xs, reference.covariance(xs[0])),
+                covariance_rivals(xs),
                 **floor(counts.covariance(n, d)),
                 seconds=args.seconds,
                 device=args.device,

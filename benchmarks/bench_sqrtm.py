@@ -18,7 +18,7 @@ import csv
 import functools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,9 +26,13 @@ from torch import Tensor
 import counts
 import harness
 import recipes
-from mir_kernels.frechet import TOLERANCE, trace_sqrt_product, trace_sqrt_report
-from mir_kernels.sqrtm import eager, factor, polar_iteration
+from mir_kernels.ops.frechet import trace_sqrt_product, trace_sqrt_report
+from mir_kernels.ops.frechet.cross_factor import cross_product
+from mir_kernels.ops.frechet.report import TOLERANCE
+from mir_kernels.ops.sqrtm import eager, factor
+from mir_kernels.ops.sqrtm.launch import polar_iteration
 
+POLAR_LIMITS = {"float16": 3e-2, "float32": 1e-3}  # relative error of a polar factor iterated in this precision
 GATE = 1e-2  # relative error of the trace above which a rival's time would mean nothing
 DISTINCT = 1 << 23  # elements of different matrices made on a GPU; a larger batch repeats them
 SPECTRA = {"i^-1 and i^-1.5": (1.0, 1.5), "i^-2 and i^-2": (2.0, 2.0)}
@@ -53,7 +57,7 @@ def covariances(d: int, powers: tuple[float, float], batch: int, device: str) ->
     return *(x.repeat(repeats, 1, 1)[:batch] for x in (a, b)), truth.repeat(repeats)[:batch]
 
 
-compiled_newton_schulz = torch.compile(recipes.coupled_newton_schulz_trace, dynamic=False)
+compiled_newton_schulz = harness.compiled(recipes.coupled_newton_schulz_trace, dynamic=False)
 
 
 def ours(backend: str, precision: str, bounds: bool = False):
@@ -64,80 +68,83 @@ def ours(backend: str, precision: str, bounds: bool = False):
     return call
 
 
-def trace_rivals(device: str, d: int) -> dict:
-    """{name: (call, largest error that is timed)}."""
-    mine = {}
+def trace_rivals(a: Tensor, b: Tensor, truth: Tensor) -> list[harness.Rival]:
+    """What is timed at this size on this device, ours first."""
+    device, d = a.device.type, a.shape[-1]
+    calls = {}  # and the largest error that is timed
     if device == "cpu" or d <= 1024:  # a GPU finds singular values slowly
-        mine["ours (linalg)"] = ours("linalg", "float64"), TOLERANCE["float64"]
-        mine["ours (linalg, with bounds)"] = ours("linalg", "float64", bounds=True), TOLERANCE["float64"]
+        calls["ours (linalg)"] = ours("linalg", "float64"), TOLERANCE["float64"]
+        calls["ours (linalg, with bounds)"] = ours("linalg", "float64", bounds=True), TOLERANCE["float64"]
     fast = "triton" if device == "cuda" else "eager"
     if device == "cuda" or d <= 512:  # on a CPU LAPACK wins by far
         for precision in ("float32", "bfloat16"):
-            mine[f"ours ({fast}, {precision})"] = ours(fast, precision), TOLERANCE[precision]
-    others = {
+            calls[f"ours ({fast}, {precision})"] = ours(fast, precision), TOLERANCE[precision]
+    calls |= {
         "torch.linalg.eigh twice": (recipes.eigh_trace, GATE),
         "torchmetrics (eigvals of AB)": (recipes.torchmetrics_trace, GATE),
         "published fast mode (float32)": (recipes.published_fast_trace, None),
     }
     if device == "cuda" or d <= 1024:  # on a CPU 60 products take longer than all others together
-        others["coupled Newton-Schulz, compiled"] = compiled_newton_schulz, GATE
+        calls["coupled Newton-Schulz, compiled"] = compiled_newton_schulz, GATE
     if d <= 1024:
-        others["scipy.linalg.sqrtm (float32 AB)"] = recipes.published_accurate_trace, GATE
-    return mine | others
+        calls["scipy.linalg.sqrtm (float32 AB)"] = recipes.published_accurate_trace, GATE
+    return [
+        harness.Rival(name, lambda i, c=call: c(a, b), lambda c=call: worst(c(a, b), truth), limit)
+        for name, (call, limit) in calls.items()
+    ]
 
 
-def worst(call, a: Tensor, b: Tensor, truth: Tensor) -> float:
+def worst(found: Tensor, truth: Tensor) -> float:
     """The largest relative error in a batch of traces."""
-    return ((call(a, b).double().cpu() - truth) / truth).abs().amax().nan_to_num(float("inf")).item()
-
-
-def run(call, a: Tensor, b: Tensor, i: int) -> Tensor:
-    return call(a, b)
+    return ((found.double().cpu() - truth) / truth).abs().amax().nan_to_num(float("inf")).item()
 
 
 def trace_rows(flags: argparse.Namespace, d: int) -> Iterator[list[dict]]:
     for name, powers in SPECTRA.items():
         a, b, truth = covariances(d, powers, flags.batch, flags.device)
-        entries = [
-            harness.Rival(rival, functools.partial(run, call, a, b), functools.partial(worst, call, a, b, truth), limit)
-            for rival, (call, limit) in trace_rivals(flags.device, d).items()
-            if not any(word in rival for word in flags.skip)
-        ]
         case = f"{flags.batch} x {d}^2, {name}"
         if flags.device == "cpu":
             print(case, trace_sqrt_report(a[:1], b[:1], precision="float64").path[0])
         least = counts.trace_sqrt(d).times(flags.batch)
         work = {"float64_flops" if flags.device == "cpu" else "flops": least.flops}
         yield harness.compare(
-            "trace_sqrt_product", case, entries, bytes_moved=least.bytes, **work,
+            "trace_sqrt_product", case, without(trace_rivals(a, b, truth), flags.skip), bytes_moved=least.bytes, **work,
             device=flags.device, seconds=flags.seconds, rounds=(5 if d < 2048 else 3, 50),
         )  # fmt: skip
 
 
+def polar_case(d: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    """float32 matrices (batch, d, d), and the polar factors of the first four of them in float64."""
+    m = torch.randn(batch, d, d, generator=torch.Generator(device).manual_seed(d), device=device)
+    return m, eager.polar(m[:4].double(), "float64")
+
+
+def polar_rival(name: str, call: Callable[[], Tensor], exact: Tensor, precision: str) -> harness.Rival:
+    return harness.Rival(name, lambda i: call(), lambda: distance(call()[:4].double(), exact), POLAR_LIMITS[precision])
+
+
 def polar_rows(flags: argparse.Namespace, d: int) -> Iterator[list[dict]]:
     """The same schedule of steps by our kernels, by cuBLAS or BLAS, and by torch.compile over it."""
-    generator = torch.Generator(flags.device).manual_seed(d)
-    m = torch.randn(flags.batch, d, d, generator=generator, device=flags.device)
-    exact = eager.polar(m[:4].double(), "float64")
-    compiled = torch.compile(eager.polar, dynamic=False)
+    m, exact = polar_case(d, flags.batch, flags.device)
+    compiled = harness.compiled(eager.polar, dynamic=False)
     backend = "triton" if flags.device == "cuda" else "eager"
-    for precision in ("float16", "float32"):
+    for precision in POLAR_LIMITS:
         calls = {
-            f"ours ({backend})": lambda p=precision: polar_iteration(m, p, backend),
-            "the same steps in torch": lambda p=precision: eager.polar(m, p),
-            "the same steps, torch.compile": lambda p=precision: compiled(m, p),
+            f"ours ({backend})": functools.partial(polar_iteration, m, precision, backend),
+            "the same steps in torch": functools.partial(eager.polar, m, precision),
+            "the same steps, torch.compile": functools.partial(compiled, m, precision),
         }
-        limit = {"float16": 3e-2, "float32": 1e-3}[precision]
-        entries = [
-            harness.Rival(name, lambda i, c=call: c(), lambda c=call: distance(c()[:4].double(), exact), limit)
-            for name, call in calls.items()
-            if not any(word in name for word in flags.skip)
-        ]
+        entries = without([polar_rival(name, call, exact, precision) for name, call in calls.items()], flags.skip)
         least = counts.polar_step(d).times(flags.batch * len(eager.steps_for(precision)))
         yield harness.compare(
             "polar", f"{flags.batch} x {d}^2, {precision}", entries, bytes_moved=8 * m.numel(), flops=least.flops,
             device=flags.device, seconds=flags.seconds, rounds=(5, 100),
         )  # fmt: skip
+
+
+def without(rivals: list[harness.Rival], words: list[str]) -> list[harness.Rival]:
+    """Those whose name has none of the words."""
+    return [rival for rival in rivals if not any(word in rival.name for word in words)]
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
@@ -177,7 +184,7 @@ def iteration_rows(case: str, a: Tensor, b: Tensor) -> list[dict]:
     """One row a method, precision and number of iterations, for covariances (1, d, d)."""
     truth = trace_sqrt_product(a, b, precision="float64")[0]
     x, y = factor.factor(a), factor.factor(b)
-    n, power = factor.cross_product(x.columns, y.columns, triangular=True), torch.exp2(x.exponent + y.exponent)[0]
+    n, power = cross_product(x.columns, y.columns, triangular=True), torch.exp2(x.exponent + y.exponent)[0]
     rows = []
     for precision in ("bfloat16", "float16", "float32"):
         dtype = eager.DTYPES[precision]

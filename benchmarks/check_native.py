@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _native
-from mir_kernels.moca import native
+from mir_kernels.ops.moca import native
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
 

@@ -74,7 +74,7 @@ def trace_factors(d: int) -> Count:
 
 
 def trace_certificate(d: int) -> Count:
-    """Float64 work that turns an iterated polar factor U of N into a trace with its error (sqrtm/certificate.py): the
+    """Float64 work that turns an iterated polar factor U of N into a trace with its error (frechet/certificate.py): the
     last step U (3 I - U^T U)/2, P = U^T N, N R^-1 and X R with R^T R = P, and two Cholesky factors. What is symmetric
     or triangular counts half. U is read in float32, six matrices of float64 are written."""
     return Count((4 + 6 * 8) * d * d, (1 + 2 + 2 + 1 + 1) * d**3 + 2 * d**3 // 3)

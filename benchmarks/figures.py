@@ -120,7 +120,7 @@ def plot_iterations(source: Path, target: Path) -> None:
 
 def plot_studies() -> None:
     """Each study's CSV as the picture beside it."""
-    from modality_integration import report, study
+    from modality_integration.app import report, study
 
     for source in sorted(harness.DATA.glob("study_*.csv")):
         report.plot_study(source.stem.removeprefix("study_"), study.read(source), source.with_suffix(".png"))

@@ -26,6 +26,9 @@ from typing import Any
 
 import torch
 
+from mir_kernels import _native
+from mir_kernels._dispatch import Operation
+
 DATA = Path(__file__).parent / "data"
 # Edge of the matrices whose product's rate counts as the machine's, and bytes that the largest copy reads.
 MATRIX = {"cpu": 1536, "cuda": 8192}
@@ -37,12 +40,12 @@ UNITS = {
     "cuda": {"any": (torch.bfloat16, torch.float32), "float64": (torch.float64,)},
 }
 OURS = ("ours", "mir_kernels")  # how the names of our own rivals begin
+ENVIRONMENT = ("device", "threads", "torch", "python", "commit")  # the last columns of every CSV
 COLUMNS = (
     "operation", "case", "rival", "p20_ms", "p50_ms", "p80_ms", "error", "limit", "peak_mb", "bytes", "flops", "rounds",
-    "copy_gbs", "matmul_gflops", "float64_gflops", "floor_ms", "of_floor", "failure", "versions",
-    "device", "threads", "torch", "python", "commit",
+    "copy_gbs", "matmul_gflops", "float64_gflops", "floor_ms", "of_floor", "failure", "versions", *ENVIRONMENT,
 )  # fmt: skip
-TEXTS = {"operation", "case", "rival", "failure", "versions", "device", "threads", "torch", "python", "commit"}
+TEXTS = {"operation", "case", "rival", "failure", "versions", *ENVIRONMENT}
 
 
 @dataclass
@@ -61,6 +64,10 @@ class Rival:
     error: float | Callable[[], float] | None = None
     limit: float | None = None
     peak_mb: float | None = None
+
+    def found_error(self) -> float | None:
+        """The error, computed now where it has yet to be."""
+        return self.error() if callable(self.error) else self.error
 
 
 def compare(
@@ -89,10 +96,11 @@ def compare(
     turns: dict[str, int] = {}
     for r in entries:
         try:
-            errors[r.name] = found = r.error() if callable(r.error) else r.error
+            errors[r.name] = found = r.found_error()
             if found is None or r.limit is None or found <= r.limit:
                 clock(r.call, 0)  # compiles, allocates
-                turns[r.name] = _clamp(int(seconds * 1e3 / max(clock(r.call, 1), 1e-3)), *rounds)
+                affordable = int(seconds * 1e3 / max(clock(r.call, 1), 1e-3))
+                turns[r.name] = max(rounds[0], min(rounds[1], affordable))
         except Exception as problem:  # of a library, or of a kernel: the others go on
             failures[r.name] = first_line(problem)
     times: dict[str, list[float]] = {name: [] for name in turns}
@@ -113,7 +121,7 @@ def compare(
         "operation": operation, "case": case, "bytes": bytes_moved, "flops": flops + float64_flops, "floor_ms": floor,
         "copy_gbs": bytes_moved / copied / 1e6 if copied else None,
         "matmul_gflops": rates[0], "float64_gflops": rates[1], "versions": versions(device),
-    } | dict(zip(COLUMNS[-5:], environment(device), strict=True))  # fmt: skip
+    } | environment_columns(device)  # fmt: skip
     rows = []
     for r in rivals:
         t = ordered.get(r.name, [])
@@ -124,6 +132,17 @@ def compare(
         row |= {f"p{q}_ms": quantile(t, q / 100) if t else None for q in (20, 50, 80)}
         rows.append({name: row[name] for name in COLUMNS})
     return rows
+
+
+def backends(operation: Operation, device: str) -> list[str]:
+    """The backends of an operation that run here on a device, the one that is taken by default first."""
+    return [b for b in operation.orders[device] if operation.reason(b, torch.device(device)) is None]
+
+
+def compiled(function: Callable, **options: Any) -> Callable:
+    """torch.compile(function, **options), at the first call: to load the compiler takes longer than most benchmarks."""
+    made = functools.cache(lambda: torch.compile(function, **options))
+    return lambda *arguments: made()(*arguments)
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
@@ -141,18 +160,12 @@ def exit_code(rows: Sequence[dict]) -> int:
     return int(any(r["p50_ms"] is None for r in rows if r["rival"].startswith(OURS)))
 
 
-def _clamp(value: int, fewest: int, most: int) -> int:
-    return max(fewest, min(most, value))
-
-
 def copies_of(moved: int, device: str) -> tuple[list[Rival], float]:
     """Ways to copy so many bytes, read plus written, which `compare` times among the rivals, caches as cold as theirs;
     and how many times as many bytes as these copies the job moves, more than 1 beyond 2 COPIED.
 
     torch's copy, and the native MoCa kernel with nothing masked, which writes past the caches.
     """
-    from mir_kernels import _native
-
     if not moved:
         return [], 1.0
     source = torch.randn(max(1, min(moved // 2, COPIED[device]) // 4), device=device)
@@ -160,7 +173,7 @@ def copies_of(moved: int, device: str) -> tuple[list[Rival], float]:
     ways = [Rival("(torch's copy)", lambda i: target.copy_(source))]
     d = 1024
     if len(source) >= d and (_native.C is not None if device == "cpu" else _native.cuda_reason() is None):
-        from mir_kernels.moca import native
+        from mir_kernels.ops.moca import native
 
         n = len(source) // d
         vector, mask = source.new_zeros(d), torch.zeros(n, dtype=torch.bool, device=device)
@@ -203,9 +216,14 @@ def _median(clock: Callable, call: Callable[[int], object], repeats: int = 9) ->
 
 
 def environment(device: str = "cpu") -> tuple[str, int, str, str, str]:
-    """Device name, threads, torch version, Python version and commit, as the last columns of a row."""
+    """Device name, threads, torch version, Python version and commit: ENVIRONMENT."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return name, torch.get_num_threads(), torch.__version__, platform.python_version(), commit()
+
+
+def environment_columns(device: str = "cpu") -> dict[str, Any]:
+    """The last columns of a row."""
+    return dict(zip(ENVIRONMENT, environment(device), strict=True))
 
 
 @functools.cache
@@ -244,12 +262,12 @@ def cpu_name() -> str:
     return f"{model} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
 
 
-def print_rows(rows: Sequence[dict], *, baseline: str | None = None) -> None:
-    """A table of the rows, with each rival's median against the baseline's (the first rival unless named)."""
+def print_rows(rows: Sequence[dict]) -> None:
+    """A table of the rows, with each rival's median against the first's of its case."""
     cases = dict.fromkeys((r["operation"], r["case"]) for r in rows)
     for key in cases:
         mine = [r for r in rows if (r["operation"], r["case"]) == key]
-        base = next((r["p50_ms"] for r in mine if r["rival"] == (baseline or mine[0]["rival"])), None)
+        base = mine[0]["p50_ms"]
         print(f"\n{key[0]}  {key[1]}")
         times = f"{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}"
         print(f"  {'rival':<34}{times}{'x base':>8}{'GB/s':>8}{'GFLOP/s':>9}{'of floor':>9}  error")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mir_kernels.moments import token_norms
-from modality_integration import capture, demo, loading
-from modality_integration.data import open_image, truncate
-from modality_integration.outliers import three_sigma
+from mir_kernels import token_norms
+from modality_integration import capture
+from modality_integration.app import demo
+from modality_integration.app.options import DemoOptions
+from modality_integration.app.prompts import encode, truncate
+from modality_integration.app.samples import open_image
+from modality_integration.metric.outliers import three_sigma
 
 SAMPLES = 96
 
@@ -20,14 +23,14 @@ def layer_covariances(layer: int) -> dict[str, tuple[Tensor, Tensor]]:
     SmolLM2-135M with the demo's vision tower as it is before training, on the demo's images and unrelated prose.
     layer: 1 to the number of decoder layers; the last is taken before the final norm.
     """
-    demo.check_installed(demo.Options())
+    demo.check_installed(DemoOptions())
     torch.manual_seed(0)
     model, processor = demo.build(None)
     found: dict[str, list[Tensor]] = {"vision": [], "text": []}
     with capture(model, last="raw") as seen:
         for sample in demo.probe_samples(demo.Pictures(0), SAMPLES, 0):
             prose = truncate(sample.text.content, processor.tokenizer, demo.TEXT_TOKENS)
-            model(**loading.encode(processor, open_image(sample.image), prose, "plain"), use_cache=False)
+            model(**encode(processor, open_image(sample.image), prose, "plain"), use_cache=False)
             hidden = seen.hidden_states[layer - 1]
             found["vision"].append(hidden[seen.vision_mask])
             found["text"].append(hidden[seen.text_mask])

@@ -18,11 +18,12 @@ from pathlib import Path
 from rich.console import Console
 
 import harness
-from modality_integration import demo, report
+from modality_integration.app import demo, report
+from modality_integration.app.options import DemoOptions
 
 RUNS = {"without MoCa": False, "with MoCa": True}
 NAME = "moca_training"
-COLUMNS = ("run", "seed", "learning_rate", "step", "loss", "mir", *harness.COLUMNS[-5:])
+COLUMNS = ("run", "seed", "learning_rate", "step", "loss", "mir", *harness.ENVIRONMENT)
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for seed in flags.seeds:
         for run, moca in RUNS.items():
-            options = demo.Options(
+            options = DemoOptions(
                 steps=flags.steps,
                 samples=flags.samples,
                 seed=seed,
@@ -54,10 +55,10 @@ def main() -> None:
         plot(flags.out / f"{NAME}.csv", flags.out / f"{NAME}.png")
 
 
-def train(run: str, options: demo.Options) -> Iterator[dict[str, object]]:
+def train(run: str, options: DemoOptions) -> Iterator[dict[str, object]]:
     """One training; a row a step, with MIR at the steps where it was measured."""
     print(f"\n{run}, seed {options.seed}", flush=True)
-    environment = dict(zip(COLUMNS[-5:], harness.environment(), strict=True))
+    environment = harness.environment_columns()
     with tempfile.TemporaryDirectory() as folder:
         demo.run(dataclasses.replace(options, out=Path(folder)), Console())
         history = json.loads((Path(folder) / "history.json").read_text())

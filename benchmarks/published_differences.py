@@ -25,7 +25,7 @@ from modality_integration import mir, official
 NAME = "published_differences"
 PAGE = Path(__file__).parent.parent / "docs" / "coming-from-the-published-code.md"
 BLOCK = re.compile(rf"(<!-- table {NAME} -->\n).*?(<!-- end -->)", re.DOTALL)
-COLUMNS = ("case", "computed", "mir", "difference", *harness.COLUMNS[-5:])
+COLUMNS = ("case", "computed", "mir", "difference", *harness.ENVIRONMENT)
 CASES = {  # vision tokens, text tokens, d
     "tokens enough: 5760 vision, 2000 text, d 256": (5760, 2000, 256),
     "tokens few: 576 vision, 64 text, d 1024": (576, 64, 1024),
@@ -99,8 +99,8 @@ def rows() -> list[dict]:
         values = {name: compute(data) for name, compute in VARIANTS.items()}
         ours = next(iter(values.values()))
         for name, value in values.items():
-            place = zip(harness.COLUMNS[-5:], harness.environment(), strict=True)
-            found.append({"case": case, "computed": name, "mir": value, "difference": value - ours, **dict(place)})
+            row = {"case": case, "computed": name, "mir": value, "difference": value - ours}
+            found.append(row | harness.environment_columns())
     return found
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import counts
 import harness
-from mir_kernels.sqrtm import eager
+from mir_kernels.ops.sqrtm import eager
 
 
 class Gpu(NamedTuple):

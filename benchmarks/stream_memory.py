@@ -27,7 +27,7 @@ TRIANGLES = "accumulators: means and triangles, float64"
 GATHERED = "rows gathered for the next product"
 STREAMING, COMPUTING = "peak while streaming", "peak in compute()"
 GROUPS = 5  # the default of `mir compute`
-COLUMNS = ("case", "part", "mb", "device", "threads", "torch", "python", "commit")
+COLUMNS = ("case", "part", "mb", *harness.ENVIRONMENT)
 
 
 def measure(flags: argparse.Namespace, layers: int, groups: int) -> dict[str, float]:
@@ -64,19 +64,18 @@ def measure(flags: argparse.Namespace, layers: int, groups: int) -> dict[str, fl
 
 def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
     """Buffers as they are allocated; the public state has only what is in them."""
-    triangles = gathered = held = norms = 0
-    for stream in metric._streams:
-        for moments in stream.moments.values():
+    triangles = gathered = norms = 0
+    for layer in metric._layers:
+        for moments in layer.moments.values():
             waiting = 0 if moments._pending is None else moments._pending.nbytes
             gathered += waiting
             triangles += moments.memory_bytes - waiting
-        for tokens in stream.tokens.values():
-            held += 0 if tokens._buffer is None else tokens._buffer.nbytes
+        for tokens in layer.tokens.values():
             norms += tokens.norms.nbytes + tokens.count()  # and a byte for the group of each
     return {
         TRIANGLES: triangles / 1e6,
         GATHERED: gathered / 1e6,
-        "rows held back": held / 1e6,
+        "rows held back": metric.held_bytes / 1e6,
         "norms and groups of all tokens": norms / 1e6,
     }
 

@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 
 import harness
-from modality_integration import demo, report, study
-from modality_integration.data import Text, pair
+from modality_integration.app import demo, report, study
+from modality_integration.app.options import DemoOptions
+from modality_integration.app.samples import Text, pair
 
 PIECE = 600  # characters of prose: more than the demo's TEXT_TOKENS tokens
 
@@ -30,11 +31,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=harness.DATA)
     flags = parser.parse_args()
 
-    demo.check_installed(demo.Options(language_model=flags.language_model))
+    options = DemoOptions(language_model=flags.language_model)
+    demo.check_installed(options)
     torch.manual_seed(0)
-    model, processor = demo.build(flags.language_model)
+    model, processor = demo.build(options.language_model)
     pictures = demo.Pictures(0)
-    optimizer = torch.optim.AdamW(demo.trainable(model), lr=demo.LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(demo.trainable(model), lr=options.learning_rate, weight_decay=0.0)
     for step in range(1, flags.steps + 1):
         loss = demo.training_step(model, processor, pictures.batch(demo.BATCH), optimizer)
         if step % 10 == 0:
@@ -43,10 +45,11 @@ def main() -> None:
     random.Random(0).shuffle(images)  # digits come first, and the first few samples are to be like all
     samples = {("demo", "reference"): pair(images, prose(), flags.samples, 0)}
 
-    subject = study.Subject(model, processor, text_tokens=demo.TEXT_TOKENS, template="plain", groups=flags.groups)
-    columns = dict(zip(harness.COLUMNS[-5:], harness.environment(), strict=True))
+    subject = study.Subject(
+        model=model, processor=processor, text_tokens=demo.TEXT_TOKENS, template="plain", groups=flags.groups
+    )
     for name in ("samples", "normalization"):
-        rows = study.write(name, study.rows_of(name, subject, samples), flags.out, columns)
+        rows = study.write(name, study.rows_of(name, subject, samples), flags.out, harness.environment_columns())
         Console().print(report.rows_table(rows))
 
 

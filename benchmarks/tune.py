@@ -27,11 +27,11 @@ from torch import Tensor
 
 import harness
 from mir_kernels import _triton
-from mir_kernels.moca import triton as moca
-from mir_kernels.moments import packed
-from mir_kernels.moments import triton as moments
-from mir_kernels.sqrtm import eager
-from mir_kernels.sqrtm import triton as sqrtm
+from mir_kernels.ops.moca import triton as moca
+from mir_kernels.ops.moments import packed
+from mir_kernels.ops.moments import triton as moments
+from mir_kernels.ops.sqrtm import eager
+from mir_kernels.ops.sqrtm import triton as sqrtm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 WORTH = 0.97  # of the shipped row's median: what another row must reach to be offered
@@ -261,7 +261,7 @@ def lines_to_commit(found: Sequence[dict], before: dict[str, str]) -> str:
     for table, one in last.items():
         if one["offer"] != before[table]:
             module, _, name = table.partition(".")
-            text += [f"mir_kernels/{module}/triton.py, {name}"]
+            text += [f"mir_kernels/ops/{module}/triton.py, {name}"]
             text += [
                 f'{sign}    "{one["architecture"]}": {row},'
                 for sign, row in (("-", before[table]), ("+", one["offer"]))

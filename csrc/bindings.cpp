@@ -10,9 +10,9 @@
 #include <string>
 
 #include "common/isa.h"
+#include "frechet/frechet.h"
 #include "moca/moca.h"
 #include "moments/moments.h"
-#include "sqrtm/sqrtm.h"
 
 namespace py = pybind11;
 

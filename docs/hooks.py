@@ -18,7 +18,7 @@ LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     start, figures = (ROOT / "README.md").read_text(encoding="utf-8").split(FIGURES)
     pages = {"index.md": start, "figures.md": f"# Figures\n{figures}"}
-    for path in sorted(ROOT.glob("mir_kernels/*/README.md")):
+    for path in sorted(ROOT.glob("mir_kernels/ops/*/README.md")):
         pages[f"operations/{path.parent.name}.md"] = path.read_text(encoding="utf-8")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=LINK.sub(_link, text)))
@@ -30,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def _link(link: re.Match) -> str:
     """A link of the repository as one of the site; one to a file that the site has not is its text alone."""
     target = re.sub(r"^docs/", "", link["target"])
-    target = re.sub(r"^mir_kernels/(\w+)/README\.md", r"operations/\1.md", target)
+    target = re.sub(r"^mir_kernels/ops/(\w+)/README\.md", r"operations/\1.md", target)
     if target == link["target"] and not target.startswith(("#", "http", "benchmarks/data/")):
         return link["text"]
     return f"{link['image']}[{link['text']}]({target})"

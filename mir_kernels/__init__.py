@@ -1,18 +1,13 @@
 """Kernels for the Modality Integration Rate and MoCa: streaming moments, matrix square roots, masked scale-shift.
 
-Every public name of the package is here. An operation's folder and its function may share a name (`mir_kernels.moca` is
-the function); its modules are imported as `from mir_kernels.moca import reference`.
+Every public name of the package is here; the operations live in `mir_kernels.ops`, a folder each.
 """
 
-from mir_kernels import _dispatch
-from mir_kernels.frechet import OPERATIONS as _FRECHET
-from mir_kernels.frechet import TraceSqrt, frechet_distance, trace_sqrt_product
-from mir_kernels.moca import OPERATIONS as _MOCA
-from mir_kernels.moca import MoCa, add_moca_rms_norm, moca
-from mir_kernels.moments import OPERATIONS as _MOMENTS
-from mir_kernels.moments import StreamingMoments, token_norms
-from mir_kernels.sqrtm import OPERATIONS as _SQRTM
-from mir_kernels.sqrtm import NewtonSchulz, inverse_sqrtm, newton_schulz, polar, sqrtm
+from mir_kernels import _dispatch, ops
+from mir_kernels.ops.frechet import TraceSqrt, frechet_distance, trace_sqrt_product
+from mir_kernels.ops.moca import MoCa, add_moca_rms_norm, moca
+from mir_kernels.ops.moments import StreamingMoments, token_norms
+from mir_kernels.ops.sqrtm import NewtonSchulz, inverse_sqrtm, newton_schulz, polar, sqrtm
 
 __version__ = "0.1.0"
 
@@ -39,4 +34,4 @@ def backends() -> _dispatch.BackendTable:
 
     A mapping {operation: {"cpu" | "cuda": {backend: None or the reason}}}, best backend first; `print` shows a table.
     """
-    return _dispatch.table((*_MOCA, *_MOMENTS, *_SQRTM, *_FRECHET))
+    return _dispatch.table(ops.OPERATIONS)

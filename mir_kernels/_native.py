@@ -5,21 +5,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch  # imported before _C, which then shares its OpenMP runtime instead of starting a second pool
 
-try:
-    from mir_kernels import _C as C  # type: ignore[attr-defined]
-except ImportError as error:
-    C = None
-    if "cannot import name" in str(error) or isinstance(error, ModuleNotFoundError):
-        MISSING: str | None = (
-            "the compiled module is not built (no C++ compiler was found at install, or MIR_NATIVE=0): "
-            "install g++ or clang++ and reinstall mir-kernels"
-        )
-    else:
-        MISSING = f"the compiled module does not load: {error}"
+MISSING: str | None = None  # why the module is not here
+
+if TYPE_CHECKING:  # there, to a type checker (_C.pyi): whoever calls it has asked `MISSING` first
+    from mir_kernels import _C as C
 else:
-    MISSING = None
+    try:
+        from mir_kernels import _C as C
+    except ImportError as error:
+        C = None
+        MISSING = f"the compiled module does not load: {error}"
+        if "cannot import name" in str(error) or isinstance(error, ModuleNotFoundError):
+            MISSING = (
+                "the compiled module is not built (no C++ compiler was found at install, or MIR_NATIVE=0): "
+                "install g++ or clang++ and reinstall mir-kernels"
+            )
+
+# What the compiled module calls a dtype.
+DTYPE_CODES: dict[torch.dtype, int] = {} if C is None else {getattr(torch, n): code for n, code in C.DTYPES.items()}
 
 
 def cpu_reason() -> str | None:

@@ -1,4 +1,4 @@
-"""float32 products in float32, whatever the process has set: no autocast, tf32 or bf16 passes."""
+"""What arithmetic is done in: the dtype of accumulators, and float32 products in float32 whatever the process set."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor  # noqa: F401  torch.library reads the annotations of what is decorated in this module
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype of an operation's arithmetic and sums, and of its column sums: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """Around matrix products of torch: each is rounded as its dtype says, and keeps it."""
+    """Around matrix products of torch: no autocast, no tf32 or bf16 passes."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
             before = torch.get_float32_matmul_precision()

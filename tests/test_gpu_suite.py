@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 import gpu_suite
+import gpu_suite_build
+import gpu_suite_checks
+import gpu_suite_processes
+import gpu_suite_times
 import harness
 import shard
 
@@ -90,12 +94,14 @@ def test_a_row_is_offered_where_it_is_worth_it_and_as_lines_to_commit():
     assert tune.fastest({"other": 0.9}) == "other"  # the shipped row was wrong or did not fit
     assert tune.fastest({}) == "shipped"
     names = [job.name for job in tune.JOBS]
-    assert all(getattr(sys.modules[f"mir_kernels.{n.split('.')[0]}.triton"], re.split(r"[.\[]", n)[1]) for n in names)
+    assert all(
+        getattr(sys.modules[f"mir_kernels.ops.{n.split('.')[0]}.triton"], re.split(r"[.\[]", n)[1]) for n in names
+    )
     found = [
         {"table": "moments.PLAIN", "architecture": "sm_90", "offer": offer} for offer in ("Blocks(1)", "Blocks(2)")
     ]
     assert tune.lines_to_commit(found, {"moments.PLAIN": "Blocks(0)"}).splitlines() == [
-        "mir_kernels/moments/triton.py, PLAIN",
+        "mir_kernels/ops/moments/triton.py, PLAIN",
         '-    "sm_90": Blocks(0),',
         '+    "sm_90": Blocks(2),',
     ]
@@ -105,26 +111,29 @@ def test_a_row_is_offered_where_it_is_worth_it_and_as_lines_to_commit():
 def test_limits_add_up_to_those_of_the_stages_and_of_the_run():
     stages = {name: limit for name, (_, limit) in gpu_suite.STAGES.items()}
     assert sum(stages.values()) <= gpu_suite.TOTAL <= 9 * 60
-    within = gpu_suite.GRACE + 1
-    assert sum(one.limit + gpu_suite.GRACE for one in gpu_suite.BENCHMARKS.values()) <= stages["bench"]
-    assert gpu_suite.LIMITS["tests"] + within <= stages["tests"]
-    assert gpu_suite.LIMITS["tune"] + within <= stages["tune"]
-    assert len(gpu_suite.SANITIZERS) * (gpu_suite.LIMITS["sanitizer"] + gpu_suite.GRACE) <= stages["sanitizer"]
+    grace = gpu_suite_processes.GRACE
+    within = grace + 1
+    assert sum(one.limit + grace for one in gpu_suite_times.BENCHMARKS.values()) <= stages["bench"]
+    assert gpu_suite_checks.LIMITS["tests"] + within <= stages["tests"]
+    assert gpu_suite_times.TUNING + within <= stages["tune"]
+    assert len(gpu_suite_checks.SANITIZERS) * (gpu_suite_checks.LIMITS["sanitizer"] + grace) <= stages["sanitizer"]
 
 
 def test_a_command_past_its_limit_may_still_write_what_it_has(capfd):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written')"
-    assert gpu_suite.run([sys.executable, "-c", code], limit=2) == 124
+    assert gpu_suite_processes.run([sys.executable, "-c", code], limit=2) == 124
     assert "written" in capfd.readouterr().out
-    assert gpu_suite.run([sys.executable, "-c", "raise SystemExit(3)"], limit=30) == 3
+    assert gpu_suite_processes.run([sys.executable, "-c", "raise SystemExit(3)"], limit=30) == 3
 
 
 def test_what_is_left_from_an_earlier_run_does_not_pass_as_new(tmp_path, monkeypatch):
     (tmp_path / "tests0.xml").write_text('<testsuite><testcase name="old"/></testsuite>')
     (tmp_path / "tuned.json").write_text('{"of": 1, "tables": [{"changed": false}]}')
     (tmp_path / "moca_cpu.csv").write_text("operation,case,rival,p50_ms\nold,old,ours,1\n")
-    monkeypatch.setattr(gpu_suite, "run_together", lambda commands, *_: [4] * len(commands))
-    found = [stage(tmp_path, True) for stage in (gpu_suite.tests, gpu_suite.tune, gpu_suite.bench)]
+    for module in (gpu_suite_checks, gpu_suite_processes):
+        monkeypatch.setattr(module, "run_together", lambda commands, *_: [4] * len(commands))
+    stages = (gpu_suite_checks.tests, gpu_suite_times.tune, gpu_suite_times.bench)
+    found = [stage(tmp_path, True) for stage in stages]
     assert [one["state"] for one in found] == ["failed"] * 3
     assert found[0]["counts"]["passed"] == 0
     assert found[2]["files"] == []
@@ -140,11 +149,11 @@ def test_a_benchmark_that_is_cut_short_keeps_its_rows_and_one_of_ours_without_a_
         harness.write_csv([row | {"rival": "ours, triton", "p50_ms": mine}], path)
         return 124 if path.name == "moca_cpu.csv" else 0
 
-    monkeypatch.setattr(gpu_suite, "run", run)
-    found = gpu_suite.bench(tmp_path, True)
+    monkeypatch.setattr(gpu_suite_times, "run", run)
+    found = gpu_suite_times.bench(tmp_path, True)
     assert found["state"] == "failed"
     assert found["note"] == "moca: stopped after 41 s with 1 rows; moments: no time for ours, triton"
-    assert len(found["files"]) == len(gpu_suite.BENCHMARKS)
+    assert len(found["files"]) == len(gpu_suite_times.BENCHMARKS)
 
 
 def test_tuning_that_is_cut_short_says_how_far_it_came(tmp_path, monkeypatch):
@@ -152,19 +161,19 @@ def test_tuning_that_is_cut_short_says_how_far_it_came(tmp_path, monkeypatch):
         (tmp_path / "tuned.json").write_text('{"of": 6, "tables": [{"changed": false}, {"changed": false}]}')
         return 124
 
-    monkeypatch.setattr(gpu_suite, "run", run)
-    found = gpu_suite.tune(tmp_path, False)
+    monkeypatch.setattr(gpu_suite_times, "run", run)
+    found = gpu_suite_times.tune(tmp_path, False)
     assert (found["state"], found["note"]) == ("failed", "2 of 6 tables, 0 with a faster row (stopped at its limit)")
 
 
 def test_a_failure_without_a_message_is_read(tmp_path):
     path = tmp_path / "t.xml"
     path.write_text('<t><s><testcase name="a"><failure message=""/></testcase><testcase name="b"/></s></t>')
-    assert gpu_suite.read_junit(path) == ({"passed": 1, "failed": 1, "skipped": 0}, ["a: no message"])
+    assert gpu_suite_checks.read_junit(path) == ({"passed": 1, "failed": 1, "skipped": 0}, ["a: no message"])
 
 
 def test_every_file_with_gpu_tests_is_run_and_no_other():
-    found = {path.name for path in gpu_suite.gpu_files()}
+    found = {path.name for path in gpu_suite_checks.gpu_files()}
     assert {"test_guarded.py", "test_moca_cuda.py", "test_metric_cuda.py", "test_moca.py"} <= found
     assert not found & {"test_cli.py", "test_report.py", "test_fuzz_smoke.py", "test_readme.py"}
     for path in (ROOT / "tests").rglob("test_*.py"):
@@ -174,15 +183,15 @@ def test_every_file_with_gpu_tests_is_run_and_no_other():
 def test_what_a_test_file_needs_through_others_and_is_not_here_is_named(tmp_path, monkeypatch):
     path = tmp_path / "test_some.py"
     path.write_text("import json\nimport no_such_package.part\nfrom kernels.jobs import every_job\nimport fuzz.run\n")
-    assert gpu_suite.missing_imports(path) == ["no_such_package"]
+    assert gpu_suite_checks.missing_imports(path) == ["no_such_package"]
     (tmp_path / "beside.py").write_text("import another_that_is_missing\n")
     path = tmp_path / "test_other.py"
     path.write_text("import beside\nimport torch\ndef later():\n    import not_looked_at\n")
-    assert gpu_suite.missing_imports(path) == ["another_that_is_missing"]
+    assert gpu_suite_checks.missing_imports(path) == ["another_that_is_missing"]
     here = importlib.util.find_spec
     bare = ("torchmetrics", "safetensors", "hypothesis", "transformers")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in bare else here(name))
-    lacking = {path.name: gpu_suite.missing_imports(path) for path in gpu_suite.gpu_files()}
+    lacking = {path.name: gpu_suite_checks.missing_imports(path) for path in gpu_suite_checks.gpu_files()}
     assert "torchmetrics" in lacking["test_metric_cuda.py"]  # modality_integration imports it
     assert lacking["test_guarded.py"] == lacking["test_moca_cuda.py"] == lacking["test_sqrtm_triton.py"] == []
 
@@ -204,7 +213,7 @@ def test_without_pytest_every_kernel_job_is_checked_by_a_script(tmp_path):
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run([*command, "--shard", "1/15"], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts, failures = gpu_suite.read_junit(tmp_path / "t.xml")
+    counts, failures = gpu_suite_checks.read_junit(tmp_path / "t.xml")
     assert counts["passed"] >= 4
     assert failures == []
 
@@ -219,12 +228,12 @@ def test_without_nvcc_the_cpu_part_is_built_and_the_note_says_so(tmp_path, monke
         (tmp_path / "built" / "_C.so").touch()
         return 0
 
-    monkeypatch.setattr(gpu_suite, "run", run)
-    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path=None: nvcc)
+    monkeypatch.setattr(gpu_suite_build, "run", run)
+    monkeypatch.setattr(gpu_suite_build.shutil, "which", lambda name, path=None: nvcc)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_suite_build, "ROOT", tmp_path)
     (tmp_path / "mir_kernels").mkdir()
-    found = gpu_suite.build(tmp_path, False)
+    found = gpu_suite_build.build(tmp_path, False)
     assert (found["state"], found["cuda"], seen["MIR_CUDA"]) == ("passed", nvcc is not None, str(int(nvcc is not None)))
     assert ("CUDA C++ WAS NOT BUILT: there is no nvcc" in found["note"]) == (nvcc is None)
     assert (seen.get("CUDA_HOME"), seen.get("MIR_CUDA_ARCHS")) == (("/opt/cuda", "90") if nvcc else (None, None))
@@ -233,13 +242,13 @@ def test_without_nvcc_the_cpu_part_is_built_and_the_note_says_so(tmp_path, monke
 
 def test_an_older_setuptools_gets_a_pyproject_without_the_license_that_it_refuses(tmp_path, monkeypatch):
     tomllib = pytest.importorskip("tomllib")
-    monkeypatch.setattr(gpu_suite.importlib.metadata, "version", lambda name: "70.2.0")
-    assert gpu_suite.old_setuptools() == "70.2.0"
-    project = tomllib.loads((gpu_suite.source_tree(tmp_path) / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(gpu_suite_build.importlib.metadata, "version", lambda name: "70.2.0")
+    assert gpu_suite_build.old_setuptools() == "70.2.0"
+    project = tomllib.loads((gpu_suite_build.source_tree(tmp_path) / "pyproject.toml").read_text())["project"]
     assert {"license", "license-files"} & project.keys() == set()
     assert project["version"]
-    monkeypatch.setattr(gpu_suite.importlib.metadata, "version", lambda name: "77.0.1")
-    assert gpu_suite.old_setuptools() == ""
+    monkeypatch.setattr(gpu_suite_build.importlib.metadata, "version", lambda name: "77.0.1")
+    assert gpu_suite_build.old_setuptools() == ""
 
 
 @pytest.mark.slow

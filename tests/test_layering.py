@@ -1,6 +1,7 @@
 """Who may know whom: the rooms of the house, held by a test that reads every import and include."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -9,18 +10,60 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPERATIONS = ("moca", "moments", "sqrtm")
+PACKAGES = {"mir_kernels": ROOT / "mir_kernels", "modality_integration": ROOT / "python" / "modality_integration"}
+OPERATIONS = ("moca", "moments", "sqrtm", "frechet")
+# Which operations an operation may build on.
+BELOW = {"moca": set(), "moments": set(), "sqrtm": set(), "frechet": {"sqrtm"}}
+# What each room of modality_integration may import from, itself included; "__init__" is the package's own file.
+ROOMS = {
+    "metric": {"metric"},
+    "models": {"metric", "models"},
+    "training": {"metric", "models", "training"},
+    "app": {"metric", "models", "training", "app", "official"},
+    "official": {"metric"},
+    "__main__": {"app"},
+    "__init__": {"metric", "models", "training", "app", "official"},
+}
+COMPILED = "mir_kernels._C"
+LINES = 400
+FOLDERS = ("mir_kernels", "python", "csrc", "tests", "benchmarks")
+SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh")
 
 
-def imports(path: Path) -> set[str]:
-    """Every module a file names in an import, at any depth of the file."""
+def modules(package: Path) -> dict[str, Path]:
+    """{dotted name: file} of a package; a folder goes by the name of its `__init__.py`."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str) -> set[str]:
+    """Every name a source imports, in functions and for type checkers too: a.b of `import a.b` or `from a import b`."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def used(source: str, known: dict[str, Path]) -> set[str]:
+    """The modules of `known` that a source imports: of "a.b.c" the longest part that is one."""
+    found = set()
+    for name in imports(source) - {COMPILED}:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        found |= {name} - {""}
+    return found
+
+
+def room(module: str) -> str:
+    """The part of modality_integration that a module belongs to."""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def files(folder: str, *suffixes: str) -> list[Path]:
@@ -29,21 +72,81 @@ def files(folder: str, *suffixes: str) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("path", files("mir_kernels", ".py"), ids=lambda p: str(p.relative_to(ROOT)))
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+KERNELS, UPPER = (modules(package) for package in PACKAGES.values())
+OF_OPERATIONS = {name: path for name, path in KERNELS.items() if name.startswith("mir_kernels.ops.")}
+SOURCES = [path for folder in FOLDERS for path in files(folder, *SUFFIXES)]
+
+
+@pytest.mark.parametrize("path", KERNELS.values(), ids=short)
 def test_kernel_package_knows_nothing_of_models_or_plots(path):
     forbidden = {"modality_integration", "transformers", "torchmetrics", "matplotlib", "rich", "typer", "safetensors"}
-    assert not {name.split(".")[0] for name in imports(path)} & forbidden
+    assert not {name.split(".")[0] for name in imports(path.read_text())} & forbidden
+
+
+def test_operations_are_the_folders_of_ops():
+    folders = {path.parent.name for path in (PACKAGES["mir_kernels"] / "ops").glob("*/__init__.py")}
+    assert folders == set(OPERATIONS) == set(BELOW)
+
+
+@pytest.mark.parametrize("path", OF_OPERATIONS.values(), ids=short)
+def test_operations_import_from_one_another_what_they_may_and_no_kernels(path):
+    operation = path.parent.name
+    for name in used(path.read_text(), OF_OPERATIONS):
+        _, _, other, *module = name.split(".")
+        if other != operation:
+            assert other in BELOW[operation], f"{short(path)} imports {name}"
+            assert module[:1] not in (["triton"], ["native"], ["eager"]), f"{short(path)} imports {name}"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operations_do_not_import_one_anothers_kernels(operation):
-    for path in files(f"mir_kernels/{operation}", ".py"):
-        for other in set(OPERATIONS) - {operation}:
-            used = {name for name in imports(path) if re.match(rf"mir_kernels\.{other}\.(triton|native|eager)", name)}
-            assert not used, f"{path.relative_to(ROOT)} imports {used}"
+def test_every_operation_has_the_same_files(operation):
+    folder = PACKAGES["mir_kernels"] / "ops" / operation
+    wanted = {"__init__.py", "functional.py", "autograd.py", "launch.py", "reference.py", "README.md"}
+    assert wanted <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("path", files("csrc", ".h", ".cpp", ".cu"), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", UPPER.values(), ids=short)
+def test_rooms_of_the_upper_package_import_downward_only(path):
+    name = next(name for name, other in UPPER.items() if other == path)
+    for other in used(path.read_text(), UPPER):
+        assert room(other) in ROOMS[room(name)], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_form_no_circle(package):
+    known = modules(PACKAGES[package])
+    graphlib.TopologicalSorter({name: used(path.read_text(), known) for name, path in known.items()}).prepare()
+
+
+def test_imports_are_found_wherever_they_stand():
+    source = """
+import a.b
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from a import c
+def f():
+    from a.d import name
+    from a import other
+"""
+    known = dict.fromkeys(("a", "a.b", "a.c", "a.d", "b"), ROOT)
+    assert used(source, known) == {"a", "a.b", "a.c", "a.d"}
+    assert room("modality_integration") == "__init__"
+    assert room("modality_integration.metric.sync") == "metric"
+    with pytest.raises(AssertionError, match="line 1: a relative import"):
+        imports("from . import sync")
+
+
+@pytest.mark.parametrize("path", [*SOURCES, ROOT / "setup.py"], ids=short)
+def test_no_source_file_is_long(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= LINES
+
+
+@pytest.mark.parametrize("path", files("csrc", ".h", ".cpp", ".cu", ".cuh"), ids=short)
 def test_native_sources_name_python_only_in_the_bindings(path):
     includes = re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', path.read_text())
     foreign = [name for name in includes if re.match(r"(torch|ATen|c10|Python|pybind11)", name)]

@@ -10,7 +10,8 @@ import pytest
 import counts
 import harness
 import roofline
-from mir_kernels.frechet import RUNGS, TOLERANCE
+from mir_kernels.ops.frechet.iterated import RUNGS
+from mir_kernels.ops.frechet.report import TOLERANCE
 
 ROOT = Path(__file__).parent.parent
 

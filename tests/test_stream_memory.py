@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mir_kernels.moments.packed import entries
+from mir_kernels.ops.moments.packed import entries
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mir_kernels import _checks
-from mir_kernels.moments import token_norms
-from mir_kernels.sqrtm import sqrtm
-from modality_integration.layer import Options, layer_result
-from modality_integration.outliers import three_sigma
+from mir_kernels import _checks, sqrtm, token_norms
+from modality_integration.metric.features import feature_layer_result
+from modality_integration.metric.options import MetricOptions
+from modality_integration.metric.outliers import three_sigma
 
-_UNPROCESSED = Options(outliers="none", normalize=False)
+_UNPROCESSED = MetricOptions(outliers="none", normalize=False)
 
 
 def matrix_sqrt(input: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ def calculate_fid(tensor_A: Tensor, tensor_B: Tensor) -> float:
 @torch.no_grad()
 def calculate_fid_pytorch(tensor_A: Tensor, tensor_B: Tensor) -> float:
     """As `calculate_fid`, of the inputs in their own dtype."""
-    return layer_result(tensor_A, tensor_B, 1, _UNPROCESSED).terms.distance
+    return feature_layer_result(tensor_A, tensor_B, 1, _UNPROCESSED).terms.distance
 
 
 @torch.no_grad()

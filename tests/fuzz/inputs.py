@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fuzz.targets import D, metric, same, sample, told, unchanged
 from mir_kernels import moca, trace_sqrt_product
-from mir_kernels.moments import StreamingMoments, reference
+from mir_kernels.ops.moments import StreamingMoments, reference
 from modality_integration import ModalityIntegrationRate, mir
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -18,11 +18,20 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load, save
 
-from modality_integration import MIRResult, ModalityIntegrationRate, mir, state_file
-from modality_integration.checkpoint import Checkpoint, Passage
-from modality_integration.data import InputError
-from modality_integration.moca import add_moca, load_moca, moca_parameters, save_moca
-from modality_integration.states import mir_of_states, save_states
+from modality_integration import (
+    MIRResult,
+    ModalityIntegrationRate,
+    add_moca,
+    load_moca,
+    mir,
+    mir_of_states,
+    moca_parameters,
+    save_moca,
+    save_states,
+)
+from modality_integration.app.checkpoint import Checkpoint, Passage
+from modality_integration.app.errors import InputError
+from modality_integration.metric import state_file
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")  # gone with the process
 FOLDER = Path(_FOLDER.name)
@@ -164,7 +173,7 @@ def check_run_checkpoint(data: bytes) -> None:
         checkpoint.load(mine)
     except InputError as error:
         told(error, str(folder))
-        assert not mine._streams
+        assert not mine._layers
         return
     assert passage == Passage(1, 2)
     assert unchanged(metric().state_dict(), mine.state_dict())

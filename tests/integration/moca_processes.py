@@ -12,7 +12,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from integration.tiny_models import tiny_batch, tiny_model
-from modality_integration.moca import NAME, add_moca, load_moca, moca_parameters, save_moca
+from modality_integration.models.moca import NAME, add_moca, moca_parameters
+from modality_integration.models.moca_files import load_moca, save_moca
 from tolerances import assert_close
 
 STEPS = 3

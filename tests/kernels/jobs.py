@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mir_kernels.moments import packed
-from mir_kernels.sqrtm import eager
+from mir_kernels.ops.moments import packed
+from mir_kernels.ops.sqrtm import eager
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPS = ((3.2, -2.4, 0.5), (1.875, -1.25, 0.375))
@@ -114,7 +114,7 @@ def token_inputs(dtype: torch.dtype, rows: int, d: int) -> dict[str, Tensor]:
 
 
 def moments_jobs() -> list[Job]:
-    from mir_kernels.moments import triton as kernels
+    from mir_kernels.ops.moments import triton as kernels
 
     def norms(t):
         return (kernels.token_norms(t["x"]),)
@@ -144,7 +144,7 @@ def moments_jobs() -> list[Job]:
 
 
 def root_jobs() -> list[Job]:
-    from mir_kernels.sqrtm import triton as kernels
+    from mir_kernels.ops.sqrtm import triton as kernels
 
     def matrices(dtype, rows, d):
         shape = (min(rows, 3), min(d, 300), max(1, min(d, 300) - 2))
@@ -174,5 +174,5 @@ def root_jobs() -> list[Job]:
 def every_job() -> list[Job]:
     from mir_kernels import _native
 
-    native = moca_jobs("mir_kernels.moca.native") if _native.C is not None else []
-    return [*moca_jobs("mir_kernels.moca.triton"), *native, *moments_jobs(), *root_jobs()]
+    native = moca_jobs("mir_kernels.ops.moca.native") if _native.C is not None else []
+    return [*moca_jobs("mir_kernels.ops.moca.triton"), *native, *moments_jobs(), *root_jobs()]

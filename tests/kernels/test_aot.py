@@ -11,10 +11,10 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver, jit
 
 import aot
-from mir_kernels.moca import triton as moca
-from mir_kernels.moments import packed
-from mir_kernels.moments import triton as moments
-from mir_kernels.sqrtm import triton as sqrtm
+from mir_kernels.ops.moca import triton as moca
+from mir_kernels.ops.moments import packed
+from mir_kernels.ops.moments import triton as moments
+from mir_kernels.ops.sqrtm import triton as sqrtm
 
 
 class Driver:

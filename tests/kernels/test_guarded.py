@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from kernels.jobs import every_job
 from mir_kernels import _native
-from mir_kernels.moments import triton as moments
+from mir_kernels.ops.moments import triton as moments
 from tolerances import assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

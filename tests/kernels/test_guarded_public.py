@@ -87,7 +87,7 @@ def need(gigabytes):
 @pytest.fixture
 def roots():
     pytest.importorskip("triton")
-    from mir_kernels.sqrtm import triton
+    from mir_kernels.ops.sqrtm import triton
 
     return triton
 

@@ -15,9 +15,9 @@ def band_of(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def inverse_traces(t: torch.Tensor, width: int, shifts: list[float]) -> torch.Tensor:
-    from mir_kernels.sqrtm import band
+    from mir_kernels.ops.frechet import native
 
-    return band.inverse_traces(band_of(t, width), torch.tensor(shifts, dtype=t.dtype))
+    return native.inverse_traces(band_of(t, width), torch.tensor(shifts, dtype=t.dtype))
 
 
 def definite(d: int, width: int) -> torch.Tensor:

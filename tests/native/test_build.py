@@ -116,7 +116,7 @@ assert _native.__file__.startswith(sys.argv[1]), _native.__file__
 if _native.C is None:
     print("missing:", _native.MISSING)
 else:
-    from mir_kernels.moments import native
+    from mir_kernels.ops.moments import native
     print(_native.C.VERSION, _native.C.CUDA_ARCHS, native.token_norms(torch.tensor([[3.0, 4.0]])).item())
 """
 

@@ -20,8 +20,8 @@ import sys, torch
 from mir_kernels._native import C, MISSING
 if C is None:
     sys.exit(MISSING)
-from mir_kernels.moca import native as moca
-from mir_kernels.moments import native as moments
+from mir_kernels.ops.moca import native as moca
+from mir_kernels.ops.moments import native as moments
 
 results = {"isa": C.CPU_ISA}
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

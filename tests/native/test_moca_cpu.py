@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("native_module")
 
 
 def native():
-    from mir_kernels.moca import native
+    from mir_kernels.ops.moca import native
 
     return native
 

@@ -21,7 +21,7 @@ def cuda_here(native_module):
 
 
 def native():
-    from mir_kernels.moca import native
+    from mir_kernels.ops.moca import native
 
     return native
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mir_kernels import _native
-from mir_kernels.moca import OPERATIONS
+from mir_kernels.ops.moca import OPERATIONS
 
 
 def test_constants_say_what_was_built(native_module):

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.usefixtures("native_module")
 
 
 def token_norms(x):
-    from mir_kernels.moments import native
+    from mir_kernels.ops.moments import native
 
     return native.token_norms(x)
 

@@ -1,4 +1,4 @@
-"""The backends and devices on which MoCa's promises are checked."""
+"""The backends and devices on which MoCa's promises are checked, and one small set of inputs."""
 
 import os
 from typing import NamedTuple
@@ -6,7 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mir_kernels.moca import OPERATIONS
+from kernels.moca.calls import D
+from mir_kernels.ops.moca import OPERATIONS
 
 
 class Run(NamedTuple):
@@ -32,3 +33,12 @@ def run(request: pytest.FixtureRequest) -> Run:
     if reason := operation.reason(run.backend, torch.device(run.device)):
         pytest.skip(reason)
     return run
+
+
+@pytest.fixture
+def t() -> dict[str, torch.Tensor]:
+    """x (2, 9, 16) and what goes with it, in float32."""
+    g = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(2, 9, D, generator=g) for name in ("x", "residual", "grad")}
+    made |= {name: torch.randn(D, generator=g) for name in ("scale", "shift", "weight")}
+    return made | {"mask": torch.rand(2, 9, generator=g) < 0.5}

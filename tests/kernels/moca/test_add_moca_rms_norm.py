@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from mir_kernels.moca import add_moca_rms_norm, moca
+from mir_kernels.ops.moca import add_moca_rms_norm, moca
 from tolerances import RELATIVE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

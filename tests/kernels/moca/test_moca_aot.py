@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 import aot
-from mir_kernels.moca import triton as kernels
+from mir_kernels.ops.moca import triton as kernels
 
 KERNELS = ("forward", "backward", "add_rms_forward", "add_rms_backward", "row_dot", "column_sum")
 

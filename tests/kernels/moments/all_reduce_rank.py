@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from mir_kernels.moments import StreamingMoments
+from mir_kernels.ops.moments import StreamingMoments
 
 folder, *split, rank = sys.argv[1:]
 folder, split, rank = Path(folder), [int(n) for n in split], int(rank)

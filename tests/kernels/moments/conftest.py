@@ -5,7 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mir_kernels.moments import StreamingMoments, reference, streaming
+from mir_kernels.ops.moments import StreamingMoments, reference, streaming
+from mir_kernels.ops.moments.launch import STREAMING_MOMENTS
 
 
 class Run(NamedTuple):
@@ -24,7 +25,7 @@ RUNS = [
 @pytest.fixture(params=RUNS, ids=lambda r: f"{r.backend}-{r.device}")
 def run(request: pytest.FixtureRequest) -> Run:
     run = request.param
-    if reason := streaming.OPERATION.reason(run.backend, torch.device(run.device)):
+    if reason := STREAMING_MOMENTS.reason(run.backend, torch.device(run.device)):
         pytest.skip(reason)
     return run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mir_kernels.moments import StreamingMoments
+from mir_kernels.ops.moments import StreamingMoments
 
 RANK = Path(__file__).parent / "all_reduce_rank.py"
 

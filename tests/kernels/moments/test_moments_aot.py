@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 import aot
-from mir_kernels.moments import packed, streaming
-from mir_kernels.moments import triton as kernels
+from mir_kernels.ops.moments import packed, streaming
+from mir_kernels.ops.moments import triton as kernels
 
 TENSOR_CORE = {"sm_80": "mma.sync.aligned", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma_f32"}
 

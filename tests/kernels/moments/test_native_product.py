@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from mir_kernels.moments import StreamingMoments, packed, reference, streaming
-from mir_kernels.moments.streaming import OPERATION
+from mir_kernels.ops.moments import StreamingMoments, packed, reference, streaming
+from mir_kernels.ops.moments.launch import STREAMING_MOMENTS
 
-if reason := OPERATION.reason("native", torch.device("cpu")):
+if reason := STREAMING_MOMENTS.reason("native", torch.device("cpu")):
     pytest.skip(reason, allow_module_level=True)
 
 from mir_kernels._native import C
-from mir_kernels.moments import native
+from mir_kernels.ops.moments import native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(0, 3), (1, 1), (5, 95), (128, 96), (129, 97), (300, 257), (7, 600), (1024, 95), (1089, 97), (1024, 257)]
@@ -150,7 +150,7 @@ def test_what_is_not_finite_stays_in_its_column(row, value):
 LEVELS = """
 import torch
 from mir_kernels._native import C
-from mir_kernels.moments import StreamingMoments, reference
+from mir_kernels.ops.moments import StreamingMoments, reference
 torch.manual_seed(0)
 level = torch.randn(1500, 203)
 climbing = level + torch.linspace(0, 150, 203)

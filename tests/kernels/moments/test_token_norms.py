@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mir_kernels.moments import TOKEN_NORMS, reference, token_norms
+from mir_kernels.ops.moments import reference, token_norms
+from mir_kernels.ops.moments.launch import TOKEN_NORMS
 from tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from mir_kernels.moments import StreamingMoments, packed, reference, streaming, token_norms
-from mir_kernels.moments import triton as kernels
+from mir_kernels.ops.moments import StreamingMoments, packed, reference, streaming, token_norms
+from mir_kernels.ops.moments import triton as kernels
 from tolerances import assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mir_kernels.sqrtm import coefficients, eager
-from mir_kernels.sqrtm.eager import LOWER, SAFETY, TARGET
+from mir_kernels.ops.sqrtm import coefficients, eager
+from mir_kernels.ops.sqrtm.eager import LOWER, SAFETY, TARGET
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-6, 1.0), (1e-3, 1.0), (0.1, 1.9), (0.5, 1.5), (0.9, 1.1)])

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 import aot
-from mir_kernels.sqrtm import eager
-from mir_kernels.sqrtm import triton as kernels
+from mir_kernels.ops.sqrtm import eager
+from mir_kernels.ops.sqrtm import triton as kernels
 
 STEPS = ((3.2, -2.4, 0.5),) * 6
 CASES = [

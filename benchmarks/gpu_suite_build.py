@@ -1,0 +1,90 @@
+"""The stages of gpu_suite.py that come first: what this machine has, and the extension built on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from gpu_suite_processes import ROOT, Result, cuda_tool, run, state, words
+
+SETUPTOOLS = 77  # the first that reads pyproject.toml's `license`
+
+
+def environment(out: Path, dry: bool) -> Result:
+    """Device, driver, versions, commit; and which optional packages are missing."""
+    import torch
+
+    found: Result = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    optional = ("pytest", "hypothesis", "xdist", "scipy", "torchmetrics", "safetensors", "transformers", "mpmath")
+    found["missing"] = [name for name in optional if importlib.util.find_spec(name) is None]
+    for name in ("triton", "pybind11", "ninja", "setuptools"):
+        module = importlib.util.find_spec(name) and importlib.import_module(name)
+        found[name] = getattr(module, "__version__", "here") if module else None
+    found["nvcc"] = shutil.which("nvcc")
+    found["commit"] = words("git", "rev-parse", "--short", "HEAD") or "unknown"
+    found["driver"] = words(
+        "nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"
+    ).partition("\n")[0]
+    if torch.cuda.is_available():
+        one = torch.cuda.get_device_properties(0)
+        found |= {"device": one.name, "capability": f"{one.major}{one.minor}", "devices": torch.cuda.device_count()}
+        found |= {"memory_gb": one.total_memory / 2**30, "multiprocessors": one.multi_processor_count}
+    elif not dry:
+        return found | {"state": "failed", "note": "torch sees no CUDA device; --dry runs without one"}
+    parts = [f"{n} {found[n]}" for n in ("device", "driver", "torch", "triton", "commit") if found.get(n)]
+    parts += [f"missing: {', '.join(found['missing'])}"] if found["missing"] else []
+    if old := old_setuptools():
+        parts.append(f"setuptools {old} does not read this pyproject.toml: the build leaves its license out")
+    return found | {"state": "passed", "note": "; ".join(parts)}
+
+
+def build(out: Path, dry: bool) -> Result:
+    """The extension in place for the device at hand, its CPU part alone where nvcc is missing; dry: that, into DIR."""
+    nvcc = None if dry else cuda_tool("nvcc")
+    env = {"MIR_CUDA": "1" if nvcc else "0", "MIR_NATIVE": "1"}
+    if nvcc:
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        env |= {"MIR_CUDA_ARCHS": f"{major}{minor}", "CUDA_HOME": str(Path(nvcc).parent.parent)}
+    tree = source_tree(out) if old_setuptools() else ROOT
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(out / "build")]
+    built = out / "built"
+    shutil.rmtree(built, ignore_errors=True)
+    code = run([*command, "--build-lib", str(built)], folder=tree, **env)
+    modules = list(built.rglob("_C.*"))
+    if code == 0 and not dry:
+        for module in modules:
+            arriving = ROOT / "mir_kernels" / f"{module.name}.arriving"
+            shutil.copy2(module, arriving)
+            os.replace(arriving, ROOT / "mir_kernels" / module.name)  # a process may be running the old one
+    what = "with CUDA C++" if nvcc else "the CPU part; CUDA C++ WAS NOT BUILT" + ("" if dry else ": there is no nvcc")
+    return state(code == 0 and bool(modules), f"{what} ({env}: exit code {code})") | {"cuda": bool(nvcc)}
+
+
+def old_setuptools() -> str:
+    """The version of a setuptools that refuses `license = "Apache-2.0"`, or ""."""
+    try:
+        version = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return version if int(version.partition(".")[0]) < SETUPTOOLS else ""
+
+
+def source_tree(out: Path) -> Path:
+    """What a build reads, with a pyproject.toml that older setuptools understands."""
+    tree = out / "source"
+    shutil.rmtree(tree, ignore_errors=True)
+    for name in ("csrc", "mir_kernels", "python"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+    for name in ("setup.py", "README.md"):
+        shutil.copy2(ROOT / name, tree / name)
+    project = (ROOT / "pyproject.toml").read_text()
+    (tree / "pyproject.toml").write_text(re.sub(r"^license.*\n", "", project, flags=re.MULTILINE))
+    return tree

@@ -1,0 +1,105 @@
+"""The stages of gpu_suite.py that take times: the machine's ceilings, the benchmarks, the kernels' block sizes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from gpu_suite_processes import BENCH, PATIENCE, Result, run, state
+
+TUNING = 55  # seconds of tune.py
+
+
+class Bench(NamedTuple):
+    """One call of a bench_*.py: its arguments on CUDA and in a dry run, and its limit in seconds."""
+
+    script: str
+    cuda: str
+    tiny: str
+    limit: int
+
+
+# By the name of the CSV. Left out is what takes a GPU minutes: eigenvalues of general matrices, compilers twice.
+BENCHMARKS = {
+    "moca": Bench("moca", "--seconds 0.3", "--tokens 64 --hidden 64", 41),
+    "moments": Bench("moments", "--seconds 0.3", "--tokens 64 --d 32", 22),
+    # One matrix, and batches of many small ones: where LAPACK and cuSOLVER are slowest.
+    "sqrtm": Bench("sqrtm", "--seconds 0.3 --d 512 --skip scipy", "--d 16", 24),
+    "sqrtm_batch512": Bench(
+        "sqrtm",
+        '--seconds 0.2 --operations polar trace --d 64 --batch 512 --skip scipy torchmetrics compile "(linalg"',
+        "--operations polar trace --d 8 --batch 3",
+        18,
+    ),
+    "sqrtm_batch256": Bench(
+        "sqrtm", "--seconds 0.2 --operations polar --d 256 --batch 256", "--operations polar --d 12 --batch 2", 27
+    ),
+    "sqrtm_4096": Bench(
+        "sqrtm",
+        "--seconds 0.2 --operations polar trace --d 4096 --skip torchmetrics published compile eigh",
+        "--operations polar trace --d 20 --skip torchmetrics published eigh",
+        20,
+    ),
+    "mir": Bench(
+        "mir",
+        "--seconds 0.7 --layers 2 --hidden 2048 --samples 20 --vision 576 --text 64 "
+        '--skip "published, accurate (scipy)" "torchmetrics recipe"',
+        '--layers 1 --hidden 16 --samples 2 --vision 20 --text 12 --skip "published, accurate (scipy)" '
+        '"torchmetrics recipe" "published, fast" "mir_kernels, lists"',
+        22,
+    ),
+}
+
+
+def ceilings(out: Path, dry: bool) -> Result:
+    """Copy bandwidth and the largest matrix rates, as every benchmark measures them."""
+    import harness
+
+    found = harness.ceilings("cpu" if dry else "cuda")
+    rates = f"{found['matmul_gflops'] / 1e3:.2f} TFLOP/s, in float64 {found['float64_gflops'] / 1e3:.2f}"
+    return state(True, f"copy {found['copy_gbs']:.0f} GB/s, matrix product {rates}") | found
+
+
+def bench(out: Path, dry: bool) -> Result:
+    """Every line of BENCHMARKS with its time limit; what was written before one stopped counts."""
+    import harness
+
+    device, notes, files = "cpu" if dry else "cuda", {}, []
+    for name, one in BENCHMARKS.items():
+        path = out / harness.csv_name(name, device)
+        path.unlink(missing_ok=True)
+        given = "--seconds 0.01 " + one.tiny if dry else one.cuda
+        command = [sys.executable, str(BENCH / f"bench_{one.script}.py"), "--device", device]
+        command += ["--out", str(path), *shlex.split(given)]
+        # Compilers take longest of all in a dry run, and are not ours to check.
+        environ = {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"} if dry else {}
+        code = run(command, limit=one.limit * (PATIENCE if dry else 1), **environ)
+        rows = harness.read_csv(path) if path.exists() else []
+        files += [str(path)] if rows else []
+        if code == 124:
+            notes[name] = f"stopped after {one.limit} s with {len(rows)} rows"
+        elif code or not rows:
+            notes[name] = f"exit code {code} with {len(rows)} rows"
+        if bad := [r["rival"] for r in rows if harness.exit_code([r])]:
+            notes[name] = f"{notes.get(name, '')} no time for {', '.join(dict.fromkeys(bad))}".strip()
+    text = "; ".join(f"{name}: {note}" for name, note in notes.items())
+    return state(not notes, text or f"{len(files)} CSVs") | {"files": files}
+
+
+def tune(out: Path, dry: bool) -> Result:
+    """Block tables by measurement; dry: compiled ahead of time. Writes tuned.json, and tuned.txt to commit."""
+    path = out / "tuned.json"
+    path.unlink(missing_ok=True)
+    path.with_suffix(".txt").unlink(missing_ok=True)
+    command = [sys.executable, str(BENCH / "tune.py"), "--out", str(path), *(["--dry"] if dry else [])]
+    code = run(command, limit=None if dry else TUNING)
+    found = json.loads(path.read_text()) if path.exists() else {"of": "all", "tables": []}
+    done, changed = len(found["tables"]), [one for one in found["tables"] if one["changed"]]
+    note = f"{done} of {found['of']} tables, {len(changed)} with a faster row"
+    note += "" if code == 0 else " (stopped at its limit)" if code == 124 else f" (exit code {code})"
+    return state(code == 0 and done == found["of"], note) | {
+        "offers": [f'{one["table"]} "{one["architecture"]}": {one["offer"]}' for one in changed]
+    }

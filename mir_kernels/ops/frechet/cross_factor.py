@@ -1,0 +1,71 @@
+"""N = Ca^T Cb for covariances Ca Ca^T = A and Cb Cb^T = B: its singular values sum to Tr((AB)^(1/2))."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mir_kernels.ops.sqrtm import factor
+from mir_kernels.ops.sqrtm.factor import Factor, blocks
+
+
+class CrossFactor(NamedTuple):
+    """Tr((AB)^(1/2)) = 2^exponent |N|_*, to within `rounding` of |N|_*.  how: "cholesky" or "eigh" gave N."""
+
+    n: Tensor
+    exponent: Tensor
+    rounding: Tensor
+    how: tuple[str, ...]
+
+    def trace(self, nuclear_norms: Tensor) -> Tensor:
+        """Tr((AB)^(1/2)) of the nuclear norms of `n`."""
+        return factor.times_power(nuclear_norms, self.exponent)
+
+    def relative_rounding(self, nuclear_norms: Tensor) -> Tensor:
+        """`rounding` relative to the nuclear norms of `n`."""
+        return torch.where(self.rounding > 0, self.rounding / nuclear_norms, 0.0)
+
+
+def cross_factor(a: Tensor, b: Tensor, indefinite: float) -> CrossFactor:
+    """The cross factor of symmetric float64 a, b (batch, d, d).
+
+    ValueError for an eigenvalue below -`indefinite`, relative to the equilibrated diagonal: no covariance's rounding.
+    """
+    x, y = factor.factor(a), factor.factor(b)
+    for name, c in (("a", x), ("b", y)):
+        if bool((c.lowest < -indefinite).any()):
+            raise ValueError(
+                f"{name}: takes positive semi-definite matrices, got one with an eigenvalue of "
+                f"{float(c.lowest.amin()):.3g} relative to its diagonal"
+            )
+    singular = (x.singular | y.singular).tolist()
+    n = cross_product(x.columns, y.columns, triangular=not any(singular))
+    how = tuple("eigh" if s else "cholesky" for s in singular)
+    return CrossFactor(n, x.exponent + y.exponent, _rounding(x, y), how)
+
+
+def cross_product(x: Tensor, y: Tensor, *, triangular: bool) -> Tensor:
+    """X^T Y; with the zeros above the diagonals left out where both are lower triangular."""
+    parts = blocks(x.shape[-1])
+    if not triangular or len(parts) == 1:
+        return x.mT @ y
+    if x.dim() == 3 and x.shape[0] == 1:  # one product is faster than a batch of one
+        return cross_product(x[0], y[0], triangular=True)[None]
+    out = torch.empty_like(x)
+    for i0, i1 in parts:
+        for j0, j1 in parts:
+            k = max(i0, j0)
+            out[..., i0:i1, j0:j1] = x[..., k:, i0:i1].mT @ y[..., k:, j0:j1]
+    return out
+
+
+def _rounding(x: Factor, y: Factor) -> Tensor:
+    """An estimate of how far the roundings in two factors move the nuclear norm of Cx^T Cy.
+
+    |Ra^T D Cy|_* - |R^T D Cy|_* <= |Ra - R|_F |D Cy|_F for square roots R, Ra of the equilibrated matrix and of what
+    its factor is one of (the triangle inequality, then Cauchy and Schwarz), D = diag(scale); and the same for y.
+    """
+    first = x.rounding * torch.linalg.vector_norm(x.scale[..., None] * y.columns, dim=(-2, -1))
+    return first + y.rounding * torch.linalg.vector_norm(y.scale[..., None] * x.columns, dim=(-2, -1))

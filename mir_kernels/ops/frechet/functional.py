@@ -1,0 +1,198 @@
+"""The public functions: checks, then the registered operator under torch.compile and the raw function elsewhere."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from mir_kernels import _checks
+from mir_kernels._precision import with_float32_products
+from mir_kernels.ops.frechet import autograd, features, launch
+from mir_kernels.ops.frechet.launch import TRACE_SQRT_PRODUCT
+from mir_kernels.ops.frechet.report import PRECISIONS, Precision, TraceReport
+from mir_kernels.ops.sqrtm import rounding
+
+
+class TraceSqrt(NamedTuple):
+    """Tr((AB)^(1/2)) with lower <= truth <= upper; float64 tensors of the batch's shape."""
+
+    value: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+class FrechetDistance(NamedTuple):
+    """The squared Frechet distance with lower <= truth <= upper; float64 tensors of the batch's shape."""
+
+    value: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+@overload
+def trace_sqrt_product(
+    a: Tensor, b: Tensor, *, precision: Precision = ..., bounds: Literal[False] = ..., backend: str | None = ...
+) -> Tensor: ...
+@overload
+def trace_sqrt_product(
+    a: Tensor, b: Tensor, *, precision: Precision = ..., bounds: Literal[True], backend: str | None = ...
+) -> TraceSqrt: ...
+@overload
+def trace_sqrt_product(
+    a: Tensor, b: Tensor, *, precision: Precision = ..., bounds: bool, backend: str | None = ...
+) -> Tensor | TraceSqrt: ...
+def trace_sqrt_product(
+    a: Tensor, b: Tensor, *, precision: Precision = "float32", bounds: bool = False, backend: str | None = None
+) -> Tensor | TraceSqrt:
+    """Tr((AB)^(1/2)), the last term of Eq. 3 of the MIR paper, as the nuclear norm of Ca^T Cb with Ca Ca^T = A.
+
+    a, b: covariances (..., d, d) of one shape, any floating dtype; each is symmetrised and worked on in float64.
+    precision: the relative error of the trace is at most 2e-3 ("bfloat16", by products of 16 bits), 1e-6 ("float32") or
+    1e-8 ("float64"), whatever the backend; a RuntimeWarning says what was reached where that could not be met.
+    bounds: return `TraceSqrt(value, lower, upper)` with lower <= truth <= upper proved in float64; of a matrix that
+    rounding left indefinite, the positive part is meant, taken with the diagonal scaled alike.
+    backend: "linalg" (float64 singular values), "eager" or "triton" (polar factor by Newton-Schulz).
+    Returns float64 of the batch's shape, without gradient. Raises ValueError for matrices that are not finite,
+    symmetric and positive semi-definite up to rounding, TypeError for other dtypes.
+    """
+    _check_pair("a", a, "b", b)
+    _checks.choice("precision", precision, PRECISIONS)
+    backend = TRACE_SQRT_PRODUCT.choose(backend, a.device)
+    value, lower, upper = _call(a, b, precision, bounds, backend)
+    return TraceSqrt(value, lower, upper) if bounds else value
+
+
+@torch.no_grad()
+@with_float32_products
+def trace_sqrt_report(
+    a: Tensor, b: Tensor, *, precision: Precision = "float32", backend: str | None = None
+) -> TraceReport:
+    """`trace_sqrt_product` and how it came about: the error each value was accepted with, and the path that ran."""
+    _check_pair("a", a, "b", b)
+    _checks.choice("precision", precision, PRECISIONS)
+    backend = TRACE_SQRT_PRODUCT.choose(backend, a.device)
+    return launch.report(a, b, precision, backend)
+
+
+@torch.no_grad()
+def trace_sqrt_from_features(
+    x: Tensor, y: Tensor, *, precision: Precision = "float32", bounds: bool = False, backend: str | None = None
+) -> Tensor | TraceSqrt:
+    """Tr((Sx Sy)^(1/2)) of the covariances (ddof 1) of the rows of x (n, d) and y (m, d), n, m >= 2, in float64.
+
+    The nuclear norm of Xc Yc^T / sqrt((n-1)(m-1)), without a covariance, where one of them has no more rows than
+    columns: by singular values ("linalg", exact to rounding) or a polar factor to `precision`. Otherwise
+    `trace_sqrt_product` of the two covariances, and then bounds are those of the covariances as rounded to float64.
+    The features need not be centred. A scalar, or `TraceSqrt` with `bounds`.
+    """
+    _checks.tokens("x", x)
+    _checks.tokens("y", y)
+    for name, value in (("x", x), ("y", y)):
+        if value.dim() != 2 or value.shape[0] < 2:
+            raise ValueError(f"{name}: takes features (n, d) with n >= 2, got {tuple(value.shape)}")
+        _checks.finite(name, value)
+    _checks.same_device("y", y, "x", x)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"y: takes {x.shape[1]} columns as x has, got {y.shape[1]}")
+    _checks.choice("precision", precision, PRECISIONS)
+    backend = TRACE_SQRT_PRODUCT.choose(backend, x.device)
+    value, lower, upper = features.trace_sqrt(x, y, precision, bounds, backend)
+    return value if lower is None or upper is None else TraceSqrt(value, lower, upper)
+
+
+@overload
+def frechet_distance(
+    mean_x: Tensor,
+    cov_x: Tensor,
+    mean_y: Tensor,
+    cov_y: Tensor,
+    *,
+    precision: Precision = ...,
+    bounds: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def frechet_distance(
+    mean_x: Tensor,
+    cov_x: Tensor,
+    mean_y: Tensor,
+    cov_y: Tensor,
+    *,
+    precision: Precision = ...,
+    bounds: Literal[True],
+    backend: str | None = ...,
+) -> FrechetDistance: ...
+@overload
+def frechet_distance(
+    mean_x: Tensor,
+    cov_x: Tensor,
+    mean_y: Tensor,
+    cov_y: Tensor,
+    *,
+    precision: Precision = ...,
+    bounds: bool,
+    backend: str | None = ...,
+) -> Tensor | FrechetDistance: ...
+@torch.no_grad()
+def frechet_distance(
+    mean_x: Tensor,
+    cov_x: Tensor,
+    mean_y: Tensor,
+    cov_y: Tensor,
+    *,
+    precision: Precision = "float32",
+    bounds: bool = False,
+    backend: str | None = None,
+) -> Tensor | FrechetDistance:
+    """|mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), the distance of Eq. 3 of the MIR paper.
+
+    mean_x, mean_y: (..., d).  cov_x, cov_y: (..., d, d).  precision, bounds, backend and errors as for
+    `trace_sqrt_product`; the error of the root is relative to the root, so where the distance is far smaller than the
+    traces it holds fewer digits: `bounds=True` returns `FrechetDistance(value, lower, upper)` and says how many.
+    Never negative, and zero for equal Gaussians. float64, of the batch's shape, without gradient.
+    """
+    for name, mean, cov in (("mean_x", mean_x, cov_x), ("mean_y", mean_y, cov_y)):
+        _checks.tokens(name, mean)
+        _checks.finite(name, mean)
+        if mean.shape != cov.shape[:-1]:
+            raise ValueError(f"{name}: takes shape {tuple(cov.shape[:-1])}, got {tuple(mean.shape)}")
+        _checks.same_device(name, mean, "cov_x", cov_x)
+    _check_pair("cov_x", cov_x, "cov_y", cov_y)
+    _checks.choice("precision", precision, PRECISIONS)
+    backend = TRACE_SQRT_PRODUCT.choose(backend, cov_x.device)
+    traces = _trace(cov_x), _trace(cov_y)
+    rest = (mean_x.double() - mean_y.double()).square().sum(-1) + traces[0] + traces[1]
+    # (AA)^(1/2) = A: equal covariances are at no distance in any precision.
+    same = (cov_x == cov_y).all(-1).all(-1)
+    if not bounds and not torch.compiler.is_compiling() and bool(same.all()):
+        return (rest - 2 * traces[0]).clamp(min=0.0)
+    value, lower, upper = _call(cov_x, cov_y, precision, bounds, backend)
+    value = (rest - 2 * torch.where(same, traces[0], value)).clamp(min=0.0)
+    if not bounds:
+        return value
+    slack = rest * rounding.gamma(4 * cov_x.shape[-1])
+    # Where the means' distance leaves float64's range, so does the upper end.
+    lower, upper = (rest - 2 * upper - slack).clamp(min=0.0), rest - 2 * lower + slack
+    lower = lower.nan_to_num(0.0).clamp(max=torch.finfo(rest.dtype).max)
+    return FrechetDistance(value.clamp(lower, upper), lower, upper.clamp(min=0.0))
+
+
+def _call(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            return autograd.trace_sqrt_product(a, b, precision, bounds, backend)
+        return launch.trace_sqrt_product(a, b, precision, bounds, backend)
+
+
+def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    _checks.symmetric(name_a, a)
+    _checks.symmetric(name_b, b)
+    _checks.same_device(name_b, b, name_a, a)
+    if a.shape != b.shape:
+        raise ValueError(f"{name_b}: takes shape {tuple(a.shape)} as {name_a} has, got {tuple(b.shape)}")
+
+
+def _trace(a: Tensor) -> Tensor:
+    return a.diagonal(dim1=-2, dim2=-1).double().sum(-1)

@@ -1,0 +1,74 @@
+"""From checked covariances or features to a solver, in parts that bound the memory, with bounds around the value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mir_kernels._dispatch import Operation
+from mir_kernels._precision import with_float32_products
+from mir_kernels.ops.frechet import certificate, iterated, linalg, reference
+from mir_kernels.ops.frechet.report import TraceReport, warn_if_missed
+from mir_kernels.ops.sqrtm import factor
+
+# "linalg": float64 singular values through torch.linalg; "eager" and "triton": the polar factor by Newton-Schulz.
+TRACE_SQRT_PRODUCT = Operation(
+    "trace_sqrt_product",
+    orders={"cuda": ("triton", "eager", "linalg"), "cpu": ("linalg", "eager", "triton")},
+    reasons={"linalg": lambda device: None},
+)
+OPERATIONS = (TRACE_SQRT_PRODUCT,)
+
+# Float64 elements of one matrix stack that are worked on at a time.
+CHUNK = 1 << 24
+
+
+@with_float32_products
+def trace_sqrt_product(
+    a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The value and, with `bounds`, its lower and upper end; those are empty without."""
+    found = report(a, b, precision, backend)
+    warn_if_missed("trace_sqrt_product", found.error, precision, stacklevel=5)
+    if not bounds:
+        return found.value, found.value.new_empty(0), found.value.new_empty(0)
+    lower, upper = _bounds(a, b, precision, backend)
+    # The value comes from another computation than the bounds: inside them it is never further from the truth.
+    return torch.minimum(torch.maximum(found.value, lower), upper), lower, upper
+
+
+def report(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
+    """The value, the error it was accepted with, and the path that ran, for each of the batch."""
+    indefinite = 8 * a.shape[-1] * max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps, 1e-12)
+    parts = [solver(backend).trace(x, y, precision, backend, indefinite) for x, y in _chunks(a, b)]
+    values = torch.cat([part.value for part in parts]) if parts else a.new_zeros(0, dtype=torch.float64)
+    errors = torch.cat([part.error for part in parts]) if parts else values
+    batch = a.shape[:-2]
+    return TraceReport(values.reshape(batch), errors.reshape(batch), tuple(p for part in parts for p in part.path))
+
+
+def solver(backend: str) -> ModuleType:
+    """The module that has `trace`, `nuclear_norm` and `witness` of a backend."""
+    return {"linalg": linalg, "reference": reference}.get(backend, iterated)
+
+
+def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
+    witness = solver(backend).witness(precision, backend)
+    ends = [certificate.trace_bounds(x, y, witness) for x, y in _chunks(a, b)]
+    if not ends:
+        empty = a.new_zeros(a.shape[:-2], dtype=torch.float64)
+        return empty, empty.clone()
+    lower, upper = (torch.cat(end).reshape(a.shape[:-2]) for end in zip(*ends, strict=True))
+    return lower, upper
+
+
+def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The flattened batch, symmetric and in float64, in parts that bound the memory of the intermediates."""
+    d = a.shape[-1]
+    step = max(1, CHUNK // (d * d))
+    x, y = a.reshape(-1, d, d), b.reshape(-1, d, d)
+    for i in range(0, x.shape[0], step):
+        yield factor.symmetrize(x[i : i + step]), factor.symmetrize(y[i : i + step])

@@ -1,0 +1,44 @@
+"""The "linalg" backend: float64 decompositions of torch.linalg, as accurate in every precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mir_kernels.ops.frechet import certificate, standard_form
+from mir_kernels.ops.frechet.cross_factor import cross_factor
+from mir_kernels.ops.frechet.report import TOLERANCE, TraceReport
+from mir_kernels.ops.sqrtm import factor
+
+
+def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
+    """Tr((AB)^(1/2)) of symmetric float64 a, b (batch, d, d).
+
+    The roots of the eigenvalues of C^T A C with C C^T = B where rounding allows it, else the singular values of N.
+    """
+    form = standard_form.reduce(a, b)
+    total, error, solver = standard_form.roots_(form)
+    total = factor.times_power(total, form.exponent)
+    path = [f"cholesky+{solver}"] * a.shape[0]
+    direct = torch.nonzero(~(error <= TOLERANCE["float64"]))[:, 0]
+    if direct.numel():
+        pair = cross_factor(a[direct], b[direct], indefinite)
+        values = torch.linalg.svdvals(pair.n).sum(-1)
+        total[direct] = pair.trace(values)
+        error[direct] = pair.n.shape[-1] * factor.UNIT + pair.relative_rounding(values)
+        for i, how in zip(direct.tolist(), pair.how, strict=True):
+            path[i] = how + "+svdvals"
+    return TraceReport(total, error, tuple(path))
+
+
+def nuclear_norm(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
+    """|N|_* of float64 n (batch, m, k), and its relative error beyond rounding: none."""
+    values = torch.linalg.svdvals(n).sum(-1)
+    return values, torch.zeros_like(values)
+
+
+def witness(precision: str, backend: str) -> Callable[[Tensor], certificate.Witness]:
+    """What the bounds of a batch of N are read from."""
+    return certificate.spectral_witness

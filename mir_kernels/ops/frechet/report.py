@@ -1,0 +1,38 @@
+"""What a value of Tr((AB)^(1/2)) is accepted with: the precisions that may be asked for, the error, the path."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Precision = Literal["bfloat16", "float32", "float64"]
+PRECISIONS = get_args(Precision)
+TOLERANCE = {"bfloat16": 2e-3, "float32": 1e-6, "float64": 1e-8}  # promised relative error of the trace
+
+
+@dataclass(frozen=True)
+class TraceReport:
+    """What `trace_sqrt_report` found and how.
+
+    value: float64, batch shape.  error: the relative error bound or estimate each value was accepted with.
+    path: per matrix of the flattened batch, which algorithm gave the value.
+    """
+
+    value: Tensor
+    error: Tensor
+    path: tuple[str, ...]
+
+
+def warn_if_missed(name: str, error: Tensor, precision: str, *, stacklevel: int) -> None:
+    """A RuntimeWarning where an error is above what `precision` promises. stacklevel: as warnings.warn takes it."""
+    missed = error.amax().item() if error.numel() else 0.0
+    if missed > TOLERANCE[precision]:
+        warnings.warn(
+            f"{name}: reached a relative error of {missed:.2g}, precision={precision!r} asks for "
+            f"{TOLERANCE[precision]:.0e}",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )

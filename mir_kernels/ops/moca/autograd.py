@@ -1,0 +1,178 @@
+"""Gradients of MoCa twice over: autograd.Function around the raw kernels for eager mode, registered operations for
+torch.compile, export and tensor subclasses. Both share the rules for what is saved and what is computed.
+
+Saved for backward: x (and residual) only where dscale is wanted, and in place a copy of the vision rows alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mir_kernels._precision import accumulator
+from mir_kernels._registration import register
+from mir_kernels.ops.moca import launch
+
+
+class Moca(torch.autograd.Function):
+    """moca where a tensor requires grad."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, mask, inplace: bool, backend: str | None) -> Tensor:
+        # No setup_context: with one, torch inspects this signature on every call, longer than a small kernel takes.
+        ctx.backend = backend
+        if not inplace:
+            ctx.save_for_backward(x if scale.requires_grad else None, None, scale, shift, mask)
+            return launch.forward(x, scale, shift, mask, backend)
+        ctx.mark_dirty(x)
+        kept, x_rows = launch.vision_rows(x, mask) if scale.requires_grad else (None, None)
+        ctx.save_for_backward(kept, x_rows, scale, shift, mask)
+        launch.forward_(x, scale, shift, mask, backend)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, x_rows, scale, shift, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if _plain(grad):
+            calls = launch.forward, functools.partial(launch.backward, x_rows=x_rows)
+        else:
+            calls = torch.ops.mir_kernels.moca, functools.partial(_moca_backward_op, x_rows=x_rows)
+        gradients = _moca_gradients(*calls, needs, grad, x, scale, shift, mask, ctx.backend)
+        return *gradients, None, None, None
+
+
+class AddMocaRmsNorm(torch.autograd.Function):
+    """add_moca_rms_norm where a tensor requires grad; also returns rstd, which is not differentiable."""
+
+    @staticmethod
+    def forward(ctx, x, residual, scale, shift, mask, weight, eps: float, backend: str | None):
+        out, h, rstd = launch.add_rms_forward(x, residual, scale, shift, mask, weight, eps, backend)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        pre = (x, residual) if scale.requires_grad else (None, None)
+        ctx.save_for_backward(h, *pre, scale, shift, mask, weight, rstd)
+        return out, h, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor | None, grad_h: Tensor | None, _: None):
+        raw = _plain(grad_out) and _plain(grad_h)
+        return _add_rms_gradients(launch.add_rms_backward if raw else _add_rms_backward_op, ctx, grad_out, grad_h)
+
+
+def _plain(grad: Tensor | None) -> bool:
+    """Whether a gradient has an address to read it at: no subclass, no negative view, no zero without memory."""
+    return grad is None or (type(grad) is Tensor and not grad.is_neg() and not grad._is_zerotensor())
+
+
+def _moca_gradients(
+    forward: Callable, backward: Callable, needs, grad, x, scale, shift, mask, backend
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dscale, dshift). x may be None where dscale is not wanted."""
+    if not (needs[1] or needs[2]):
+        return forward(grad, scale, torch.zeros_like(shift), mask, backend), None, None
+    dx, dscale, dshift = backward(grad, grad if x is None else x, scale, mask, backend)
+    return (
+        dx if needs[0] else None,
+        dscale.to(scale.dtype) if needs[1] else None,
+        dshift.to(shift.dtype) if needs[2] else None,
+    )
+
+
+def _add_rms_gradients(backward: Callable, ctx, grad_out: Tensor | None, grad_h: Tensor | None) -> tuple:
+    """One entry for each input of add_rms_forward; dx is dresidual."""
+    h, x, residual, scale, shift, mask, weight, rstd = ctx.saved_tensors
+    grad_out = torch.zeros_like(h) if grad_out is None else grad_out
+    x, residual = (h, h) if x is None else (x, residual)
+    dx, dscale, dshift, dweight = backward(grad_out, grad_h, h, x, residual, scale, mask, weight, rstd, ctx.backend)
+    grads = (dx, dx, dscale.to(scale.dtype), dshift.to(shift.dtype), None, dweight.to(weight.dtype), None, None)
+    return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+# The registered operations. They call the same row kernels; the column sums of one backward call come as one tensor,
+# because an operation's results may not share memory and the kernels write them side by side.
+
+
+def _moca_backward(grad, x, scale, mask, backend):
+    dx, *sums = launch.backward(grad, x, scale, mask, backend)
+    return dx, torch.stack(sums)
+
+
+def _add_rms_backward(grad_out, grad_h, h, x, residual, scale, mask, weight, rstd, backend):
+    dx, *sums = launch.add_rms_backward(grad_out, grad_h, h, x, residual, scale, mask, weight, rstd, backend)
+    return dx, torch.stack(sums)
+
+
+def _moca_setup(ctx, inputs, output) -> None:
+    x, scale, shift, mask, ctx.backend = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, shift, mask)
+
+
+def _moca_backward_op(grad, x, scale, mask, backend, x_rows=None):
+    if x_rows is not None:
+        x = x.index_select(0, x_rows.clamp(min=0)).view(grad.shape) if len(x) else grad
+    dx, sums = torch.ops.mir_kernels.moca_backward(grad, x, scale, mask, backend)
+    return dx, *sums.unbind(0)
+
+
+def _add_rms_backward_op(*arguments):
+    dx, sums = torch.ops.mir_kernels.add_moca_rms_norm_backward(*arguments)
+    return dx, *sums.unbind(0)
+
+
+def _moca_op_backward(ctx, grad):
+    x, scale, shift, mask = ctx.saved_tensors
+    calls = torch.ops.mir_kernels.moca, _moca_backward_op
+    return *_moca_gradients(*calls, ctx.needs_input_grad, grad, x, scale, shift, mask, ctx.backend), None, None
+
+
+def _add_rms_setup(ctx, inputs, output) -> None:
+    x, residual, scale, shift, mask, weight, _, ctx.backend = inputs
+    _, h, rstd = output
+    pre = (x, residual) if ctx.needs_input_grad[2] else (None, None)
+    ctx.save_for_backward(h, *pre, scale, shift, mask, weight, rstd)
+
+
+def _add_rms_op_backward(ctx, grad_out, grad_h, _):
+    return _add_rms_gradients(_add_rms_backward_op, ctx, grad_out, grad_h)
+
+
+register(
+    "moca_backward(Tensor grad, Tensor x, Tensor scale, Tensor mask, str? backend) -> (Tensor, Tensor)",
+    _moca_backward,
+    lambda grad, x, scale, mask, backend: (
+        grad.new_empty(grad.shape),
+        grad.new_empty((2, grad.shape[-1]), dtype=accumulator(grad)),
+    ),
+)
+register(
+    "moca(Tensor x, Tensor scale, Tensor shift, Tensor mask, str? backend) -> Tensor",
+    launch.forward,
+    lambda x, scale, shift, mask, backend: x.new_empty(x.shape),
+    backward=_moca_op_backward,
+    setup_context=_moca_setup,
+)
+register(
+    "add_moca_rms_norm_backward(Tensor grad_out, Tensor? grad_h, Tensor h, Tensor x, Tensor residual, Tensor scale,"
+    " Tensor mask, Tensor weight, Tensor rstd, str? backend) -> (Tensor, Tensor)",
+    _add_rms_backward,
+    lambda grad_out, grad_h, h, *others: (h.new_empty(h.shape), h.new_empty((3, h.shape[-1]), dtype=accumulator(h))),
+)
+register(
+    "add_moca_rms_norm(Tensor x, Tensor residual, Tensor scale, Tensor shift, Tensor mask, Tensor weight, float eps,"
+    " str? backend) -> (Tensor, Tensor, Tensor)",
+    launch.add_rms_forward,
+    lambda x, *others: (
+        *(x.new_empty(x.shape), x.new_empty(x.shape)),
+        x.new_empty(x.shape[:-1], dtype=accumulator(x)),
+    ),
+    backward=_add_rms_op_backward,
+    setup_context=_add_rms_setup,
+)

@@ -1,0 +1,204 @@
+"""The public functions: checks, then the shortest way to the kernels that the situation allows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import CreationMeta, _get_creation_meta
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+from mir_kernels import _checks
+from mir_kernels.ops.moca import autograd, launch
+
+MASKS = (torch.bool, torch.uint8, *_checks.FLOATS)
+PLAIN = (Tensor, torch.nn.Parameter)  # other subclasses go through the dispatcher, where they can say what they do
+
+
+def moca(
+    x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, *, inplace: bool = False, backend: str | None = None
+) -> Tensor:
+    """Scale and shift vision tokens (Eq. 5 of the MIR paper): `scale * x + shift` where mask, x bit for bit elsewhere.
+
+    x: (..., d), float32, bfloat16, float16 or float64, any strides, any number of tokens including none.
+    scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token.
+    inplace: change x and return it; text rows are then neither read nor written. Where scale requires grad, the vision
+    rows are copied first, which waits for the device to count them.
+    Returns a tensor of x's shape and dtype; a new one is contiguous. Arithmetic in float32 (float64 for float64),
+    rounded once. Differentiable once, for x, scale and shift; column sums in float32, the same bits on every run.
+    Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run here.
+    """
+    _check(x, scale, shift, mask)
+    if _by_dispatcher("moca", x, scale, shift, mask):
+        # In place, what backward keeps must not be the tensor that changes.
+        source = x.clone() if inplace and torch.is_grad_enabled() and scale.requires_grad else x
+        out = torch.ops.mir_kernels.moca(source, scale, shift, mask, backend)
+        return x.copy_(out) if inplace else out
+    gradient = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or shift.requires_grad)
+    if inplace:
+        _check_writable(x, gradient)
+    if gradient:
+        return autograd.Moca.apply(x, scale, shift, mask, inplace, backend)
+    if not inplace:
+        return launch.forward(x, scale, shift, mask, backend)
+    launch.forward_(x, scale, shift, mask, backend)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # the kernels write behind autograd's back
+    return x
+
+
+def add_moca_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What lies between two decoder layers in one pass: residual add, MoCa on vision rows, RMSNorm.
+
+    h = moca(x + residual, scale, shift, mask); out = weight * h / sqrt(mean(h^2) + eps). Returns (out, h).
+
+    x, residual: (..., d), one dtype. scale, shift, weight: (d,), any floating dtype. mask: (...), as in `moca`.
+    Rounded to x's dtype after the addition, after MoCa, after the normalisation and after the weight: the order of
+    Llama's RMSNorm on top of the separate operations. rsqrt, mean and all sums in float32 (float64 for float64).
+    Differentiable once, for x, residual, scale, shift and weight. Errors as in `moca`.
+    """
+    _check(x, scale, shift, mask)
+    if not _fit(x, residual, weight):
+        _explain_addition(x, residual, weight)
+    arguments = (x, residual, scale, shift, mask, weight, float(eps), backend)
+    tensors = (x, residual, scale, shift, weight)
+    if _by_dispatcher("add_moca_rms_norm", *tensors, mask):
+        out, h, _ = torch.ops.mir_kernels.add_moca_rms_norm(*arguments)
+        return out, h
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments)
+    else:
+        out, h, _ = launch.add_rms_forward(*arguments)
+    return out, h
+
+
+def _check(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
+    if not _sound(x, scale, shift, mask):
+        _explain(x, scale, shift, mask)
+
+
+# A call on a few rows takes microseconds, and one check after the other, each ready with its message, takes as long:
+# so first the question whether anything is wrong, and only then what.
+
+
+def _sound(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> bool:
+    if not (isinstance(x, Tensor) and isinstance(scale, Tensor) and isinstance(shift, Tensor)):
+        return False
+    shape, device = x.shape, x.device
+    size = shape[-1:]
+    return (
+        isinstance(mask, Tensor)
+        and len(size) == 1
+        and size[0] > 0
+        and x.layout == scale.layout == shift.layout == mask.layout == torch.strided
+        and x.dtype in _checks.FLOATS
+        and scale.dtype in _checks.FLOATS
+        and shift.dtype in _checks.FLOATS
+        and mask.dtype in MASKS
+        and scale.shape == size
+        and shift.shape == size
+        and mask.shape == shape[:-1]
+        and scale.device == device
+        and shift.device == device
+        and mask.device == device
+    )
+
+
+def _fit(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+    return (
+        isinstance(residual, Tensor)
+        and isinstance(weight, Tensor)
+        and residual.layout == weight.layout == torch.strided
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+        and weight.shape == x.shape[-1:]
+        and weight.dtype in _checks.FLOATS
+        and weight.device == x.device
+    )
+
+
+def _explain(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
+    _checks.tokens("x", x)
+    _checks.vector("scale", scale, x.shape[-1])
+    _checks.vector("shift", shift, x.shape[-1])
+    _checks.mask("mask", mask, x.shape[:-1], floats=True)
+    _checks.same_device("scale", scale, "x", x)
+    _checks.same_device("shift", shift, "x", x)
+    _checks.same_device("mask", mask, "x", x)
+
+
+def _explain_addition(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    _checks.tokens("residual", residual)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        takes, got = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (x, residual))
+        raise ValueError(f"residual: takes x's shape and dtype, {takes}, got {got}")
+    _checks.vector("weight", weight, x.shape[-1])
+    _checks.same_device("residual", residual, "x", x)
+    _checks.same_device("weight", weight, "x", x)
+
+
+def _check_writable(x: Tensor, gradient: bool) -> None:
+    """x can be changed in place: checked before anything is written, where autograd would say so only afterwards."""
+    if gradient and x.requires_grad:
+        base = x._base if x._is_view() else x
+        if base is not None and base.is_leaf and base.requires_grad:
+            raise RuntimeError("x: a leaf that requires grad cannot be changed in place; call with inplace=False")
+    if gradient and x._is_view() and _get_creation_meta(x) != CreationMeta.DEFAULT:
+        raise RuntimeError(
+            "x: a view made by unbind, split or chunk, or without gradients, cannot be changed in place while "
+            "gradients are recorded; call with inplace=False"
+        )
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("x: a tensor made in inference mode cannot be changed in place outside it; clone it first")
+    if not x.is_contiguous() and _may_overlap(x):
+        raise ValueError(f"x: an expanded tensor cannot be changed in place, got strides {x.stride()}; clone it first")
+
+
+def _may_overlap(x: Tensor) -> bool:
+    """Whether two elements may share memory: some axis' step does not clear what the axes with smaller steps span."""
+    span = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
+def _by_dispatcher(name: str, *tensors: Tensor) -> bool:
+    """Whether the registered operation is called: someone traces, listens, or has a say in what a tensor is.
+
+    Raw calls write to addresses, which a trace does not see, a subclass may not have and a negative view does not mean.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+        _refuse_transforms(name, *tensors)
+    if _len_torch_dispatch_stack() or _get_tracing_state() is not None:
+        return True
+    for tensor in tensors:  # noqa: SIM110, a generator takes twice as long
+        if type(tensor) not in PLAIN or tensor.is_neg():
+            return True
+    return False
+
+
+def _refuse_transforms(name: str, *tensors: Tensor) -> None:
+    """No tensor is a torch.func wrapper, which has no memory, or has a tangent, which would be dropped."""
+    dual = forward_ad._current_level >= 0
+    for tensor in tensors:
+        if is_functorch_wrapped_tensor(tensor) or (dual and forward_ad.unpack_dual(tensor).tangent is not None):
+            raise RuntimeError(
+                f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode derivatives are not supported; "
+                "autograd is, and a batch needs no vmap: x may have any number of leading axes, with the mask"
+            )

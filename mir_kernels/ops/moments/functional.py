@@ -1,0 +1,23 @@
+"""The public function: checks, then the registered operator under torch.compile and the raw function elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mir_kernels import _checks
+from mir_kernels.ops.moments import autograd, launch
+
+__all__ = ["token_norms"]
+
+
+def token_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """The l2 norms ||x_t|| of tokens x `(..., d)`, f32/bf16/f16/f64, as float32 `(...)`.
+
+    No finite f16/bf16/f32 token overflows on the way; a norm beyond float32 is infinite. Any strides; not
+    differentiable.
+    """
+    _checks.tokens("x", x)
+    name = launch.TOKEN_NORMS.choose(backend, x.device)
+    run = autograd.token_norms if torch.compiler.is_compiling() else launch.token_norms
+    return run(x.detach(), name)

@@ -1,0 +1,367 @@
+"""StreamingMoments: count, mean and covariance of tokens that pass by once, mergeable in any order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mir_kernels import _checks
+from mir_kernels.ops.moments import packed
+from mir_kernels.ops.moments.launch import STREAMING_MOMENTS, block_update
+
+Precision = Literal["fast", "auto", "exact"]
+PRECISIONS = get_args(Precision)
+VERSION = 1  # of the state's layout
+
+# Rows gathered before a product, by device type: where more no longer makes the product faster per row.
+ROWS = {"cpu": 1024, "cuda": 4096}
+# Blocks of an update on a GPU that need no gathering: each takes a pass over the triangle, and with more rows float32
+# sums of products whose mean is 4 deviations would lose more than is promised.
+DIRECT = 8192
+# Rows that the shift of a block is taken from where reading them all would cost a pass of its own.
+SAMPLE = 512
+
+
+class StreamingMoments:
+    """Mean and covariance of tokens in one pass: mu = sum x_t / n, C = sum (x_t - mu)(x_t - mu)^T / (n - ddof).
+
+    Blocks of rows are shifted by a vector near their mean, multiplied, and joined by the rule of Chan, Golub and
+    LeVeque (Updating formulae and a pairwise algorithm for computing sample variances, 1979), which is exact algebra
+    for any split and order. Small updates are gathered until a product pays; reading a property folds them in.
+
+    hidden_size: d. device: where the tokens are and the state lies.
+    precision: "auto": every covariance entry is within 1e-5 of sigma_i sigma_j whatever the mean, with products in
+    float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 4e16; beyond, a block's
+    sums of squares leave float32. "exact": products in float64. "fast": one low-precision pass by Triton, whose error
+    grows with the square of mean / deviation; "auto" elsewhere.
+    backend: "triton", "native" or "eager" (`mir_kernels.backends()`), or "reference".
+
+    A refused update leaves the state as it was. Non-finite tokens are not looked for: they make the results non-finite.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        device: torch.device | str | None = None,
+        precision: Precision = "auto",
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(hidden_size, int) or isinstance(hidden_size, bool) or hidden_size < 1:
+            raise ValueError(f"hidden_size: takes an integer of at least 1, got {hidden_size!r}")
+        _checks.choice("precision", precision, PRECISIONS)
+        self.hidden_size, self.precision = hidden_size, precision
+        self.device = torch.empty(0, device=device).device
+        self._asked = backend
+        self.backend = STREAMING_MOMENTS.choose(backend, self.device)
+        self.reset()
+
+    @torch.inference_mode(False)
+    def reset(self) -> None:
+        """Back to no rows."""
+        d = self.hidden_size
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
+        self._count = torch.zeros((), dtype=torch.int64, device=self.device)  # of the rows folded in
+        self._mean = zeros(d)
+        # The centred second moment is _second + sum_r _weights[r] _owed[r] _owed[r]^T: the two outer products of Chan's
+        # rule are left to the next block, which passes over the triangle anyway.
+        self._second = zeros(packed.entries(d))
+        self._owed = zeros(2, d)
+        self._weights = zeros(2)
+        self._pending: Tensor | None = None  # (rows + 1, d) of the tokens' dtype; the last row takes what a mask drops
+        self._bound = 0  # rows of _pending in use, at most: on CUDA only the device knows how many a mask kept
+        self._filled = torch.zeros((), dtype=torch.int64, device=self.device)  # and this is how many
+        self._whole = True  # no mask dropped any: it is known here, too
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Adds the tokens x `(..., d)`, f32/bf16/f16/f64, any strides, where mask `(...)`, bool or uint8, is nonzero.
+
+        On CUDA nothing waits for the device.
+        """
+        _checks.tokens("x", x)
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x: takes shape (..., {self.hidden_size}), got {tuple(x.shape)}")
+        if x.device != self.device:
+            raise ValueError(f"x: lies on {x.device}, but the moments lie on {self.device}")
+        if mask is not None:
+            _checks.mask("mask", mask, tuple(x.shape[:-1]))
+            _checks.same_device("mask", mask, "x", x)
+        rows = x.detach().reshape(-1, self.hidden_size)
+        keep = None if mask is None else mask.reshape(-1) != 0
+        if rows.shape[0] == 0:
+            return
+        if self._pending is not None and self._pending.dtype != rows.dtype:
+            self._fold_pending()
+            self._pending = None
+        if self._waits_for_nothing():
+            self._gather_on_device(rows, keep)
+        else:
+            self._gather_known(rows, keep)
+
+    @property
+    def count(self) -> int:
+        """Rows so far. Waits for the device."""
+        return int(self._count + self._filled)
+
+    @property
+    def mean(self) -> Tensor:
+        """mu `(d,)`, float64; zeros while there are no rows."""
+        self._fold_pending()
+        return self._mean.clone()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def covariance(self, ddof: int = 1) -> Tensor:
+        """C `(d, d)`, float64, symmetric. ValueError where count <= ddof."""
+        self._settle()
+        count = self.count
+        if count <= ddof:
+            raise ValueError(f"count: a covariance with ddof {ddof} takes more than {ddof} rows, got {count}")
+        out = packed.unpack(self._second, self.hidden_size).div_(count - ddof)
+        out.diagonal().clamp_(min=0.0)
+        return out
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merge(self, other: StreamingMoments) -> None:
+        """Adds everything `other` has seen; `other` stays as it is."""
+        if not isinstance(other, StreamingMoments):
+            raise TypeError(f"other: takes a StreamingMoments, got {type(other).__name__}")
+        if other is self:
+            raise ValueError("other: takes another StreamingMoments, got the same one")
+        if other.hidden_size != self.hidden_size:
+            raise ValueError(f"other: takes hidden_size {self.hidden_size}, got {other.hidden_size}")
+        if other.device != self.device:
+            raise ValueError(f"other: lies on {other.device}, but the moments lie on {self.device}; move it with .to()")
+        n, m = self._count.double(), other._count.double()
+        total = (n + m).clamp(min=1)
+        delta = other._mean - self._mean
+        self._second += other._second
+        vectors = torch.cat([self._owed, other._owed, delta[None]])
+        weights = torch.cat([self._weights, other._weights, (n * m / total)[None]])
+        packed.add_outer(self._second, self.hidden_size, vectors, weights)
+        self._owed.zero_()
+        self._weights.zero_()
+        self._mean += delta * (m / total)
+        self._count += other._count
+        if other._pending is not None and other._bound:
+            self.update(other._pending[: other._bound], other._kept())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Puts into every rank of `group` what all ranks have seen together. Ranks without rows are fine.
+
+        Counts and sums first, then the second moments around the common mean: two sums over the ranks.
+        """
+        from torch import distributed
+
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise RuntimeError(
+                "all_reduce: takes an initialised process group; call torch.distributed.init_process_group"
+            )
+        self._settle()
+        n = self._count.double()
+        sums = torch.cat([n[None], n * self._mean])
+        distributed.all_reduce(sums, group=group)
+        mean = sums[1:] / sums[0].clamp(min=1)
+        packed.add_outer(self._second, self.hidden_size, (self._mean - mean)[None], n[None])
+        distributed.all_reduce(self._second, group=group)
+        self._mean, self._count = mean, sums[0].to(torch.int64)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors, gathered rows as they are: loading them and going on gives the bits of never having stopped.
+
+        The tensors are the state's own where they can be; copy them to keep them through further updates.
+        """
+        kept = int(self._filled)
+        pending = torch.empty(0, self.hidden_size) if self._pending is None else self._pending[:kept]
+        return {
+            "version": torch.tensor(VERSION),
+            "count": self._count,
+            "mean": self._mean,
+            "second": self._second,
+            "owed": self._owed,
+            "weights": self._weights,
+            "pending": pending,
+            "bound": torch.tensor(self._bound),
+        }
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over a copy of what `state_dict` gave, from any device. A refused state changes nothing."""
+        mine = self.state_dict()
+        if not isinstance(state, Mapping) or set(state) != set(mine):
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state: takes the keys {sorted(mine)}, got {got}")
+        for name, value in state.items():
+            _checks.tensor(f"state[{name!r}]", value)
+        version, bound = (_checks.whole_number(f"state[{name!r}]", state[name]) for name in ("version", "bound"))
+        if version != VERSION:
+            raise ValueError(f"state: takes version {VERSION}, got {version}")
+        for name in ("count", "mean", "second", "owed", "weights"):
+            if state[name].shape != mine[name].shape or state[name].dtype != mine[name].dtype:
+                raise ValueError(
+                    f"state[{name!r}]: takes {mine[name].dtype} of shape {tuple(mine[name].shape)} "
+                    f"(hidden_size {self.hidden_size}), got {state[name].dtype} of shape {tuple(state[name].shape)}"
+                )
+        pending = state["pending"]
+        _checks.floating("state['pending']", pending)
+        if pending.dim() != 2 or pending.shape[1] != self.hidden_size:
+            raise ValueError(f"state['pending']: takes shape (rows, {self.hidden_size}), got {tuple(pending.shape)}")
+        _checks.whole_number("state['count']", state["count"])
+        if bound > max(pending.shape[0], *ROWS.values()):
+            raise ValueError(f"state['bound']: takes at most {max(ROWS.values())} rows, got {bound}")
+        self.reset()
+        for name in ("count", "mean", "second", "owed", "weights"):
+            setattr(self, f"_{name}", state[name].to(self.device, copy=True))
+        if pending.shape[0]:
+            # A state from another device may hold more rows than are gathered here: then they are folded in at once.
+            rows = pending.to(self.device)
+            self._bound = max(rows.shape[0], bound) if self._waits_for_nothing() else rows.shape[0]
+            self._allocate(rows.dtype, max(self._rows(), self._bound))[: rows.shape[0]] = rows
+            self._filled.fill_(rows.shape[0])
+            self._whole = self._bound == rows.shape[0]
+            if self._bound >= self._rows():
+                self._fold_pending()
+                self._pending = None
+
+    def to(self, device: torch.device | str) -> StreamingMoments:
+        """Moves the state, chooses the backend anew, and returns self. Where that fails, nothing has changed."""
+        moved = copy.copy(self)
+        moved.device = torch.empty(0, device=device).device
+        moved.backend = STREAMING_MOMENTS.choose(self._asked, moved.device)
+        moved.load_state_dict(self.state_dict())
+        vars(self).update(vars(moved))
+        return self
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors that are held."""
+        held = (self._count, self._mean, self._second, self._owed, self._weights, self._filled, self._pending)
+        return sum(t.nbytes for t in held if t is not None)
+
+    def __repr__(self) -> str:
+        return (
+            f"StreamingMoments({self.hidden_size}, device={str(self.device)!r}, precision={self.precision!r}, "
+            f"backend={self.backend!r})"
+        )
+
+    def _waits_for_nothing(self) -> bool:
+        return self.device.type != "cpu" or self.backend == "triton"
+
+    def _rows(self) -> int:
+        return ROWS.get(self.device.type, ROWS["cuda"])
+
+    def _allocate(self, dtype: torch.dtype, rows: int) -> Tensor:
+        self._pending = torch.empty(rows + 1, self.hidden_size, dtype=dtype, device=self.device)
+        return self._pending
+
+    def _kept(self) -> Tensor | None:
+        """Which of the gathered rows in use are rows, (_bound,) bool; None where all are."""
+        return None if self._whole else torch.arange(self._bound, device=self.device) < self._filled
+
+    def _gather_known(self, rows: Tensor, keep: Tensor | None) -> None:
+        """Blocks of exactly _rows() rows, in order: the bits do not depend on how the rows were split into updates."""
+        index = None if keep is None else keep.nonzero().flatten()
+        total, done, size = rows.shape[0] if index is None else index.shape[0], 0, self._rows()
+        while done < total:
+            take = min(size - self._bound, total - done)
+            part = rows[done : done + take] if index is None else rows.index_select(0, index[done : done + take])
+            done += take
+            if take == size:
+                self._fold(part, None)
+                continue
+            pending = self._allocate(rows.dtype, size) if self._pending is None else self._pending
+            pending[self._bound : self._bound + take] = part
+            self._bound += take
+            self._filled += take
+            if self._bound == size:
+                self._fold_pending()
+
+    def _gather_on_device(self, rows: Tensor, keep: Tensor | None) -> None:
+        """The same without asking how many rows a mask keeps: only the device moves and counts them."""
+        size = self._rows()
+        if keep is None and rows.shape[0] >= size:
+            direct = rows.shape[0] // size * size
+            for part in rows[:direct].split(max(size, DIRECT)):
+                self._fold(part, None)
+            rows = rows[direct:]
+        if keep is None and self._whole:
+            self._gather_known(rows, None)
+            return
+        for start in range(0, rows.shape[0], size):
+            part = rows[start : start + size]
+            take = part.shape[0]
+            if self._bound + take > size:
+                self._fold_pending()
+            pending = self._allocate(rows.dtype, size) if self._pending is None else self._pending
+            kept = (
+                torch.ones(take, dtype=torch.bool, device=self.device) if keep is None else keep[start : start + size]
+            )
+            place = torch.where(kept, self._filled + kept.cumsum(0) - 1, size)
+            pending.index_copy_(0, place, part)
+            self._bound += take
+            self._filled += kept.sum()
+            self._whole = False
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _fold_pending(self) -> None:
+        if self._bound and self._pending is not None:
+            self._fold(self._pending[: self._bound], self._kept())
+            self._bound = 0
+            self._filled.zero_()
+            self._whole = True
+
+    def _fold(self, x: Tensor, mask: Tensor | None) -> None:
+        """Joins a block (rows, d) to the state: Chan's rule around the shift s that the block was multiplied with.
+
+        M' = M + n a a^T + sum (x - s)(x - s)^T - n' b b^T with a = mu - s, b = mu' - s, n' = n + rows.
+        """
+        added = torch.full_like(self._count, x.shape[0]) if mask is None else mask.sum()
+        n, total = self._count.double(), (self._count + added).double()
+        centre = self._centre(x, mask, added)
+        shift, sums = block_update(self.backend, self.precision, x.dtype).accumulate(
+            self._second, x, mask, centre, self._owed, self._weights, self.precision
+        )
+        a = self._mean - shift
+        b = (n * a + sums) / total.clamp(min=1)
+        self._owed, self._weights = torch.stack([a, b]), torch.stack([n, -total])
+        self._mean = shift + b
+        self._count += added
+
+    def _centre(self, x: Tensor, mask: Tensor | None, added: Tensor) -> Tensor:
+        """A vector near the block's mean: what float32 rounds is then of the size of the deviations.
+
+        Once at least as many rows stand behind it as are coming, the running mean does: a block far away from it makes
+        the covariance itself as large as the shift is wrong. Until then, the mean of the block or of a sample of it.
+        """
+        host = not self._waits_for_nothing()
+        if host and self._count >= added:
+            return self._mean
+        step = 1 if host else -(-x.shape[0] // SAMPLE)
+        sample = x[::step]
+        if mask is None:
+            own = sample.sum(0, dtype=torch.float64) / sample.shape[0]
+        else:
+            kept = mask[::step]
+            own = torch.where(kept[:, None], sample, 0).sum(0, dtype=torch.float64) / kept.sum().clamp(min=1)
+        return torch.where(self._count >= added, self._mean, own)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Nothing pending, nothing owed."""
+        self._fold_pending()
+        packed.add_outer(self._second, self.hidden_size, self._owed, self._weights)
+        self._owed.zero_()
+        self._weights.zero_()

@@ -1,0 +1,323 @@
+"""Triton kernels: token norms, and the block update of the second moment in its packed triangle."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mir_kernels import _triton
+from mir_kernels._triton import INTERPRET, cast
+from mir_kernels.ops.moments.packed import PANEL
+
+NORM_BLOCK = 4096  # elements of a program of the norms: 32 a thread
+CHUNK = 256  # rows summed in the tensor cores before their sum is added, rounded to nearest, to the tile's total
+SHIFT_ABOVE = 4.0  # columns whose mean lies more deviations than this from zero are shifted
+SAMPLE = 512  # rows that the deviations are judged by
+
+
+class Blocks(NamedTuple):
+    """Tile edge (divides GRAIN and PANEL), rows a step, warps, stages; and how float32 products stay accurate."""
+
+    tile: int
+    step: int
+    warps: int
+    stages: int
+    float32: str = "tf32x3"
+
+
+# 16-bit tiles as they are, tiles that are shifted and split, float32 tiles.
+PLAIN = {
+    "sm_80": Blocks(128, 32, 8, 3),
+    "sm_90": Blocks(128, 64, 8, 3),
+    "sm_100": Blocks(128, 64, 8, 3),
+    "gfx942": Blocks(128, 32, 8, 2, "ieee"),
+    "interpreter": Blocks(32, 32, 4, 1, "ieee"),
+}
+SHIFTED = {
+    "sm_80": Blocks(64, 32, 8, 3),
+    "sm_90": Blocks(64, 32, 4, 3),
+    "sm_100": Blocks(64, 32, 4, 3),
+    "gfx942": Blocks(64, 32, 4, 2, "ieee"),
+    "interpreter": Blocks(32, 32, 4, 1, "ieee"),
+}
+GRAIN = 128  # columns that are shifted together or not at all; every tile edge divides it
+
+
+def token_norms(x: Tensor) -> Tensor:
+    """l2 norms of the rows of x `(rows, d)`, whose elements lie side by side, as float32 `(rows,)`."""
+    rows, d = x.shape
+    out = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows == 0:
+        return out
+    block = min(triton.next_power_of_2(d), NORM_BLOCK)
+    height = NORM_BLOCK // block
+    with _triton.on(x.device):
+        _token_norms_fwd[(triton.cdiv(rows, height),)](
+            x,
+            out,
+            rows,
+            x.stride(0),
+            d,
+            HEIGHT=height,
+            BLOCK=block,
+            ONE_BLOCK=d <= block,
+            num_warps=4,
+            **_triton.LAUNCH,
+        )
+    return out
+
+
+def accumulate(
+    second: Tensor, x: Tensor, mask: Tensor | None, centre: Tensor, vectors: Tensor, weights: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """The block update of `eager.accumulate` for precision "fast" and "auto", one launch over the lower tiles.
+
+    16-bit columns whose mean is moderate go into the tensor cores as they are: their products are exact in float32.
+    The tiles that touch a column with a mean of more than SHIFT_ABOVE deviations take differences from a shift that
+    the dtype can hold, which are exact but for outliers, as a high part and a remainder. float32 is always shifted.
+    """
+    if x.dtype == torch.float64:
+        raise TypeError("x: the Triton product takes float32, bfloat16 or float16, got float64")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    shift = _shift(x, mask, centre, precision)
+    grains = torch.nn.functional.pad(shift != 0, (0, -x.shape[1] % GRAIN)).view(-1, GRAIN).any(1).to(torch.uint8)
+    sums = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    # Both launches see all tiles and leave those of the other; which are whose is known to the device alone.
+    if x.dtype != torch.float32:
+        _launch(PLAIN, False, second, x, mask, shift, grains, vectors, weights, sums, precision)
+    if x.dtype == torch.float32 or precision != "fast":
+        _launch(SHIFTED, True, second, x, mask, shift, grains, vectors, weights, sums, precision)
+    return shift.double(), sums
+
+
+def _launch(
+    table: dict[str, Blocks],
+    shifted: bool,
+    second: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    shift: Tensor,
+    grains: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    sums: Tensor,
+    precision: str,
+) -> None:
+    rows, d = x.shape
+    blocks = _triton.row(table, x.device)
+    tiles = triton.cdiv(d, blocks.tile)
+    with _triton.on(x.device):
+        _accumulate_fwd[(tiles * (tiles + 1) // 2,)](
+            *(second, x, x if mask is None else mask.view(torch.uint8), shift, grains, vectors, weights, sums),
+            *(rows, x.stride(0), d),
+            HAS_MASK=mask is not None,
+            SHIFTED=shifted,
+            EVERY_TILE=x.dtype == torch.float32 or precision == "fast",
+            FLOAT32="tf32" if precision == "fast" and blocks.float32 == "tf32x3" else blocks.float32,
+            PANEL=PANEL,
+            GRAIN=GRAIN,
+            TILE=blocks.tile,
+            STEP=blocks.step,
+            CHUNK=CHUNK,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            **_triton.LAUNCH,
+        )
+
+
+def _shift(x: Tensor, mask: Tensor | None, centre: Tensor, precision: str) -> Tensor:
+    """(d,) float32, every value one of x's dtype; zero where a column goes in as it is."""
+    if precision == "fast":
+        return torch.zeros_like(centre, dtype=torch.float32)
+    shift = centre.to(x.dtype).float()
+    if x.dtype == torch.float32:
+        return shift
+    step = -(-x.shape[0] // SAMPLE)
+    away = x[::step].float() - shift
+    if mask is not None:
+        away = torch.where(mask[::step, None], away, 0.0)
+    rows = away.shape[0] if mask is None else mask[::step].sum().clamp(min=1)
+    deviation = (away.square().sum(0) / rows).sqrt()
+    return torch.where(shift.abs() > SHIFT_ABOVE * deviation, shift, 0.0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _token_norms_fwd(
+    x, out, rows, x_stride, d, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program norms HEIGHT rows. A power of two chosen by the row's largest element keeps squares in range."""
+    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)  # [HEIGHT]
+    m_row = row < rows
+    column = tl.arange(0, BLOCK)  # [BLOCK]
+    p_row = x + row[:, None] * x_stride
+    wide: tl.constexpr = x.dtype.element_ty == tl.float64
+    kind: tl.constexpr = tl.float64 if wide else tl.float32
+    if ONE_BLOCK:
+        b_x = tl.load(p_row + column[None, :], mask=m_row[:, None] & (column < d)[None, :], other=0.0).to(kind)
+        scale, back = _scale(tl.max(tl.abs(b_x), axis=1), wide)
+        scaled = b_x * scale[:, None]
+        squares = tl.sum(scaled * scaled, axis=1)
+    else:
+        largest = tl.zeros([HEIGHT, BLOCK], dtype=kind)
+        for start in range(0, d, BLOCK):
+            m_x = m_row[:, None] & (start + column < d)[None, :]
+            largest = tl.maximum(
+                largest, tl.abs(tl.load(p_row + start + column[None, :], mask=m_x, other=0.0).to(kind))
+            )
+        scale, back = _scale(tl.max(largest, axis=1), wide)
+        partial = tl.zeros([HEIGHT, BLOCK], dtype=kind)
+        for start in range(0, d, BLOCK):
+            m_x = m_row[:, None] & (start + column < d)[None, :]
+            scaled = tl.load(p_row + start + column[None, :], mask=m_x, other=0.0).to(kind) * scale[:, None]
+            partial += scaled * scaled
+        squares = tl.sum(partial, axis=1)
+    tl.store(out + row, (tl.sqrt(squares) * back).to(tl.float32), mask=m_row)
+
+
+@triton.jit
+def _scale(largest, WIDE: tl.constexpr):
+    """The power of two that brings the normal number `largest` to between 1 and 4, and its inverse; 1 for float64."""
+    if WIDE:
+        scale = tl.full(largest.shape, 1.0, tl.float64)
+        back = scale
+    else:
+        exponent = tl.minimum(tl.maximum(largest.to(tl.uint32, bitcast=True) >> 23, 1), 253)
+        scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        back = (exponent << 23).to(tl.float32, bitcast=True)
+    return scale, back
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _accumulate_fwd(
+    second, x, mask, shift, grains, vectors, weights, sums, rows, x_stride, d,
+    HAS_MASK: tl.constexpr, SHIFTED: tl.constexpr, EVERY_TILE: tl.constexpr, FLOAT32: tl.constexpr,
+    PANEL: tl.constexpr, GRAIN: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program per lower tile (i, j): its product over all rows, then one pass over its float64 entries.
+
+    second: packed triangle. grains: whether each GRAIN columns are shifted; a program leaves the tiles of the other
+    kind unless EVERY_TILE. vectors (2, d), weights (2,): outer products to add. sums: (d,), by the diagonal tiles.
+    """
+    tile = tl.program_id(0)
+    i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)  # the root's rounding
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    j = tile - i * (i + 1) // 2
+    if not EVERY_TILE:
+        touched = tl.load(grains + i * TILE // GRAIN).to(tl.int32) | tl.load(grains + j * TILE // GRAIN).to(tl.int32)
+        if (touched != 0) != SHIFTED:
+            return
+    column_i = i * TILE + tl.arange(0, TILE)  # [TILE]
+    column_j = j * TILE + tl.arange(0, TILE)  # [TILE]
+    b_total, b_sums = _products(
+        x, mask, shift, rows, x_stride, column_i, column_j, column_i < d, column_j < d, i == j,
+        HAS_MASK, SHIFTED, FLOAT32, TILE, STEP, CHUNK,
+    )  # fmt: skip
+    if i == j:
+        tl.store(sums + column_i, b_sums.to(tl.float64), mask=column_i < d)
+    # In quarters of the columns: a whole tile in float64 would take every register.
+    b_left, b_right = _halves(b_total, TILE, TILE)
+    half: tl.constexpr = TILE // 2
+    quarter: tl.constexpr = TILE // 4
+    first, second_quarter = _halves(b_left, TILE, half)
+    third, fourth = _halves(b_right, TILE, half)
+    for_all = (second, vectors, weights, i, j, d)
+    _add_to_second(first, for_all, 0, PANEL, TILE, quarter)
+    _add_to_second(second_quarter, for_all, quarter, PANEL, TILE, quarter)
+    _add_to_second(third, for_all, half, PANEL, TILE, quarter)
+    _add_to_second(fourth, for_all, half + quarter, PANEL, TILE, quarter)
+
+
+@triton.jit
+def _halves(b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns of b [ROWS, COLUMNS]."""
+    return tl.split(tl.permute(tl.reshape(b, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _add_to_second(b, for_all, skip, PANEL: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds b [TILE, WIDTH] and the owed outer products to the packed triangle, `skip` columns into tile (i, j)."""
+    second, vectors, weights, i, j, d = for_all
+    row = i * TILE + tl.arange(0, TILE)  # [TILE]
+    column = j * TILE + skip + tl.arange(0, WIDTH)  # [WIDTH]
+    m_row, m_column = row < d, column < d
+    panel = i * TILE // PANEL
+    before = panel.to(tl.int64) * (panel + 1) // 2 * (PANEL * PANEL)
+    stride = tl.minimum((panel + 1) * PANEL, d)
+    p_second = second + before + (row - panel * PANEL).to(tl.int64)[:, None] * stride + column[None, :]
+    m_second = m_row[:, None] & m_column[None, :]
+    b_second = tl.load(p_second, mask=m_second, other=0.0) + b.to(tl.float64)  # [TILE, WIDTH]
+    for r in tl.static_range(2):
+        left = tl.load(vectors + r * d + row, mask=m_row, other=0.0) * tl.load(weights + r)
+        b_second += left[:, None] * tl.load(vectors + r * d + column, mask=m_column, other=0.0)[None, :]
+    tl.store(p_second, b_second, mask=m_second)
+
+
+@triton.jit
+def _products(
+    x, mask, shift, rows, x_stride, column_i, column_j, m_i, m_j, diagonal,
+    HAS_MASK: tl.constexpr, SHIFTED: tl.constexpr, FLOAT32: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """sum_t (x_ti - s_i)(x_tj - s_j) [TILE, TILE] and, where diagonal, sum_t (x_ti - s_i) [TILE], in float32."""
+    element: tl.constexpr = x.dtype.element_ty
+    b_total = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_sums = tl.zeros([TILE], dtype=tl.float32)
+    if SHIFTED:
+        shift_i = tl.load(shift + column_i, mask=m_i, other=0.0)[None, :]
+        shift_j = tl.load(shift + column_j, mask=m_j, other=0.0)[None, :]
+    b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_column = tl.zeros([TILE], dtype=tl.float32)
+    # One loop over all steps, not one a chunk: loads of the next chunk are on their way while this one is added.
+    for start in range(0, rows, STEP):
+        row = start + tl.arange(0, STEP)  # [STEP]
+        m_row = row < rows
+        if HAS_MASK:
+            m_row = m_row & (tl.load(mask + row, mask=m_row, other=0) != 0)
+        p_row = x + row.to(tl.int64)[:, None] * x_stride
+        b_i = tl.load(p_row + column_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [STEP, TILE]
+        b_j = tl.load(p_row + column_j[None, :], mask=m_row[:, None] & m_j[None, :], other=0.0)  # [STEP, TILE]
+        if SHIFTED:
+            b_i = tl.where(m_row[:, None], b_i.to(tl.float32) - shift_i, 0.0)
+            b_j = tl.where(m_row[:, None], b_j.to(tl.float32) - shift_j, 0.0)
+            if element != tl.float32:
+                high_i, high_j = _high(b_i, element), _high(b_j, element)
+                low_i, low_j = cast(b_i - high_i.to(tl.float32), element), cast(b_j - high_j.to(tl.float32), element)
+                if element == tl.float16:  # the remainder is not small where the difference is beyond float16
+                    b_chunk = _dot(low_i, low_j, b_chunk, FLOAT32)
+                b_chunk = _dot(low_i, high_j, b_chunk, FLOAT32)
+                b_chunk = _dot(high_i, low_j, b_chunk, FLOAT32)
+                b_chunk = _dot(high_i, high_j, b_chunk, FLOAT32)
+            else:
+                b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
+        else:
+            b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
+        if diagonal:
+            b_column += tl.sum(b_i.to(tl.float32), axis=0)
+        if (start + STEP) % CHUNK == 0:
+            b_total += b_chunk
+            b_sums += b_column
+            b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
+            b_column = tl.zeros([TILE], dtype=tl.float32)
+    return b_total + b_chunk, b_sums + b_column
+
+
+@triton.jit
+def _high(b, dtype: tl.constexpr):
+    """b in dtype, the largest finite value where it lies beyond."""
+    if dtype == tl.float16:
+        b = tl.clamp(b, -65504.0, 65504.0)
+    return cast(b, dtype)
+
+
+@triton.jit
+def _dot(a, b, acc, FLOAT32: tl.constexpr):
+    """a^T b + acc. The interpreter multiplies bfloat16 wrongly: it gets float32, whose products are the same."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(tl.trans(a), b, acc, input_precision=FLOAT32, out_dtype=tl.float32)

@@ -1,0 +1,179 @@
+"""Factors of covariances that do not break: C with C C^T = A, in float64, for singular and badly scaled A too."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mir_kernels import _checks
+
+UNIT = 2.0**-53  # unit roundoff of float64
+_BLOCK = 128  # below four of these, one product is faster than the blocks of half of it
+
+
+class Scaled(NamedTuple):
+    """A = 4^exponent * D H D with D = diag(scale); every factor is a power of two, so nothing is rounded.
+
+    h: (..., d, d) with diagonal in [1/4, 1), a one where A has a zero row.  scale: (..., d), zero where A has a zero
+    row.  exponent: (...) float64 integers.
+    """
+
+    h: Tensor
+    scale: Tensor
+    exponent: Tensor
+
+
+class Factor(NamedTuple):
+    """A = 4^exponent * C C^T.
+
+    columns: C, (..., d, d), lower triangular unless `singular`.  singular: (...) bool, where a pivot was lost and the
+    eigenvectors of the equilibrated matrix H took over; null directions are zero columns, the last ones.
+    lowest: (...) the smallest eigenvalue of H where `singular`, 0 elsewhere.
+    scale: (..., d) as in `Scaled`.  rounding: (...) an estimate of |H^(1/2) - (C C^T 4^exponent scaled as H)^(1/2)|_F.
+    """
+
+    columns: Tensor
+    exponent: Tensor
+    singular: Tensor
+    lowest: Tensor
+    scale: Tensor
+    rounding: Tensor
+
+
+def symmetrize(a: Tensor) -> Tensor:
+    """(A + A^T) / 2 in float64, without overflow; A itself where it is symmetric."""
+    if _checks.mirrored(a):
+        return a.double()
+    half = a.double() / 2
+    return half + half.mT
+
+
+def equilibrate(a: Tensor) -> Scaled:
+    """The symmetric float64 `a` with its diagonal scaled to [1/4, 1) by powers of two.
+
+    Van der Sluis: this is within a factor d of the best condition number any diagonal scaling gives, so one massive
+    coordinate costs the others no digits.
+    """
+    diagonal = a.diagonal(dim1=-2, dim2=-1)
+    zero = diagonal <= 0
+    each = half_exponent(diagonal)
+    exponent = half_exponent(diagonal.amax(-1))
+    scale = torch.exp2(each - exponent[..., None]).masked_fill(zero, 0.0)
+    inverse = torch.exp2(-each).masked_fill(zero, 0.0)
+    h = (a * inverse[..., :, None]).mul_(inverse[..., None, :])
+    h.diagonal(dim1=-2, dim2=-1).add_(zero)
+    return Scaled(h, scale, exponent)
+
+
+def factor(a: Tensor) -> Factor:
+    """C with C C^T = A for symmetric positive semi-definite float64 `a` (..., d, d).
+
+    Cholesky of the equilibrated matrix (Higham, Accuracy and Stability, section 10.1); where a pivot is lost in
+    rounding, its eigenvectors times the square roots of the eigenvalues above rounding.
+    """
+    h, scale, exponent = equilibrate(a)
+    lower, singular = cholesky(h)
+    lowest, rounding = torch.zeros_like(exponent), torch.zeros_like(exponent)
+    if not bool(singular.all()):
+        rounding = _cholesky_rounding(lower)
+    if bool(singular.any()):
+        lower[singular], lowest[singular], rounding[singular] = spectral_factor(h[singular])
+    return Factor(lower.mul_(scale[..., None]), exponent, singular, lowest, scale, rounding)
+
+
+def gram(n: Tensor) -> Tensor:
+    """N^T N, each pair of mirrored blocks computed once."""
+    d = n.shape[-1]
+    parts = blocks(d)
+    if len(parts) == 1:
+        return n.mT @ n
+    if n.dim() == 3 and n.shape[0] == 1:
+        return gram(n[0])[None]
+    out = n.new_empty(*n.shape[:-2], d, d)
+    for j0, j1 in parts:
+        out[..., j0:, j0:j1] = n[..., :, j0:].mT @ n[..., :, j0:j1]
+        out[..., j0:j1, j1:] = out[..., j1:, j0:j1].mT
+    return out
+
+
+def blocks(d: int) -> list[tuple[int, int]]:
+    """Where products that skip blocks are cut: 4 pieces, or one where a whole product is faster."""
+    cuts = [d * i // 4 for i in range(5)] if d >= 4 * _BLOCK else [0, d]
+    return list(pairwise(cuts))
+
+
+def cholesky(h: Tensor, d: int | None = None) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of equilibrated matrices, and where they lost a pivot in rounding (bool).
+
+    d: the size of the matrices that h are blocks of.
+    """
+    lower, info = torch.linalg.cholesky_ex(h)
+    pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    return lower, (info != 0) | ~(pivots > rank_tolerance(d or h.shape[-1]))
+
+
+def cholesky_(h: Tensor, block: int) -> bool:
+    """`cholesky` of one equilibrated matrix in its own memory, and whether all pivots were kept.
+
+    Left-looking in blocks of columns: on a CPU faster than one call of LAPACK with its copies. Right of the blocks on
+    the diagonal the entries of h remain.
+    """
+    d = h.shape[-1]
+    for j0, j1 in pairwise([*range(0, d, block), d]):
+        h[j0:, j0:j1].addmm_(h[j0:, :j0], h[j0:j1, :j0].mT, alpha=-1)
+        lower, lost = cholesky(h[j0:j1, j0:j1], d)
+        if bool(lost):
+            return False
+        h[j0:j1, j0:j1] = lower
+        h[j1:, j0:j1] = torch.linalg.solve_triangular(lower, h[j1:, j0:j1].mT, upper=False).mT
+    return True
+
+
+def rank_tolerance(d: int) -> float:
+    """Below this, relative to a diagonal of at most one, a pivot or an eigenvalue is rounding."""
+    return 16 * d * UNIT
+
+
+def spectral_factor(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """C with C C^T = H by eigenvectors, without the eigenvalues that are rounding; the smallest of them; `rounding`."""
+    values, vectors = torch.linalg.eigh(h)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    kept = values > rank_tolerance(h.shape[-1]) * values[..., :1]
+    roots = values.where(kept, 0.0).sqrt()
+    # Of the roots: what was left out, and what rounding of the eigenvalues did to the rest.
+    left_out = values.abs().masked_fill(kept, 0.0).sum(-1)
+    moved = (backward_error(h.shape[-1]) * values[..., 0]) ** 2 / 4 * (1 / values).where(kept, 0.0).sum(-1)
+    return vectors * roots[..., None, :], values[..., -1], (left_out + moved).sqrt()
+
+
+def _cholesky_rounding(lower: Tensor) -> Tensor:
+    """Half the backward error times |H^(-1/2)|_F, the first order of (l + e)^(1/2) - l^(1/2) for each eigenvalue l."""
+    d = lower.shape[-1]
+    signs = signs_like(lower)
+    inverse = torch.linalg.solve_triangular(lower, signs.expand(*lower.shape[:-2], *signs.shape), upper=False)
+    return backward_error(d) / 2 * torch.linalg.vector_norm(inverse, dim=(-2, -1)) / signs.shape[-1] ** 0.5
+
+
+def backward_error(d: int) -> float:
+    """What |H - C C^T|_2 and errors of eigenvalues of H come to, H with a diagonal below 1."""
+    return 4 * d**0.5 * UNIT
+
+
+def signs_like(x: Tensor, columns: int = 8) -> Tensor:
+    """Fixed columns g of +1 and -1, (d, columns) for x (..., d, d): E |X g|^2 = |X|_F^2 for every X."""
+    generator = torch.Generator().manual_seed(0)
+    return (2 * torch.randint(0, 2, (x.shape[-1], columns), generator=generator) - 1).to(x)
+
+
+def times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """x 2^exponent for integers beyond the range of 2^exponent alone."""
+    half = torch.floor(exponent / 2)
+    return x * torch.exp2(half) * torch.exp2(exponent - half)
+
+
+def half_exponent(x: Tensor) -> Tensor:
+    """k with x / 4^k in [1/4, 1), 0 for x = 0."""
+    return torch.where(x > 0, torch.ceil(torch.frexp(x).exponent.to(x.dtype) / 2), 0.0)

@@ -1,0 +1,82 @@
+"""The prompt of an image before prose: chat templates, a plain one, and the published code's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+from modality_integration.app.errors import InputError
+from modality_integration.app.options import Template
+
+# The published code's: LLaVA's conversation vicuna_v1, with prose as the answer.
+PUBLISHED = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image}\n ASSISTANT: {prose}{end}"
+)
+
+# What stands for the image in a plain prompt where it is not simply `processor.image_token`, by the processor's class.
+_PLAIN_MARKERS = {
+    "Qwen": "<|vision_start|><|image_pad|><|vision_end|>",
+    "Blip2": "",  # these two put the image tokens first themselves
+    "InstructBlip": "",
+}
+
+
+def encode(processor: Any, image: Image.Image, text: str, template: Template = "auto") -> dict[str, torch.Tensor]:
+    """The model's inputs for one image followed by `text`, a batch of one on the CPU."""
+    whole = prompt(processor, text, template)
+    arguments: dict[str, Any] = {"images": [image], "text": [whole], "return_tensors": "pt"}
+    start = getattr(processor.tokenizer, "bos_token", None)
+    if start and whole.startswith(start):
+        arguments["add_special_tokens"] = False  # the chat template has put it there
+    inputs = dict(processor(**arguments))
+    inputs.pop("labels", None)  # PaliGemma's has some, and the loss would want every token's logits
+    return inputs
+
+
+def prompt(processor: Any, text: str, template: Template) -> str:
+    """The image's marker and `text` in a template. InputError where the processor has not what it takes."""
+    marker = str(getattr(processor, "image_token", "") or "")
+    if marker:
+        text = text.replace(marker, " ")  # prose that names the marker would promise a second image
+    has_chat = bool(getattr(processor, "chat_template", None))
+    if template == "chat" and not has_chat:
+        raise InputError("template: the processor has no chat template, use --template plain")
+    if template == "chat" or (template == "auto" and has_chat):
+        return _chat_prompt(processor, text)
+    kind = type(processor).__name__
+    plain = next((value for name, value in _PLAIN_MARKERS.items() if kind.startswith(name)), marker)
+    if not plain and not kind.startswith(tuple(_PLAIN_MARKERS)):
+        raise InputError(f"template: {kind} names no image token to write a prompt with, use --template chat")
+    if template == "published":
+        return PUBLISHED.format(image=plain, prose=text, end=processor.tokenizer.eos_token or "")
+    return f"{plain}\n{text}"
+
+
+def truncate(text: str, tokenizer: Any, tokens: int | None) -> str:
+    """The first `tokens` tokens of `text`, all with None; a slice of it where the tokenizer knows offsets."""
+    if tokens is None:
+        return text
+    text = text[: 100 * tokens]  # tokenizers read the whole string before they cut it
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(
+            text, add_special_tokens=False, truncation=True, max_length=tokens, return_offsets_mapping=True
+        )
+        offsets = encoded["offset_mapping"]
+        return text[: offsets[-1][1]] if offsets else ""
+    ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=tokens)["input_ids"]
+    return tokenizer.decode(ids)
+
+
+def _chat_prompt(processor: Any, text: str) -> str:
+    from jinja2 import TemplateError
+
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    try:
+        return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except (TemplateError, TypeError) as error:  # a template for text alone adds strings to the list above
+        raise InputError(
+            f"template: the chat template does not take an image beside text ({error}), use --template plain"
+        ) from error

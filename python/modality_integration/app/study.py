@@ -1,0 +1,266 @@
+"""`mir compute --study NAME`: the paper's studies of one model, each a table and a plot.
+
+samples        MIR against the number of samples (Table 6, Figure 8)
+normalization  every layer with and without the text-centric normalisation (Figure 7)
+content        kinds of images with kinds of text (Figure 3 a)
+template       with and without the conversation template (Figure 3 b)
+layers         every layer's distance and its terms (Figure 2, right)
+
+The data pass by once wherever the question allows: `samples` reads the value along one stream, `normalization` takes
+both of its values from one set of covariances. Values have standard errors; a study proves no bounds and keeps no
+checkpoint, but its table holds every row that is finished. `missed` counts tokens that the one-pass outlier rule
+would have left out (see `ModalityIntegrationRate`); 0 is exact.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from modality_integration.app import report
+from modality_integration.app.console import progress_bar, show_notes
+from modality_integration.app.devices import pick_device
+from modality_integration.app.errors import InputError, require_folder
+from modality_integration.app.loading import load_chosen
+from modality_integration.app.options import (
+    ComputeOptions,
+    MeasureOptions,
+    StudyName,
+    Template,
+    TokenOptions,
+    part,
+)
+from modality_integration.app.processes import world_size
+from modality_integration.app.samples import Sample, choose
+from modality_integration.app.stream import finish, stream
+from modality_integration.metric import MODALITIES
+from modality_integration.metric.result import MIRResult
+from modality_integration.metric.streaming import ModalityIntegrationRate
+
+TEMPLATES: tuple[Literal["chat", "plain"], ...] = ("chat", "plain")
+COUNTS = (5, 10, 20, 50, 100, 200, 500, 800, 1000)  # of samples, as in Table 6; 1 has no standard error
+
+Row = dict[str, Any]
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject(MeasureOptions, TokenOptions):
+    """What is studied: a model with its processor, and how tokens are chosen and counted."""
+
+    model: Any
+    processor: Any
+    bounds: bool = False
+
+    def fresh_metric(self) -> ModalityIntegrationRate:
+        """One on the model's device."""
+        return self.metric().to(next(self.model.parameters()).device)
+
+    def feed(self, metric: ModalityIntegrationRate, samples: Sequence[Sample], start: int, advance: Advance) -> None:
+        """Count `samples[start:]`; advance(1) after each."""
+        stream(
+            self.model,
+            self.processor,
+            samples,
+            metric,
+            self,
+            start=start,
+            after_sample=lambda count: advance(1),
+        )
+
+    def measure(self, samples: Sequence[Sample], advance: Advance) -> MIRResult:
+        """MIR over `samples`."""
+        metric = self.fresh_metric()
+        self.feed(metric, samples, 0, advance)
+        return finish(metric)
+
+
+def run(name: StudyName, options: ComputeOptions, console: Console, repeat: int = 1) -> list[Row]:
+    """The rows of study `name`; also in study_<name>.csv, drawn in study_<name>.png, both in `options.out`.
+
+    repeat: sets of samples that "samples" draws, each with a seed of its own. Raises InputError for what a person can
+    mend.
+    """
+    if repeat > 1 and (name != "samples" or options.in_order):
+        raise InputError("repeat: draws sets of random samples for --study samples alone")
+    if world_size() > 1:
+        raise InputError("study: runs in one process, without torchrun")
+    for given, option in ((options.second_pass, "--second-pass"), (options.restart, "--restart")):
+        if given:
+            raise InputError(f"study: keeps no checkpoint and passes over the data once, so it takes no {option}")
+    require_folder(options.out)
+    cells: dict[tuple[str, str], list[Sample]] = {}
+    for number in range(repeat):
+        cells |= _cells(name, replace(options, seed=options.seed + number), console, f" {number + 1}" * (repeat > 1))
+    options.metric()  # refuses before the weights are read
+    prompts: Template = "chat" if name == "template" else options.prompt
+    model, processor, notes = load_chosen(options, prompts, pick_device(options.device), console)
+    show_notes(notes, console)
+    asked = {**part(options, TokenOptions), **part(options, MeasureOptions), "bounds": False}
+    subject = Subject(model=model, processor=processor, **asked)
+    with progress_bar(console) as bar:
+        total = sum(map(len, cells.values())) * (len(TEMPLATES) if name == "template" else 1)
+        task = bar.add_task(f"{Path(options.model).name}, study of {name}", total=total)
+        rows = write(name, rows_of(name, subject, cells, lambda count: bar.advance(task, count)), options.out)
+    console.print(report.rows_table(rows))
+    console.print(f"wrote study_{name}.csv and study_{name}.png in {options.out}", highlight=False)
+    return rows
+
+
+def rows_of(
+    name: str, subject: Subject, cells: dict[tuple[str, str], list[Sample]], advance: Advance = lambda count: None
+) -> Iterator[Row]:
+    """The rows of study `name`, one by one as they are measured.
+
+    cells: the samples, by kind of image and kind of text; "content" takes several, "samples" takes each for a set of
+    its own, the others take one.
+    """
+    if name == "content":
+        return content(subject, cells, advance)
+    if name == "samples" and len(cells) > 1:
+        return repeated_sample_count(subject, list(cells.values()), advance)
+    (samples,) = cells.values()
+    return {"samples": sample_count, "normalization": normalization, "template": template, "layers": layers}[name](
+        subject, samples, advance
+    )
+
+
+def write(name: str, rows: Iterator[Row], out: Path, extra: Row | None = None) -> list[Row]:
+    """Write rows to <out>/study_<name>.csv as they come, each with the columns of `extra`, then draw them."""
+    out.mkdir(parents=True, exist_ok=True)
+    table, done = out / f"study_{name}.csv", []
+    for row in rows:
+        done.append(row)
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*row, *(extra or {})])
+            writer.writeheader()
+            writer.writerows({key: _written(value) for key, value in {**one, **(extra or {})}.items()} for one in done)
+    report.plot_study(name, done, out / f"study_{name}.png")
+    return done
+
+
+def read(path: Path) -> list[Row]:
+    """The rows that `write` wrote, numbers as numbers and empty cells as None."""
+    with path.open(newline="") as file:
+        return [{key: _read(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def sample_count(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
+    """MIR after 5, 10, 20, 50, ... and all samples of one stream.
+
+    The paper draws ten sets a count and gives mean and range: see `repeated_sample_count`. One set's own standard error
+    tells about as much.
+    """
+    metric, done = subject.fresh_metric(), 0
+    for count in sorted({*(c for c in COUNTS if c < len(samples)), len(samples)}):
+        subject.feed(metric, samples[:count], done, advance)
+        result, done = finish(metric), count
+        tokens = {f"{m}_tokens": result.kept[m][0] + result.removed[m][0] for m in MODALITIES}
+        yield {"samples": count, **tokens, **_value(result)}
+
+
+def repeated_sample_count(subject: Subject, sets: Sequence[Sequence[Sample]], advance: Advance) -> Iterator[Row]:
+    """`sample_count` of each set of samples in turn: mean and range of their values are Table 6 and Figure 8."""
+    for number, samples in enumerate(sets, 1):
+        for row in sample_count(subject, samples, advance):
+            yield {"set": number, **row}
+
+
+def normalization(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
+    """Each layer's distance with the scale alpha of Eq. 2, and without.
+
+    Scaling by alpha scales means by alpha and covariances by alpha^2, and so the distance by alpha^2; the outlier rule
+    does not see it. One computation gives both.
+    """
+    result = replace(subject, normalize=True, groups=0).measure(samples, advance)
+    for layer, (distance, alpha) in enumerate(zip(result.per_layer, result.alpha, strict=True), 1):
+        missed = sum(result.missed[m][layer - 1] for m in MODALITIES)
+        row = {"layer": layer, "alpha": alpha, "normalized": distance, "unnormalized": distance / alpha**2}
+        yield row | {"missed": missed}
+
+
+def content(subject: Subject, cells: dict[tuple[str, str], list[Sample]], advance: Advance) -> Iterator[Row]:
+    """MIR of every kind of image with every kind of text; text tokens see the image, so each pair is a stream."""
+    for (images, text), samples in cells.items():
+        result = subject.measure(samples, advance)
+        yield {"images": images, "text": text, "samples": len(samples), **_value(result)}
+
+
+def template(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
+    """MIR of the same samples in the chat template and plain."""
+    for name in TEMPLATES:
+        one = replace(subject, protocol="random", text_tokens=subject.prose_tokens, template=name)
+        result = one.measure(samples, advance)
+        yield {"template": name, "samples": len(samples), **_value(result)}
+
+
+def layers(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
+    """Each layer's distance, its standard error, and the terms of Eq. 3."""
+    result = subject.measure(samples, advance)
+    for index, terms in enumerate(result.terms):
+        parts = {name: value for name, value in asdict(terms).items() if not name.startswith("root_")}
+        yield {
+            "layer": index + 1,
+            "distance": terms.distance,
+            "error": result.layer_errors and result.layer_errors[index],
+            **parts,
+            "alpha": result.alpha[index],
+            "missed": sum(result.missed[m][index] for m in MODALITIES),
+        }
+
+
+def _cells(name: str, options: ComputeOptions, console: Console, mark: str = "") -> dict[tuple[str, str], list[Sample]]:
+    """The samples, by kind of image and kind of text: for "content" the sub-folders, else all there are."""
+    images, texts = [options.images], [options.text]
+    if name == "content":
+        images, texts = _kinds(options.images, console), _kinds(options.text, console)
+        if len(images) * len(texts) < 2:
+            raise InputError(
+                f"study: content compares kinds, each a sub-folder of --images or --text; neither {options.images} nor "
+                f"{options.text} has two"
+            )
+    cells = {}
+    for image, text in product(images, texts):
+        chosen = choose(replace(options, images=image, text=text), console)
+        cells[image.name, text.name + mark] = chosen.samples
+        show_notes((f"{image.name} with {text.name}: {note}" for note in chosen.notes), console)
+    return cells
+
+
+def _kinds(folder: Path, console: Console) -> list[Path]:
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist")
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    kinds = sorted(path for path in inside if path.is_dir())
+    if kinds and (beside := len(inside) - len(kinds)):
+        console.print(
+            f"[yellow]note[/] {beside} file{'s' * (beside > 1)} beside the sub-folders of {folder}: of no kind, not "
+            "used",
+            highlight=False,
+        )
+    return kinds or [folder]
+
+
+def _value(result: MIRResult) -> Row:
+    return {"mir": result.value, "error": result.error, "missed": result.total_missed}
+
+
+def _written(value: Any) -> Any:
+    return f"{value:.7g}" if isinstance(value, float) else value
+
+
+def _read(cell: str) -> Any:
+    if cell == "":
+        return None
+    try:
+        number = float(cell)
+    except ValueError:
+        return cell
+    return int(number) if math.isfinite(number) and number == int(number) and "." not in cell else number

@@ -1,0 +1,296 @@
+"""One layer of a stream: vision and text tokens on their way into means and covariances, by groups of samples."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from mir_kernels import StreamingMoments, _checks
+from mir_kernels.ops.moments.packed import entries
+from modality_integration.metric import MODALITIES
+from modality_integration.metric.distance import FeatureMoments, GaussianPair, TokenMoments
+from modality_integration.metric.layer import CountedTokens, LayerResult, layer_results
+from modality_integration.metric.options import MetricOptions, Precision
+from modality_integration.metric.outliers import Decision, Limits, OnePass, three_sigma
+from modality_integration.metric.tokens import alpha_of, require_tokens, sent, sum_of_norms
+
+# Rows held back in a stream while they might turn out to be outliers; at least one more than the hidden size, so that
+# a covariance short of rank is never formed: its root is taken from the features instead.
+HOLD = 2048
+KEEP_ALL = Limits(0.0, math.inf)
+
+Slot = tuple[str, int]  # a modality and a group of samples
+
+
+class LayerAccumulator:
+    """Both modalities of layer `layer` (1..K): `push` rows as they come, `result` at any time.
+
+    Holds an accumulator a modality and group of samples (a triangle of d^2 float64 numbers each; one group without
+    `options.groups`), made when the first rows are released, and at most `hold` rows a modality. limits: the outlier
+    limits of a first pass over the same tokens, by modality.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        options: MetricOptions,
+        limits: Mapping[str, Limits] | None = None,
+    ) -> None:
+        self.layer, self.hidden_size, self.dtype, self.device = layer, hidden_size, dtype, device
+        self.options = options
+        hold = max(options.hold or HOLD, hidden_size + 1)
+        everything = KEEP_ALL if options.outliers == "none" else None
+        self.tokens = {
+            m: OnePass(hidden_size, dtype, hold=hold, limits=limits[m] if limits else everything) for m in MODALITIES
+        }
+        self.moments: dict[Slot, StreamingMoments] = {}
+        self.text_norms = torch.zeros(max(options.groups, 1), dtype=torch.float64, device=device)  # sums, by group
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token counts as an outlier."""
+        return all(self.tokens[m].limits == KEEP_ALL for m in MODALITIES)
+
+    def push(self, modality: str, rows: Tensor, norms: Tensor, groups: Tensor | None = None) -> None:
+        """Take rows (n, d), and on the CPU their norms (n,), float32, and the group of each one's sample (n,), uint8,
+        below `options.groups`; None is group 0 for all.
+        """
+        rows = rows.to(self.device)
+        if groups is None:
+            groups = torch.zeros(len(norms), dtype=torch.uint8)
+        if modality == "text":
+            added = torch.zeros_like(self.text_norms)
+            for group, part in _by_group(rows, groups):
+                added[group] = sum_of_norms(part)
+            self.text_norms = self.text_norms + added
+        released = self.tokens[modality].push(rows, norms, groups)
+        if released is not None:
+            for group, part in _by_group(released.rows, released.groups):
+                self._slot((modality, group)).update(part)
+
+    def result(self) -> LayerResult:
+        """The distance over all that was pushed; the tokens stay as they are."""
+        (result,) = layer_results([self], self.options)
+        return result
+
+    def counted(self) -> CountedTokens:
+        """All tokens, the held rows as the outlier rule decides. ValueError where they are too few."""
+        layer = self.layer
+        for modality in MODALITIES:
+            require_tokens(self.tokens[modality].count(), layer, modality)
+        decisions = {m: self.tokens[m].decide() for m in MODALITIES}
+        for modality, decision in decisions.items():
+            require_tokens(decision.kept, layer, f"{modality} within the outlier limits")
+        notes = [
+            f"layer {layer}, {modality}: {decision.missed} tokens beyond the final 3-sigma limits had already been "
+            "counted (the norms moved while the stream passed): a larger hold, or a second pass, makes this exact"
+            for modality, decision in decisions.items()
+            if decision.missed
+        ]
+        notes += [
+            f"layer {layer}, {modality}: the second pass saw other tokens than the first pass, whose limits it applied"
+            for modality, tokens in self.tokens.items()
+            if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(three_sigma(tokens.norms))
+        ]
+        return CountedTokens(
+            self.pair(decisions, self.moments, self.text_norms.sum()),
+            kept={m: decisions[m].kept for m in MODALITIES},
+            removed={m: decisions[m].removed for m in MODALITIES},
+            missed={m: decisions[m].missed for m in MODALITIES},
+            notes=notes,
+        )
+
+    def leave_group_out(self) -> LeaveGroupOut | None:
+        """For the standard error; None where the tokens are of one group."""
+        groups = sorted({group for m in MODALITIES for group in self.tokens[m].groups})
+        return LeaveGroupOut(self, groups) if len(groups) > 1 else None
+
+    def pair(
+        self, decisions: Mapping[str, Decision], moments: Mapping[Slot, StreamingMoments], text_norms: Tensor
+    ) -> GaussianPair:
+        """Each modality's held rows as decided, with what `moments` have seen; those stay as they are.
+
+        text_norms: the sum of the norms of all text tokens, for alpha.
+        """
+        alpha = 1.0
+        if self.options.normalize:
+            alpha = alpha_of(text_norms, decisions["text"].kept + decisions["text"].removed, self.layer)
+        vision, text = (self._token_moments(m, decisions[m], moments) for m in MODALITIES)
+        return GaussianPair(self.layer, vision, text, alpha)
+
+    def merge(self, other: LayerAccumulator) -> None:
+        """Take over another accumulator of the same layer."""
+        self.text_norms = self.text_norms + other.text_norms
+        for modality in MODALITIES:
+            self.tokens[modality].merge(other.tokens[modality])
+        for slot, moments in other.moments.items():
+            self._slot(slot).merge(moments)
+
+    def to(self, device: torch.device) -> None:
+        """Move rows and accumulators. Where that fails, nothing has changed."""
+        moved = LayerAccumulator(self.layer, self.hidden_size, self.dtype, device, self.options)
+        moved.load_state_dict(self.state_dict())
+        vars(self).update(vars(moved))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors: `text_norms` (groups,), the keys of OnePass after `vision.` and `text.`, and those of each
+        accumulator there is after `vision.moments.<group>.` and `text.moments.<group>.`.
+        """
+        state = {"text_norms": self.text_norms}
+        for modality in MODALITIES:
+            state |= {f"{modality}.{key}": value for key, value in self.tokens[modality].state_dict().items()}
+        for slot, moments in sorted(self.moments.items(), key=_order):
+            state |= {f"{prefix_of(slot)}{key}": value for key, value in moments.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; goes on with the same bits.
+
+        ValueError or TypeError that names the entry where something does not fit: half of it may then be taken over.
+        """
+        self._check_state(state)
+        self.moments = {}
+        self.text_norms = state["text_norms"].to(self.device, copy=True)
+        for modality in MODALITIES:
+            part = _below(f"{modality}.", state)
+            with _named(modality):
+                self.tokens[modality].load_state_dict({k: v for k, v in part.items() if not k.startswith("moments.")})
+            self.tokens[modality].to(self.device)
+        for slot in slots(self.options):
+            moments = _below(prefix_of(slot), state)
+            if moments:
+                with _named(prefix_of(slot)):
+                    self._slot(slot).load_state_dict(moments)
+            counted, released = self.moments[slot].count if moments else 0, self.tokens[slot[0]].released(slot[1])
+            if counted != released:
+                raise ValueError(f"{prefix_of(slot)}count: takes the {released} tokens released so far, got {counted}")
+
+    def accumulator(self, precision: Precision) -> StreamingMoments:
+        """A fresh one for any slot."""
+        return StreamingMoments(self.hidden_size, device=self.device, precision=precision, backend=self.options.backend)
+
+    def _check_state(self, state: dict[str, Tensor]) -> None:
+        prefixes = tuple(prefix_of(slot) for slot in slots(self.options))
+        for name, value in state.items():
+            _checks.tensor(name, value)
+            modality, _, rest = name.partition(".")
+            strange = rest.startswith("moments.") and not name.startswith(prefixes)
+            if name != "text_norms" and (modality not in MODALITIES or strange):
+                raise ValueError(f"{name}: is no entry of a layer's state")
+            # Before anything is made as large as a file says.
+            if name.endswith(".second") and value.numel() != entries(self.hidden_size):
+                raise ValueError(f"{name}: takes {entries(self.hidden_size)} numbers, got {value.numel()}")
+        norms = state.get("text_norms")
+        if norms is None or norms.dtype != torch.float64 or norms.shape != self.text_norms.shape:
+            got = "nothing" if norms is None else f"{norms.dtype} {tuple(norms.shape)}"
+            raise ValueError(f"text_norms: takes torch.float64 {tuple(self.text_norms.shape)}, got {got}")
+        if not bool((norms.isfinite() & (norms >= 0)).all()):
+            raise ValueError(f"text_norms: takes sums of norms, got {norms.tolist()}")
+        for modality in MODALITIES:
+            groups = {k: v for k, v in state.items() if k.startswith(f"{modality}.") and k.endswith("_groups")}
+            for name, value in groups.items():
+                if value.dtype != torch.uint8:
+                    raise ValueError(f"{name}: takes torch.uint8, got {value.dtype}")
+            highest = max((int(v.max()) for v in groups.values() if v.numel()), default=0)
+            if highest >= len(norms):
+                raise ValueError(f"{modality}: takes groups below {len(norms)}, got {highest}")
+        for slot in slots(self.options):
+            moments_state = _below(prefix_of(slot), state)
+            if moments_state and "second" not in moments_state:
+                raise ValueError(f"{prefix_of(slot)}second: is missing")
+            for name, value in moments_state.items():
+                if value.is_floating_point() and not bool(value.isfinite().all()):
+                    raise ValueError(f"{prefix_of(slot)}{name}: takes finite numbers")
+
+    def _slot(self, slot: Slot) -> StreamingMoments:
+        if slot not in self.moments:
+            self.moments[slot] = self.accumulator(self.options.precision)
+        return self.moments[slot]
+
+    def _token_moments(
+        self, modality: str, decision: Decision, moments: Mapping[Slot, StreamingMoments]
+    ) -> TokenMoments:
+        rows = decision.rows.to(self.device)
+        parts = [part for (m, _), part in sorted(moments.items(), key=_order) if m == modality]
+        if not parts:
+            return FeatureMoments(rows)
+        counted = self.accumulator("exact")
+        counted.load_state_dict(parts[0].state_dict())
+        for part in parts[1:]:
+            counted.merge(part)
+        counted.update(rows)
+        # Float64 features are accumulated in float64 in every precision but "fast".
+        precision = self.options.precision
+        rounded = precision == "fast" or (precision == "auto" and self.dtype != torch.float64)
+        return TokenMoments(counted, rounded)
+
+
+class LeaveGroupOut:
+    """An accumulator's tokens without one group of samples at a time.
+
+    The other groups are merged: taking a group's moments away from the whole would cancel. Limits and alpha are those
+    of the others' tokens; of rows that were counted in passing none is taken back.
+    """
+
+    def __init__(self, accumulator: LayerAccumulator, groups: list[int]) -> None:
+        self.groups, self._all = groups, accumulator
+        self._settled: dict[Slot, StreamingMoments] = {}
+        for slot, moments in accumulator.moments.items():
+            self._settled[slot] = accumulator.accumulator("exact")
+            self._settled[slot].load_state_dict(moments.state_dict())
+            _ = self._settled[slot].mean  # folds the gathered rows in, once for all that follows
+
+    def pair(self, group: int) -> GaussianPair | None:
+        """Without `group`; None where that leaves less than two tokens of a modality."""
+        tokens = self._all.tokens
+        if any(tokens[m].count(without=group) < 2 for m in MODALITIES):
+            return None
+        decisions = {m: tokens[m].decide(without=group) for m in MODALITIES}
+        if any(decision.kept < 2 for decision in decisions.values()):
+            return None
+        norms = torch.stack([norm for other, norm in enumerate(self._all.text_norms) if other != group]).sum()
+        return self._all.pair(decisions, {slot: m for slot, m in self._settled.items() if slot[1] != group}, norms)
+
+
+def slots(options: MetricOptions) -> list[Slot]:
+    """Every accumulator that a layer may have."""
+    return list(product(MODALITIES, range(max(options.groups, 1))))
+
+
+def prefix_of(slot: Slot) -> str:
+    """What the keys of an accumulator begin with in a layer's state."""
+    return f"{slot[0]}.moments.{slot[1]}."
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Names what a refusal is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name.rstrip('.')}: {error}") from error
+
+
+def _order(entry: tuple[Slot, StreamingMoments]) -> Slot:
+    return entry[0]
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _by_group(rows: Tensor, groups: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each group's rows, in the order they came."""
+    present = groups.unique().tolist()
+    for group in present:
+        # By index: indexing with a mask would wait for the device to count it.
+        index = (groups == group).nonzero().flatten()
+        yield group, rows if len(present) == 1 else rows.index_select(0, sent(index, rows.device))

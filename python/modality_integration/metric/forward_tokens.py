@@ -1,0 +1,80 @@
+"""The tokens of one forward pass: checked, and told apart by modality, with their norms in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mir_kernels import _checks, token_norms
+from modality_integration.metric import MODALITIES
+from modality_integration.metric.tokens import one_tensor_a_layer, require_finite, sent
+
+
+class ForwardTokens(NamedTuple):
+    """Where the tokens of a modality lie in (T,) or (B, T), and their norms a layer; by modality, on the CPU.
+
+    indices: int64 (n, 1 or 2).  norms: one float32 (n,) a layer.
+    """
+
+    indices: dict[str, Tensor]
+    norms: dict[str, list[Tensor]]
+
+    @classmethod
+    def of(
+        cls, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor, backend: str | None
+    ) -> ForwardTokens:
+        """ValueError or TypeError where the hidden states and masks do not fit, or a masked token is not finite."""
+        masks = _masks(hidden_states, vision_mask, text_mask)
+        indices = {modality: mask.nonzero() for modality, mask in masks.items()}
+        every = [token_norms(hidden.detach(), backend=backend) for hidden in hidden_states]
+        if len({norms.device for norms in every}) == 1:
+            every = list(torch.stack(every).cpu())  # one wait for the device, not one a layer
+        norms = {m: [layer.cpu()[tuple(i.unbind(1))] for layer in every] for m, i in indices.items()}
+        for k in range(len(hidden_states)):
+            for modality, index in indices.items():
+                require_finite(norms[modality][k], k + 1, modality, partial(_place, index))
+        return cls(indices, norms)
+
+    def places_on(self, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
+        """What to index a layer's hidden states on `device` with, for each modality that has tokens."""
+        return {m: tuple(sent(index, device).unbind(1)) for m, index in self.indices.items() if len(index)}
+
+
+def check_hidden_states(hidden_states: Sequence[Tensor]) -> None:
+    """One tensor (B, T, d) or (T, d) with data a layer, of the same tokens."""
+    lead = one_tensor_a_layer("hidden_states", hidden_states)[0].shape[:-1]
+    for k, hidden in enumerate(hidden_states):
+        name = f"hidden_states[{k}]"
+        _checks.tokens(name, hidden)
+        if hidden.dim() not in (2, 3):
+            raise ValueError(f"{name}: takes shape (B, T, d) or (T, d), got {tuple(hidden.shape)}")
+        if hidden.shape[:-1] != lead:
+            raise ValueError(f"{name}: has tokens {tuple(hidden.shape[:-1])}, hidden_states[0] has {tuple(lead)}")
+        _require_data(name, hidden)
+
+
+def _masks(hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> dict[str, Tensor]:
+    """Both masks as bool on the CPU, no token in both."""
+    masks = dict(zip(MODALITIES, (vision_mask, text_mask), strict=True))
+    for modality, mask in masks.items():
+        _checks.mask(f"{modality}_mask", mask, tuple(hidden_states[0].shape[:-1]))
+        _require_data(f"{modality}_mask", mask)
+    masks = {modality: mask.cpu().bool() for modality, mask in masks.items()}
+    both = (masks["vision"] & masks["text"]).nonzero()
+    if len(both):
+        raise ValueError(f"vision_mask and text_mask: {len(both)} tokens are in both, the first {_place(both, 0)}")
+    return masks
+
+
+def _require_data(name: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise ValueError(f"{name}: takes a tensor with data, got one on the meta device")
+
+
+def _place(indices: Tensor, i: int) -> int | tuple[int, ...]:
+    place = tuple(indices[i].tolist())
+    return place[0] if len(place) == 1 else place

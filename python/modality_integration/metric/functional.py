@@ -1,0 +1,50 @@
+"""`mir`: the Modality Integration Rate of features in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from modality_integration.metric.distance import layers_together
+from modality_integration.metric.features import FeatureLayer
+from modality_integration.metric.layer import layer_results, mir_result
+from modality_integration.metric.options import MetricOptions, Outliers, SqrtPrecision
+from modality_integration.metric.result import MIRResult
+from modality_integration.metric.tokens import one_tensor_a_layer
+
+__all__ = ["mir"]
+
+
+def mir(
+    vision: Sequence[Tensor],
+    text: Sequence[Tensor],
+    *,
+    outliers: Outliers = "remove",
+    normalize: bool = True,
+    bounds: bool = False,
+    sqrt_precision: SqrtPrecision = "float32",
+    backend: str | None = None,
+) -> MIRResult:
+    """MIR = log10 sum_k FID(omega(alpha_k f_k^v), omega(alpha_k f_k^t)), Eq. 3 of the MIR paper.
+
+    vision, text: one tensor (n_k, d) per decoder layer 1..K (embeddings left out), f32/bf16/f16/f64; a layer's two
+    tensors share d, dtype may differ. Inputs are unchanged.
+    outliers: what happens to tokens with |norm - median| > 3 std (ddof 1), a modality and layer at a time: "remove"
+    (the paper's text), "median" (replaced by the column medians, as the published code has it), "none".
+    normalize: multiply by alpha_k = s / sum_j ||t_kj|| (Eq. 2), over all text tokens, outliers included.
+    bounds: also give `lower` and `upper`, between which MIR lies provably.
+    sqrt_precision: of Tr((Sigma_v Sigma_t)^(1/2)), see `mir_kernels.trace_sqrt_product`; "float32" promises 1e-6 of the
+    root, by tensor cores on a GPU and checked against a dual bound, and 1e-8 comes of float64 decompositions on a CPU.
+    Means and covariances are float64 throughout. backend: of the kernels, and of the root where it has that one.
+    Raises ValueError or TypeError that names the layer, the modality and, where one token is at fault, its index.
+    """
+    options = MetricOptions(outliers, normalize, bounds, "exact", sqrt_precision, backend=backend).checked()
+    vision, text = one_tensor_a_layer("vision", vision), one_tensor_a_layer("text", text)
+    if len(vision) != len(text):
+        raise ValueError(f"vision and text: take as many layers each, got {len(vision)} and {len(text)}")
+    layers = (FeatureLayer(v, t, k, options) for k, (v, t) in enumerate(zip(vision, text, strict=True), 1))
+    first = vision[0]
+    matrix = isinstance(first, Tensor) and first.dim() == 2
+    together = layers_together(first.shape[1], first.device) if matrix else 1
+    return mir_result(layer_results(layers, options, together), options)

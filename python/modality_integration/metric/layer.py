@@ -1,0 +1,128 @@
+"""A layer's share of a result, from whatever holds its tokens, and the layers' shares as one `MIRResult`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Protocol
+
+from modality_integration.metric import MODALITIES
+from modality_integration.metric.distance import GaussianPair, distances
+from modality_integration.metric.options import MetricOptions, SqrtPrecision
+from modality_integration.metric.result import LayerTerms, MIRResult
+
+# Of the roots with a group left out, relative: far below what leaving out a group of samples changes.
+LEFT_OUT_PRECISION: SqrtPrecision = "float32"
+
+
+def _none_missed() -> dict[str, int]:
+    return dict.fromkeys(MODALITIES, 0)
+
+
+@dataclass
+class CountedTokens:
+    """A layer's tokens after the outlier rule: what its distance is computed of, and how many were kept and left out.
+
+    missed: tokens among those kept that the rule would have left out, had they not been counted already.
+    """
+
+    pair: GaussianPair
+    kept: dict[str, int]
+    removed: dict[str, int]
+    missed: dict[str, int] = field(default_factory=_none_missed)
+    notes: list[str] = field(default_factory=list)
+
+
+class LeaveGroupOut(Protocol):
+    """A layer's tokens without one group of samples at a time."""
+
+    groups: list[int]
+
+    def pair(self, group: int) -> GaussianPair | None:
+        """Without `group`; None where that leaves too little."""
+
+
+class Layer(Protocol):
+    """The tokens of one decoder layer, however they are held."""
+
+    def counted(self) -> CountedTokens:
+        """All of them, after the outlier rule."""
+
+    def leave_group_out(self) -> LeaveGroupOut | None:
+        """For the standard error; None without groups of samples."""
+
+
+@dataclass
+class LayerResult:
+    """One layer's share of a MIRResult: numbers alone, the tokens are let go of."""
+
+    terms: LayerTerms
+    alpha: float
+    kept: dict[str, int]
+    removed: dict[str, int]
+    missed: dict[str, int]
+    notes: list[str]
+    left_out: list[float] | None
+
+
+def layer_results(layers: Iterable[Layer], options: MetricOptions, together: int = 1) -> list[LayerResult]:
+    """Each layer's share, in order; the roots of `together` layers are taken at a time."""
+    remaining, results = iter(layers), list[LayerResult]()
+    while batch := list(islice(remaining, together)):
+        counted = [layer.counted() for layer in batch]
+        found = distances([tokens.pair for tokens in counted], options)
+        left_out = _left_out(batch, options) if options.groups else [None] * len(batch)
+        for tokens, (terms, inexact), without in zip(counted, found, left_out, strict=True):
+            notes = tokens.notes + inexact
+            counts = tokens.kept, tokens.removed, tokens.missed
+            results.append(LayerResult(terms, tokens.pair.alpha, *counts, notes, without))
+    return results
+
+
+def mir_result(layers: Sequence[LayerResult], options: MetricOptions) -> MIRResult:
+    """The layers' shares, in order, as one MIRResult."""
+    notes = [note for layer in layers for note in layer.notes]
+    left_out = [layer.left_out for layer in layers if layer.left_out is not None]
+    if options.groups and len(left_out) < len(layers):
+        notes.append(
+            "no standard error: it takes samples in two groups or more, and without any one of them at least 2 tokens "
+            "of each modality"
+        )
+    result = MIRResult(
+        terms=[layer.terms for layer in layers],
+        alpha=[layer.alpha for layer in layers],
+        kept={m: [layer.kept[m] for layer in layers] for m in MODALITIES},
+        removed={m: [layer.removed[m] for layer in layers] for m in MODALITIES},
+        missed={m: [layer.missed[m] for layer in layers] for m in MODALITIES},
+        left_out=left_out if len(left_out) == len(layers) else None,
+        outliers=options.outliers,
+        normalize=options.normalize,
+        notes=notes,
+    )
+    if result.value == -math.inf:
+        notes.append("every layer's distance is 0, so MIR, its logarithm, is -inf")
+    return result
+
+
+def _left_out(layers: Sequence[Layer], options: MetricOptions) -> list[list[float] | None]:
+    """For each layer its distance with each group of samples left out in turn; None where that leaves too little."""
+    parts = [layer.leave_group_out() for layer in layers]
+    found: list[list[float] | None] = [None if part is None else [] for part in parts]
+    cheaper = replace(options, bounds=False, sqrt_precision=LEFT_OUT_PRECISION)
+    for turn in range(max((len(part.groups) for part in parts if part is not None), default=0)):
+        pairs: dict[int, GaussianPair] = {}
+        for i, part in enumerate(parts):
+            if part is None or found[i] is None or turn >= len(part.groups):
+                continue
+            pair = part.pair(part.groups[turn])
+            if pair is None:
+                found[i] = None
+            else:
+                pairs[i] = pair
+        for i, (terms, _) in zip(pairs, distances(list(pairs.values()), cheaper), strict=True):
+            of_layer = found[i]
+            if of_layer is not None:
+                of_layer.append(terms.distance)
+    return found

@@ -1,0 +1,218 @@
+"""`MIRResult`: the value of MIR, its terms layer by layer, standard errors and bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modality_integration.metric import MODALITIES, display, result_json
+from modality_integration.metric.files import write_text
+from modality_integration.metric.standard_error import finite_jackknife, jackknife, with_error
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass
+class LayerTerms:
+    """The terms of one layer's Fréchet distance (Eq. 3), after scaling by alpha.
+
+    mean: |mu_v - mu_t|^2; trace_vision, trace_text: Tr Sigma; trace_root: Tr((Sigma_v Sigma_t)^(1/2)), with
+    root_lower <= truth <= root_upper where bounds were asked for, None otherwise.
+    """
+
+    mean: float
+    trace_vision: float
+    trace_text: float
+    trace_root: float
+    root_lower: float | None = None
+    root_upper: float | None = None
+
+    @property
+    def distance(self) -> float:
+        """mean + trace_vision + trace_text - 2 trace_root, never negative: below what float64 resolves it is 0."""
+        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.trace_root
+        return value if value > self._resolution else 0.0
+
+    @property
+    def lower(self) -> float | None:
+        """A lower bound of the distance, from the upper bound of the root, rounded outward."""
+        if self.root_upper is None:
+            return None
+        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.root_upper
+        return max(value - self._resolution, 0.0)
+
+    @property
+    def upper(self) -> float | None:
+        """An upper bound of the distance, from the lower bound of the root, rounded outward."""
+        if self.root_lower is None:
+            return None
+        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.root_lower
+        return max(value, 0.0) + self._resolution
+
+    @property
+    def _resolution(self) -> float:
+        # The terms are sums over d of float64 numbers and cancel: what is left of them below this is rounding.
+        return 1e-12 * (self.mean + self.trace_vision + self.trace_text)
+
+
+@dataclass
+class MIRResult:
+    """The Modality Integration Rate (Eq. 3): log10 of the sum over layers of the Fréchet distances.
+
+    Every list has one entry per layer, in order; {"vision": [...], "text": [...]} is a count of tokens.
+
+    terms: the distance's terms. alpha: the text-centric scale (Eq. 2), 1 without normalisation.
+    kept, removed: tokens counted, and tokens that the outlier rule left out (with outliers="median": replaced).
+    outliers, normalize: the settings. notes: sentences on anything that was not exact or not ordinary; empty when all
+    is well. missed: tokens among those kept that the rule would have left out, had the stream not passed already; 0 is
+    exact. left_out: the layer's distance with each group of samples left out, for the standard error; None without.
+    settings: what else the value depends on, as `mir compute` writes it (model, data, prompt): by name a word, number,
+    True, False or None; may be empty.
+
+    As JSON, version 3: {"schema": "modality-integration-rate", "version": 3, "mir": number, "error", "lower", "upper":
+    number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "notes": [string], "settings": object,
+    "layers": [{"layer": 1.., "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root": number,
+    "error", "root_lower", "root_upper": number or null, "kept": {"vision": int, "text": int}, "removed", "missed":
+    likewise, "left_out": [number] or null}]}.
+    A number that is not finite is the string "inf" or "-inf". "mir", "error", "lower", "upper" and "distance" follow
+    from the rest and are written for readers. Readers refuse any other version; a new version is one whose keys
+    change.
+    """
+
+    terms: list[LayerTerms]
+    alpha: list[float]
+    kept: dict[str, list[int]]
+    removed: dict[str, list[int]]
+    outliers: str = "remove"
+    normalize: bool = True
+    notes: list[str] = field(default_factory=list)
+    missed: dict[str, list[int]] = field(default_factory=dict)
+    left_out: list[list[float]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.missed = {m: self.missed.get(m, [0] * len(self.terms)) for m in MODALITIES}
+
+    @property
+    def per_layer(self) -> list[float]:
+        """The Fréchet distance of each layer."""
+        return [terms.distance for terms in self.terms]
+
+    @property
+    def value(self) -> float:
+        """MIR; -inf where every layer's distance is 0."""
+        return _log10(math.fsum(self.per_layer))
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of `value` over the choice of samples (see `jackknife`); None without groups of samples, or
+        where it is not finite.
+        """
+        return None if self.left_out is None else finite_jackknife(self.left_out_values)
+
+    @property
+    def left_out_values(self) -> list[float]:
+        """MIR with each group of samples left out; empty without groups."""
+        return [_log10(math.fsum(layers)) for layers in zip(*(self.left_out or []), strict=True)]
+
+    @property
+    def layer_errors(self) -> list[float] | None:
+        """The standard error of each layer's distance, as `error`."""
+        return None if self.left_out is None else [jackknife(distances) for distances in self.left_out]
+
+    @property
+    def lower(self) -> float | None:
+        """MIR is at least this (of the covariances as accumulated); None unless bounds were asked for."""
+        bounds = [terms.lower for terms in self.terms]
+        return None if None in bounds else _outward(_log10(math.fsum(bounds)), -math.inf)  # type: ignore[arg-type]
+
+    @property
+    def upper(self) -> float | None:
+        """MIR is at most this (of the covariances as accumulated); None unless bounds were asked for."""
+        bounds = [terms.upper for terms in self.terms]
+        return None if None in bounds else _outward(_log10(math.fsum(bounds)), math.inf)  # type: ignore[arg-type]
+
+    @property
+    def total_missed(self) -> int:
+        """`missed` over all layers and both modalities; 0 is exact."""
+        return sum(map(sum, self.missed.values()))
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
+
+    def __str__(self) -> str:
+        text = f"MIR {with_error(self.value, self.error)} over {len(self.terms)} layers"
+        if self.lower is not None:
+            text += f", between {self.lower:.6f} and {self.upper:.6f}"
+        return "\n".join([text, *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The result as JSON (see the class), written to `path` if one is given: whole, or not at all."""
+        layers = []
+        errors = self.layer_errors
+        for index, terms in enumerate(self.terms):
+            layer: dict[str, Any] = {"layer": index + 1, "distance": terms.distance}
+            layer |= {"error": errors[index] if errors else None, "alpha": self.alpha[index], **asdict(terms)}
+            layer |= {n: {m: getattr(self, n)[m][index] for m in MODALITIES} for n in result_json.COUNTS}
+            layers.append(layer | {"left_out": self.left_out[index] if self.left_out else None})
+        text = result_json.encode(
+            {
+                "mir": self.value,
+                "error": self.error,
+                "lower": self.lower,
+                "upper": self.upper,
+                "outliers": self.outliers,
+                "normalize": self.normalize,
+                "notes": self.notes,
+                "settings": self.settings,
+                "layers": layers,
+            }
+        )
+        if path is not None:
+            write_text(Path(path), text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> MIRResult:
+        """Read what `to_json` wrote: a path, or the JSON text itself. ValueError if it is something else."""
+        document, name = result_json.parse(source)
+        try:
+            fields = result_json.fields(document)
+            result = cls(terms=[LayerTerms(**terms) for terms in fields.pop("terms")], **fields)
+            derived = (*result.per_layer, result.value, result.lower, result.upper, result.error)
+            if any(value is not None and math.isnan(value) for value in derived):
+                raise ValueError("layers: their terms do not add up to a number")
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} is an incomplete MIR result: {error!r}") from error
+        return result
+
+    def table(self) -> Table:
+        """A rich table: one row per layer with its distance and terms (Eq. 3), tokens kept and out; MIR at the foot."""
+        names = ("distance", "mean", "Tr v", "Tr t", "Tr root", "alpha", *(f"{m} -out" for m in MODALITIES))
+        columns: dict[str, list[str]] = {name: [] for name in names}
+        for index, terms in enumerate(self.terms):
+            numbers = (terms.mean, terms.trace_vision, terms.trace_text, terms.trace_root, self.alpha[index])
+            counts = [f"{self.kept[m][index]} -{self.removed[m][index]}" for m in MODALITIES]
+            cells = (display.distance_cell(terms.distance), *(f"{number:.3g}" for number in numbers), *counts)
+            for column, cell in zip(columns.values(), cells, strict=True):
+                column.append(cell)
+        return display.layer_table(columns, {"distance": f"{self.value:.4f}"})
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the distance of each layer (as the right of the paper's Figure 2) into an image file."""
+        return display.layer_curves({f"MIR {self.value:.3f}": self.per_layer}, path)
+
+
+def _log10(total: float) -> float:
+    return math.log10(total) if total > 0.0 else -math.inf
+
+
+def _outward(value: float, towards: float) -> float:
+    # Two steps: the sum is rounded once and log10 is right to a unit in the last place.
+    return math.nextafter(math.nextafter(value, towards), towards)

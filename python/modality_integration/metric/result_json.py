@@ -1,0 +1,100 @@
+"""A `MIRResult` as JSON and back: the schema's names, numbers that are not finite, and checks of what is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from modality_integration.metric import MODALITIES
+
+SCHEMA = "modality-integration-rate"
+VERSION = 3
+COUNTS = ("kept", "removed", "missed")
+TERMS = ("mean", "trace_vision", "trace_text", "trace_root")
+BOUNDS = ("root_lower", "root_upper")
+
+
+def encode(document: dict[str, Any]) -> str:
+    """The document with schema and version, as text."""
+    whole = {"schema": SCHEMA, "version": VERSION, **document}
+    return json.dumps(_encode(whole), indent=2, allow_nan=False) + "\n"
+
+
+def parse(source: str | Path) -> tuple[dict[str, Any], str]:
+    """The document in a file, or in the text itself, and what to call it in messages. ValueError if it is another's."""
+    text, name = str(source), "the text"
+    try:
+        if isinstance(source, Path) or not text.lstrip().startswith("{"):
+            name = str(source)
+            text = Path(source).read_text(encoding="utf-8")
+        document = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f'{name} is no MIR result: it takes JSON with "schema": "{SCHEMA}"')
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{name} has version {version} of the schema, this reader takes {VERSION}")
+    return document, name
+
+
+def fields(document: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `MIRResult`, "terms" as mappings; or whatever error the first wrong entry leads to."""
+    layers = document["layers"]
+    if not isinstance(layers, list) or not layers:
+        raise TypeError(f"layers: takes a list of one layer or more, got {layers!r}")
+    if not isinstance(document["outliers"], str) or not isinstance(document["normalize"], bool):
+        raise TypeError("outliers, normalize: take a word and true or false")
+    if not isinstance(document["notes"], list) or not all(isinstance(note, str) for note in document["notes"]):
+        raise TypeError("notes: takes a list of sentences")
+    settings = document["settings"]
+    if not isinstance(settings, dict) or not all(map(_plain, settings.values())):
+        raise TypeError(f"settings: takes an object of words, numbers, true, false and null, got {settings!r}")
+    left_out: list[Any] = [layer["left_out"] for layer in layers]
+    if left_out.count(None) not in (0, len(left_out)) or len({len(values or ()) for values in left_out}) > 1:
+        raise ValueError("left_out: takes as many numbers in every layer")
+    if any(values is not None and len(values) == 0 for values in left_out):
+        raise ValueError("left_out: takes one number or more, or null")
+    return {
+        "terms": [_terms(layer) for layer in layers],
+        "alpha": [_number(layer["alpha"]) for layer in layers],
+        **{name: {m: [_count(layer[name][m]) for layer in layers] for m in MODALITIES} for name in COUNTS},
+        "left_out": None if None in left_out else [[_number(x, finite=False) for x in values] for values in left_out],
+        "outliers": document["outliers"],
+        "normalize": document["normalize"],
+        "notes": document["notes"],
+        "settings": settings,
+    }
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_encode(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _terms(layer: dict[str, Any]) -> dict[str, float | None]:
+    numbers: dict[str, float | None] = {name: _number(layer[name]) for name in TERMS}
+    return numbers | {n: None if layer[n] is None else _number(layer[n], finite=False) for n in BOUNDS}
+
+
+def _number(value: Any, *, finite: bool = True) -> float:
+    if value in ("inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
+        number = float(value)
+        if math.isfinite(number) or (not finite and not math.isnan(number)):
+            return number
+    raise TypeError(f"takes a {'finite ' if finite else ''}number, got {value!r}")
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _count(value: Any) -> int:
+    if type(value) is int and value >= 0:
+        return value
+    raise TypeError(f"takes a number of tokens, got {value!r}")

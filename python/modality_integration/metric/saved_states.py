@@ -1,0 +1,192 @@
+"""MIR of hidden states saved to files, one layer at a time: memory for one layer's accumulators and one tensor.
+
+Layout of a file (safetensors), one per forward pass or batch:
+
+    layer.1 ... layer.K   (T, d) or (B, T, d), f32/bf16/f16/f64: the output of each decoder layer, embeddings left out
+    vision_mask           (T,) or (B, T), bool or uint8: the vision tokens
+    text_mask             likewise: the text tokens; a token is in neither (prompt, padding) or in one of the two
+
+`save_states` writes it. Any number of files form one sample set; they share K, d and the dtype of each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mir_kernels import _checks, token_norms
+from modality_integration.metric import MODALITIES
+from modality_integration.metric.accumulator import LayerAccumulator
+from modality_integration.metric.features import feature_layer_result
+from modality_integration.metric.layer import LayerResult, mir_result
+from modality_integration.metric.options import MetricOptions, Outliers, Precision, SqrtPrecision
+from modality_integration.metric.outliers import Limits, three_sigma
+from modality_integration.metric.result import MIRResult
+from modality_integration.metric.tokens import require_finite, require_tokens
+
+
+def save_states(path: str | Path, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> None:
+    """Write the hidden states of decoder layers 1..K and the token roles in the layout above."""
+    tensors = {f"layer.{k}": hidden.detach().contiguous() for k, hidden in enumerate(hidden_states, 1)}
+    tensors |= {"vision_mask": vision_mask.contiguous(), "text_mask": text_mask.contiguous()}
+    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, path)
+
+
+def mir_of_states(
+    paths: Sequence[str | Path],
+    *,
+    outliers: Outliers = "remove",
+    normalize: bool = True,
+    bounds: bool = False,
+    precision: Precision = "auto",
+    sqrt_precision: SqrtPrecision = "float32",
+    hold: int | None = None,
+    backend: str | None = None,
+    groups: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] = lambda layer, layers: None,
+) -> MIRResult:
+    """MIR of all tokens in `paths`; the arguments are those of `ModalityIntegrationRate`, or "median" as of `mir`.
+
+    Every file is read once a layer, and a second time for a layer where the outlier limits moved while it was read, so
+    the outlier rule is always exact. outliers="median" needs the column medians and holds one layer's features; it
+    takes no groups. groups: each (T, d), and each row of a (B, T, d), is one sample.
+    device: where the arithmetic runs. progress(layer, layers) is called before each layer, 1..K.
+    Raises ValueError that names the file, the layer and, where one token is at fault, its index.
+    """
+    options = MetricOptions(outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups).checked()
+    if groups and outliers == "median":
+        raise ValueError(
+            f'groups: a standard error takes outliers="remove" or "none", got groups={groups} and "median"'
+        )
+    if not paths:
+        raise ValueError("paths: takes at least one file, got none")
+    states = [_States(Path(path)) for path in paths]
+    for other in states[1:]:
+        if other.layers != states[0].layers:
+            raise ValueError(
+                f"{other.path} has {other.layers} layers, {states[0].path} has {states[0].layers}: all take as many"
+            )
+    results = []
+    for layer in range(1, states[0].layers + 1):
+        progress(layer, states[0].layers)
+        whole = _whole_layer if outliers == "median" else _streamed_layer
+        results.append(whole(states, layer, options, torch.device(device)))
+    return mir_result(results, options)
+
+
+def _streamed_layer(states: list[_States], layer: int, options: MetricOptions, device: torch.device) -> LayerResult:
+    result, accumulator = _pass(states, layer, options, device, None)
+    if sum(result.missed.values()):  # read the layer again, with the limits it ended with
+        limits = {m: three_sigma(accumulator.tokens[m].norms) for m in MODALITIES}
+        result, _ = _pass(states, layer, options, device, limits)
+    return result
+
+
+def _pass(
+    states: list[_States], layer: int, options: MetricOptions, device: torch.device, limits: dict[str, Limits] | None
+) -> tuple[LayerResult, LayerAccumulator]:
+    accumulator: LayerAccumulator | None = None
+    for path, modality, rows, norms, groups in _rows(states, layer, options, device):
+        if accumulator is None:
+            accumulator = LayerAccumulator(layer, rows.shape[1], rows.dtype, device, options, limits)
+        if (rows.shape[1], rows.dtype) != (accumulator.hidden_size, accumulator.dtype):
+            raise ValueError(
+                f"{path}: layer {layer} has d = {rows.shape[1]}, {rows.dtype}; the files before had "
+                f"d = {accumulator.hidden_size}, {accumulator.dtype}"
+            )
+        accumulator.push(modality, rows, norms, groups)
+    if accumulator is None:
+        raise ValueError(f"layer {layer}: no token of vision or text in any file")
+    return accumulator.result(), accumulator
+
+
+def _whole_layer(states: list[_States], layer: int, options: MetricOptions, device: torch.device) -> LayerResult:
+    parts: dict[str, list[Tensor]] = {modality: [] for modality in MODALITIES}
+    for _, modality, rows, *_ in _rows(states, layer, options, device):
+        parts[modality].append(rows)
+    for modality in MODALITIES:
+        require_tokens(sum(len(rows) for rows in parts[modality]), layer, modality)
+    return feature_layer_result(torch.cat(parts["vision"]), torch.cat(parts["text"]), layer, options)
+
+
+def _rows(
+    states: list[_States], layer: int, options: MetricOptions, device: torch.device
+) -> Iterator[tuple[Path, str, Tensor, Tensor, Tensor]]:
+    """(file, modality, rows, their norms, the groups of their samples), file by file."""
+    samples = 0
+    for state in states:
+        hidden = state.hidden(layer)
+        for modality in MODALITIES:
+            index = state.masks[modality].flatten().nonzero().flatten()
+            if len(index):
+                rows = hidden.index_select(0, index).to(device)
+                norms = token_norms(rows, backend=options.backend).cpu()
+                try:
+                    require_finite(norms, layer, modality, partial(state.place, index))
+                except ValueError as error:
+                    raise ValueError(f"{state.path}: {error}") from None
+                groups = (samples + index // state.lead[-1]) % max(options.groups, 1)
+                yield state.path, modality, rows, norms, groups.to(torch.uint8)
+        samples += math.prod(state.lead[:-1])
+
+
+class _States:
+    """One file: the masks, and layers read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                self.layers = sum(name.startswith("layer.") for name in names)
+                expected = {f"layer.{k}" for k in range(1, self.layers + 1)} | {f"{m}_mask" for m in MODALITIES}
+                if names != expected or not self.layers:
+                    odd = sorted(names ^ expected) or ["layer.1"]
+                    raise ValueError(
+                        f"{path}: takes the tensors layer.1 ... layer.K, vision_mask and text_mask; missing or not "
+                        f"of them: {', '.join(odd[:5])}"
+                    )
+                self.masks = {m: file.get_tensor(f"{m}_mask") for m in MODALITIES}
+                self.lead = tuple(self.masks["vision"].shape)
+                for k in range(1, self.layers + 1):
+                    shape = tuple(file.get_slice(f"layer.{k}").get_shape())
+                    if len(shape) not in (2, 3) or shape[:-1] != self.lead or shape[-1] < 1:
+                        raise ValueError(
+                            f"{path}: layer.{k} takes (T, d) or (B, T, d) to go with masks {self.lead}, got {shape}"
+                        )
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is no readable safetensors file ({error})") from error
+        for modality, mask in self.masks.items():
+            try:
+                _checks.mask(f"{path}: {modality}_mask", mask, self.lead)
+            except TypeError as error:  # in a file a dtype is a value like any other
+                raise ValueError(str(error)) from error
+        self.masks = {modality: mask.bool() for modality, mask in self.masks.items()}
+        both = int((self.masks["vision"] & self.masks["text"]).sum())
+        if both:
+            raise ValueError(f"{path}: {both} tokens are in vision_mask and in text_mask")
+
+    def hidden(self, layer: int) -> Tensor:
+        """Layer 1..K as (tokens, d)."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                hidden = file.get_tensor(f"layer.{layer}")
+            _checks.floating(f"{self.path}: layer.{layer}", hidden)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: layer.{layer} cannot be read ({error})") from error
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        return hidden.flatten(0, -2)
+
+    def place(self, index: Tensor, i: int) -> int | tuple[int, ...]:
+        """Where the token with the flat index `index[i]` is in (T,) or (B, T)."""
+        place = tuple(int(axis) for axis in torch.unravel_index(index[i], self.lead))
+        return place[0] if len(place) == 1 else place

@@ -1,0 +1,306 @@
+"""`ModalityIntegrationRate`: MIR of hidden states that pass by once, as a torchmetrics.Metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
+
+from modality_integration.metric import MODALITIES, metric_state, state_file
+from modality_integration.metric.accumulator import LayerAccumulator
+from modality_integration.metric.distance import layers_together
+from modality_integration.metric.forward_tokens import ForwardTokens, check_hidden_states
+from modality_integration.metric.layer import layer_results, mir_result
+from modality_integration.metric.options import MetricOptions, Outliers, Precision, SqrtPrecision
+from modality_integration.metric.outliers import Limits, three_sigma
+from modality_integration.metric.result import MIRResult
+from modality_integration.metric.sync import gathered
+
+__all__ = ["ModalityIntegrationRate"]
+
+# What torchmetrics.Metric takes and keeps under the same name.
+_OF_TORCHMETRICS = (
+    "compute_on_cpu",
+    "dist_sync_on_step",
+    "process_group",
+    "dist_sync_fn",
+    "distributed_available_fn",
+    "sync_on_compute",
+    "compute_with_cache",
+)
+
+
+class ModalityIntegrationRate(Metric):
+    """MIR (Eq. 3) of hidden states that pass by once, as a torchmetrics.Metric; no features are kept beyond `hold`.
+
+    The norms of all tokens are kept (5 bytes a token and layer), so the 3-sigma limits are exact at the end. Per layer
+    and modality, up to `hold` rows are held back until the end, always the most extreme ones so far, and the others go
+    into a mean and a covariance. The result is that of `mir` with the same tokens; should a token that was already
+    counted lie beyond the final limits, `missed` and `notes` say so with the count, and `second_pass()` gives a metric
+    that makes it exact. With fewer tokens than `hold`, everything is decided and computed from the features themselves.
+
+    outliers: "remove" or "none", as for `mir`; "median" needs all features at once and is refused. normalize, bounds,
+    sqrt_precision: as for `mir`; bounds hold for the covariances as accumulated.
+    precision: of the accumulation, "fast", "auto" or "exact"; see `mir_kernels.StreamingMoments`.
+    hold: rows held back per layer and modality at most; 2048, or hidden size + 1 if that is more (also the least).
+    groups: 0, or the number of groups that samples (rows of a batch) are dealt into in turn, for the standard error of
+    the value: `MIRResult.error`, by the delete-a-group jackknife, without a second pass. 5 or 10 are usual: the error
+    itself is uncertain by a factor of 1 +- 1 / sqrt(2 (groups - 1)), 35 % with 5 and 24 % with 10. With each group left
+    out, the outlier limits and alpha are decided anew (limits given by a first pass stay), of the moments the others'
+    are merged, and the root is taken to a relative 1e-6 (`precision="float32"` of `mir_kernels.trace_sqrt_product`).
+    Costs `groups` times the accumulators' memory and, at the end, `groups` more roots a layer. Samples count as
+    independent: an image or text that comes twice makes the error too small.
+    backend: of the kernels. The rest goes to torchmetrics.Metric (process_group, sync_on_compute, ...).
+
+    Memory: 2K accumulators of d (d + 1) / 2 float64 numbers at most (times `groups`), 2K hold rows in the features'
+    dtype, on the device where a layer's hidden states lie; `held_bytes` tells the latter. `compute()` gives a
+    MIRResult, repeatably, and changes nothing; under torch.distributed it is that of all processes' tokens, and a
+    process may have none. How samples are split among processes changes the distances by less than 1e-9 of themselves
+    with `precision="exact"`, and with "auto" by what that leaves open (1e-5 of sigma_i sigma_j in a covariance); which
+    tokens beyond the limits had been counted already, if any, depends on the split: a second pass is exact.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = True
+
+    def __init__(
+        self,
+        *,
+        outliers: Outliers = "remove",
+        normalize: bool = True,
+        bounds: bool = False,
+        precision: Precision = "auto",
+        sqrt_precision: SqrtPrecision = "float32",
+        hold: int | None = None,
+        backend: str | None = None,
+        groups: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if outliers == "median":
+            raise ValueError(
+                'outliers: "median" takes the column medians of all tokens, which one pass cannot have; use mir() with '
+                'the features in memory, or "remove" (the paper\'s rule) here'
+            )
+        self.options = MetricOptions(
+            outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups
+        ).checked()
+        self._layers: list[LayerAccumulator] = []
+        self._samples = 0  # seen by this process
+        self._limits: list[dict[str, Limits]] | None = None
+
+    def update(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> None:
+        """Count the tokens of one forward pass.
+
+        hidden_states: one tensor (B, T, d) or (T, d) per decoder layer 1..K, f32/bf16/f16/f64, any strides, each on any
+        device. vision_mask, text_mask: bool or uint8 (B, T) or (T,), no token in both; either may be empty.
+        Raises ValueError or TypeError if anything does not fit, or a masked token is not finite; then nothing changes.
+        """
+        try:
+            check_hidden_states(hidden_states)
+            self._check_shapes("hidden_states", [(hidden.shape[-1], hidden.dtype) for hidden in hidden_states])
+            tokens = ForwardTokens.of(hidden_states, vision_mask, text_mask, self.options.backend)
+        except Exception:
+            self._update_count -= 1  # the wrapper of torchmetrics has counted this call already
+            raise
+        # Not in inference mode even if the model ran in it: the accumulators outlive it.
+        with torch.inference_mode(False), torch.no_grad():
+            groups = self._deal(hidden_states[0])
+            if not self._layers:
+                self._device = hidden_states[0].device
+                self._layers = [self._layer(k, h.shape[-1], h.dtype, h.device) for k, h in enumerate(hidden_states)]
+            # Once a device, not once a layer.
+            places = {device: tokens.places_on(device) for device in {hidden.device for hidden in hidden_states}}
+            for k, (layer, hidden) in enumerate(zip(self._layers, hidden_states, strict=True)):
+                if layer.device != hidden.device:
+                    layer.to(hidden.device)
+                for modality, place in places[hidden.device].items():
+                    rows, of_samples = hidden.detach()[place], groups[tokens.indices[modality][:, 0]]
+                    layer.push(modality, rows, tokens.norms[modality][k], of_samples)
+
+    def compute(self) -> MIRResult:
+        """MIR of all tokens so far, as a MIRResult.
+
+        Raises ValueError that names the layer and modality where a covariance is undefined (fewer than two tokens).
+        """
+        if not self._layers:
+            raise ValueError("no hidden states yet: MIR takes at least one update")
+        together = layers_together(self._layers[0].hidden_size, self._layers[0].device)
+        return mir_result(layer_results(self._layers, self.options, together), self.options)
+
+    def forward(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> MIRResult:
+        """Update, and give the MIR of this call's tokens alone. If they have none (too few tokens), nothing changes."""
+        if self._is_synced:
+            raise TorchMetricsUserError("the metric is synced: call unsync() before forward()")
+        batch = self._sibling()
+        batch.sync_on_compute = batch._to_sync = self.dist_sync_on_step
+        batch.update(hidden_states, vision_mask, text_mask)
+        result = batch.compute()
+        self.update(hidden_states, vision_mask, text_mask)
+        self._forward_cache: Any = result
+        return result
+
+    def second_pass(self) -> ModalityIntegrationRate:
+        """A fresh metric with this one's final 3-sigma limits: fed the same tokens again, its result is exact."""
+        if self.options.outliers == "none":
+            raise ValueError('outliers: with "none" the first pass is exact')
+        other = self._sibling()
+        other._limits = [
+            {modality: three_sigma(layer.tokens[modality].norms) for modality in MODALITIES} for layer in self._layers
+        ]
+        return other
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self._layers, self._samples = [], 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory allocated for the rows held back."""
+        return sum(layer.tokens[modality].held_bytes for layer in self._layers for modality in MODALITIES)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state to one safetensors file, in one step: the old file or the new is there, never half."""
+        state_file.write(Path(path), self.state_dict(), self.options)
+
+    def load(self, path: str | Path) -> ModalityIntegrationRate:
+        """Take over, in place, the state that `save` wrote; goes on with the same bits. Gives the metric itself.
+
+        ValueError if the file is none of ours, has changed since it was written, or was gathered with another outlier
+        rule or other groups; then nothing changes.
+        """
+        try:
+            self.load_state_dict(state_file.read(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return self
+
+    @classmethod
+    def from_file(cls, path: str | Path, **kwargs: Any) -> ModalityIntegrationRate:
+        """A metric with the options and the state that `save` wrote; keyword arguments replace options."""
+        return cls(**{**asdict(state_file.read_options(path)), **kwargs}).load(path)
+
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+        """Plain tensors: `version`, `samples`, and under `layers.<k>.` the state of each layer."""
+        destination = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        destination |= {f"{prefix}{key}": value for key, value in self.metric_state.items()}
+        return destination
+
+    @property
+    def metric_state(self) -> dict[str, Any]:
+        """The state as plain tensors."""
+        return metric_state.to_tensors(self._layers, self._samples)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Count another metric's tokens too: the metric, or its `state_dict()`."""
+        if isinstance(incoming_state, Metric):
+            if (
+                not isinstance(incoming_state, ModalityIntegrationRate)
+                or incoming_state.options.outliers != self.options.outliers
+                or incoming_state.options.groups != self.options.groups
+            ):
+                raise ValueError(
+                    f'incoming_state: takes a ModalityIntegrationRate with outliers="{self.options.outliers}" and '
+                    f"groups={self.options.groups}, got {incoming_state!r}"
+                )
+            other = incoming_state
+        else:
+            other = self._sibling()
+            other.load_state_dict(incoming_state)
+        if not other._layers:
+            return
+        if not self._layers:
+            self._layers = [self._layer(k, s.hidden_size, s.dtype, s.device) for k, s in enumerate(other._layers)]
+        self._check_shapes("incoming_state", [(s.hidden_size, s.dtype) for s in other._layers])
+        for stream, incoming in zip(self._layers, other._layers, strict=True):
+            stream.merge(incoming)
+        self._samples += other._samples
+        self._computed = None
+        self._update_count += max(other._update_count, 1)
+
+    def _deal(self, hidden: Tensor) -> Tensor:
+        """The groups of the samples of (B, T, d), by sample, or of (T, d), by token: uint8, dealt in turn."""
+        batched = hidden.dim() == 3
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # Processes begin with different groups: each has few samples, and together they are to fill all groups alike.
+        first = self._samples + (torch.distributed.get_rank(self.process_group) if distributed else 0)
+        samples = torch.arange(first, first + hidden.shape[0]) if batched else torch.full(hidden.shape[:1], first)
+        self._samples += hidden.shape[0] if batched else 1
+        return (samples % max(self.options.groups, 1)).to(torch.uint8)
+
+    def _check_shapes(self, name: str, shapes: list[tuple[int, torch.dtype]]) -> None:
+        known = [(layer.hidden_size, layer.dtype) for layer in self._layers]
+        expected = len(known) or len(self._limits or shapes)
+        if len(shapes) != expected:
+            raise ValueError(f"{name}: has {len(shapes)} layers, the tokens before had {expected}")
+        for k, (new, old) in enumerate(zip(shapes, known, strict=False), 1):
+            if new != old:
+                raise ValueError(
+                    f"{name}: layer {k} has d = {new[0]}, {new[1]}; the tokens before had d = {old[0]}, {old[1]}"
+                )
+
+    def _layer(self, k: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> LayerAccumulator:
+        limits = self._limits[k] if self._limits else None
+        return LayerAccumulator(k + 1, hidden_size, dtype, device, self.options, limits)
+
+    def _sibling(self) -> ModalityIntegrationRate:
+        """Another with the same options, and no tokens."""
+        other = type(self)(**asdict(self.options), **{name: getattr(self, name) for name in _OF_TORCHMETRICS})
+        other._limits = self._limits
+        return other
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing: list,
+        unexpected: list,
+        errors: list,
+    ) -> None:
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        read = metric_state.from_tensors(own, self.options, self._device, strict=strict)
+        missing += [prefix + key for key in read.missing]
+        unexpected += [prefix + key for key in read.unexpected]
+        errors += [] if read.error is None else [prefix + read.error]
+        if not read.whole or (strict and read.unexpected):
+            return  # it is refused: nothing may change
+        self._layers, self._samples, self._computed = read.layers, read.samples, None
+        self._update_count = max(self._update_count, 1)
+
+    def _copy_state_dict(self) -> dict[str, Any]:
+        return {"_layers": self._layers}  # what replaces them, in sync, is made anew
+
+    def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
+        group = process_group or self.process_group
+        device = _transport_device(group)
+        self._layers = gathered(self._layers, self.options, lambda tensor: dist_sync_fn(tensor, group=group), device)
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        this = super()._apply(fn, exclude_state)
+        for layer in self._layers:
+            device = fn(torch.empty(0, device=layer.device)).device
+            if device != layer.device:
+                layer.to(device)
+        return this
+
+
+def _transport_device(group: Any) -> torch.device:
+    """Where tensors travel from: the CPU if the group has a backend for it, else (NCCL) this process's GPU.
+
+    Not where the data lie: the processes must agree, and one without data has none.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or "cpu:" in torch.distributed.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,93 @@
+"""A metric's state between processes: every process's layers gathered and merged, in rank order, on every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mir_kernels._checks import FLOATS
+from modality_integration.metric import MODALITIES
+from modality_integration.metric.accumulator import LayerAccumulator, Slot, prefix_of, slots
+from modality_integration.metric.options import MetricOptions
+
+Gather = Callable[[Tensor], "list[Tensor]"]
+
+
+def gathered(
+    layers: list[LayerAccumulator], options: MetricOptions, gather: Gather, device: torch.device
+) -> list[LayerAccumulator]:
+    """New layers that hold the tokens of all processes; `layers` stay as they are and may be empty on some.
+
+    gather(tensor): the tensors of all processes, in rank order; sizes may differ, the number of dimensions may not.
+    ValueError, on every process alike, where the processes' layers do not match.
+    """
+    places = slots(options)
+    # One row a layer: d, dtype, and whether each slot has an accumulator yet.
+    about = [[s.hidden_size, FLOATS.index(s.dtype), *(int(slot in s.moments) for slot in places)] for s in layers]
+    rows = torch.tensor(about, dtype=torch.int64, device=device).reshape(-1, 2 + len(places))
+    everyone = [rows.cpu() for rows in gather(rows)]
+    for rank, rows in enumerate(everyone):
+        if rows.shape[1] != 2 + len(places):
+            raise ValueError(f"groups: takes the same number on all processes, process {rank} has another one")
+    present = [rank for rank, rows in enumerate(everyone) if len(rows)]
+    if not present:
+        return []
+    layout = everyone[present[0]]
+    for rank in present:
+        if everyone[rank][:, :2].tolist() != layout[:, :2].tolist():
+            raise ValueError(
+                f"processes {present[0]} and {rank} have different layers: (d, dtype) "
+                f"{_describe(layout)} and {_describe(everyone[rank])}"
+            )
+    result = []
+    for k, (hidden_size, dtype_code, *_) in enumerate(layout.tolist()):
+        accumulated = [slot for i, slot in enumerate(places) if any(int(everyone[r][k, 2 + i]) for r in present)]
+        place = layers[k].device if layers else device
+
+        def blank(
+            k: int = k, hidden_size: int = hidden_size, dtype_code: int = dtype_code, place: torch.device = place
+        ) -> LayerAccumulator:
+            return LayerAccumulator(k + 1, hidden_size, FLOATS[dtype_code], place, options)
+
+        mine = layers[k] if layers else blank()
+        parts = _gather_state(mine, blank(), accumulated, gather, device)
+        merged = blank()
+        for rank in present:
+            part = blank()
+            lacks = tuple(prefix_of(slot) for i, slot in enumerate(places) if not int(everyone[rank][k, 2 + i]))
+            part.load_state_dict({key: v for key, v in parts[rank].items() if not key.startswith(lacks)})
+            merged.merge(part)
+            if rank == present[0]:
+                for m in MODALITIES:
+                    merged.tokens[m].limits = part.tokens[m].limits
+        result.append(merged)
+    return result
+
+
+def _gather_state(
+    mine: LayerAccumulator, blank: LayerAccumulator, accumulated: list[Slot], gather: Gather, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Every process's state_dict of one layer; processes without an accumulator send an empty one."""
+    state = mine.state_dict()
+    for slot in accumulated:
+        if slot not in mine.moments:
+            empty = blank.accumulator(blank.options.precision).state_dict()
+            state |= {f"{prefix_of(slot)}{key}": value for key, value in empty.items()}
+    parts: list[dict[str, Tensor]] = []
+    for key in sorted(state):
+        tensor = state[key].to(device).contiguous()
+        # Rows travel as bytes: not every transport knows every floating dtype. No rows may come in another dtype.
+        as_bytes = key.endswith((".held", ".pending"))
+        if as_bytes:
+            tensor = tensor.to(mine.dtype)
+        received = gather(tensor.view(torch.uint8) if as_bytes else tensor)
+        parts = parts or [{} for _ in received]
+        for part, value in zip(parts, received, strict=True):
+            part[key] = (value.contiguous().view(tensor.dtype) if as_bytes else value).to(state[key].device)
+    return parts
+
+
+def _describe(layout: Tensor) -> list[tuple[int, str]]:
+    return [(int(row[0]), str(FLOATS[int(row[1])]).removeprefix("torch.")) for row in layout]

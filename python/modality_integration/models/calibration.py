@@ -1,0 +1,147 @@
+"""What the MoCa modules of one model share at run time: which tokens of a pass are vision tokens, what each layer's
+hook does with them, and whether it may write into the layer's output."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
+
+from modality_integration.models.decoder import LayerOutput
+from modality_integration.models.forward_watch import ForwardPass, ForwardWatch
+
+HELD_AS = "_moca"  # the attribute of a decoder layer that holds its calibration
+
+
+class Removable(Protocol):
+    """What was put on a model: a hook's handle, a watch, a forward's stand-in."""
+
+    def remove(self) -> None:
+        """Takes it off the model."""
+
+
+class Calibration:
+    """Applies the MoCa of every decoder layer, the submodule `name`, to the vision tokens of the running pass.
+
+    `vision` overrules the model's own marker: a (B, T) mask, or the name of the forward argument that carries one.
+    Hooks are methods of this object, so a deep copy of the model gets a calibration of its own.
+    """
+
+    def __init__(self, watch: ForwardWatch, name: str, vision: Tensor | str | None) -> None:
+        self.watch, self.name = watch, name
+        self.vision = vision
+        self.placed: list[Removable] = [watch]
+        # Masks of passes that may yet be recomputed in backward, for checkpoints that wrap a layer with its hooks.
+        self._replayable: deque[Tensor] = deque(maxlen=64)
+        self._replayed = False
+
+    def place(self, layer: nn.Module) -> None:
+        """Lets `layer` hold this calibration, with a hook that applies its MoCa."""
+        setattr(layer, HELD_AS, self)
+        self.placed.append(layer.register_forward_hook(self.apply))
+
+    def remove(self) -> None:
+        """Takes off the model all that was put on it for this calibration; layers go on holding it."""
+        for part in self.placed:
+            part.remove()
+        self.placed.clear()
+
+    def apply(self, layer: nn.Module, args: tuple[Any, ...], output: LayerOutput) -> LayerOutput | None:
+        """Forward hook of a decoder layer: its output after MoCa, or None where the output stays as it is."""
+        state: Tensor = output[0] if isinstance(output, tuple) else output
+        if state.shape[-2] == 1:  # a decoding step
+            return None
+        if self.watch.running is not None and self.watch.running.moca.has_calibrated(state):
+            return None
+        mask = self.mask(layer, state)
+        if mask is None:
+            return None
+        moca = getattr(layer, self.name)
+        # A module sharded on its own is handed views of its inputs by FSDP, which autograd does not let it overwrite.
+        inplace = not moca._forward_pre_hooks and self._sees_first(layer) and _may_overwrite(state, args)
+        state = moca(state, mask, inplace=inplace)
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    def mask(self, layer: nn.Module, state: Tensor) -> Tensor | None:
+        """(B, T) bool, True at vision tokens, where `state` (B, T, d) lies; None where there is nothing to do."""
+        shape, running = (state.shape[0], state.shape[1]), self.watch.running
+        if running is None:
+            return self._mask_outside(shape).to(state.device)
+        moca = running.moca
+        if moca.vision is None:
+            vision = running.vision(shape, self.vision)
+            moca.idle = not torch.compiler.is_compiling() and not bool(vision.any())
+            moca.vision = vision
+            self._remember(running, vision)
+        if moca.idle and not _needed_by_other_processes(getattr(layer, self.name)):
+            return None
+        if moca.vision.device != state.device:
+            moca.vision = moca.vision.to(state.device)
+        return moca.vision
+
+    def _sees_first(self, layer: nn.Module) -> bool:
+        """Whether no hook of others has seen the layer's output: it may have kept it."""
+        first = next(iter(layer._forward_hooks.values()))
+        return not torch_module._global_forward_hooks and getattr(first, "__self__", None) is self
+
+    def _remember(self, running: ForwardPass, vision: Tensor) -> None:
+        if torch.compiler.is_compiling() or not running.differentiable:
+            return
+        if self._replayed:
+            self._replayable.clear()
+            self._replayed = False
+        self._replayable.append(vision.clone())  # what is known of a mask, 16 bytes a token, goes with the pass
+
+    def _mask_outside(self, shape: tuple[int, int]) -> Tensor:
+        """The mask of a layer that runs outside a pass: the caller's, or that of the pass that backward recomputes."""
+        if isinstance(self.vision, Tensor):
+            if tuple(self.vision.shape) != shape:
+                raise ValueError(f"mask: takes one entry per token, shape {shape}, got {tuple(self.vision.shape)}")
+            return self.vision != 0
+        if torch._C._current_graph_task_id() == -1:  # not inside backward
+            raise RuntimeError(
+                "MoCa: a decoder layer ran outside a forward pass of the model, so its vision tokens are not known; "
+                "run the model that add_moca was given, or use vision_tokens"
+            )
+        self._replayed = True
+        masks = [mask for mask in self._replayable if tuple(mask.shape) == shape]
+        if not masks or not all(torch.equal(masks[0], mask) for mask in masks[1:]):
+            raise RuntimeError(
+                "MoCa: a checkpoint around whole decoder layers is recomputed after several forward passes and does "
+                "not say which; run backward after each pass, or use the model's own gradient checkpointing"
+            )
+        return masks[0]
+
+
+def is_calibrated(module: nn.Module) -> bool:
+    """Whether `module` is a decoder layer with MoCa."""
+    return HELD_AS in module.__dict__
+
+
+def calibration_of(layer: nn.Module) -> Calibration:
+    """The calibration that a decoder layer with MoCa holds."""
+    return layer.__dict__[HELD_AS]
+
+
+def _needed_by_other_processes(moca: nn.Module) -> bool:
+    """Whether other processes wait for this one to use the layer's MoCa: to gather its shards, or its gradients."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return False
+    parameters = list(moca.parameters())
+    sharded = any(isinstance(p, DTensor) for p in parameters)  # by itself: with the layer it is whole by now
+    return sharded or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
+
+
+def _may_overwrite(state: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether nobody else reads this layer output: it is no view, not the input, and autograd has not saved it."""
+    if torch.compiler.is_compiling() or (args and state is args[0]) or state._is_view():
+        return False
+    if not torch.is_grad_enabled() or not state.requires_grad:
+        return True
+    # Neither the residual add keeps its result, nor a checkpoint around it.
+    return state.grad_fn is not None and state.grad_fn.name() in ("AddBackward0", "CheckpointFunctionBackward")

@@ -1,0 +1,193 @@
+"""Finds the language decoder inside a vision-language model: its layers, the final norm and the modules around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Layers = str | Sequence[nn.Module] | None
+# What a decoder layer returns: hidden states (B, T, d), or a tuple that begins with them.
+LayerOutput = Tensor | tuple[Any, ...]
+
+# Names that the final norm goes by; looked at only where the decoder holds several norms.
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "ln_final")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder layers in order, their qualified names, the final norm (None if there is none) and, outermost first,
+    the modules from the given model down to the one that holds the layers."""
+
+    layers: list[nn.Module]
+    names: list[str]
+    norm: nn.Module | None
+    norm_name: str | None
+    path: list[nn.Module]
+
+
+def find_decoder(model: nn.Module, layers: Layers = None) -> Decoder:
+    """The decoder of `model`, found by structure; `layers` names it where that is not enough.
+
+    `layers` is the qualified name of the module list ("model.layers") or the layers themselves, which must be part of
+    `model`. DDP, FSDP and PEFT wrappers are looked through. Errors: ValueError where no single list of decoder layers
+    is found (with the candidates), and for models that MIR and MoCa are not defined on: those that read the image
+    through cross-attention, and encoder-decoder language models.
+    """
+    refuse_compiled(model)
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "model: nn.DataParallel runs replicas in threads; take DistributedDataParallel or model.module"
+        )
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    if layers is None:
+        holder = _holder(unwrap(model))
+        _refuse_cross_attention(unwrap(model), holder)
+        found = _layer_list(holder, model)
+    else:
+        found = _given_layers(model, layers)
+        holder = _holder_of(model, found)
+    missing = [i for i, layer in enumerate(found) if id(layer) not in names]
+    if missing:
+        raise ValueError(f"layers: takes modules inside model, but entries {missing} are not")
+    norm = _final_norm(holder)
+    return Decoder(
+        layers=found,
+        names=[names[id(layer)] for layer in found],
+        norm=norm,
+        norm_name=None if norm is None else names[id(norm)],
+        path=_path(model, names[id(holder)]),
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, FSDP and PEFT wrappers."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_fsdp_wrapped_module"):
+            inner = inner.module
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            return inner
+
+
+def text_config(model: nn.Module) -> object:
+    """The configuration of the model's language model; None for a model without one."""
+    config: object = getattr(unwrap(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def hidden_size(model: nn.Module, decoder: Decoder) -> int:
+    """d of the hidden states (B, T, d), from the configuration or the final norm; ValueError if neither says."""
+    weight = getattr(decoder.norm, "weight", None)
+    size = getattr(text_config(model), "hidden_size", None) or (weight.shape[-1] if weight is not None else None)
+    if size is None:
+        raise ValueError("model: neither its configuration nor a final norm says the hidden size")
+    return int(size)
+
+
+def parameter_device(module: nn.Module) -> torch.device:
+    """Where `module` computes: accelerate's execution device if it has one, else where its first parameter lies."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """ValueError if `model`, or a part of it, is compiled already: compiled code does not see hooks that come later."""
+    for name, module in model.named_modules():
+        # torch.compile(module) wraps in an OptimizedModule, which holds `_orig_mod`; module.compile() leaves the other
+        # mark. Asked by attribute: importing the class loads the whole compiler.
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"model: {name or 'it'} is compiled already, and compiled code does not see hooks that come later; "
+                "give the model before torch.compile (the one in `_orig_mod`)"
+            )
+
+
+def _holder(model: Any) -> nn.Module:
+    """The module that holds the decoder layers, by transformers' own `get_decoder`, followed to its end."""
+    while hasattr(model, "get_decoder"):
+        inner = model.get_decoder()
+        if inner is None or inner is model:
+            break
+        model = inner
+    return model
+
+
+def _layer_list(holder: nn.Module, model: nn.Module) -> list[nn.Module]:
+    lists = [child for child in holder.children() if isinstance(child, nn.ModuleList) and len(child)]
+    depth = getattr(getattr(holder, "config", None), "num_hidden_layers", None)
+    if len(lists) > 1:
+        lists = [child for child in lists if len(child) == depth]
+    if not lists and not hasattr(holder, "config"):  # not a transformers model: take the only list there is
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if len(lists) != 1:
+        seen = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+        raise ValueError(
+            f"layers: no single list of decoder layers in {type(unwrap(model)).__name__}; name one of: "
+            f"{', '.join(seen) or 'no module list found'}"
+        )
+    return list(lists[0])
+
+
+def _given_layers(model: nn.Module, layers: str | Sequence[nn.Module]) -> list[nn.Module]:
+    if isinstance(layers, str):
+        for root in (model, unwrap(model)):
+            try:
+                named = root.get_submodule(layers)
+            except AttributeError:
+                continue
+            found = list(named) if isinstance(named, nn.ModuleList | nn.Sequential) else []
+            break
+        else:
+            raise ValueError(f"layers: no module {layers!r} in {type(unwrap(model)).__name__}")
+    else:
+        found = list(layers)
+    if not found or not all(isinstance(layer, nn.Module) for layer in found):
+        raise ValueError("layers: takes a non-empty list of decoder layers, or the qualified name of one")
+    return found
+
+
+def _holder_of(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+    """The module whose child list starts with the first of `layers`; `model` where they lie in no list."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) and child[0] is layers[0]:
+                return module
+    return model
+
+
+def _final_norm(holder: nn.Module) -> nn.Module | None:
+    norms = {name: child for name, child in holder.named_children() if "norm" in type(child).__name__.lower()}
+    if len(norms) > 1:
+        norms = {name: child for name, child in norms.items() if name in FINAL_NORMS}
+    return next(iter(norms.values())) if len(norms) == 1 else None
+
+
+def _path(model: nn.Module, name: str) -> list[nn.Module]:
+    path = [model]
+    for part in filter(None, name.split(".")):
+        path.append(getattr(path[-1], part))
+    return [m for m in path if not isinstance(m, nn.ModuleList | nn.ModuleDict | nn.Sequential)]
+
+
+def _refuse_cross_attention(model: nn.Module, holder: nn.Module) -> None:
+    for part in (model, holder):
+        configs = text_config(part), getattr(part, "config", None)
+        if any(getattr(config, "is_encoder_decoder", False) for config in configs):
+            raise ValueError(
+                f"model: {type(model).__name__} has an encoder-decoder language model: its vision tokens end in the "
+                "encoder and its text in the decoder, so no layer holds both; name one stack with `layers` to insist"
+            )
+    for name, module in holder.named_modules():
+        if "cross_attn" in name or "CrossAttention" in type(module).__name__:
+            raise ValueError(
+                f"model: {type(model).__name__} reads the image through cross-attention ({name}): there are no vision "
+                "tokens in its residual stream to compare with text tokens"
+            )

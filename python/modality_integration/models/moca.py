@@ -1,0 +1,179 @@
+"""Puts MoCa (section 3.4 of the MIR paper) into a vision-language model, at the end of every decoder layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from mir_kernels import _checks
+from mir_kernels.ops.moca import MoCa
+from modality_integration.models.calibration import HELD_AS, Calibration, calibration_of, is_calibrated
+from modality_integration.models.decoder import Layers, find_decoder, hidden_size, parameter_device
+from modality_integration.models.forward_watch import ForwardWatch
+from modality_integration.models.fused_norm import fuse_layers, next_norm, why_not_fused
+
+NAME = "modality_layernorm"  # the submodule's name on each decoder layer, as in the published checkpoints
+
+
+@dataclass(frozen=True)
+class MoCaSite:
+    """One decoder layer's MoCa: the layer's name, the vector length, and the norm that reads its output next.
+
+    plain: None where the layer's last addition, MoCa and that norm are one operation, else what keeps them apart.
+    """
+
+    layer: str
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    read_by: str | None
+    plain: str | None
+
+
+@dataclass(frozen=True)
+class MoCaReport:
+    """What `add_moca` placed where, one site a decoder layer."""
+
+    sites: tuple[MoCaSite, ...]
+
+    def __str__(self) -> str:
+        lines = [f"MoCa at the end of {len(self.sites)} decoder layers"]
+        for s in self.sites:
+            how = f"fused with {s.read_by}" if s.plain is None else f"read by {s.read_by}, plain: {s.plain}"
+            lines.append(f"{s.layer}: {s.hidden_size} {s.dtype} on {s.device}, {how}")
+        return "\n".join(lines)
+
+
+def add_moca(
+    model: nn.Module,
+    *,
+    std: float = 0.0,
+    dtype: torch.dtype | None = None,
+    layers: Layers = None,
+    vision_mask: str | None = None,
+    fused: bool = True,
+) -> MoCaReport:
+    """h <- scale * h + shift on the vision tokens of every decoder layer's output (Eq. 5 of the MIR paper).
+
+    Each layer gets a submodule `modality_layernorm` with `scale` and `shift`, (d,) each: ones and zeros, or drawn from
+    normal(1, std) and normal(0, std). `dtype` is theirs: float32 unless given (float64 in a float64 model). Keep it so
+    in a bf16 model too: steps of 1e-3 do not move a bf16 scale of 1, hence a warning. `layers` and `vision_mask` (the
+    name of a forward argument) are as in `capture`; for a mask that the caller holds, run the model inside
+    `vision_tokens`.
+
+    The vision tokens are read from the model's own marker once a forward pass. Decoding steps and passes without an
+    image do nothing; only where gradients are synchronised between processes do the latter touch the parameters, with
+    gradients of zero, because every process has to have them. Add MoCa before DDP, `fully_shard` or torch.compile, and
+    on either side of PEFT: before `get_peft_model`, name `modality_layernorm` in its `modules_to_save`, or PEFT
+    freezes it. `fully_shard` wants one dtype a group: shard each `modality_layernorm` as a group of its own.
+
+    `fused`: where a layer has Llama's form (Llama, Qwen2, Qwen3, Mistral and the decoders of Qwen-VL are), its last
+    addition, MoCa and the RMSNorm that reads the sum run as one `add_moca_rms_norm`; the report says which layers do
+    and what keeps the others plain. Gemma's norms round in another order, so Gemma stays plain. The sum has the same
+    bits either way, its norm may differ in the last place of its dtype (see add_moca_rms_norm). The plain way is taken
+    in passes where the fused one would not be the same: under gradient checkpointing, torch.compile and FSDP, with
+    `output_hidden_states` or hooks of others on a layer while gradients are recorded, in autocast, in inference mode.
+    Errors: ValueError for a model that has MoCa, and as `capture` has for models without vision tokens; TypeError for
+    a dtype that is not floating.
+    """
+    if not std >= 0:
+        raise ValueError(f"std: takes a number >= 0, got {std!r}")
+    if dtype is not None:
+        _check_dtype(dtype)
+    decoder = find_decoder(model, layers)
+    _refuse_sharded(model)
+    if any(hasattr(layer, NAME) for layer in decoder.layers):
+        raise ValueError("model: has MoCa already; remove_moca first")
+    size = hidden_size(model, decoder)
+    modules = [_module_for(layer, size, std, dtype) for layer in decoder.layers]
+    named = ("output_hidden_states", *((vision_mask,) if vision_mask else ()))
+    calibration = Calibration(ForwardWatch(model, decoder, named=named), NAME, vision_mask)
+    plain = [why_not_fused(model, decoder, i) if fused else "asked for" for i in range(len(decoder.layers))]
+    sites = []
+    for i, (layer, name, module) in enumerate(zip(decoder.layers, decoder.names, modules, strict=True)):
+        layer.add_module(NAME, module)
+        calibration.place(layer)
+        read_by, scale = next_norm(decoder, i)[0], module.scale
+        sites.append(MoCaSite(name, size, scale.dtype, scale.device, read_by, plain[i]))
+    if not all(plain):
+        calibration.placed += fuse_layers(decoder, plain, calibration)
+    return MoCaReport(tuple(sites))
+
+
+def remove_moca(model: nn.Module) -> None:
+    """Takes MoCa and its hooks out of `model`; ValueError if there is none."""
+    for layer in calibrated_layers(model):
+        calibration_of(layer).remove()
+        delattr(layer, HELD_AS)
+        del layer._modules[NAME]
+
+
+def moca_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The scale and shift of every layer, for an optimizer group with weight_decay 0.
+
+    transformers' Trainer leaves them out of weight decay by itself: it does so for every name with `layernorm` in it.
+    """
+    return [p for layer in calibrated_layers(model) for p in moca_of(layer).parameters()]
+
+
+@contextmanager
+def vision_tokens(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Inside the block, MoCa in `model` goes by `mask`, (B, T) nonzero at vision tokens, not by the model's marker."""
+    calibration = calibration_of(calibrated_layers(model)[0])
+    before, calibration.vision = calibration.vision, mask
+    try:
+        yield
+    finally:
+        calibration.vision = before
+
+
+def calibrated_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of `model` that hold MoCa, in order; ValueError if there are none."""
+    layers = [module for module in model.modules() if is_calibrated(module)]
+    if not layers:
+        raise ValueError("model: has no MoCa; add_moca first")
+    return layers
+
+
+def moca_of(layer: nn.Module) -> MoCa:
+    """The layer's MoCa, inside PEFT's wrapper if it is among `modules_to_save`."""
+    module = getattr(layer, NAME)
+    if hasattr(module, "modules_to_save"):
+        module = module.modules_to_save[module.active_adapter]
+    return module
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _checks.FLOATS:
+        takes = ", ".join(str(d).removeprefix("torch.") for d in _checks.FLOATS)
+        raise TypeError(f"dtype: takes {takes}, got {dtype}")
+    if dtype.itemsize == 2:
+        step = torch.finfo(dtype).eps / 4  # half the distance to the next number below
+        warnings.warn(
+            f"dtype: in {str(dtype).removeprefix('torch.')} a scale of 1 stays 1 under steps smaller than {step:.1g}; "
+            "keep float32, in a shard group of its own under fully_shard",
+            stacklevel=3,
+        )
+
+
+def _module_for(layer: nn.Module, size: int, std: float, dtype: torch.dtype | None) -> MoCa:
+    wide = any(p.dtype == torch.float64 for p in layer.parameters())
+    dtype = dtype or (torch.float64 if wide else torch.float32)
+    return MoCa(size, std=std, device=parameter_device(layer), dtype=dtype)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule | nn.parallel.DistributedDataParallel) or hasattr(
+            module, "_fsdp_wrapped_module"
+        ):
+            raise ValueError(
+                f"model: is wrapped by {type(module).__name__} already, which would leave MoCa's gradients "
+                "unsynchronised; add MoCa first"
+            )

@@ -1,0 +1,49 @@
+"""`lightning_callback`: the same for Lightning. It imports neither Lightning nor transformers before it is called."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from modality_integration.training.measure import Probe
+from modality_integration.training.watch import Watch, first_process_says
+
+
+def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -> Any:
+    """The same for Lightning: a callback for `Trainer(callbacks=[...])`, with the options of `MIRCallback`.
+
+    module: the attribute of the LightningModule that holds the model which `capture` takes. Logged to the trainer's
+    loggers. ModuleNotFoundError unless `lightning` (or `pytorch_lightning`) is installed.
+    """
+    try:
+        from lightning.pytorch import Callback
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback
+
+    class MIRLightning(Watch, Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            if not self.history:
+                self._measure(trainer, pl_module)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            step = trainer.global_step
+            if step % self.every == 0 and step != self.history[-1][0]:  # several batches may make one step
+                self._measure(trainer, pl_module)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"measurements": self.saved()}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            measurements = state_dict["measurements"]
+            self.restore(measurements, measurements[-1][0] if measurements else 0)
+
+        def _measure(self, trainer: Any, pl_module: Any) -> None:
+            autocast: AbstractContextManager = trainer.precision_plugin.forward_context()
+            with autocast:
+                logged = self.measure(getattr(pl_module, module), trainer.global_step)
+            for logger in trainer.loggers:
+                logger.log_metrics(logged, step=trainer.global_step)
+            if first_process_says(self.plateau(), pl_module.device):
+                trainer.should_stop = True
+
+    return MIRLightning(probe, **options)

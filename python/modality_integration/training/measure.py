@@ -1,0 +1,100 @@
+"""MIR of a model as it is now, on a probe set, for any training loop; imports no transformers."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modality_integration.metric.result import MIRResult
+from modality_integration.metric.streaming import ModalityIntegrationRate
+from modality_integration.models.capture import capture as capturing
+from modality_integration.models.decoder import parameter_device, unwrap
+
+Probe = Sequence[Mapping[str, Any]]
+
+
+def measure_mir(
+    model: nn.Module,
+    probe: Probe,
+    *,
+    capture: Mapping[str, Any] | None = None,
+    metric: Mapping[str, Any] | None = None,
+) -> MIRResult:
+    """MIR (Eq. 3) of `model` as it is now, on a probe set; training goes on to the same bits as without it.
+
+    probe: batches as the model takes them (mappings of tensors, moved to the model's device), each row with an image.
+    capture, metric: options of `capture` and of `ModalityIntegrationRate`. Samples are dealt into 5 groups for a
+    standard error unless `metric` has "groups". Under torch.distributed every process runs the whole probe;
+    metric={"sync_on_compute": True} counts all processes' tokens instead, where each has a part of its own.
+    The passes run in eval mode, without gradients, a cache and, where the model can do without, all logits but the
+    last. Afterwards each module's own train mode, the random states of Python, numpy and torch, and on CUDA the cached
+    memory are as before. Enter autocast outside. Raises TypeError or ValueError for a probe that is none, and what
+    `capture` and the metric raise.
+    """
+    check_probe(probe)
+    measured = ModalityIntegrationRate(**{"groups": 5, "sync_on_compute": False, **(metric or {})})
+    device, asked = parameter_device(model), lean_forward(model)
+    with undisturbed(model), torch.no_grad(), capturing(model, **(capture or {})) as seen:
+        for batch in probe:
+            inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            if "labels" in inputs:  # the loss wants every token's logits
+                inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            model(**{**asked, **inputs})
+            measured.update(seen.hidden_states, seen.vision_mask, seen.text_mask)
+        return measured.compute()
+
+
+def check_probe(probe: Any) -> None:
+    """TypeError or ValueError unless `probe` is a sequence of one batch or more."""
+    if isinstance(probe, str | Mapping) or not isinstance(probe, Sequence):
+        raise TypeError(f"probe: takes a list of batches (mappings of tensors), got {type(probe).__name__}")
+    if len(probe) == 0:
+        raise ValueError("probe: takes at least one batch, got none")
+    for index, batch in enumerate(probe):
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"probe[{index}]: takes a mapping of the model's inputs, got {type(batch).__name__}")
+
+
+def lean_forward(model: nn.Module) -> dict[str, Any]:
+    """Arguments of `model`'s forward that spare what MIR does not read: the cache, and logits of all tokens.
+
+    The vocabulary's logits are larger than everything else in a forward pass.
+    """
+    inner = unwrap(model)
+    taken = inspect.signature(inner.forward).parameters
+    config: Any = getattr(inner, "config", None)
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    asked: dict[str, Any] = {}
+    if "use_cache" in taken or (passes_on and hasattr(config, "get_text_config")):
+        asked["use_cache"] = False
+    if "logits_to_keep" in taken:
+        asked["logits_to_keep"] = 1
+    return asked
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module's own mode, every random state and the CUDA memory as before."""
+    training = [module for module in model.modules() if module.training]
+    cuda = torch.cuda.is_initialized()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - trainers use both
+    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda_states)
+            torch.cuda.empty_cache()

@@ -1,0 +1,142 @@
+"""Two results side by side: differences, their errors, verdicts, and what cannot be compared."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from integration.results import printed, result
+from modality_integration import LayerTerms, compare, jackknife
+
+
+def test_comparison_gives_difference_and_ratios():
+    a, b = result(0), result(1)
+    both = compare(a, b)
+    assert both.difference == b.value - a.value
+    assert both.per_layer == [y / x for x, y in zip(a.per_layer, b.per_layer, strict=True)]
+    assert both.disjoint is None
+    assert both.notes == []
+    text = printed(both.table(("old", "new")))
+    assert "new / old" in text
+    assert f"{both.difference:+.4f}" in text
+    assert f"{both.per_layer[0]:.3f}" in text
+
+
+def test_comparison_with_bounds_says_whether_the_intervals_overlap():
+    a, b = result(0, bounds=True), result(1, bounds=True)
+    assert compare(a, b).disjoint is True
+    assert compare(a, a).disjoint is False
+
+
+def with_left_out(made, spread, groups=6):
+    """The result with an even number of groups, whose standard error is `spread` (in MIR)."""
+    step = spread / math.sqrt(groups - 1)
+    made.left_out = [[d * 10 ** (step * (-1) ** g) for g in range(groups)] for d in made.per_layer]
+    assert made.error == pytest.approx(spread)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        (1 / 2.2, "B seems to blend the modalities better, more samples would tell: its MIR is"),
+        (1 / 3.01, "B blends the modalities better: its MIR is"),
+        (1 / 1.99, "no difference beyond the standard error: B's MIR is"),
+        (2.0, "no difference beyond the standard error: B's MIR is"),
+    ],
+)
+def test_comparison_holds_the_difference_against_both_errors_together(errors, words):
+    a, b = result(1), result(0)
+    total = (a.value - b.value) * errors
+    both = compare(with_left_out(a, 0.6 * total), with_left_out(b, 0.8 * total))
+    assert both.error == pytest.approx(total)
+    assert both.z == pytest.approx(-1 / errors)
+    assert both.verdict().startswith(words)
+    assert f"below A's, {1 / errors:.1f} standard errors of the difference" in both.verdict()
+    swapped = compare(b, a)
+    assert swapped.z == pytest.approx(1 / errors)
+    assert "below B's" in swapped.verdict()
+
+
+def test_comparison_without_an_error_on_both_sides_names_none_better():
+    a, b = result(1, bounds=True), result(0, bounds=True)
+    both = compare(with_left_out(a, 0.1), b)
+    assert both.error is None
+    assert both.z is None
+    difference = a.value - b.value
+    assert both.verdict(("old", "new")) == (
+        f"new's MIR is {difference:.4f} below old's; whether other samples would say so too takes a standard error of "
+        "both (mir compute --groups 5) (their proved intervals do not overlap)"
+    )
+
+
+def test_comparison_with_few_groups_is_never_sure_and_says_so():
+    a, b = result(1), result(0)
+    both = compare(with_left_out(a, 1e-6, groups=4), with_left_out(b, 1e-6))
+    assert abs(both.z) > 1000
+    assert both.verdict().startswith("B seems to blend the modalities better")
+    assert both.notes == ["A's standard error is of 4 groups of samples: take 5 or more"]
+
+
+def with_samples(made, digest, **settings):
+    made.settings = {"chosen_samples": digest, "processes": 1, **settings}
+    return made
+
+
+def test_comparison_of_the_same_samples_goes_by_the_differences_group_by_group():
+    a, b = with_left_out(result(1), 0.1), with_left_out(result(1), 0.1)
+    b.left_out = [[d * 0.98 * (1 + 1e-4 * g) for g, d in enumerate(layer)] for layer in a.left_out]
+    b.terms = [replace(t, **{name: 0.98 * value for name, value in vars(t).items() if value}) for t in a.terms]
+    differences = [y - x for x, y in zip(a.left_out_values, b.left_out_values, strict=True)]
+    apart, same = compare(a, b), compare(with_samples(a, "x"), with_samples(b, "x"))
+    assert not apart.paired
+    assert apart.verdict().startswith("no difference beyond the standard error")
+    assert same.paired
+    assert same.error == jackknife(differences) < apart.error / 100
+    assert same.verdict().startswith("B blends the modalities better")
+    assert same.notes == ["the same samples in both: the error is that of the differences, group by group"]
+    for other in (with_samples(b, "y"), with_samples(b, "x", processes=2), with_left_out(with_samples(b, "x"), 0.1, 8)):
+        assert not compare(a, other).paired
+    assert compare(a, with_left_out(with_samples(b, "y"), 0.1), paired=True).paired
+    with pytest.raises(ValueError, match=r"paired: takes results with as many groups of samples, got 6 and 0"):
+        compare(a, result(0), paired=True)
+
+
+def test_comparison_of_a_result_with_itself_is_no_difference():
+    a = with_left_out(result(0), 0.1)
+    assert compare(a, a).z == 0.0
+    assert compare(a, a).verdict() == "the same MIR"
+    exact, other = with_left_out(result(0), 0.0), with_left_out(result(1), 0.0)
+    assert compare(exact, other).z == math.inf
+    assert compare(exact, other).verdict().startswith("A blends the modalities better")
+
+
+def test_comparison_names_every_setting_that_differs():
+    a, b = result(0), result(0, normalize=False, outliers="none")
+    a.settings = {"model": "one", "last": "normed", "text_tokens": 512, "seed": 0, "only_here": 1}
+    b.settings = {"model": "two", "last": "raw", "text_tokens": None, "seed": 0}
+    assert compare(a, b).notes == [
+        *("outliers differs: remove and none", "normalize differs: True and False", "model differs: one and two"),
+        *("last differs: normed and raw", "text tokens differs: 512 and None"),
+    ]
+
+
+def test_models_of_other_depths_are_compared_without_the_layers_ratios():
+    a, b = result(1), result(0, layers=2)
+    both = compare(with_left_out(a, 1e-4), with_left_out(b, 1e-4))
+    assert both.per_layer == []
+    assert both.difference == b.value - a.value
+    assert both.verdict().startswith("B blends the modalities better")
+    assert "3 and 2 layers: MIR sums over them, and is compared as it stands" in both.notes
+    text = printed(both.table())
+    assert f"{a.per_layer[2]:.4g}" in text
+    assert "B / A" not in text
+
+
+def test_zeros_and_infinities_are_compared_without_nan():
+    zero = result(0)
+    zero.terms = [LayerTerms(0.0, 1.0, 1.0, 1.0)] * 3
+    assert compare(zero, zero).difference == 0.0
+    assert compare(zero, zero).per_layer == [1.0] * 3
+    assert compare(zero, result(1)).difference == math.inf
+    assert compare(zero, result(1)).per_layer == [math.inf] * 3

@@ -1,0 +1,197 @@
+"""ModalityIntegrationRate over two processes (gloo): the value of one process with all samples, on every process."""
+
+import json
+import multiprocessing
+import traceback
+
+import pytest
+import torch
+from torch import distributed
+
+from integration.metric.streams import D, sample
+from modality_integration import ModalityIntegrationRate
+from modality_integration.metric.streaming import _transport_device
+
+SAMPLES = 12
+
+
+def _one(rank, scenario, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        answer = SCENARIOS[scenario](rank)
+    except Exception:
+        answer = {"error": traceback.format_exc()}
+    (folder / f"rank{rank}.json").write_text(json.dumps(answer))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    def run(scenario):
+        context = multiprocessing.get_context("fork")  # torch is loaded already; nothing here has used threads yet
+        children = [context.Process(target=_one, args=(rank, scenario, tmp_path)) for rank in range(2)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+            assert child.exitcode == 0
+        return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+    return run
+
+
+def fed(seeds, **options):
+    metric = ModalityIntegrationRate(**{"precision": "exact", "hold": 60, **options})
+    for seed in seeds:
+        metric.update(*sample(seed, dtype=torch.bfloat16))
+    return metric
+
+
+def answer_of(metric):
+    return json.loads(metric.compute().to_json())
+
+
+def halves(rank, **options):
+    metric = fed(range(rank, SAMPLES, 2), **options)
+    first = answer_of(metric)
+    metric.update(*sample(100 + rank, dtype=torch.bfloat16))  # goes on with its own tokens after a synced compute
+    return {"first": first, "second": answer_of(metric)}
+
+
+def odd_groups(rank):
+    return {"error": refusal(fed([rank], groups=5 if rank else 0))}
+
+
+def one_side_empty(rank):
+    return {"first": answer_of(fed(range(SAMPLES) if rank == 1 else []))}
+
+
+def one_side_unreleased(rank):
+    return {"first": answer_of(fed(range(SAMPLES - 1) if rank == 0 else [SAMPLES - 1], hold=200))}
+
+
+def by_hand(rank):
+    metric = fed(range(rank, SAMPLES, 2), sync_on_compute=False)
+    before = answer_of(metric)
+    metric.compute_with_cache, metric._computed = False, None
+    metric.sync()
+    synced = answer_of(metric)  # torchmetrics takes the sync back after one compute
+    return {"first": synced, "before": before, "after": answer_of(metric)}
+
+
+def nobody(rank):
+    return {"error": refusal(fed([]))}
+
+
+def mismatch(rank):
+    metric = ModalityIntegrationRate()
+    hidden, vision, text = sample(rank)
+    metric.update(hidden if rank == 0 else [h[..., : D - 4] for h in hidden], vision, text)
+    return {"error": refusal(metric)}
+
+
+def refusal(metric):
+    try:
+        metric.compute()
+    except ValueError as error:
+        return str(error)
+    return "was not refused"
+
+
+SCENARIOS = {
+    "halves": halves,
+    "everything held": lambda rank: halves(rank, hold=5000),
+    "default precision": lambda rank: halves(rank, precision="auto"),
+    "groups": lambda rank: halves(rank, groups=4),
+    "groups, everything held": lambda rank: halves(rank, groups=4, hold=5000),
+    "groups that differ": odd_groups,
+    "one side empty": one_side_empty,
+    "one side unreleased": one_side_unreleased,
+    "by hand": by_hand,
+    "nobody": nobody,
+    "mismatch": mismatch,
+}
+
+
+def assert_same(answers, key, expected, tolerance=1e-9):
+    assert answers[0][key] == answers[1][key]  # same bits on both
+    for got, want in zip(answers[0][key]["layers"], expected["layers"], strict=True):
+        assert got["distance"] == pytest.approx(want["distance"], rel=tolerance)
+        assert got["kept"] == want["kept"]
+        assert got["removed"] == want["removed"]
+    assert answers[0][key]["mir"] == pytest.approx(expected["mir"], abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "options", "tolerance"),
+    [
+        ("halves", {}, 1e-9),
+        ("everything held", {"hold": 5000}, 1e-9),
+        ("default precision", {"precision": "auto"}, 1e-4),
+    ],
+)
+def test_two_processes_with_half_the_samples_each_are_one_with_all(two_processes, scenario, options, tolerance):
+    answers = two_processes(scenario)
+    assert_same(answers, "first", answer_of(fed(range(SAMPLES), **options)), tolerance)
+    assert_same(answers, "second", answer_of(fed([*range(SAMPLES), 100, 101], **options)), tolerance)
+
+
+@pytest.mark.parametrize(("scenario", "hold"), [("groups", 60), ("groups, everything held", 5000)])
+def test_the_standard_error_is_that_of_the_groups_of_all_processes(two_processes, scenario, hold):
+    answers = two_processes(scenario)
+    assert answers[0]["first"] == answers[1]["first"]
+    # Process r has the samples r, r + 2, ... of two rows each, and deals its row i into the group (r + i) % 4.
+    left_out = []
+    for group in range(4):
+        metric = ModalityIntegrationRate(precision="exact", hold=hold)
+        for rank in range(2):
+            for index, seed in enumerate(range(rank, SAMPLES, 2)):
+                hidden, vision, text = sample(seed, dtype=torch.bfloat16)
+                rows = torch.tensor([(rank + 2 * index + row) % 4 != group for row in range(2)])
+                metric.update([h[rows] for h in hidden], vision[rows], text[rows])
+        left_out.append(answer_of(metric)["layers"])
+    for k, layer in enumerate(answers[0]["first"]["layers"]):
+        assert layer["left_out"] == pytest.approx([layers[k]["distance"] for layers in left_out], rel=1e-9)
+    assert answers[0]["first"]["error"] > 0
+
+
+def test_processes_with_other_numbers_of_groups_are_refused(two_processes):
+    for answer in two_processes("groups that differ"):
+        assert "groups: takes the same number on all processes" in answer["error"]
+
+
+@pytest.mark.parametrize("scenario", ["one side empty", "one side unreleased"])
+def test_processes_with_little_or_nothing_are_fine(two_processes, scenario):
+    options = {"hold": 200} if scenario == "one side unreleased" else {}
+    assert_same(two_processes(scenario), "first", answer_of(fed(range(SAMPLES), **options)))
+
+
+def test_sync_by_hand_shows_all_tokens_and_then_its_own(two_processes):
+    answers = two_processes("by hand")
+    assert_same(answers, "first", answer_of(fed(range(SAMPLES))))
+    for answer in answers:
+        assert answer["after"] == answer["before"]
+    assert answers[0]["after"] != answers[1]["after"]
+
+
+def test_no_tokens_anywhere_is_said_on_every_process(two_processes):
+    assert [a["error"] for a in two_processes("nobody")] == ["no hidden states yet: MIR takes at least one update"] * 2
+
+
+def test_layers_that_do_not_match_are_refused_on_every_process(two_processes):
+    for answer in two_processes("mismatch"):
+        assert "processes 0 and 1 have different layers" in answer["error"]
+        assert "(24, 'float32')" in answer["error"]
+        assert "(20, 'float32')" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"),
+    [("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda:3")],
+)
+def test_tensors_travel_where_the_group_has_a_backend(backends, device, monkeypatch):
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert _transport_device(None) == torch.device(device)

@@ -1,0 +1,12 @@
+"""What the tests of Tr((AB)^(1/2)) and of the Frechet distance share."""
+
+import warnings
+
+import pytest
+
+
+@pytest.fixture
+def warnings_are_failures():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        yield

@@ -1,0 +1,115 @@
+"""The standard form C^T A C in blocks, its measured rounding, and the paths of large matrices through it."""
+
+import math
+
+import pytest
+import torch
+
+from kernels.covariances import SPECTRA, covariance, truth
+from mir_kernels.ops.frechet import band_reduction, native, standard_form, trace_sqrt_product, trace_sqrt_report
+from mir_kernels.ops.sqrtm import factor
+
+NATIVE = pytest.mark.skipif(native.MISSING is not None, reason=f"{native.MISSING}")
+D = 97
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """The paths of large matrices for small ones: several blocks and panels, the last ones shorter."""
+    monkeypatch.setattr(standard_form, "BLOCK", 16)
+    monkeypatch.setattr(standard_form, "_BLOCKED", 1)
+    monkeypatch.setattr(standard_form, "_BANDED", 1)
+    monkeypatch.setattr(band_reduction, "WIDTH", 6)
+
+
+@pytest.mark.parametrize("kind", ["i^-1", "i^-3", "one direction 1e6", "flat", "all positive"])
+def test_measured_rounding_is_that_of_exact_products(kind, small_blocks):
+    """Against products whose every term and sum is exact, in Python's fractions of integers."""
+    d = 24
+    a = covariance(kind, d, 0) if kind != "all positive" else torch.ones(d, d).double() + 0.1 * torch.eye(d)
+    b = covariance("i^-1", d, 100)
+    form = standard_form.reduce(a[None], b[None])
+    h, scale, _ = factor.equilibrate(b)
+    assert factor.cholesky_(h, standard_form.BLOCK)
+    c = h.tril() * scale[:, None] * torch.exp2(-factor.half_exponent(a.diagonal().amax()))
+    exact = exact_standard_form(a, c)
+    error = (form.m[0].tril() - exact.tril()).norm() * math.sqrt(2)
+    assert error <= 3 * form.rounding[0]
+    assert form.rounding[0] <= 1e-14 * a.norm() * c.norm() ** 2
+
+
+def exact_standard_form(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    from fractions import Fraction
+
+    def exact(x: torch.Tensor) -> list[list[Fraction]]:
+        return [[Fraction(v) for v in row] for row in x.tolist()]
+
+    def product(x, y):
+        columns = list(zip(*y, strict=True))
+        return [[sum(p * q for p, q in zip(row, column, strict=True)) for column in columns] for row in x]
+
+    m = product(exact(c.T), product(exact(a), exact(c)))
+    return torch.tensor([[float(v) for v in row] for row in m], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("other", ["i^-1", "rank d/4", "one direction 1e6", None])
+def test_the_paths_of_large_matrices_keep_the_promise(kind, other, small_blocks):
+    a, b = covariance(kind, D, 0), covariance(other or kind, D, 100)
+    report = trace_sqrt_report(a, b, precision="float64")
+    expected = truth(a, b)
+    assert (report.value - expected).abs() <= 1e-8 * expected
+    assert (report.value - expected).abs() <= (report.error + 1e-10) * expected
+    order = torch.randperm(D, generator=torch.Generator().manual_seed(3))
+    permuted = trace_sqrt_product(a[order][:, order], b[order][:, order])
+    assert (report.value - permuted).abs() <= 1e-9 * expected
+
+
+@pytest.mark.parametrize("scale_a", [1e-300, 1e-12, 1e12, 1e300])
+@pytest.mark.parametrize("scale_b", [1e-300, 1e12])
+def test_scales_do_not_matter_to_the_paths_of_large_matrices(scale_a, scale_b, small_blocks):
+    a, b = covariance("i^-1", D, 0), covariance("i^-1", D, 100)
+    report = trace_sqrt_report(scale_a * a, scale_b * b)
+    assert report.path == trace_sqrt_report(a, b).path
+    assert (report.value / (truth(a, b) * math.sqrt(scale_a) * math.sqrt(scale_b)) - 1).abs() <= 1e-10
+
+
+@NATIVE
+def test_reports_name_the_band(small_blocks):
+    assert trace_sqrt_report(covariance("i^-1", D, 0), covariance("i^-1", D, 1)).path == ("cholesky+band",)
+
+
+def test_without_the_native_module_eigenvalues_are_taken_and_reported(small_blocks, monkeypatch):
+    monkeypatch.setattr(native, "MISSING", "no compiler")
+    a, b = covariance("i^-1", D, 0), covariance("i^-1", D, 100)
+    report = trace_sqrt_report(a, b)
+    assert report.path == ("cholesky+eigvalsh",)
+    assert (report.value / truth(a, b) - 1).abs() <= 1e-10
+
+
+def test_a_batch_takes_the_path_of_large_matrices_one_by_one(small_blocks):
+    a = torch.stack([covariance(kind, D, 0) for kind in ("i^-1", "rank d/4", "i^-2")])
+    b = torch.stack([covariance("i^-1", D, s) for s in range(3)])
+    together = trace_sqrt_report(a, b)
+    for i in range(3):
+        alone = trace_sqrt_report(a[i], b[i])
+        assert together.path[i : i + 1] == alone.path
+        assert together.value[i] == alone.value
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_an_indefinite_matrix_is_refused_though_only_the_other_is_factored(which, large, request):
+    """Its variances are positive, and the other matrix hardly has weight where it is negative."""
+    if large:
+        request.getfixturevalue("small_blocks")
+    values = torch.logspace(0, -6, D, dtype=torch.float64)
+    q, _ = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    good = q * values @ q.T
+    values[-1] = -1e-3
+    bad = q * values @ q.T
+    good, bad = (good + good.T) / 2, (bad + bad.T) / 2
+    assert bad.diagonal().amin() > 0
+    pair = (bad, good) if which == "a" else (good, bad)
+    with pytest.raises(ValueError, match=f"{which}: takes positive semi-definite matrices, got one with an eigenvalue"):
+        trace_sqrt_product(*pair)
