@@ -130,7 +130,22 @@ def files_of(root: Path, name: str) -> list[Path]:
     """The files below `root` that an import of this dotted name runs, the packages' own ones among them."""
     parts = name.split(".")
     packages = [root.joinpath(*parts[:i], "__init__.py") for i in range(1, len(parts) + 1)]
-    return [file for file in (*packages, root.joinpath(*parts).with_suffix(".py")) if file.is_file()]
+    found = [file for file in (*packages, root.joinpath(*parts).with_suffix(".py")) if file.is_file()]
+    parent = root.joinpath(*parts[:-1], "__init__.py")
+    home = lazy_names(parent).get(parts[-1]) if len(parts) > 1 and parent.is_file() else None
+    return found + (files_of(root, home) if home else [])
+
+
+@functools.cache
+def lazy_names(package: Path) -> dict[str, str]:
+    """{name: the module it is loaded from when first used}: what an `__init__.py` imports for type checkers alone."""
+    names: dict[str, str] = {}
+    for block in ast.parse(package.read_text()).body:
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+            for node in block.body:
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    names |= {alias.asname or alias.name: node.module for alias in node.names}
+    return names
 
 
 def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
