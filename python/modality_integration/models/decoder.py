@@ -37,7 +37,7 @@ def find_decoder(model: nn.Module, layers: Layers = None) -> Decoder:
     is found (with the candidates), and for models that MIR and MoCa are not defined on: those that read the image
     through cross-attention, and encoder-decoder language models.
     """
-    refuse_compiled(model)
+    _refuse_compiled(model)
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "model: nn.DataParallel runs replicas in threads; take DistributedDataParallel or model.module"
@@ -98,7 +98,7 @@ def parameter_device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def refuse_compiled(model: nn.Module) -> None:
+def _refuse_compiled(model: nn.Module) -> None:
     """ValueError if `model`, or a part of it, is compiled already: compiled code does not see hooks that come later."""
     for name, module in model.named_modules():
         # torch.compile(module) wraps in an OptimizedModule, which holds `_orig_mod`; module.compile() leaves the other
