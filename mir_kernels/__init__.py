@@ -4,7 +4,7 @@ Every public name of the package is here; the operations live in `mir_kernels.op
 """
 
 from mir_kernels import _dispatch, ops
-from mir_kernels.ops.frechet import TraceSqrt, frechet_distance, trace_sqrt_product
+from mir_kernels.ops.frechet import FrechetDistance, TraceSqrt, frechet_distance, trace_sqrt_product
 from mir_kernels.ops.moca import MoCa, add_moca_rms_norm, moca
 from mir_kernels.ops.moments import StreamingMoments, token_norms
 from mir_kernels.ops.sqrtm import NewtonSchulz, inverse_sqrtm, newton_schulz, polar, sqrtm
@@ -12,6 +12,7 @@ from mir_kernels.ops.sqrtm import NewtonSchulz, inverse_sqrtm, newton_schulz, po
 __version__ = "0.1.0"
 
 __all__ = [
+    "FrechetDistance",
     "MoCa",
     "NewtonSchulz",
     "StreamingMoments",

@@ -6,8 +6,15 @@ from typing_extensions import assert_type
 
 import mir_kernels
 import modality_integration
-from mir_kernels import MoCa, NewtonSchulz, StreamingMoments, TraceSqrt, frechet_distance, trace_sqrt_product
-from mir_kernels.ops.frechet import FrechetDistance
+from mir_kernels import (
+    FrechetDistance,
+    MoCa,
+    NewtonSchulz,
+    StreamingMoments,
+    TraceSqrt,
+    frechet_distance,
+    trace_sqrt_product,
+)
 from modality_integration import (
     Capture,
     Comparison,

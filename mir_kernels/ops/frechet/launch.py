@@ -52,7 +52,7 @@ def report(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
 
 def solver(backend: str) -> ModuleType:
     """The module that has `trace`, `nuclear_norm` and `witness` of a backend."""
-    return {"linalg": linalg, "reference": reference}.get(backend, iterated)
+    return {"linalg": linalg, "reference": reference, "eager": iterated, "triton": iterated}[backend]
 
 
 def _bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ SAFETY = {"bfloat16": 1.1, "float16": 1.02, "float32": 1.001, "float64": 1.0 + 1
 TARGET = {"bfloat16": 1e-2, "float16": 1e-3, "float32": 1e-6, "float64": 1e-14}
 LOWER = {"bfloat16": 3e-4, "float16": 1e-4, "float32": 1e-7, "float64": 1e-12}
 
-StepFunction = Callable[[Tensor, Step], Tensor]
-
 
 def polar(
     m: Tensor,
@@ -32,7 +29,6 @@ def polar(
     *,
     iterations: int | None = None,
     lower: float | None = None,
-    step: StepFunction | None = None,
 ) -> Tensor:
     """The orthogonal polar factor of (batch, m, n), m >= n, in the dtype of `precision`.
 
@@ -41,7 +37,7 @@ def polar(
     steps = steps_for(precision, iterations, lower)
     x = normalize(m, DTYPES[precision])
     for coefficients in steps:
-        x = (step or polynomial_step)(x, coefficients)
+        x = polynomial_step(x, coefficients)
     return x
 
 

@@ -14,6 +14,9 @@ import torch
 from modality_integration.app.options import ComputeOptions, RunOptions, part
 from modality_integration.app.samples import Sample
 
+# Deciding arguments that are no settings: fields of the result itself, and what changes no more than its last digits.
+NOT_SETTINGS = ("outliers", "normalize", "bounds", "device", "model_files", "threads")
+
 
 def deciding_arguments(
     options: ComputeOptions, samples: Sequence[Sample], device: torch.device, processes: int
@@ -37,12 +40,8 @@ def deciding_arguments(
 
 def settings_of(arguments: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
     """What the value was measured with, for `MIRResult.settings`."""
-    names = ("model", "samples", "seed", "in_order", "text_tokens", "template", "last", "text_role", "precision")
-    return {
-        **{name: arguments[name] for name in names},
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        **{name: arguments[name] for name in ("groups", "processes", "chosen_samples")},
-    }
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {name: value for name, value in arguments.items() if name not in NOT_SETTINGS} | {"dtype": dtype}
 
 
 def _digest(samples: Sequence[Sample]) -> str:

@@ -55,6 +55,11 @@ class LayerAccumulator:
         self.text_norms = torch.zeros(max(options.groups, 1), dtype=torch.float64, device=device)  # sums, by group
 
     @property
+    def final_limits(self) -> dict[str, Limits]:
+        """The 3-sigma limits of all tokens so far, by modality."""
+        return {m: three_sigma(self.tokens[m].norms) for m in MODALITIES}
+
+    @property
     def keeps_all(self) -> bool:
         """Whether no token counts as an outlier."""
         return all(self.tokens[m].limits == KEEP_ALL for m in MODALITIES)
@@ -108,10 +113,10 @@ class LayerAccumulator:
             notes=notes,
         )
 
-    def leave_group_out(self) -> LeaveGroupOut | None:
+    def leave_group_out(self) -> WithoutGroup | None:
         """For the standard error; None where the tokens are of one group."""
         groups = sorted({group for m in MODALITIES for group in self.tokens[m].groups})
-        return LeaveGroupOut(self, groups) if len(groups) > 1 else None
+        return WithoutGroup(self, groups) if len(groups) > 1 else None
 
     def pair(
         self, decisions: Mapping[str, Decision], moments: Mapping[Slot, StreamingMoments], text_norms: Tensor
@@ -233,7 +238,7 @@ class LayerAccumulator:
         return TokenMoments(counted, rounded)
 
 
-class LeaveGroupOut:
+class WithoutGroup:
     """An accumulator's tokens without one group of samples at a time.
 
     The other groups are merged: taking a group's moments away from the whole would cancel. Limits and alpha are those

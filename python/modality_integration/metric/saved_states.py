@@ -27,7 +27,7 @@ from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.features import feature_layer_result
 from modality_integration.metric.layer import LayerResult, mir_result
 from modality_integration.metric.options import MetricOptions, Outliers, Precision, SqrtPrecision
-from modality_integration.metric.outliers import Limits, three_sigma
+from modality_integration.metric.outliers import Limits
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.tokens import require_finite, require_tokens
 
@@ -85,8 +85,7 @@ def mir_of_states(
 def _streamed_layer(states: list[_States], layer: int, options: MetricOptions, device: torch.device) -> LayerResult:
     result, accumulator = _pass(states, layer, options, device, None)
     if sum(result.missed.values()):  # read the layer again, with the limits it ended with
-        limits = {m: three_sigma(accumulator.tokens[m].norms) for m in MODALITIES}
-        result, _ = _pass(states, layer, options, device, limits)
+        result, _ = _pass(states, layer, options, device, accumulator.final_limits)
     return result
 
 

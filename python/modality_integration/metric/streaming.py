@@ -19,7 +19,7 @@ from modality_integration.metric.distance import layers_together
 from modality_integration.metric.forward_tokens import ForwardTokens, check_hidden_states
 from modality_integration.metric.layer import layer_results, mir_result
 from modality_integration.metric.options import MetricOptions, Outliers, Precision, SqrtPrecision
-from modality_integration.metric.outliers import Limits, three_sigma
+from modality_integration.metric.outliers import Limits
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.sync import gathered
 
@@ -153,9 +153,7 @@ class ModalityIntegrationRate(Metric):
         if self.options.outliers == "none":
             raise ValueError('outliers: with "none" the first pass is exact')
         other = self._sibling()
-        other._limits = [
-            {modality: three_sigma(layer.tokens[modality].norms) for modality in MODALITIES} for layer in self._layers
-        ]
+        other._limits = [layer.final_limits for layer in self._layers]
         return other
 
     def reset(self) -> None:
@@ -219,10 +217,12 @@ class ModalityIntegrationRate(Metric):
         if not other._layers:
             return
         if not self._layers:
-            self._layers = [self._layer(k, s.hidden_size, s.dtype, s.device) for k, s in enumerate(other._layers)]
-        self._check_shapes("incoming_state", [(s.hidden_size, s.dtype) for s in other._layers])
-        for stream, incoming in zip(self._layers, other._layers, strict=True):
-            stream.merge(incoming)
+            self._layers = [
+                self._layer(k, layer.hidden_size, layer.dtype, layer.device) for k, layer in enumerate(other._layers)
+            ]
+        self._check_shapes("incoming_state", [(layer.hidden_size, layer.dtype) for layer in other._layers])
+        for layer, incoming in zip(self._layers, other._layers, strict=True):
+            layer.merge(incoming)
         self._samples += other._samples
         self._computed = None
         self._update_count += max(other._update_count, 1)

@@ -25,7 +25,10 @@ def gathered(
     """
     places = slots(options)
     # One row a layer: d, dtype, and whether each slot has an accumulator yet.
-    about = [[s.hidden_size, FLOATS.index(s.dtype), *(int(slot in s.moments) for slot in places)] for s in layers]
+    about = [
+        [layer.hidden_size, FLOATS.index(layer.dtype), *(int(slot in layer.moments) for slot in places)]
+        for layer in layers
+    ]
     rows = torch.tensor(about, dtype=torch.int64, device=device).reshape(-1, 2 + len(places))
     everyone = [rows.cpu() for rows in gather(rows)]
     for rank, rows in enumerate(everyone):

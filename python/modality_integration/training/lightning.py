@@ -1,4 +1,4 @@
-"""`lightning_callback`: the same for Lightning. It imports neither Lightning nor transformers before it is called."""
+"""`lightning_callback`: `MIRCallback` for Lightning. It loads neither Lightning nor transformers until it is called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modality_integration.training.watch import Watch, first_process_says
 
 
 def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -> Any:
-    """The same for Lightning: a callback for `Trainer(callbacks=[...])`, with the options of `MIRCallback`.
+    """`MIRCallback` for Lightning: a callback for `Trainer(callbacks=[...])`, with the options of `MIRCallback`.
 
     module: the attribute of the LightningModule that holds the model which `capture` takes. Logged to the trainer's
     loggers. ModuleNotFoundError unless `lightning` (or `pytorch_lightning`) is installed.

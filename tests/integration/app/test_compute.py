@@ -123,6 +123,7 @@ def test_the_result_says_what_it_was_measured_with(options, folders):
     expected |= {"template": "auto", "last": "raw", "text_role": "after", "precision": "exact", "dtype": "float32"}
     expected |= {"groups": 5, "processes": 1}
     assert settings | expected == settings
+    assert set(settings) == {*expected, "chosen_samples"}
     assert settings["chosen_samples"] != quiet_run(options, seed=4).settings["chosen_samples"]
 
 

@@ -66,11 +66,11 @@ def test_autocast_trains_float32_parameters():
         assert_close(gradient, p.grad, dtype=torch.bfloat16, factor=10)
 
 
-def test_trainer_leaves_moca_out_of_weight_decay():
+def test_trainer_leaves_moca_out_of_weight_decay(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     model = calibrated()
-    decayed = Trainer(model, TrainingArguments(output_dir="unused", use_cpu=True)).get_decay_parameter_names(model)
+    decayed = Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True)).get_decay_parameter_names(model)
     assert decayed
     assert not [name for name in decayed if NAME in name]
     listed = moca_parameters(model)
