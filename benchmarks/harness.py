@@ -33,6 +33,8 @@ DATA = Path(__file__).parent / "data"
 # Edge of the matrices whose product's rate counts as the machine's, and bytes that the largest copy reads.
 MATRIX = {"cpu": 1536, "cuda": 8192}
 COPIED = {"cpu": 128 << 20, "cuda": 2 << 30}
+REPEATS = 11  # of each product and copy that the machine's rates are taken from
+BEARABLE = 10.0  # seconds for all repeats of one product
 FLUSHED = 512 << 20  # bytes read before each CUDA timing: past any L2, and longer than a launch takes from Python
 # What the products of a job may be made of. The native second moment multiplies integers; no CUDA kernel does.
 UNITS = {
@@ -185,11 +187,14 @@ def copies_of(moved: int, device: str) -> tuple[list[Rival], float]:
 @functools.cache
 def rate(device: str, unit: str) -> float:
     """GFLOP/s of the fastest large product of a unit's dtypes, on random data; those that torch lacks here are none."""
-    return max(_product_rate(device, dtype) for dtype in UNITS[device][unit])
+    n = MATRIX[device] // (2 if unit == "float64" else 1)
+    small = {dtype: _product_rate(device, dtype, n // 4) for dtype in UNITS[device][unit]}
+    # A dtype that this machine has no instructions for takes minutes at full size, and is not the fastest.
+    least = min(max(small.values()), 2 * n**3 * REPEATS / BEARABLE / 1e9)
+    return max(_product_rate(device, dtype, n) for dtype in small if small[dtype] >= least)
 
 
-def _product_rate(device: str, dtype: torch.dtype) -> float:
-    n = MATRIX[device] // (2 if dtype == torch.float64 else 1)
+def _product_rate(device: str, dtype: torch.dtype, n: int) -> float:
     a, b = (torch.randn(n, n, device=device).mul_(32).to(dtype) for _ in range(2))
     if dtype == torch.int8:
         calls: Callable[[int], object] = lambda i: torch._int_mm(a, b)  # noqa: E731
@@ -197,7 +202,7 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
         out = torch.empty_like(a)
         calls = lambda i: torch.mm(a, b, out=out)  # noqa: E731
     try:
-        return 2 * n**3 / _median(_cuda_ms if device == "cuda" else _cpu_ms, calls) / 1e6
+        return 2 * n**3 / _median(device, calls) / 1e6
     except (RuntimeError, NotImplementedError):
         return 0.0
 
@@ -206,13 +211,14 @@ def ceilings(device: str) -> dict[str, float]:
     """What the machine reaches: GB/s of a large copy, read plus written, and GFLOP/s of large products."""
     moved = 2 * COPIED[device]
     ways, _ = copies_of(moved, device)
-    copied = moved / min(_median(_cuda_ms if device == "cuda" else _cpu_ms, way.call) for way in ways) / 1e6
+    copied = moved / min(_median(device, way.call) for way in ways) / 1e6
     return {"copy_gbs": copied, "matmul_gflops": rate(device, "any"), "float64_gflops": rate(device, "float64")}
 
 
-def _median(clock: Callable, call: Callable[[int], object], repeats: int = 9) -> float:
-    clock(call, 0), clock(call, 1)
-    return sorted(clock(call, i) for i in range(repeats))[repeats // 2]
+def _median(device: str, call: Callable[[int], object]) -> float:
+    """Of REPEATS times without the first two, which warm up."""
+    clock = _cuda_ms if device == "cuda" else _cpu_ms
+    return quantile(sorted([clock(call, i) for i in range(REPEATS)][2:]), 0.5)
 
 
 def environment(device: str = "cpu") -> tuple[str, int, str, str, str]:
