@@ -9,6 +9,8 @@ import torch
 
 import harness
 
+RATE = harness.rate.__wrapped__  # without its cache, and before any test replaces it
+
 
 @pytest.fixture(autouse=True)
 def measured_once(monkeypatch):
@@ -170,6 +172,26 @@ def test_copies_move_the_bytes_and_are_extrapolated_only_beyond_the_largest(monk
     for way in ways:
         assert torch.equal(way.call(0), source)
     assert harness.copies_of(0, "cpu") == ([], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("small", "tried"),
+    [
+        ({torch.bfloat16: 2.0, torch.float32: 60.0, torch.int8: 1.5}, {torch.float32}),
+        ({torch.bfloat16: 30.0, torch.float32: 60.0, torch.int8: 0.0}, {torch.bfloat16, torch.float32}),
+        ({torch.bfloat16: 0.1, torch.float32: 1.0, torch.int8: 0.1}, {torch.float32}),  # a slow machine has a rate too
+    ],
+)
+def test_the_rate_is_the_fastest_dtypes_and_none_is_tried_that_takes_minutes(monkeypatch, small, tried):
+    full = []
+
+    def product(device, dtype, n):
+        full.extend([dtype] * (n == harness.MATRIX[device]))
+        return small[dtype]
+
+    monkeypatch.setattr(harness, "_product_rate", product)
+    assert RATE("cpu", "any") == max(small.values())
+    assert set(full) == tried
 
 
 def test_every_operation_has_a_benchmark_that_runs_and_is_right():
