@@ -21,10 +21,10 @@ import mir_kernels
 N, D = 2048, 512  # tokens; matrices are half as wide
 
 
-def timed(benchmark, rivals: Sequence[harness.Rival], name: str | tuple = harness.OURS) -> None:
-    """Times the first rival whose name begins so: of ours, what is taken by default."""
+def timed(benchmark, rivals: Sequence[harness.Rival], name: str | tuple = harness.OURS, limit: float = 1.0) -> None:
+    """Times the first rival whose name begins so: of ours, what is taken by default. limit: a closer one than its."""
     rival = next(r for r in rivals if r.name.startswith(name))
-    assert rival.found_error() <= rival.limit
+    assert rival.found_error() <= min(rival.limit, limit)
     benchmark(rival.call, 0)
 
 
@@ -72,13 +72,18 @@ def test_trace_sqrt_product(benchmark, covariances):
 
 def test_polar(benchmark):
     m, exact = bench_sqrtm.polar_case(D // 2, 1, "cpu")
-    timed(benchmark, [bench_sqrtm.polar_rival("ours", lambda: mir_kernels.polar(m), exact, "float32")])
+    timed(benchmark, [bench_sqrtm.polar_rival("ours", lambda: mir_kernels.polar(m), exact, "float32")], limit=1e-4)
 
 
 def test_mir(benchmark):
     data = bench_mir.samples(layers=1, hidden=D, samples=8, vision=256, text=256, device="cpu")
     reference = bench_mir.RIVALS[bench_mir.REFERENCE](data)
-    timed(benchmark, bench_mir.rivals_on(data, reference, dict.fromkeys(bench_mir.RIVALS)), "mir_kernels, lists")
+    timed(
+        benchmark,
+        bench_mir.rivals_on(data, reference, dict.fromkeys(bench_mir.RIVALS)),
+        "mir_kernels, lists",
+        limit=1e-6,
+    )
 
 
 # What no bench_*.py times for want of a rival: on its covariances, with a reference and a limit of its own.
