@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from modality_integration.app.checkpoint import Checkpoint, Due, Passage
-from modality_integration.app.console import progress_bar, show_result
+from modality_integration.app.console import progress_bar, show_notes, show_result
 from modality_integration.app.devices import pick_device, scarce_memory
 from modality_integration.app.errors import Interrupted, require_folder
 from modality_integration.app.interrupts import DeferredSignals
@@ -29,6 +29,7 @@ from modality_integration.app.settings import deciding_arguments, settings_of
 from modality_integration.app.stream import finish, stream
 from modality_integration.metric.files import write_json
 from modality_integration.metric.result import MIRResult
+from modality_integration.metric.sink_notes import image_first
 from modality_integration.metric.streaming import ModalityIntegrationRate
 
 
@@ -119,7 +120,9 @@ def _stream_pass(
                 )
 
         model, processor, _ = loaded
-        stream(model, processor, samples, metric, options, start=passage.done, after_sample=after_sample)
+        first = stream(model, processor, samples, metric, options, start=passage.done, after_sample=after_sample)
+    if first and options.sinks == "report":
+        show_notes([image_first(first, len(samples) - passage.done)], console)
 
 
 def _write_run(

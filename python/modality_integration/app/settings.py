@@ -15,7 +15,7 @@ from modality_integration.app.options import ComputeOptions, RunOptions, part
 from modality_integration.app.samples import Sample
 
 # Deciding arguments that are no settings: fields of the result itself, and what changes no more than its last digits.
-NOT_SETTINGS = ("outliers", "normalize", "bounds", "device", "model_files", "threads")
+NOT_SETTINGS = ("outliers", "normalize", "bounds", "sinks", "device", "model_files", "threads")
 
 
 def deciding_arguments(

@@ -36,6 +36,7 @@ def run(files: Sequence[Path], options: StatesOptions, console: Console) -> MIRR
             normalize=options.normalize,
             bounds=options.bounds,
             groups=options.groups,
+            sinks=options.sinks,
             device=pick_device(options.device),
             progress=lambda layer, layers: bar.update(task, completed=layer - 1, total=layers),
         )

@@ -27,11 +27,13 @@ def stream(
     *,
     start: int = 0,
     after_sample: Callable[[int], None] = lambda count: None,
-) -> None:
+) -> int:
     """Forward `samples[start:]` one at a time and feed the hidden states of every layer to `metric`.
 
     `after_sample(count)` is called with the number of samples counted so far; the metric then holds exactly those.
+    Gives how many of the samples forwarded begin with the image.
     """
+    image_first = 0
     device, dtype, forward = parameter_device(model), next(model.parameters()).dtype, lean_forward(model)
     name = "the first sample"
     try:
@@ -46,6 +48,7 @@ def stream(
                 model(**{k: _place(v, device, dtype) for k, v in inputs.items()}, **forward)
                 with refusals(name):
                     metric.update(captured.hidden_states, captured.vision_mask, captured.text_mask)
+                image_first += captured.image_first
                 after_sample(index + 1)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(device, name, tokens.prose_tokens) from error
@@ -53,6 +56,7 @@ def stream(
         if "can't allocate memory" in str(error) or "not enough memory" in str(error):  # torch's CPU allocator
             raise _out_of_memory(device, name, tokens.prose_tokens) from error
         raise
+    return image_first
 
 
 def finish(metric: ModalityIntegrationRate) -> MIRResult:

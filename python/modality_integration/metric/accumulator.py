@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from itertools import product
 
@@ -16,13 +15,13 @@ from modality_integration.metric import MODALITIES
 from modality_integration.metric.distance import FeatureMoments, GaussianPair, TokenMoments
 from modality_integration.metric.layer import CountedTokens, LayerResult, layer_results
 from modality_integration.metric.options import MetricOptions, Precision
-from modality_integration.metric.outliers import Decision, Limits, OnePass, three_sigma
+from modality_integration.metric.outliers import KEEP_ALL, Decision, Limits
+from modality_integration.metric.sinks import ModalityTokens, SinkMarks
 from modality_integration.metric.tokens import alpha_of, require_tokens, sent, sum_of_norms
 
 # Rows held back in a stream while they might turn out to be outliers; at least one more than the hidden size, so that
 # a covariance short of rank is never formed: its root is taken from the features instead.
 HOLD = 2048
-KEEP_ALL = Limits(0.0, math.inf)
 
 Slot = tuple[str, int]  # a modality and a group of samples
 
@@ -33,6 +32,9 @@ class LayerAccumulator:
     Holds an accumulator a modality and group of samples (a triangle of d^2 float64 numbers each; one group without
     `options.groups`), made when the first rows are released, and at most `hold` rows a modality. limits: the outlier
     limits of a first pass over the same tokens, by modality.
+
+    Attention sinks are kept apart, `hold` rows a modality at most, so that the distance without them is known as well;
+    with `options.sinks` "leave out" no row of them is kept.
     """
 
     def __init__(
@@ -49,34 +51,55 @@ class LayerAccumulator:
         hold = max(options.hold or HOLD, hidden_size + 1)
         everything = KEEP_ALL if options.outliers == "none" else None
         self.tokens = {
-            m: OnePass(hidden_size, dtype, hold=hold, limits=limits[m] if limits else everything) for m in MODALITIES
+            m: ModalityTokens(
+                hidden_size,
+                dtype,
+                hold=hold,
+                limits=limits[m] if limits else everything,
+                counts_sinks=options.sinks == "report",
+            )
+            for m in MODALITIES
         }
         self.moments: dict[Slot, StreamingMoments] = {}
-        self.text_norms = torch.zeros(max(options.groups, 1), dtype=torch.float64, device=device)  # sums, by group
+        # Sums, by group, without the sinks'.
+        self.text_norms = torch.zeros(max(options.groups, 1), dtype=torch.float64, device=device)
 
     @property
     def final_limits(self) -> dict[str, Limits]:
-        """The 3-sigma limits of all tokens so far, by modality."""
-        return {m: three_sigma(self.tokens[m].norms) for m in MODALITIES}
+        """The 3-sigma limits of all counted tokens so far, by modality."""
+        return {m: self.tokens[m].final_limits for m in MODALITIES}
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory allocated for the rows held back."""
+        return sum(self.tokens[m].held_bytes for m in MODALITIES)
 
     @property
     def keeps_all(self) -> bool:
         """Whether no token counts as an outlier."""
         return all(self.tokens[m].limits == KEEP_ALL for m in MODALITIES)
 
-    def push(self, modality: str, rows: Tensor, norms: Tensor, groups: Tensor | None = None) -> None:
+    def push(
+        self,
+        modality: str,
+        rows: Tensor,
+        norms: Tensor,
+        groups: Tensor | None = None,
+        marks: SinkMarks | None = None,
+    ) -> None:
         """Take rows (n, d), and on the CPU their norms (n,), float32, and the group of each one's sample (n,), uint8,
-        below `options.groups`; None is group 0 for all.
+        below `options.groups`; None is group 0 for all. marks: which are attention sinks; None where none is.
         """
         rows = rows.to(self.device)
         if groups is None:
             groups = torch.zeros(len(norms), dtype=torch.uint8)
+        rows, norms, groups = self.tokens[modality].split(rows, norms, groups, marks)
         if modality == "text":
             added = torch.zeros_like(self.text_norms)
             for group, part in _by_group(rows, groups):
                 added[group] = sum_of_norms(part)
             self.text_norms = self.text_norms + added
-        released = self.tokens[modality].push(rows, norms, groups)
+        released = self.tokens[modality].others.push(rows, norms, groups)
         if released is not None:
             for group, part in _by_group(released.rows, released.groups):
                 self._slot((modality, group)).update(part)
@@ -103,20 +126,35 @@ class LayerAccumulator:
         notes += [
             f"layer {layer}, {modality}: the second pass saw other tokens than the first pass, whose limits it applied"
             for modality, tokens in self.tokens.items()
-            if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(three_sigma(tokens.norms))
+            if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(self.final_limits[modality])
         ]
+        without_sinks, known = self._pair_without_sinks()
         return CountedTokens(
-            self.pair(decisions, self.moments, self.text_norms.sum()),
+            self.pair(decisions, self.moments, self.text_norm_sums(self.options.sinks == "report").sum()),
             kept={m: decisions[m].kept for m in MODALITIES},
             removed={m: decisions[m].removed for m in MODALITIES},
             missed={m: decisions[m].missed for m in MODALITIES},
-            notes=notes,
+            notes=notes + self._notes_on_sinks(),
+            sinks={m: self.tokens[m].massive() for m in MODALITIES},
+            sink_positions={m: self.tokens[m].sinks.where() for m in MODALITIES},
+            without_sinks=without_sinks,
+            sinks_known=known,
         )
 
     def leave_group_out(self) -> WithoutGroup | None:
         """For the standard error; None where the tokens are of one group."""
-        groups = sorted({group for m in MODALITIES for group in self.tokens[m].groups})
+        groups = sorted({group for m in MODALITIES for group in self.tokens[m].others.groups})
         return WithoutGroup(self, groups) if len(groups) > 1 else None
+
+    def text_norm_sums(self, sinks: bool) -> Tensor:
+        """The sums of the norms of all text tokens, by group, (groups,), float64; those of sinks among them or not."""
+        store = self.tokens["text"].sinks
+        if not sinks or len(store) == 0:
+            return self.text_norms
+        sums = self.text_norms.clone()
+        for group, rows in _by_group(store.rows, store.groups):
+            sums[group] += sum_of_norms(rows)
+        return sums
 
     def pair(
         self, decisions: Mapping[str, Decision], moments: Mapping[Slot, StreamingMoments], text_norms: Tensor
@@ -146,8 +184,8 @@ class LayerAccumulator:
         vars(self).update(vars(moved))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: `text_norms` (groups,), the keys of OnePass after `vision.` and `text.`, and those of each
-        accumulator there is after `vision.moments.<group>.` and `text.moments.<group>.`.
+        """Plain tensors: `text_norms` (groups,), the keys of ModalityTokens after `vision.` and `text.`, and those of
+        each accumulator there is after `vision.moments.<group>.` and `text.moments.<group>.`.
         """
         state = {"text_norms": self.text_norms}
         for modality in MODALITIES:
@@ -174,7 +212,10 @@ class LayerAccumulator:
             if moments:
                 with _named(prefix_of(slot)):
                     self._slot(slot).load_state_dict(moments)
-            counted, released = self.moments[slot].count if moments else 0, self.tokens[slot[0]].released(slot[1])
+            counted, released = (
+                self.moments[slot].count if moments else 0,
+                self.tokens[slot[0]].others.released(slot[1]),
+            )
             if counted != released:
                 raise ValueError(f"{prefix_of(slot)}count: takes the {released} tokens released so far, got {counted}")
 
@@ -200,7 +241,7 @@ class LayerAccumulator:
         if not bool((norms.isfinite() & (norms >= 0)).all()):
             raise ValueError(f"text_norms: takes sums of norms, got {norms.tolist()}")
         for modality in MODALITIES:
-            groups = {k: v for k, v in state.items() if k.startswith(f"{modality}.") and k.endswith("_groups")}
+            groups = {k: v for k, v in state.items() if k.startswith(f"{modality}.") and k.endswith("groups")}
             for name, value in groups.items():
                 if value.dtype != torch.uint8:
                     raise ValueError(f"{name}: takes torch.uint8, got {value.dtype}")
@@ -214,6 +255,26 @@ class LayerAccumulator:
             for name, value in moments_state.items():
                 if value.is_floating_point() and not bool(value.isfinite().all()):
                     raise ValueError(f"{prefix_of(slot)}{name}: takes finite numbers")
+
+    def _pair_without_sinks(self) -> tuple[GaussianPair | None, bool]:
+        """What the distance would be computed of without any sink, None if there is none; and whether that is known."""
+        sinks = [self.tokens[m].sinks for m in MODALITIES]
+        if self.options.sinks != "report" or not any(map(len, sinks)):
+            return None, True
+        if any(store.beyond for store in sinks) or any(self.tokens[m].others.count() < 2 for m in MODALITIES):
+            return None, False
+        decisions = {m: self.tokens[m].decide(sinks=False) for m in MODALITIES}
+        if any(decision.kept < 2 for decision in decisions.values()):
+            return None, False
+        return self.pair(decisions, self.moments, self.text_norm_sums(False).sum()), True
+
+    def _notes_on_sinks(self) -> list[str]:
+        return [
+            f"layer {self.layer}, {modality}: {len(store) + store.beyond} tokens are attention sinks, more than are "
+            f'held apart ({store.hold}), so the distance without them is not known; sinks="leave out" gives it'
+            for modality, store in ((m, self.tokens[m].sinks) for m in MODALITIES)
+            if store.beyond
+        ]
 
     def _slot(self, slot: Slot) -> StreamingMoments:
         if slot not in self.moments:
@@ -247,6 +308,7 @@ class WithoutGroup:
 
     def __init__(self, accumulator: LayerAccumulator, groups: list[int]) -> None:
         self.groups, self._all = groups, accumulator
+        self._text_norms = accumulator.text_norm_sums(accumulator.options.sinks == "report")
         self._settled: dict[Slot, StreamingMoments] = {}
         for slot, moments in accumulator.moments.items():
             self._settled[slot] = accumulator.accumulator("exact")
@@ -255,13 +317,12 @@ class WithoutGroup:
 
     def pair(self, group: int) -> GaussianPair | None:
         """Without `group`; None where that leaves less than two tokens of a modality."""
-        tokens = self._all.tokens
-        if any(tokens[m].count(without=group) < 2 for m in MODALITIES):
+        if any(self._all.tokens[m].count(without=group) < 2 for m in MODALITIES):
             return None
-        decisions = {m: tokens[m].decide(without=group) for m in MODALITIES}
+        decisions = {m: self._all.tokens[m].decide(without=group) for m in MODALITIES}
         if any(decision.kept < 2 for decision in decisions.values()):
             return None
-        norms = torch.stack([norm for other, norm in enumerate(self._all.text_norms) if other != group]).sum()
+        norms = torch.stack([norm for other, norm in enumerate(self._text_norms) if other != group]).sum()
         return self._all.pair(decisions, {slot: m for slot, m in self._settled.items() if slot[1] != group}, norms)
 
 

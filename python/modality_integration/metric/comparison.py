@@ -113,7 +113,7 @@ def compare(a: MIRResult, b: MIRResult, *, paired: bool | None = None) -> Compar
 
 def _differing(a: MIRResult, b: MIRResult, paired: bool) -> list[str]:
     """Notes on what is not alike in a and b, and on errors that say little."""
-    known = [{"outliers": r.outliers, "normalize": r.normalize, **r.settings} for r in (a, b)]
+    known = [{"outliers": r.outliers, "normalize": r.normalize, "sinks": r.sinks, **r.settings} for r in (a, b)]
     notes = [
         f"{name.replace('_', ' ')} differs: {known[0][name]} and {known[1][name]}"
         for name in known[0]

@@ -27,6 +27,10 @@ class Distances(Protocol):
     def per_layer(self) -> list[float]:
         """The distance of each layer."""
 
+    @property
+    def without_sinks(self) -> list[float] | None:
+        """The distance of each layer without attention sinks; None where none count."""
+
 
 def distance_columns(results: Mapping[str, Distances]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """For `layer_table`: a column of distances a result, MIR at the foot."""
@@ -58,14 +62,21 @@ def distance_cell(value: float) -> str:
     return f"{value:.4g}"
 
 
-def layer_curves(curves: Mapping[str, Sequence[float]], path: str | Path) -> Path:
-    """The distance of each layer, a curve a name, as the paper's Figure 2, right; the file's suffix is the format."""
+def layer_curves(curves: Mapping[str, Distances], path: str | Path) -> Path:
+    """The distance of each layer, a curve a name, as the paper's Figure 2, right; the file's suffix is the format.
+
+    Where attention sinks count, the distance without them is a thin line of the same colour.
+    """
     figure, axes = empty_figure()
     drawn = False
-    for name, distances in curves.items():
+    for index, (name, result) in enumerate(curves.items()):
+        distances, color = result.per_layer, f"C{index}"
         drawn = drawn or any(distance > 0 for distance in distances)
         layers = range(1, len(distances) + 1)
-        axes.plot(layers, on_log_axis(distances), marker="o", markersize=3, linewidth=1.5, label=name)
+        axes.plot(layers, on_log_axis(distances), marker="o", markersize=3, linewidth=1.5, color=color, label=name)
+        if result.without_sinks is not None:
+            bare = on_log_axis(result.without_sinks)
+            axes.plot(layers, bare, linewidth=0.8, linestyle="--", color=color, label=f"{name}, without sinks")
     if drawn:
         axes.set_yscale("log")
     axes.set_xlabel("decoder layer")

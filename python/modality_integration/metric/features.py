@@ -2,43 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mir_kernels import _checks, token_norms
+from modality_integration.metric import MODALITIES
 from modality_integration.metric.distance import FeatureMoments, GaussianPair
 from modality_integration.metric.layer import CountedTokens, LayerResult, layer_results
 from modality_integration.metric.options import MetricOptions
 from modality_integration.metric.outliers import replace_by_column_medians, three_sigma
+from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens, positions_of
 from modality_integration.metric.tokens import alpha_of, require_finite, require_tokens, sum_of_norms
 
 
 class FeatureLayer:
-    """Features (n, d) and (m, d) of layer `layer` (1..K); they stay as they are."""
+    """Features (n, d) and (m, d) of layer `layer` (1..K); they stay as they are.
 
-    def __init__(self, vision: Tensor, text: Tensor, layer: int, options: MetricOptions) -> None:
-        self.vision, self.text, self.layer, self.options = vision, text, layer, options
+    marks: which of each modality's tokens are attention sinks; None where none is.
+    """
+
+    def __init__(
+        self,
+        vision: Tensor,
+        text: Tensor,
+        layer: int,
+        options: MetricOptions,
+        marks: Mapping[str, SinkMarks] | None = None,
+    ) -> None:
+        self.features, self.layer, self.options, self.marks = {"vision": vision, "text": text}, layer, options, marks
 
     def counted(self) -> CountedTokens:
         """Both modalities after the outlier rule. ValueError or TypeError that names the layer and the modality."""
-        self._check()
-        moments, kept, removed = {}, {}, {}
-        for modality, features in (("vision", self.vision.detach()), ("text", self.text.detach())):
-            counted, outlier = self._without_outliers(modality, features)
-            moments[modality] = FeatureMoments(counted)
+        self.check()
+        features = {modality: part.detach() for modality, part in self.features.items()}
+        if self.marks is None:
+            return self._counted(features)[0]
+        bare = {m: part[~self.marks[m].sink.to(part.device)] for m, part in features.items()}
+        positions = {m: positions_of(marks) for m, marks in self.marks.items()}
+        if self.options.sinks == "leave out":
+            for modality, part in bare.items():
+                require_tokens(len(part), self.layer, f"{modality} that is no attention sink")
+            counted = self._counted(bare)[0]
+            massive = {m: int(marks.massive.sum()) for m, marks in self.marks.items()}
+            return replace(counted, sinks=massive, sink_positions=positions)
+        counted, outliers = self._counted(features)
+        massive = {m: int((marks.massive & ~outliers[m]).sum()) for m, marks in self.marks.items()}
+        without = self._counted(bare)[0].pair if all(len(part) > 1 for part in bare.values()) else None
+        return replace(
+            counted,
+            sinks=massive,
+            sink_positions=positions,
+            without_sinks=without,
+            sinks_known=without is not None,
+        )
+
+    def _counted(self, features: Mapping[str, Tensor]) -> tuple[CountedTokens, dict[str, Tensor]]:
+        """These tokens after the outlier rule, and which (n,) were outliers, on the CPU."""
+        moments, kept, removed, outliers = {}, {}, {}, {}
+        for modality in MODALITIES:
+            counted, outlier = self._without_outliers(modality, features[modality])
+            moments[modality], outliers[modality] = FeatureMoments(counted), outlier
             removed[modality] = int(outlier.sum())
             kept[modality] = len(outlier) - removed[modality]
-        alpha = 1.0
+        alpha, text = 1.0, features["text"]
         if self.options.normalize:
-            alpha = alpha_of(sum_of_norms(self.text.detach()), len(self.text), self.layer)
-        return CountedTokens(GaussianPair(self.layer, moments["vision"], moments["text"], alpha), kept, removed)
+            alpha = alpha_of(sum_of_norms(text), len(text), self.layer)
+        pair = GaussianPair(self.layer, moments["vision"], moments["text"], alpha)
+        return CountedTokens(pair, kept, removed), outliers
 
     def leave_group_out(self) -> None:
         """Features are of no known samples."""
         return None
 
-    def _check(self) -> None:
-        layer, vision, text = self.layer, self.vision, self.text
+    def check(self) -> None:
+        """ValueError or TypeError that names the layer and the modality, unless both fit one another."""
+        layer, vision, text = self.layer, self.features["vision"], self.features["text"]
         for modality, features in (("vision", vision), ("text", text)):
             _checks.floating(f"{modality}, layer {layer}", features)
             if features.dim() != 2:
@@ -47,6 +88,21 @@ class FeatureLayer:
         if vision.shape[1] != text.shape[1]:
             raise ValueError(f"layer {layer}: vision has d = {vision.shape[1]}, text has d = {text.shape[1]}")
         _checks.same_device(f"vision, layer {layer}", vision, "text", text)
+
+    def norms(self) -> Tensor:
+        """Float32 norms of vision and then text tokens, on the CPU."""
+        return torch.cat(
+            [token_norms(self.features[m].detach(), backend=self.options.backend) for m in MODALITIES]
+        ).cpu()
+
+    def concentrated(self, places: Tensor) -> Tensor:
+        """Bool (n,): of the tokens at places (n, 1) in `norms`."""
+        first = len(self.features["vision"])
+        index = places[:, 0].to(self.features["vision"].device)
+        found = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+        for modality, start, mine in (("vision", 0, index < first), ("text", first, index >= first)):
+            found[mine] = concentrated(self.features[modality].detach()[index[mine] - start])
+        return found
 
     def _without_outliers(self, modality: str, features: Tensor) -> tuple[Tensor, Tensor]:
         """The features that count, and which rows (n,) were outliers, on the CPU."""
@@ -60,7 +116,38 @@ class FeatureLayer:
         return features[~outlier.to(features.device)] if outlier.any() else features, outlier
 
 
-def feature_layer_result(vision: Tensor, text: Tensor, layer: int, options: MetricOptions) -> LayerResult:
+def feature_layer_result(
+    vision: Tensor, text: Tensor, layer: int, options: MetricOptions, marks: Mapping[str, SinkMarks] | None = None
+) -> LayerResult:
     """One layer of `mir`."""
-    (result,) = layer_results([FeatureLayer(vision, text, layer, options)], options)
+    (result,) = layer_results([FeatureLayer(vision, text, layer, options, marks)], options)
     return result
+
+
+def with_sinks_marked(layers: Sequence[FeatureLayer]) -> Sequence[FeatureLayer]:
+    """The same layers, which take their tokens for one sample; where there are sinks, with their marks.
+
+    A token is a sink in every layer if it is massive in one. That takes rows that are the same tokens in all layers:
+    where the layers have different numbers of them, each layer goes by itself.
+    """
+    for layer in layers:
+        layer.check()
+    counts = [tuple(len(layer.features[m]) for m in MODALITIES) for layer in layers]
+    together = [list(layers)] if len(set(counts)) == 1 else [[layer] for layer in layers]
+    for group in together:
+        _mark(group)
+    return layers
+
+
+def _mark(layers: Sequence[FeatureLayer]) -> None:
+    """Layers of the same tokens."""
+    sizes = [len(layers[0].features[m]) for m in MODALITIES]
+    is_text = torch.arange(sum(sizes)) >= sizes[0]
+    masks = {"vision": ~is_text, "text": is_text}
+    norms = torch.stack([layer.norms() for layer in layers])
+    massive = massive_tokens(norms, masks, lambda k, places: layers[k].concentrated(places))
+    if massive is None:
+        return
+    sink, nowhere = massive.any(0), torch.zeros(0, dtype=torch.int32)
+    for layer, own in zip(layers, massive, strict=True):
+        layer.marks = {m: SinkMarks(sink[mask], own[mask], nowhere) for m, mask in masks.items()}

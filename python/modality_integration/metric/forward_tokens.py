@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,17 +11,20 @@ from torch import Tensor
 
 from mir_kernels import _checks, token_norms
 from modality_integration.metric import MODALITIES
+from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens
 from modality_integration.metric.tokens import one_tensor_a_layer, require_finite, sent
 
 
 class ForwardTokens(NamedTuple):
     """Where the tokens of a modality lie in (T,) or (B, T), and their norms a layer; by modality, on the CPU.
 
-    indices: int64 (n, 1 or 2).  norms: one float32 (n,) a layer.
+    indices: int64 (n, 1 or 2).  norms: one float32 (n,) a layer.  sinks: which are attention sinks, a layer; None where
+    no token is.
     """
 
     indices: dict[str, Tensor]
     norms: dict[str, list[Tensor]]
+    sinks: dict[str, list[SinkMarks]] | None
 
     @classmethod
     def of(
@@ -31,13 +34,15 @@ class ForwardTokens(NamedTuple):
         masks = _masks(hidden_states, vision_mask, text_mask)
         indices = {modality: mask.nonzero() for modality, mask in masks.items()}
         every = [token_norms(hidden.detach(), backend=backend) for hidden in hidden_states]
-        if len({norms.device for norms in every}) == 1:
-            every = list(torch.stack(every).cpu())  # one wait for the device, not one a layer
-        norms = {m: [layer.cpu()[tuple(i.unbind(1))] for layer in every] for m, i in indices.items()}
+        one_device = len({norms.device for norms in every}) == 1
+        # Where that is possible, one wait for the device, not one a layer.
+        every = list(torch.stack(every).cpu()) if one_device else [norms.cpu() for norms in every]
+        norms = {m: [layer[tuple(i.unbind(1))] for layer in every] for m, i in indices.items()}
         for k in range(len(hidden_states)):
             for modality, index in indices.items():
                 require_finite(norms[modality][k], k + 1, modality, partial(_place, index))
-        return cls(indices, norms)
+        massive = massive_tokens(torch.stack(every), masks, partial(_concentrated, hidden_states))
+        return cls(indices, norms, None if massive is None else _marks(massive, indices))
 
     def places_on(self, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
         """What to index a layer's hidden states on `device` with, for each modality that has tokens."""
@@ -68,6 +73,21 @@ def _masks(hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tens
     if len(both):
         raise ValueError(f"vision_mask and text_mask: {len(both)} tokens are in both, the first {_place(both, 0)}")
     return masks
+
+
+def _concentrated(hidden_states: Sequence[Tensor], layer: int, places: Tensor) -> Tensor:
+    hidden = hidden_states[layer].detach()
+    return concentrated(hidden[tuple(sent(places, hidden.device).unbind(1))])
+
+
+def _marks(massive: Tensor, indices: Mapping[str, Tensor]) -> dict[str, list[SinkMarks]]:
+    """What `massive_tokens` found, by modality and layer."""
+    sink = massive.any(0)
+    marks: dict[str, list[SinkMarks]] = {}
+    for modality, index in indices.items():
+        place, positions = tuple(index.unbind(1)), index[:, -1].to(torch.int32)
+        marks[modality] = [SinkMarks(sink[place], layer[place], positions) for layer in massive]
+    return marks
 
 
 def _require_data(name: str, value: Tensor) -> None:

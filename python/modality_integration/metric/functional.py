@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from modality_integration.metric.distance import layers_together
-from modality_integration.metric.features import FeatureLayer
+from modality_integration.metric.features import FeatureLayer, with_sinks_marked
 from modality_integration.metric.layer import layer_results, mir_result
-from modality_integration.metric.options import MetricOptions, Outliers, SqrtPrecision
+from modality_integration.metric.options import MetricOptions, Outliers, Sinks, SqrtPrecision
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.tokens import one_tensor_a_layer
 
@@ -25,6 +25,7 @@ def mir(
     bounds: bool = False,
     sqrt_precision: SqrtPrecision = "float32",
     backend: str | None = None,
+    sinks: Sinks = "report",
 ) -> MIRResult:
     """MIR = log10 sum_k FID(omega(alpha_k f_k^v), omega(alpha_k f_k^t)), Eq. 3 of the MIR paper.
 
@@ -37,14 +38,20 @@ def mir(
     sqrt_precision: of Tr((Sigma_v Sigma_t)^(1/2)), see `mir_kernels.trace_sqrt_product`; "float32" promises 1e-6 of the
     root, by tensor cores on a GPU and checked against a dual bound, and 1e-8 comes of float64 decompositions on a CPU.
     Means and covariances are float64 throughout. backend: of the kernels, and of the root where it has that one.
+    sinks: "report" counts attention sinks as the paper does, and says in `notes` what they make of the value, with the
+    distances without them in `without_sinks`; "leave out" takes them out of every layer, before anything else is
+    computed. A token is one if its activation is massive in any layer: a norm above 20 times the median of the
+    layer's tokens, nine tenths of its square in 4 channels (see `modality_integration.metric.sinks`).
     Raises ValueError or TypeError that names the layer, the modality and, where one token is at fault, its index.
     """
-    options = MetricOptions(outliers, normalize, bounds, "exact", sqrt_precision, backend=backend).checked()
+    options = MetricOptions(
+        outliers, normalize, bounds, "exact", sqrt_precision, backend=backend, sinks=sinks
+    ).checked()
     vision, text = one_tensor_a_layer("vision", vision), one_tensor_a_layer("text", text)
     if len(vision) != len(text):
         raise ValueError(f"vision and text: take as many layers each, got {len(vision)} and {len(text)}")
-    layers = (FeatureLayer(v, t, k, options) for k, (v, t) in enumerate(zip(vision, text, strict=True), 1))
+    layers = [FeatureLayer(v, t, k, options) for k, (v, t) in enumerate(zip(vision, text, strict=True), 1)]
     first = vision[0]
     matrix = isinstance(first, Tensor) and first.dim() == 2
     together = layers_together(first.shape[1], first.device) if matrix else 1
-    return mir_result(layer_results(layers, options, together), options)
+    return mir_result(layer_results(with_sinks_marked(layers), options, together), options)

@@ -12,27 +12,39 @@ from modality_integration.metric import MODALITIES
 from modality_integration.metric.distance import GaussianPair, distances
 from modality_integration.metric.options import MetricOptions, SqrtPrecision
 from modality_integration.metric.result import LayerTerms, MIRResult
+from modality_integration.metric.sink_notes import notes_on_sinks
 
 # Of the roots with a group left out, relative: far below what leaving out a group of samples changes.
 LEFT_OUT_PRECISION: SqrtPrecision = "float32"
 
 
-def _none_missed() -> dict[str, int]:
+def _none() -> dict[str, int]:
     return dict.fromkeys(MODALITIES, 0)
+
+
+def _nowhere() -> dict[str, dict[int, int]]:
+    return {modality: {} for modality in MODALITIES}
 
 
 @dataclass
 class CountedTokens:
     """A layer's tokens after the outlier rule: what its distance is computed of, and how many were kept and left out.
 
-    missed: tokens among those kept that the rule would have left out, had they not been counted already.
+    missed: tokens among those kept that the rule would have left out, had they not been counted already. sinks: tokens
+    of massive activation in this layer among those kept; where sinks are left out, those left out. sink_positions: of
+    all sinks, how many stand at which position; empty where positions are not known. without_sinks: what the distance
+    would be computed of without any sink; None where that is `pair`, or where `sinks_known` is False.
     """
 
     pair: GaussianPair
     kept: dict[str, int]
     removed: dict[str, int]
-    missed: dict[str, int] = field(default_factory=_none_missed)
+    missed: dict[str, int] = field(default_factory=_none)
     notes: list[str] = field(default_factory=list)
+    sinks: dict[str, int] = field(default_factory=_none)
+    sink_positions: dict[str, dict[int, int]] = field(default_factory=_nowhere)
+    without_sinks: GaussianPair | None = None
+    sinks_known: bool = True
 
 
 class LeaveGroupOut(Protocol):
@@ -65,6 +77,10 @@ class LayerResult:
     missed: dict[str, int]
     notes: list[str]
     left_out: list[float] | None
+    sinks: dict[str, int]
+    sink_positions: dict[str, dict[int, int]]
+    counts_sinks: bool
+    without_sinks: float | None
 
 
 def layer_results(layers: Iterable[Layer], options: MetricOptions, together: int = 1) -> list[LayerResult]:
@@ -74,10 +90,23 @@ def layer_results(layers: Iterable[Layer], options: MetricOptions, together: int
         counted = [layer.counted() for layer in batch]
         found = distances([tokens.pair for tokens in counted], options)
         left_out = _left_out(batch, options) if options.groups else [None] * len(batch)
-        for tokens, (terms, inexact), without in zip(counted, found, left_out, strict=True):
-            notes = tokens.notes + inexact
-            counts = tokens.kept, tokens.removed, tokens.missed
-            results.append(LayerResult(terms, tokens.pair.alpha, *counts, notes, without))
+        without_sinks = _without_sinks(counted, [terms for terms, _ in found], options)
+        for i, (tokens, (terms, inexact)) in enumerate(zip(counted, found, strict=True)):
+            results.append(
+                LayerResult(
+                    terms=terms,
+                    alpha=tokens.pair.alpha,
+                    kept=tokens.kept,
+                    removed=tokens.removed,
+                    missed=tokens.missed,
+                    notes=tokens.notes + inexact,
+                    left_out=left_out[i],
+                    sinks=tokens.sinks,
+                    sink_positions=tokens.sink_positions,
+                    counts_sinks=tokens.without_sinks is not None,
+                    without_sinks=without_sinks[i],
+                )
+            )
     return results
 
 
@@ -99,11 +128,34 @@ def mir_result(layers: Sequence[LayerResult], options: MetricOptions) -> MIRResu
         left_out=left_out if len(left_out) == len(layers) else None,
         outliers=options.outliers,
         normalize=options.normalize,
+        sinks=options.sinks,
+        massive={m: [layer.sinks[m] for layer in layers] for m in MODALITIES},
+        sink_positions=layers[0].sink_positions,
+        without_sinks=_distances_without_sinks(layers),
         notes=notes,
     )
+    notes.extend(notes_on_sinks(result))
     if result.value == -math.inf:
         notes.append("every layer's distance is 0, so MIR, its logarithm, is -inf")
     return result
+
+
+def _without_sinks(
+    counted: Sequence[CountedTokens], own: Sequence[LayerTerms], options: MetricOptions
+) -> list[float | None]:
+    """Each layer's distance without any sink, its own where it has none; None where that is not known."""
+    pairs = {i: tokens.without_sinks for i, tokens in enumerate(counted) if tokens.without_sinks is not None}
+    found = dict(zip(pairs, distances(list(pairs.values()), replace(options, bounds=False)), strict=True))
+    return [
+        found[i][0].distance if i in found else terms.distance if tokens.sinks_known else None
+        for i, (tokens, terms) in enumerate(zip(counted, own, strict=True))
+    ]
+
+
+def _distances_without_sinks(layers: Sequence[LayerResult]) -> list[float] | None:
+    """None where no layer has sinks that count, or where the distance without them is not known in one."""
+    known = [layer.without_sinks for layer in layers if layer.without_sinks is not None]
+    return known if len(known) == len(layers) and any(layer.counts_sinks for layer in layers) else None
 
 
 def _left_out(layers: Sequence[Layer], options: MetricOptions) -> list[list[float] | None]:

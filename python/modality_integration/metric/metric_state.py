@@ -13,7 +13,7 @@ from mir_kernels import _checks
 from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.options import MetricOptions
 
-VERSION = 2  # of the state's layout
+VERSION = 3  # of the state's layout
 _PLACE = re.compile(r"0|[1-9]\d{0,5}", re.ASCII)  # a layer in the keys of a state
 
 

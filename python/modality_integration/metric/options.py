@@ -8,6 +8,7 @@ from typing import Literal, get_args
 Outliers = Literal["remove", "median", "none"]
 Precision = Literal["fast", "auto", "exact"]
 SqrtPrecision = Literal["bfloat16", "float32", "float64"]
+Sinks = Literal["report", "leave out"]
 
 MOST_GROUPS = 255  # a token's group is kept in a byte
 
@@ -24,6 +25,7 @@ class MetricOptions:
     hold: int | None = None
     backend: str | None = None
     groups: int = 0
+    sinks: Sinks = "report"
 
     def checked(self) -> MetricOptions:
         """Itself, once every option is one that exists."""
@@ -31,6 +33,7 @@ class MetricOptions:
 
         _checks.choice("outliers", self.outliers, get_args(Outliers))
         _checks.choice("precision", self.precision, get_args(Precision))
+        _checks.choice("sinks", self.sinks, get_args(Sinks))
         _checks.choice("sqrt_precision", self.sqrt_precision, get_args(SqrtPrecision))
         if self.hold is not None and self.hold < 2:
             raise ValueError(f"hold: takes 2 rows or more, got {self.hold}")

@@ -1,6 +1,12 @@
 """The 3-sigma rule on token norms: over tokens in memory (two passes) and over a stream that passes by once.
 
 MIR paper, section 2.1: occasional tokens with an unusually high l2 norm are taken out before the Fréchet distance.
+
+What the rule cannot do: attention sinks (see `modality_integration.metric.sinks`) enter the standard deviation that
+sets their own limit. If a fraction p of the tokens has one norm that lies D above all others, that deviation is at
+least D sqrt(p (1 - p)), so they can be removed only if p (1 - p) < 1/9, p < 0.127: about one token in eight. If sinks
+differ in strength, the strong ones set the limit and weaker ones stay at smaller fractions too. Removed or kept, they
+widen the limits for all other tokens. sinks="leave out" takes them out before the limits are computed.
 """
 
 from __future__ import annotations
@@ -33,6 +39,9 @@ class Limits(NamedTuple):
     def close_to(self, other: Limits) -> bool:
         """Whether both come from the same norms: sums in another order differ by rounding."""
         return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(self, other, strict=True))
+
+
+KEEP_ALL = Limits(0.0, math.inf)
 
 
 def three_sigma(norms: Tensor) -> Limits:
@@ -130,6 +139,11 @@ class OnePass:
         """Float32 norms of every token seen."""
         return self._seen().norms
 
+    def norms_outside(self, group: int | None) -> Tensor:
+        """The norms of every token seen, or of those outside one group."""
+        seen = self._seen()
+        return seen.norms if group is None else seen.norms[seen.groups != group]
+
     @property
     def groups(self) -> list[int]:
         """The groups of which there are tokens, in order."""
@@ -164,17 +178,18 @@ class OnePass:
         self._held.append(marks)
         return None
 
-    def decide(self, without: int | None = None) -> Decision:
+    def decide(self, without: int | None = None, limits: Limits | None = None) -> Decision:
         """Apply the rule to everything seen, or to all but one group; the stream stays as it is. Needs 2 tokens.
 
-        Without a group the limits are those of the others' norms, unless they were given from outside.
+        limits: these, in place of those given from outside, or of those of the norms seen (without a group, the
+        others').
         """
         seen, held, released = self._seen(), Marks.cat(self._held), Marks.cat(self._released)
         others = torch.ones(len(held.norms), dtype=torch.bool)
         if without is not None:
             others = held.groups != without
             seen, released = (marks.where(marks.groups != without) for marks in (seen, released))
-        limits = self.limits or three_sigma(seen.norms)
+        limits = limits or self.limits or three_sigma(seen.norms)
         keep = limits.keep(held.norms) & others
         rows = _take(self._rows(), keep)
         kept = int(keep.sum()) + len(released.norms)

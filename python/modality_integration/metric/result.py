@@ -69,17 +69,23 @@ class MIRResult:
     outliers, normalize: the settings. notes: sentences on anything that was not exact or not ordinary; empty when all
     is well. missed: tokens among those kept that the rule would have left out, had the stream not passed already; 0 is
     exact. left_out: the layer's distance with each group of samples left out, for the standard error; None without.
+    sinks: the setting. massive: counts of tokens of massive activation in that layer among those kept; with
+    sinks="leave out", among those left out as sinks. sink_positions: {"vision": {position: count}, "text": ...}, where
+    in their sequences how many sinks stand, most first; empty where there are none or positions are not known.
+    without_sinks: the layer's distance without any sink; None where there are none, where they are left out already,
+    or where it is not known.
     settings: what else the value depends on, as `mir compute` writes it (model, data, prompt): by name a word, number,
     True, False or None; may be empty.
 
-    As JSON, version 3: {"schema": "modality-integration-rate", "version": 3, "mir": number, "error", "lower", "upper":
-    number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "notes": [string], "settings": object,
-    "layers": [{"layer": 1.., "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root": number,
-    "error", "root_lower", "root_upper": number or null, "kept": {"vision": int, "text": int}, "removed", "missed":
-    likewise, "left_out": [number] or null}]}.
-    A number that is not finite is the string "inf" or "-inf". "mir", "error", "lower", "upper" and "distance" follow
-    from the rest and are written for readers. Readers refuse any other version; a new version is one whose keys
-    change.
+    As JSON, version 4: {"schema": "modality-integration-rate", "version": 4, "mir": number, "error", "lower", "upper",
+    "mir_without_sinks": number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "sinks":
+    "report" | "leave out", "sink_positions": {"vision": {position: int}, "text": likewise}, "notes": [string],
+    "settings": object, "layers": [{"layer": 1.., "distance", "alpha", "mean", "trace_vision", "trace_text",
+    "trace_root": number, "error", "root_lower", "root_upper", "without_sinks": number or null, "kept": {"vision": int,
+    "text": int}, "removed", "missed", "massive": likewise, "left_out": [number] or null}]}.
+    A number that is not finite is the string "inf" or "-inf". "mir", "error", "lower", "upper", "mir_without_sinks" and
+    "distance" follow from the rest and are written for readers. Readers refuse any other version; a new version is one
+    whose keys change.
     """
 
     terms: list[LayerTerms]
@@ -91,10 +97,16 @@ class MIRResult:
     notes: list[str] = field(default_factory=list)
     missed: dict[str, list[int]] = field(default_factory=dict)
     left_out: list[list[float]] | None = None
+    sinks: str = "report"
+    massive: dict[str, list[int]] = field(default_factory=dict)
+    sink_positions: dict[str, dict[int, int]] = field(default_factory=dict)
+    without_sinks: list[float] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.missed = {m: self.missed.get(m, [0] * len(self.terms)) for m in MODALITIES}
+        self.massive = {m: self.massive.get(m, [0] * len(self.terms)) for m in MODALITIES}
+        self.sink_positions = {m: self.sink_positions.get(m, {}) for m in MODALITIES}
 
     @property
     def per_layer(self) -> list[float]:
@@ -136,6 +148,11 @@ class MIRResult:
         return None if None in bounds else _outward(_log10(math.fsum(bounds)), math.inf)  # type: ignore[arg-type]
 
     @property
+    def value_without_sinks(self) -> float | None:
+        """MIR without attention sinks, as sinks="leave out" has it; None as `without_sinks`."""
+        return None if self.without_sinks is None else _log10(math.fsum(self.without_sinks))
+
+    @property
     def total_missed(self) -> int:
         """`missed` over all layers and both modalities; 0 is exact."""
         return sum(map(sum, self.missed.values()))
@@ -160,6 +177,7 @@ class MIRResult:
             layer: dict[str, Any] = {"layer": index + 1, "distance": terms.distance}
             layer |= {"error": errors[index] if errors else None, "alpha": self.alpha[index], **asdict(terms)}
             layer |= {n: {m: getattr(self, n)[m][index] for m in MODALITIES} for n in result_json.COUNTS}
+            layer |= {"without_sinks": self.without_sinks[index] if self.without_sinks else None}
             layers.append(layer | {"left_out": self.left_out[index] if self.left_out else None})
         text = result_json.encode(
             {
@@ -167,8 +185,11 @@ class MIRResult:
                 "error": self.error,
                 "lower": self.lower,
                 "upper": self.upper,
+                "mir_without_sinks": self.value_without_sinks,
                 "outliers": self.outliers,
                 "normalize": self.normalize,
+                "sinks": self.sinks,
+                "sink_positions": {m: {str(k): n for k, n in self.sink_positions[m].items()} for m in MODALITIES},
                 "notes": self.notes,
                 "settings": self.settings,
                 "layers": layers,
@@ -185,7 +206,14 @@ class MIRResult:
         try:
             fields = result_json.fields(document)
             result = cls(terms=[LayerTerms(**terms) for terms in fields.pop("terms")], **fields)
-            derived = (*result.per_layer, result.value, result.lower, result.upper, result.error)
+            derived = (
+                *result.per_layer,
+                result.value,
+                result.lower,
+                result.upper,
+                result.error,
+                result.value_without_sinks,
+            )
             if any(value is not None and math.isnan(value) for value in derived):
                 raise ValueError("layers: their terms do not add up to a number")
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -193,7 +221,10 @@ class MIRResult:
         return result
 
     def table(self) -> Table:
-        """A rich table: one row per layer with its distance and terms (Eq. 3), tokens kept and out; MIR at the foot."""
+        """A rich table: one row per layer with its distance and terms (Eq. 3), tokens kept and out; MIR at the foot.
+
+        Where attention sinks count, the distances without them are the last column.
+        """
         names = ("distance", "mean", "Tr v", "Tr t", "Tr root", "alpha", *(f"{m} -out" for m in MODALITIES))
         columns: dict[str, list[str]] = {name: [] for name in names}
         for index, terms in enumerate(self.terms):
@@ -202,11 +233,17 @@ class MIRResult:
             cells = (display.distance_cell(terms.distance), *(f"{number:.3g}" for number in numbers), *counts)
             for column, cell in zip(columns.values(), cells, strict=True):
                 column.append(cell)
-        return display.layer_table(columns, {"distance": f"{self.value:.4f}"})
+        feet = {"distance": f"{self.value:.4f}"}
+        if self.without_sinks is not None:
+            columns["no sinks"] = [display.distance_cell(distance) for distance in self.without_sinks]
+            feet["no sinks"] = f"{self.value_without_sinks:.4f}"
+        return display.layer_table(columns, feet)
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the distance of each layer (as the right of the paper's Figure 2) into an image file."""
-        return display.layer_curves({f"MIR {self.value:.3f}": self.per_layer}, path)
+        """Draw the distance of each layer (as the right of the paper's Figure 2) into an image file; where attention
+        sinks count, the distance without them as a thin second line.
+        """
+        return display.layer_curves({f"MIR {self.value:.3f}": self}, path)
 
 
 def _log10(total: float) -> float:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from modality_integration.metric import MODALITIES
+from modality_integration.metric.options import Sinks
 
 SCHEMA = "modality-integration-rate"
-VERSION = 3
-COUNTS = ("kept", "removed", "missed")
+VERSION = 4
+COUNTS = ("kept", "removed", "missed", "massive")
 TERMS = ("mean", "trace_vision", "trace_text", "trace_root")
 BOUNDS = ("root_lower", "root_upper")
 
@@ -47,11 +49,16 @@ def fields(document: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"layers: takes a list of one layer or more, got {layers!r}")
     if not isinstance(document["outliers"], str) or not isinstance(document["normalize"], bool):
         raise TypeError("outliers, normalize: take a word and true or false")
+    if document["sinks"] not in get_args(Sinks):
+        raise ValueError(f"sinks: takes one of {get_args(Sinks)}, got {document['sinks']!r}")
     if not isinstance(document["notes"], list) or not all(isinstance(note, str) for note in document["notes"]):
         raise TypeError("notes: takes a list of sentences")
     settings = document["settings"]
     if not isinstance(settings, dict) or not all(map(_plain, settings.values())):
         raise TypeError(f"settings: takes an object of words, numbers, true, false and null, got {settings!r}")
+    without_sinks = [layer["without_sinks"] for layer in layers]
+    if without_sinks.count(None) not in (0, len(layers)):
+        raise ValueError("without_sinks: takes a number in every layer, or null in every layer")
     left_out: list[Any] = [layer["left_out"] for layer in layers]
     if left_out.count(None) not in (0, len(left_out)) or len({len(values or ()) for values in left_out}) > 1:
         raise ValueError("left_out: takes as many numbers in every layer")
@@ -64,6 +71,9 @@ def fields(document: dict[str, Any]) -> dict[str, Any]:
         "left_out": None if None in left_out else [[_number(x, finite=False) for x in values] for values in left_out],
         "outliers": document["outliers"],
         "normalize": document["normalize"],
+        "sinks": document["sinks"],
+        "sink_positions": {m: _positions(document["sink_positions"][m]) for m in MODALITIES},
+        "without_sinks": None if None in without_sinks else [_number(distance) for distance in without_sinks],
         "notes": document["notes"],
         "settings": settings,
     }
@@ -88,6 +98,12 @@ def _number(value: Any, *, finite: bool = True) -> float:
         if math.isfinite(number) or (not finite and not math.isnan(number)):
             return number
     raise TypeError(f"takes a {'finite ' if finite else ''}number, got {value!r}")
+
+
+def _positions(value: Any) -> dict[int, int]:
+    if not isinstance(value, dict) or not all(re.fullmatch(r"0|[1-9]\d{0,9}", place, re.ASCII) for place in value):
+        raise TypeError(f"sink_positions: takes counts by position, got {value!r}")
+    return {int(place): _count(count) for place, count in value.items()}
 
 
 def _plain(value: Any) -> bool:

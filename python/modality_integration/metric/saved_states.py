@@ -26,9 +26,10 @@ from modality_integration.metric import MODALITIES
 from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.features import feature_layer_result
 from modality_integration.metric.layer import LayerResult, mir_result
-from modality_integration.metric.options import MetricOptions, Outliers, Precision, SqrtPrecision
+from modality_integration.metric.options import MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
 from modality_integration.metric.outliers import Limits
 from modality_integration.metric.result import MIRResult
+from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens, no_sinks
 from modality_integration.metric.tokens import require_finite, require_tokens
 
 
@@ -50,18 +51,22 @@ def mir_of_states(
     hold: int | None = None,
     backend: str | None = None,
     groups: int = 0,
+    sinks: Sinks = "report",
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda layer, layers: None,
 ) -> MIRResult:
     """MIR of all tokens in `paths`; the arguments are those of `ModalityIntegrationRate`, or "median" as of `mir`.
 
-    Every file is read once a layer, and a second time for a layer where the outlier limits moved while it was read, so
-    the outlier rule is always exact. outliers="median" needs the column medians and holds one layer's features; it
-    takes no groups. groups: each (T, d), and each row of a (B, T, d), is one sample.
+    Every file is read through once for its attention sinks, which are told by all layers, then once a layer, and again
+    for a layer where the outlier limits moved while it was read, so the outlier rule is always exact.
+    outliers="median" needs the column medians and holds one layer's features; it takes no groups. groups: each (T, d),
+    and each row of a (B, T, d), is one sample.
     device: where the arithmetic runs. progress(layer, layers) is called before each layer, 1..K.
     Raises ValueError that names the file, the layer and, where one token is at fault, its index.
     """
-    options = MetricOptions(outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups).checked()
+    options = MetricOptions(
+        outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups, sinks
+    ).checked()
     if groups and outliers == "median":
         raise ValueError(
             f'groups: a standard error takes outliers="remove" or "none", got groups={groups} and "median"'
@@ -74,6 +79,8 @@ def mir_of_states(
             raise ValueError(
                 f"{other.path} has {other.layers} layers, {states[0].path} has {states[0].layers}: all take as many"
             )
+    for state in states:
+        state.find_sinks(options, torch.device(device))
     results = []
     for layer in range(1, states[0].layers + 1):
         progress(layer, states[0].layers)
@@ -93,7 +100,7 @@ def _pass(
     states: list[_States], layer: int, options: MetricOptions, device: torch.device, limits: dict[str, Limits] | None
 ) -> tuple[LayerResult, LayerAccumulator]:
     accumulator: LayerAccumulator | None = None
-    for path, modality, rows, norms, groups in _rows(states, layer, options, device):
+    for path, modality, rows, norms, groups, marks in _rows(states, layer, options, device):
         if accumulator is None:
             accumulator = LayerAccumulator(layer, rows.shape[1], rows.dtype, device, options, limits)
         if (rows.shape[1], rows.dtype) != (accumulator.hidden_size, accumulator.dtype):
@@ -101,7 +108,7 @@ def _pass(
                 f"{path}: layer {layer} has d = {rows.shape[1]}, {rows.dtype}; the files before had "
                 f"d = {accumulator.hidden_size}, {accumulator.dtype}"
             )
-        accumulator.push(modality, rows, norms, groups)
+        accumulator.push(modality, rows, norms, groups, marks)
     if accumulator is None:
         raise ValueError(f"layer {layer}: no token of vision or text in any file")
     return accumulator.result(), accumulator
@@ -109,17 +116,21 @@ def _pass(
 
 def _whole_layer(states: list[_States], layer: int, options: MetricOptions, device: torch.device) -> LayerResult:
     parts: dict[str, list[Tensor]] = {modality: [] for modality in MODALITIES}
-    for _, modality, rows, *_ in _rows(states, layer, options, device):
+    marked: dict[str, list[SinkMarks]] = {modality: [] for modality in MODALITIES}
+    for _, modality, rows, _, _, marks in _rows(states, layer, options, device):
         parts[modality].append(rows)
+        marked[modality].append(marks or no_sinks(len(rows)))
     for modality in MODALITIES:
         require_tokens(sum(len(rows) for rows in parts[modality]), layer, modality)
-    return feature_layer_result(torch.cat(parts["vision"]), torch.cat(parts["text"]), layer, options)
+    joined = {m: SinkMarks(*map(torch.cat, zip(*of_files, strict=True))) for m, of_files in marked.items()}
+    found = joined if any(bool(joined[m].sink.any()) for m in MODALITIES) else None
+    return feature_layer_result(torch.cat(parts["vision"]), torch.cat(parts["text"]), layer, options, found)
 
 
 def _rows(
     states: list[_States], layer: int, options: MetricOptions, device: torch.device
-) -> Iterator[tuple[Path, str, Tensor, Tensor, Tensor]]:
-    """(file, modality, rows, their norms, the groups of their samples), file by file."""
+) -> Iterator[tuple[Path, str, Tensor, Tensor, Tensor, SinkMarks | None]]:
+    """(file, modality, rows, their norms, the groups of their samples, which are sinks), file by file."""
     samples = 0
     for state in states:
         hidden = state.hidden(layer)
@@ -133,7 +144,7 @@ def _rows(
                 except ValueError as error:
                     raise ValueError(f"{state.path}: {error}") from None
                 groups = (samples + index // state.lead[-1]) % max(options.groups, 1)
-                yield state.path, modality, rows, norms, groups.to(torch.uint8)
+                yield state.path, modality, rows, norms, groups.to(torch.uint8), state.marks(layer, index)
         samples += math.prod(state.lead[:-1])
 
 
@@ -142,6 +153,7 @@ class _States:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._massive: Tensor | None = None  # (K, tokens), once looked for
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -184,6 +196,26 @@ class _States:
         except TypeError as error:
             raise ValueError(str(error)) from error
         return hidden.flatten(0, -2)
+
+    def find_sinks(self, options: MetricOptions, device: torch.device) -> None:
+        """Look through all layers for tokens of massive activation."""
+        norms = [
+            token_norms(self.hidden(layer).to(device), backend=options.backend).cpu().view(self.lead)
+            for layer in range(1, self.layers + 1)
+        ]
+
+        def concentrated_at(k: int, places: Tensor) -> Tensor:
+            return concentrated(self.hidden(k + 1).view(*self.lead, -1)[tuple(places.unbind(1))])
+
+        massive = massive_tokens(torch.stack(norms), self.masks, concentrated_at)
+        self._massive = None if massive is None else massive.flatten(1)
+
+    def marks(self, layer: int, index: Tensor) -> SinkMarks | None:
+        """What `find_sinks` found of the tokens with flat indices `index`; None where the file has no sink."""
+        if self._massive is None:
+            return None
+        positions = (index % self.lead[-1]).to(torch.int32)
+        return SinkMarks(self._massive[:, index].any(0), self._massive[layer - 1, index], positions)
 
     def place(self, index: Tensor, i: int) -> int | tuple[int, ...]:
         """Where the token with the flat index `index[i]` is in (T,) or (B, T)."""

@@ -13,12 +13,12 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from modality_integration.metric import MODALITIES, metric_state, state_file
+from modality_integration.metric import metric_state, state_file
 from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.distance import layers_together
 from modality_integration.metric.forward_tokens import ForwardTokens, check_hidden_states
 from modality_integration.metric.layer import layer_results, mir_result
-from modality_integration.metric.options import MetricOptions, Outliers, Precision, SqrtPrecision
+from modality_integration.metric.options import MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
 from modality_integration.metric.outliers import Limits
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.sync import gathered
@@ -57,6 +57,8 @@ class ModalityIntegrationRate(Metric):
     are merged, and the root is taken to a relative 1e-6 (`precision="float32"` of `mir_kernels.trace_sqrt_product`).
     Costs `groups` times the accumulators' memory and, at the end, `groups` more roots a layer. Samples count as
     independent: an image or text that comes twice makes the error too small.
+    sinks: "report" or "leave out", as for `mir`; an attention sink is told by its own sample's tokens, in all layers of
+    one update.
     backend: of the kernels. The rest goes to torchmetrics.Metric (process_group, sync_on_compute, ...).
 
     Memory: 2K accumulators of d (d + 1) / 2 float64 numbers at most (times `groups`), 2K hold rows in the features'
@@ -82,6 +84,7 @@ class ModalityIntegrationRate(Metric):
         hold: int | None = None,
         backend: str | None = None,
         groups: int = 0,
+        sinks: Sinks = "report",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -91,7 +94,7 @@ class ModalityIntegrationRate(Metric):
                 'the features in memory, or "remove" (the paper\'s rule) here'
             )
         self.options = MetricOptions(
-            outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups
+            outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups, sinks
         ).checked()
         self._layers: list[LayerAccumulator] = []
         self._samples = 0  # seen by this process
@@ -124,7 +127,8 @@ class ModalityIntegrationRate(Metric):
                     layer.to(hidden.device)
                 for modality, place in places[hidden.device].items():
                     rows, of_samples = hidden.detach()[place], groups[tokens.indices[modality][:, 0]]
-                    layer.push(modality, rows, tokens.norms[modality][k], of_samples)
+                    marks = None if tokens.sinks is None else tokens.sinks[modality][k]
+                    layer.push(modality, rows, tokens.norms[modality][k], of_samples, marks)
 
     def compute(self) -> MIRResult:
         """MIR of all tokens so far, as a MIRResult.
@@ -164,7 +168,7 @@ class ModalityIntegrationRate(Metric):
     @property
     def held_bytes(self) -> int:
         """Memory allocated for the rows held back."""
-        return sum(layer.tokens[modality].held_bytes for layer in self._layers for modality in MODALITIES)
+        return sum(layer.held_bytes for layer in self._layers)
 
     def save(self, path: str | Path) -> None:
         """Write the whole state to one safetensors file, in one step: the old file or the new is there, never half."""
@@ -205,10 +209,11 @@ class ModalityIntegrationRate(Metric):
                 not isinstance(incoming_state, ModalityIntegrationRate)
                 or incoming_state.options.outliers != self.options.outliers
                 or incoming_state.options.groups != self.options.groups
+                or incoming_state.options.sinks != self.options.sinks
             ):
                 raise ValueError(
-                    f'incoming_state: takes a ModalityIntegrationRate with outliers="{self.options.outliers}" and '
-                    f"groups={self.options.groups}, got {incoming_state!r}"
+                    f'incoming_state: takes a ModalityIntegrationRate with outliers="{self.options.outliers}", '
+                    f'groups={self.options.groups} and sinks="{self.options.sinks}", got {incoming_state!r}'
                 )
             other = incoming_state
         else:

@@ -64,7 +64,7 @@ def gathered(
             merged.merge(part)
             if rank == present[0]:
                 for m in MODALITIES:
-                    merged.tokens[m].limits = part.tokens[m].limits
+                    merged.tokens[m].others.limits = part.tokens[m].limits
         result.append(merged)
     return result
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mir_kernels import _checks
@@ -105,6 +106,15 @@ class Capture:
         """(B, T) bool: the text tokens, padding left out. ValueError if a row has no image."""
         return self._roles_of_pass().masks()[1]
 
+    @property
+    def image_first(self) -> int:
+        """How many rows have a vision token as the first of their sequence, padding aside.
+
+        A decoder makes the first token an attention sink in nearly every case, whatever it is.
+        """
+        vision, _ = self._roles_of_pass().masks()
+        return int(vision.gather(-1, self._roles_of_pass().first.to(vision.device)).sum())
+
     def _roles_of_pass(self) -> _Roles:
         if self._roles is None:
             raise RuntimeError("capture: no forward pass of the model has been recorded in this block")
@@ -159,6 +169,7 @@ class _Roles:
         self._shape, self._text = shape, text
         self._vision_mask, self._text_mask = vision_mask, text_mask
         self._masks: tuple[Tensor, Tensor] | None = None
+        self.first = _first_kept(running, shape)  # (B, 1): the column of each row's first token
 
     def masks(self) -> tuple[Tensor, Tensor]:
         if self._masks is None:
@@ -184,6 +195,14 @@ class _Roles:
             return vision, running.given("text_mask", self._text_mask, self._shape).to(vision.device)
         text = ~vision & kept
         return vision, text & text_after_vision(vision) if self._text == "after" else text
+
+
+def _first_kept(running: ForwardPass, shape: tuple[int, int]) -> Tensor:
+    """(B, 1) int64: the first column that is no padding; 0 where nothing shows padding."""
+    mask = running.inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+        return torch.zeros(shape[0], 1, dtype=torch.int64)
+    return (mask[:, -shape[1] :] != 0).int().argmax(-1, keepdim=True)
 
 
 def _hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

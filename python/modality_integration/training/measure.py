@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modality_integration.metric.result import MIRResult
+from modality_integration.metric.sink_notes import image_first
 from modality_integration.metric.streaming import ModalityIntegrationRate
 from modality_integration.models.capture import capture as capturing
 from modality_integration.models.decoder import parameter_device, unwrap
@@ -35,12 +37,12 @@ def measure_mir(
     metric={"sync_on_compute": True} counts all processes' tokens instead, where each has a part of its own.
     The passes run in eval mode, without gradients, a cache and, where the model can do without, all logits but the
     last. Afterwards each module's own train mode, the random states of Python, numpy and torch, and on CUDA the cached
-    memory are as before. Enter autocast outside. Raises TypeError or ValueError for a probe that is none, and what
-    `capture` and the metric raise.
+    memory are as before. Enter autocast outside. Warns where the image is the first thing in a row, unless `metric` has
+    sinks="leave out". Raises TypeError or ValueError for a probe that is none, and what `capture` and the metric raise.
     """
     check_probe(probe)
     measured = ModalityIntegrationRate(**{"groups": 5, "sync_on_compute": False, **(metric or {})})
-    device, asked = parameter_device(model), lean_forward(model)
+    device, asked, first, rows = parameter_device(model), lean_forward(model), 0, 0
     with undisturbed(model), torch.no_grad(), capturing(model, **(capture or {})) as seen:
         for batch in probe:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -48,6 +50,9 @@ def measure_mir(
                 inputs = {name: value for name, value in inputs.items() if name != "labels"}
             model(**{**asked, **inputs})
             measured.update(seen.hidden_states, seen.vision_mask, seen.text_mask)
+            first, rows = first + seen.image_first, rows + len(seen.vision_mask)
+        if first and measured.options.sinks == "report":
+            warnings.warn(f"MIR: {image_first(first, rows)}", stacklevel=2)
         return measured.compute()
 
 

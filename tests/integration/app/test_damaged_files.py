@@ -155,8 +155,8 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_checkpoint_a
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"version": 3', '"version": true'),
-        ('"version": 3', '"version": 0'),
+        ('"version": 4', '"version": true'),
+        ('"version": 4', '"version": 0'),
         ('"mean": ', '"mean": NaN, "_": '),
         ('"mean": ', '"mean": "nan", "_": '),
         ('"trace_root": ', '"trace_root": 1e999, "_": '),
@@ -168,6 +168,9 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_checkpoint_a
         ('"layers": ', '"layers": {"0": 1}, "_": '),
         ('"notes": []', '"notes": "none"'),
         ('"left_out": null', '"left_out": [1.0, 2.0]'),
+        ('"without_sinks": null', '"without_sinks": 1.0'),
+        ('"massive": ', '"massive": {"vision": true, "text": 2}, "_": '),
+        ('"sink_positions": ', '"sink_positions": {"vision": {"first": 1}, "text": {}}, "_": '),
     ],
 )
 def test_a_damaged_result_is_refused_by_name(tmp_path, old, new):

@@ -94,7 +94,7 @@ def test_rows_counted_before_the_norms_moved_are_told_and_a_second_pass_is_exact
 
 def test_what_is_held_back_takes_the_memory_that_it_says_and_no_large_update_more():
     metric = fed([sample(0, tokens=2000)], hold=50)
-    buffers = sum(tokens._buffer.nbytes for stream in metric._layers for tokens in stream.tokens.values())
+    buffers = sum(tokens.others._buffer.nbytes for stream in metric._layers for tokens in stream.tokens.values())
     assert metric.held_bytes == buffers <= 2 * LAYERS * 50 * D * 4
 
 

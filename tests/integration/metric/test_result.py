@@ -67,7 +67,7 @@ def test_json_comes_back_as_it_was(made, tmp_path):
 def test_json_has_the_documented_keys():
     document = json.loads(result(LayerTerms(0.0, 1.0, 1.0, 1.0)).to_json())
     assert document["schema"] == "modality-integration-rate"
-    assert document["version"] == 3
+    assert document["version"] == 4
     assert document["mir"] == "-inf"
     assert document["lower"] is None
     assert set(document) == {
@@ -78,8 +78,11 @@ def test_json_has_the_documented_keys():
             "error",
             "lower",
             "upper",
+            "mir_without_sinks",
             "outliers",
             "normalize",
+            "sinks",
+            "sink_positions",
             "notes",
             "settings",
             "layers",
@@ -87,7 +90,7 @@ def test_json_has_the_documented_keys():
     }
     assert set(document["layers"][0]) == {
         *("layer", "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root", "root_lower", "root_upper"),
-        *("kept", "removed", "missed", "error", "left_out"),
+        *("kept", "removed", "missed", "massive", "error", "left_out", "without_sinks"),
     }
     assert document["layers"][0]["removed"] == {"vision": 1, "text": 0}
 
@@ -95,10 +98,15 @@ def test_json_has_the_documented_keys():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=4), "version 4 of the schema, this reader takes 3"),
-        (lambda d: d.update(version=2), "version 2 of the schema, this reader takes 3"),
-        (lambda d: d.update(version=True), "version True of the schema, this reader takes 3"),
+        (lambda d: d.update(version=5), "version 5 of the schema, this reader takes 4"),
+        (lambda d: d.update(version=3), "version 3 of the schema, this reader takes 4"),
+        (lambda d: d.update(version=True), "version True of the schema, this reader takes 4"),
         (lambda d: d.update(schema="other"), "is no MIR result"),
+        (lambda d: d.update(sinks="forget"), "incomplete.*sinks: takes one of"),
+        (lambda d: d["sink_positions"].update(vision={"-1": 2}), "incomplete.*sink_positions: takes counts"),
+        (lambda d: d["sink_positions"].update(vision={"1": -2}), "incomplete.*takes a number of tokens"),
+        (lambda d: d["layers"][0].update(massive={"vision": 1}), "incomplete.*text"),
+        (lambda d: d["layers"][0].update(without_sinks="nan"), "incomplete.*takes a finite number"),
         (lambda d: d["layers"][0].pop("mean"), "incomplete.*mean"),
         (lambda d: d.pop("layers"), "incomplete.*layers"),
         (lambda d: d.update(settings=["model"]), "incomplete.*settings: takes an object"),
