@@ -20,7 +20,7 @@ SAMPLES = 96
 def layer_covariances(layer: int) -> dict[str, tuple[Tensor, Tensor]]:
     """(vision, text) covariances, (d, d) float64: of all tokens, and without those that MIR's 3-sigma rule removes.
 
-    SmolLM2-135M with the demo's vision tower as it is before training, on the demo's images and unrelated prose.
+    SmolLM2-135M behind the demo's projector as it is before training, on held-out pictures and unrelated prose.
     layer: 1 to the number of decoder layers; the last is taken before the final norm.
     """
     demo.check_installed(DemoOptions())
@@ -30,7 +30,7 @@ def layer_covariances(layer: int) -> dict[str, tuple[Tensor, Tensor]]:
     with capture(model, last="raw") as seen:
         for sample in demo.probe_samples(demo.Pictures(0), SAMPLES, 0):
             prose = truncate(sample.text.content, processor.tokenizer, demo.TEXT_TOKENS)
-            model(**encode(processor, open_image(sample.image), prose, "plain"), use_cache=False)
+            model(**encode(processor, open_image(sample.image), prose, "chat"), use_cache=False)
             hidden = seen.hidden_states[layer - 1]
             found["vision"].append(hidden[seen.vision_mask])
             found["text"].append(hidden[seen.text_mask])

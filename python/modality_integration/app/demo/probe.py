@@ -1,0 +1,65 @@
+"""MIR of the demo's model: held-out pictures with unrelated prose."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from modality_integration.app.demo.pictures import KINDS, Pictures
+from modality_integration.app.options import TokenOptions
+from modality_integration.app.samples import Sample, Text, open_image, pair
+from modality_integration.app.stream import finish, stream
+from modality_integration.metric.result import MIRResult
+from modality_integration.metric.streaming import ModalityIntegrationRate
+
+TEXT_TOKENS = 64  # of prose, in every measured sample
+GROUPS = 5  # of samples, for the standard error
+
+
+def probe_samples(
+    pictures: Pictures,
+    count: int,
+    seed: int,
+    kinds: Sequence[str] = KINDS,
+    prose: Sequence[Text] | None = None,
+) -> list[Sample]:
+    """`count` held-out pictures of `kinds`, each with unrelated prose; None takes Python's language reference."""
+    images = [item.image for item in pictures.held_out(count, kinds)]
+    return pair(images, language_reference() if prose is None else prose, count, seed)
+
+
+def language_reference() -> list[Text]:
+    """Prose that every installation of Python carries: topics of its language reference, long ones."""
+    topics = pydoc_data.topics.topics
+    return [Text(name, " ".join(topics[name].split())) for name in sorted(topics) if len(topics[name]) > 600]
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    groups: int = GROUPS,
+    text_tokens: int = TEXT_TOKENS,
+    template: Literal["auto", "chat", "plain"] = "chat",
+    after_sample: Callable[[int], None] = lambda count: None,
+) -> MIRResult:
+    """MIR of the model as it is now, with a standard error from `groups` groups of samples and no proven interval."""
+    metric = ModalityIntegrationRate(bounds=False, groups=groups)
+    tokens = TokenOptions(text_tokens=text_tokens, template=template)
+    stream(model, processor, samples, metric, tokens, after_sample=after_sample)
+    result = finish(metric)
+    metric.reset()  # torchmetrics' objects refer to themselves: the covariances would stay until a garbage collection
+    return result
+
+
+def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
+    """images/ and prose.jsonl in `folder`, as `mir compute` takes them."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    with (folder / "prose.jsonl").open("w") as prose:
+        for index, sample in enumerate(samples):
+            open_image(sample.image).save(folder / "images" / f"{index:03d}.png")
+            prose.write(json.dumps({"text": sample.text.content}) + "\n")
