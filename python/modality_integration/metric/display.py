@@ -31,6 +31,10 @@ class Distances(Protocol):
     def without_sinks(self) -> list[float] | None:
         """The distance of each layer without attention sinks; None where none count."""
 
+    @property
+    def value_without_sinks(self) -> float | None:
+        """MIR without attention sinks."""
+
 
 def distance_columns(results: Mapping[str, Distances]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """For `layer_table`: a column of distances a result, MIR at the foot."""
@@ -76,7 +80,8 @@ def layer_curves(curves: Mapping[str, Distances], path: str | Path) -> Path:
         axes.plot(layers, on_log_axis(distances), marker="o", markersize=3, linewidth=1.5, color=color, label=name)
         if result.without_sinks is not None:
             bare = on_log_axis(result.without_sinks)
-            axes.plot(layers, bare, linewidth=0.8, linestyle="--", color=color, label=f"{name}, without sinks")
+            label = f"{name}, {result.value_without_sinks:.3f} without sinks"
+            axes.plot(layers, bare, linewidth=0.8, linestyle="--", color=color, label=label)
     if drawn:
         axes.set_yscale("log")
     axes.set_xlabel("decoder layer")

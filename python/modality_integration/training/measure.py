@@ -53,7 +53,9 @@ def measure_mir(
             first, rows = first + seen.image_first, rows + len(seen.vision_mask)
         if first and measured.options.sinks == "report":
             warnings.warn(f"MIR: {image_first(first, rows)}", stacklevel=2)
-        return measured.compute()
+        result = measured.compute()
+    measured.reset()  # torchmetrics' objects refer to themselves: the covariances would stay until a garbage collection
+    return result
 
 
 def check_probe(probe: Any) -> None:
