@@ -15,7 +15,7 @@ NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -typ
 # One at a time, whatever -j says: two benchmarks would time each other.
 .NOTPARALLEL: bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch
 
-.PHONY: help demo test test-slow test-gpu sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch study moca-training figures docs clean
+.PHONY: help demo test test-slow test-gpu sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch reproduce figures docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -88,14 +88,11 @@ bench-moca bench-moments bench-sqrtm bench-mir: bench-%: $(VENV)/.test ## one op
 bench-watch: $(VENV)/.test ## one benchmark an operation by pytest-benchmark, in a minute; BENCH passes options on to it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
 
-study: $(VENV)/.test ## the sample-count and normalisation studies on the demo's model, then the README's figures
-	$(BIN)/python benchmarks/study_demo.py
+reproduce: $(VENV)/.test ## the paper's claims in small, in less than an hour; stopped and started again, it goes on
+	$(BIN)/python benchmarks/reproduce.py
 	$(BIN)/python benchmarks/figures.py
 
-moca-training: $(VENV)/.test ## the demo's training with and without MoCa: loss and MIR of both, in one plot
-	$(BIN)/python benchmarks/moca_training.py
-
-figures: $(VENV)/.test ## plots and tables of the README from benchmarks/data/*.csv
+figures: $(VENV)/.test ## plots and tables of the README and of docs/reproduction.md from benchmarks/data/*.csv
 	$(BIN)/python benchmarks/figures.py
 
 docs: $(VENV)/.docs ## the pages of docs/ with the docstrings, as a site in site/; a broken link is an error

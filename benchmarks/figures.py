@@ -1,6 +1,7 @@
-"""The README's tables and plots, made from benchmarks/data/*.csv; `--check` fails where the README says otherwise.
+"""Tables and plots of README.md and docs/reproduction.md, made from benchmarks/data/*.csv.
 
-A table stands in README.md between `<!-- table NAME -->` and `<!-- end -->`, NAME being a CSV in benchmarks/data/.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, NAME being a CSV in benchmarks/data/. `--check` fails
+where a page says otherwise.
 """
 
 from __future__ import annotations
@@ -11,35 +12,33 @@ import sys
 from pathlib import Path
 
 import harness
+import reproduce_figures
+import reproduce_tables
+from modality_integration.app import study
 
 ROOT = Path(__file__).parent.parent
-REQUIRED = {"study_samples", "moca_cpu", "moments_cpu", "sqrtm_cpu", "mir_cpu", "stream_memory"}  # README's tables
+# Page -> where benchmarks/data is seen from there, and the tables that it must have.
+PAGES = {
+    "README.md": ("benchmarks/data", {"moca_cpu", "moments_cpu", "sqrtm_cpu", "mir_cpu", "stream_memory"}),
+    "docs/reproduction.md": ("../benchmarks/data", {f"reproduce_{name}" for name in reproduce_tables.EXPERIMENTS}),
+}
 BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(path: Path) -> str:
-    """One CSV as a Markdown table, device and versions below it."""
+def table(path: Path, folder: str) -> str:
+    """One CSV as a Markdown table, device and versions below it; `folder` leads to it from the page."""
     rows = harness.read_csv(path)
-    if path.stem.startswith("study_"):
-        lines = study_lines(rows)
+    if path.stem.startswith("reproduce_"):
+        lines = reproduce_tables.lines(path.stem.removeprefix("reproduce_"), study.read(path))
     else:
         lines = memory_lines(rows) if path.stem == "stream_memory" else benchmark_lines(rows)
     one = rows[0]
     lines.append("")
     lines.append(
-        f"[{path.name}](benchmarks/data/{path.name}): {one['device']}, {one['threads']} "
+        f"[{path.name}]({folder}/{path.name}): {one['device']}, {one['threads']} "
         f"thread{'s' * (one['threads'] != '1')}, torch {one['torch']}, Python {one['python']}, commit {one['commit']}."
     )
     return "\n".join(lines) + "\n"
-
-
-def study_lines(rows: list[dict]) -> list[str]:
-    """The study of the sample count: tokens, MIR, and its standard error."""
-    lines = ["| samples | vision tokens | text tokens | MIR |", "| ---: | ---: | ---: | ---: |"]
-    for row in rows:
-        value = f"{float(row['mir']):.3f} +- {row['error']:.3f}"
-        lines.append(f"| {row['samples']} | {row['vision_tokens']} | {row['text_tokens']} | {value} |")
-    return lines
 
 
 def memory_lines(rows: list[dict]) -> list[str]:
@@ -76,9 +75,9 @@ def benchmark_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
-def rendered(readme: str) -> str:
-    """The README with every table replaced by what its CSV says now."""
-    return BLOCK.sub(lambda m: m[1] + table(harness.DATA / f"{m['name']}.csv") + m[3], readme)
+def rendered(page: str, folder: str) -> str:
+    """A page with every table replaced by what its CSV says now."""
+    return BLOCK.sub(lambda m: m[1] + table(harness.DATA / f"{m['name']}.csv", folder) + m[3], page)
 
 
 def plot_iterations(source: Path, target: Path) -> None:
@@ -118,40 +117,35 @@ def plot_iterations(source: Path, target: Path) -> None:
     figure.savefig(target, dpi=130)
 
 
-def plot_studies() -> None:
-    """Each study's CSV as the picture beside it."""
-    from modality_integration.app import report, study
-
-    for source in sorted(harness.DATA.glob("study_*.csv")):
-        report.plot_study(source.stem.removeprefix("study_"), study.read(source), source.with_suffix(".png"))
-
-
-def plot_moca_training() -> None:
-    """Loss and MIR of the trainings with and without MoCa."""
-    import moca_training
-
-    source = harness.DATA / f"{moca_training.NAME}.csv"
-    moca_training.plot(source, source.with_suffix(".png"))
+def plot_reproduction() -> None:
+    """Each experiment's CSV as the picture beside it."""
+    for source in sorted(harness.DATA.glob("reproduce_*.csv")):
+        name = source.stem.removeprefix("reproduce_")
+        reproduce_figures.plot(name, study.read(source), source.with_suffix(".png"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README and a CSV differ")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page and a CSV differ")
     flags = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = rendered(before)
-    if missing := sorted(REQUIRED - {block["name"] for block in BLOCK.finditer(before)}):
-        print(f"README.md: no `<!-- table NAME -->` of {', '.join(missing)}")
-        return 1
-    if flags.check:
+    differing = []
+    for name, (folder, required) in PAGES.items():
+        path = ROOT / name
+        before = path.read_text()
+        if missing := sorted(required - {block["name"] for block in BLOCK.finditer(before)}):
+            print(f"{name}: no `<!-- table NAME -->` of {', '.join(missing)}")
+            return 1
+        after = rendered(before, folder)
         if after != before:
-            print("README.md: a table differs from its CSV; run `make figures`")
-        return int(after != before)
-    path.write_text(after)
+            differing.append(name)
+        if not flags.check:
+            path.write_text(after)
+    if flags.check:
+        for name in differing:
+            print(f"{name}: a table differs from its CSV; run `make figures`")
+        return int(bool(differing))
     plot_iterations(harness.DATA / "sqrtm_iterations.csv", harness.DATA / "sqrtm_iterations.png")
-    plot_studies()
-    plot_moca_training()
+    plot_reproduction()
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 FIGURES = "## Figures\n"
@@ -25,6 +26,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(ROOT.glob("benchmarks/data/*")):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """docs/ links to the figures where the repository has them; the site has them beside its pages."""
+    return markdown.replace("](../benchmarks/data/", "](benchmarks/data/")
 
 
 def _link(link: re.Match) -> str:

@@ -2,8 +2,6 @@
 
 import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from integration.saved_models import save_tiny_llama, save_tiny_llava, write_images, write_texts
+from integration.saved_models import save_tiny_llava, write_images, write_texts
 from modality_integration import ModalityIntegrationRate
 from modality_integration.app import compute, loading, study
 from modality_integration.app.cli import main
@@ -20,7 +18,6 @@ from modality_integration.app.options import ComputeOptions, TokenOptions
 from modality_integration.app.samples import choose
 from modality_integration.app.stream import stream
 
-ROOT = Path(__file__).parents[3]
 CHAT = (
     "{% for m in messages %}USER: {% for c in m.content %}"
     "{{ '<image>' if c.type == 'image' else c.text }} {% endfor %}{% endfor %}"
@@ -221,17 +218,3 @@ def test_the_command_prints_the_table_and_names_the_files(options):
         assert f"{row['mir']:.4f}" in outcome.output
     assert "wrote study_samples.csv and study_samples.png" in outcome.output
     assert CliRunner().invoke(main, [*words[:2], "numbers", *words[3:]]).exit_code == 2
-
-
-def test_the_study_of_the_readme_runs_small_and_says_where(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("skimage")
-    llama = save_tiny_llama(tmp_path / "llama")
-    command = [sys.executable, "benchmarks/study_demo.py", "--steps", "1", "--samples", "6", "--groups", "3"]
-    command += ["--language-model", str(llama), "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = study.read(tmp_path / "study_samples.csv")
-    assert [row["samples"] for row in rows] == [5, 6]
-    assert all(row["error"] > 0 and row["torch"] and row["commit"] for row in rows)
-    assert len(study.read(tmp_path / "study_normalization.csv")) == 3
