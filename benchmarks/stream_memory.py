@@ -71,7 +71,7 @@ def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
             gathered += waiting
             triangles += moments.memory_bytes - waiting
         for tokens in layer.tokens.values():
-            norms += tokens.norms.nbytes + tokens.count()  # and a byte for the group of each
+            norms += tokens.others.norms.nbytes + tokens.others.count()  # and a byte for the group of each
     return {
         TRIANGLES: triangles / 1e6,
         GATHERED: gathered / 1e6,

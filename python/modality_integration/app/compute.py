@@ -121,7 +121,7 @@ def _stream_pass(
 
         model, processor, _ = loaded
         first = stream(model, processor, samples, metric, options, start=passage.done, after_sample=after_sample)
-    if first and options.sinks == "report":
+    if first and passage.number == 1 and options.sinks == "report":
         show_notes([image_first(first, len(samples) - passage.done)], console)
 
 

@@ -128,13 +128,13 @@ class LayerAccumulator:
             for modality, tokens in self.tokens.items()
             if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(self.final_limits[modality])
         ]
-        without_sinks, known = self._pair_without_sinks()
+        without_sinks, known, on_sinks = self._without_sinks()
         return CountedTokens(
             self.pair(decisions, self.moments, self.text_norm_sums(self.options.sinks == "report").sum()),
             kept={m: decisions[m].kept for m in MODALITIES},
             removed={m: decisions[m].removed for m in MODALITIES},
             missed={m: decisions[m].missed for m in MODALITIES},
-            notes=notes + self._notes_on_sinks(),
+            notes=notes + on_sinks,
             sinks={m: self.tokens[m].massive() for m in MODALITIES},
             sink_positions={m: self.tokens[m].sinks.where() for m in MODALITIES},
             without_sinks=without_sinks,
@@ -143,7 +143,7 @@ class LayerAccumulator:
 
     def leave_group_out(self) -> WithoutGroup | None:
         """For the standard error; None where the tokens are of one group."""
-        groups = sorted({group for m in MODALITIES for group in self.tokens[m].others.groups})
+        groups = sorted({group for m in MODALITIES for group in self.tokens[m].groups})
         return WithoutGroup(self, groups) if len(groups) > 1 else None
 
     def text_norm_sums(self, sinks: bool) -> Tensor:
@@ -256,25 +256,34 @@ class LayerAccumulator:
                 if value.is_floating_point() and not bool(value.isfinite().all()):
                     raise ValueError(f"{prefix_of(slot)}{name}: takes finite numbers")
 
-    def _pair_without_sinks(self) -> tuple[GaussianPair | None, bool]:
-        """What the distance would be computed of without any sink, None if there is none; and whether that is known."""
-        sinks = [self.tokens[m].sinks for m in MODALITIES]
-        if self.options.sinks != "report" or not any(map(len, sinks)):
-            return None, True
-        if any(store.beyond for store in sinks) or any(self.tokens[m].others.count() < 2 for m in MODALITIES):
-            return None, False
-        decisions = {m: self.tokens[m].decide(sinks=False) for m in MODALITIES}
-        if any(decision.kept < 2 for decision in decisions.values()):
-            return None, False
-        return self.pair(decisions, self.moments, self.text_norm_sums(False).sum()), True
-
-    def _notes_on_sinks(self) -> list[str]:
-        return [
+    def _without_sinks(self) -> tuple[GaussianPair | None, bool, list[str]]:
+        """What the distance would be computed of without any sink, None if there is none; whether that is known; and
+        what to say of it.
+        """
+        stores = {m: self.tokens[m].sinks for m in MODALITIES}
+        if self.options.sinks != "report" or not any(map(len, stores.values())):
+            return None, True, []
+        notes = [
             f"layer {self.layer}, {modality}: {len(store) + store.beyond} tokens are attention sinks, more than are "
             f'held apart ({store.hold}), so the distance without them is not known; sinks="leave out" gives it'
-            for modality, store in ((m, self.tokens[m].sinks) for m in MODALITIES)
+            for modality, store in stores.items()
             if store.beyond
         ]
+        text_norms = self.text_norm_sums(False).sum()
+        no_alpha = self.options.normalize and text_norms.item() == 0.0
+        if notes or no_alpha or any(self.tokens[m].others.count() < 2 for m in MODALITIES):
+            return None, False, notes
+        decisions = {m: self.tokens[m].decide(sinks=False) for m in MODALITIES}
+        if any(decision.kept < 2 for decision in decisions.values()):
+            return None, False, []
+        notes = [
+            f"layer {self.layer}, {modality}: the distance without attention sinks has {_tokens(decision.missed)} on "
+            "the wrong side of the outlier limits without them, counted or dropped as the stream passed: a larger "
+            'hold, or sinks="leave out" with a second pass, makes this exact'
+            for modality, decision in decisions.items()
+            if decision.missed
+        ]
+        return self.pair(decisions, self.moments, text_norms), True, notes
 
     def _slot(self, slot: Slot) -> StreamingMoments:
         if slot not in self.moments:
@@ -343,6 +352,10 @@ def _named(name: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name.rstrip('.')}: {error}") from error
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
 
 
 def _order(entry: tuple[Slot, StreamingMoments]) -> Slot:

@@ -50,13 +50,15 @@ class FeatureLayer:
             return replace(counted, sinks=massive, sink_positions=positions)
         counted, outliers = self._counted(features)
         massive = {m: int((marks.massive & ~outliers[m]).sum()) for m, marks in self.marks.items()}
-        without = self._counted(bare)[0].pair if all(len(part) > 1 for part in bare.values()) else None
+        enough = all(len(part) > 1 for part in bare.values())
+        known = enough and (not self.options.normalize or bool(bare["text"].any()))  # else no alpha without them
+        without = self._counted(bare)[0].pair if known else None
         return replace(
             counted,
             sinks=massive,
             sink_positions=positions,
             without_sinks=without,
-            sinks_known=without is not None,
+            sinks_known=known,
         )
 
     def _counted(self, features: Mapping[str, Tensor]) -> tuple[CountedTokens, dict[str, Tensor]]:
@@ -90,10 +92,14 @@ class FeatureLayer:
         _checks.same_device(f"vision, layer {layer}", vision, "text", text)
 
     def norms(self) -> Tensor:
-        """Float32 norms of vision and then text tokens, on the CPU."""
-        return torch.cat(
-            [token_norms(self.features[m].detach(), backend=self.options.backend) for m in MODALITIES]
-        ).cpu()
+        """Float32 norms of vision and then text tokens, on the CPU. ValueError that names a token that is not finite:
+        one that overflowed would pass for a sink.
+        """
+        norms = torch.cat([token_norms(self.features[m].detach(), backend=self.options.backend) for m in MODALITIES])
+        norms = norms.cpu()
+        for modality, part in zip(MODALITIES, norms.split([len(self.features[m]) for m in MODALITIES]), strict=True):
+            require_finite(part, self.layer, modality, lambda index: index)
+        return norms
 
     def concentrated(self, places: Tensor) -> Tensor:
         """Bool (n,): of the tokens at places (n, 1) in `norms`."""

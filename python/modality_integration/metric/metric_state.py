@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks
+from modality_integration.metric import MODALITIES
 from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.options import MetricOptions
 
@@ -93,6 +94,12 @@ def _layer(
     groups, held = state["text_norms"].numel(), state["vision.held"]
     if groups != max(options.groups, 1):
         raise ValueError(f"was gathered in {groups} groups, takes groups={options.groups}")
+    for modality in MODALITIES:
+        rows, norms = (state.get(f"{modality}.sinks.{name}") for name in ("held", "norms"))
+        if not isinstance(rows, Tensor) or not isinstance(norms, Tensor) or norms.numel() == 0:
+            continue
+        if (rows.numel() > 0) != (options.sinks == "report"):
+            raise ValueError(f'was gathered with another handling of attention sinks than sinks="{options.sinks}"')
     _checks.tokens(f"layers.{k}.vision.held", held)
     layer = LayerAccumulator(k + 1, held.shape[-1], held.dtype, device, options)
     try:

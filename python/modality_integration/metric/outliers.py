@@ -96,6 +96,7 @@ class Decision(NamedTuple):
     rows: the held rows that are kept, (h, d): to be counted beside what was released before.
     kept, removed: how many of all tokens are counted and left out.
     missed: how many of the counted tokens lie beyond the limits: they had been released when the limits were others.
+    With limits other than those given from outside, also how many lie within that had been dropped on arrival.
     """
 
     rows: Tensor
@@ -194,6 +195,8 @@ class OnePass:
         rows = _take(self._rows(), keep)
         kept = int(keep.sum()) + len(released.norms)
         missed = int((~limits.keep(released.norms)).sum())
+        if self._dropped and limits != self.limits:
+            missed += int(limits.keep(Marks.cat(self._dropped).norms).sum())
         return Decision(rows, kept, len(seen.norms) - kept, missed)
 
     @torch.inference_mode(False)
@@ -237,15 +240,14 @@ class OnePass:
     def _release(self, rows: Tensor, marks: Marks) -> Released:
         """Takes in rows that are too many for the buffer and gives out the least extreme of all."""
         marks = Marks.cat([*self._held, marks])
-        center = (
-            torch.cat([*(part.norms for part in self._released), marks.norms]).median().item()
-            if self.limits is None
-            else 0.0
-        )
+        if self.limits is None:
+            center = torch.cat([*(part.norms for part in self._released), marks.norms]).median().item()
+        else:
+            center = self.limits.center
         # Stable, so that equal norms are released in the order they came in, on every machine.
         order = torch.argsort((marks.norms.double() - center).abs(), stable=True)
         released = torch.ones(len(order), dtype=torch.bool)
-        if self.limits is None:
+        if self.limits != KEEP_ALL:  # under given limits too: `decide` may be asked for narrower ones
             released[order[len(order) - self.hold // 2 :]] = False
         parts, split = (self._rows() if self.held else rows[:0], rows), (self.held, len(rows))
         out, stay = (

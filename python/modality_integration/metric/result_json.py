@@ -59,6 +59,8 @@ def fields(document: dict[str, Any]) -> dict[str, Any]:
     without_sinks = [layer["without_sinks"] for layer in layers]
     if without_sinks.count(None) not in (0, len(layers)):
         raise ValueError("without_sinks: takes a number in every layer, or null in every layer")
+    if any(isinstance(distance, int | float) and distance < 0 for distance in without_sinks):
+        raise ValueError("without_sinks: takes distances, got one below 0")
     left_out: list[Any] = [layer["left_out"] for layer in layers]
     if left_out.count(None) not in (0, len(left_out)) or len({len(values or ()) for values in left_out}) > 1:
         raise ValueError("left_out: takes as many numbers in every layer")

@@ -46,6 +46,8 @@ def massive_tokens(
     each modality. concentrated_at(k, places): `concentrated` for layer k's tokens at places (n, ...) of (..., T); few
     tokens have a norm that large, and only those are looked at again.
     """
+    if norms.numel() == 0:  # sequences of no token have no median
+        return None
     none = torch.zeros(norms.shape[1:], dtype=torch.bool)
     counted = torch.stack([none, *masks.values()]).any(0)
     median = norms.masked_fill(~counted, torch.nan).nanmedian(dim=-1, keepdim=True).values
@@ -152,7 +154,8 @@ class SinkTokens:
 
     def merge(self, other: SinkTokens) -> None:
         """Take over what another store of the same layer and modality holds; may exceed `hold` afterwards."""
-        self.rows = torch.cat([self.rows.to(other.rows.device), other.rows])
+        if len(other.rows):  # those of a store without any lie on the CPU, wherever the others are
+            self.rows = torch.cat([self.rows.to(other.rows.device), other.rows])
         for name in self._FIELDS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         self.beyond += other.beyond
@@ -248,6 +251,12 @@ class ModalityTokens:
         kept, rows = int(keep.sum()), self.sinks.rows[sent(keep, self.sinks.rows.device)]
         rows = torch.cat([decision.rows.to(rows.device), rows])
         return Decision(rows, decision.kept + kept, decision.removed + seen - kept, decision.missed)
+
+    @property
+    def groups(self) -> list[int]:
+        """The groups of which there are tokens that may count, in order."""
+        apart = self.sinks.groups.unique().tolist() if self.counts_sinks else []
+        return sorted({*self.others.groups, *apart})
 
     def massive(self) -> int:
         """How many tokens that are massive in this layer are counted; where sinks are left out, how many were."""

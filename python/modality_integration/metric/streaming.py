@@ -178,7 +178,7 @@ class ModalityIntegrationRate(Metric):
         """Take over, in place, the state that `save` wrote; goes on with the same bits. Gives the metric itself.
 
         ValueError if the file is none of ours, has changed since it was written, or was gathered with another outlier
-        rule or other groups; then nothing changes.
+        rule, other groups or another handling of sinks; then nothing changes.
         """
         try:
             self.load_state_dict(state_file.read(path))

@@ -24,16 +24,20 @@ def gathered(
     ValueError, on every process alike, where the processes' layers do not match.
     """
     places = slots(options)
-    # One row a layer: d, dtype, and whether each slot has an accumulator yet.
+    # One row a layer: d, dtype, and whether each slot has an accumulator yet; before them one of the settings.
     about = [
         [layer.hidden_size, FLOATS.index(layer.dtype), *(int(slot in layer.moments) for slot in places)]
         for layer in layers
     ]
-    rows = torch.tensor(about, dtype=torch.int64, device=device).reshape(-1, 2 + len(places))
+    settings = [int(options.sinks == "leave out"), *[0] * (1 + len(places))]
+    rows = torch.tensor([settings, *about], dtype=torch.int64, device=device)
     everyone = [rows.cpu() for rows in gather(rows)]
     for rank, rows in enumerate(everyone):
         if rows.shape[1] != 2 + len(places):
             raise ValueError(f"groups: takes the same number on all processes, process {rank} has another one")
+        if rows[0, 0] != everyone[0][0, 0]:
+            raise ValueError(f"sinks: takes the same setting on all processes, process {rank} has another one")
+    everyone = [rows[1:] for rows in everyone]
     present = [rank for rank, rows in enumerate(everyone) if len(rows)]
     if not present:
         return []

@@ -9,6 +9,7 @@ import torch
 from torch import distributed
 
 from integration.metric.streams import D, sample
+from integration.metric.test_sinks import sample as sink_sample
 from modality_integration import ModalityIntegrationRate
 from modality_integration.metric.streaming import _transport_device
 
@@ -91,6 +92,18 @@ def mismatch(rank):
     return {"error": refusal(metric)}
 
 
+def with_sinks(rank, *, on=(0, 1), only=(0, 1), **options):
+    """Samples rank, rank + 2, ... on the processes in `only`, with sinks on those in `on`."""
+    metric = ModalityIntegrationRate(precision="exact", outliers="none", **options)
+    for seed in range(rank, SAMPLES, 2) if rank in only else []:
+        metric.update(*sink_sample(seed, sink=rank in on, dtype=torch.bfloat16))
+    return {"first": answer_of(metric)}
+
+
+def odd_sinks(rank):
+    return {"error": refusal(ModalityIntegrationRate() if rank else fed([rank], sinks="leave out"))}
+
+
 def refusal(metric):
     try:
         metric.compute()
@@ -111,6 +124,12 @@ SCENARIOS = {
     "by hand": by_hand,
     "nobody": nobody,
     "mismatch": mismatch,
+    "sinks on both": with_sinks,
+    "sinks on both, left out": lambda rank: with_sinks(rank, sinks="leave out"),
+    "sinks on one": lambda rank: with_sinks(rank, on=(1,)),
+    "sinks on one, nothing on the other": lambda rank: with_sinks(rank, only=(1,)),
+    "sinks on both, little held": lambda rank: with_sinks(rank, hold=2),
+    "sinks that differ": odd_sinks,
 }
 
 
@@ -184,6 +203,36 @@ def test_layers_that_do_not_match_are_refused_on_every_process(two_processes):
         assert "processes 0 and 1 have different layers" in answer["error"]
         assert "(24, 'float32')" in answer["error"]
         assert "(20, 'float32')" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "on", "only", "options"),
+    [
+        ("sinks on both", (0, 1), (0, 1), {}),
+        ("sinks on both, left out", (0, 1), (0, 1), {"sinks": "leave out"}),
+        ("sinks on one", (1,), (0, 1), {}),
+        ("sinks on one, nothing on the other", (1,), (1,), {}),
+        ("sinks on both, little held", (0, 1), (0, 1), {"hold": 2}),
+    ],
+)
+def test_sinks_are_those_of_all_processes(two_processes, scenario, on, only, options):
+    answers = two_processes(scenario)
+    metric = ModalityIntegrationRate(precision="exact", outliers="none", **options)
+    for seed in range(SAMPLES):
+        if seed % 2 in only:
+            metric.update(*sink_sample(seed, sink=seed % 2 in on, dtype=torch.bfloat16))
+    expected = answer_of(metric)
+    assert_same(answers, "first", expected)
+    assert answers[0]["first"]["sink_positions"] == expected["sink_positions"]
+    for got, want in zip(answers[0]["first"]["layers"], expected["layers"], strict=True):
+        assert got["massive"] == want["massive"]
+        if want["without_sinks"] is not None:
+            assert got["without_sinks"] == pytest.approx(want["without_sinks"], rel=1e-9)
+
+
+def test_processes_that_handle_sinks_otherwise_are_refused(two_processes):
+    for answer in two_processes("sinks that differ"):
+        assert "sinks: takes the same setting on all processes, process 1 has another" in answer["error"]
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_json_has_the_documented_keys():
         (lambda d: d["sink_positions"].update(vision={"-1": 2}), "incomplete.*sink_positions: takes counts"),
         (lambda d: d["sink_positions"].update(vision={"1": -2}), "incomplete.*takes a number of tokens"),
         (lambda d: d["layers"][0].update(massive={"vision": 1}), "incomplete.*text"),
+        (lambda d: d["layers"][0].update(without_sinks=-0.5), "incomplete.*takes distances, got one below 0"),
         (lambda d: d["layers"][0].update(without_sinks="nan"), "incomplete.*takes a finite number"),
         (lambda d: d["layers"][0].pop("mean"), "incomplete.*mean"),
         (lambda d: d.pop("layers"), "incomplete.*layers"),

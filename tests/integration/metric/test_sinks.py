@@ -219,6 +219,37 @@ def test_a_second_pass_with_sinks_is_exact():
     assert second.compute().per_layer == pytest.approx(exact.per_layer, rel=1e-9)
 
 
+def twice(samples, hold):
+    """The result of a second pass, and what leaving out the sinks gives."""
+    second = fed(samples, hold=hold).second_pass()
+    for one in samples:
+        second.update(*one)
+    return second.compute(), fed(samples, sinks="leave out", hold=10_000).compute()
+
+
+def test_a_second_pass_knows_the_distance_without_sinks_too():
+    samples = [sample(seed) for seed in range(30)]
+    for hidden, _, _ in samples[1::6]:  # outliers beside the sinks, within the limits that the sinks widen
+        for states in hidden:
+            states[0, 4] *= 4
+    result, expected = twice(samples, hold=70)
+    assert result.without_sinks == pytest.approx(expected.per_layer, rel=1e-9)
+    assert not any("wrong side" in note for note in result.notes)
+
+
+def test_what_the_distance_without_sinks_lacks_in_a_second_pass_is_said():
+    samples = [sample(seed, sink=seed % 2 == 0) for seed in range(100)]
+    for hidden, _, _ in samples:  # more outliers than are held
+        hidden[1][0, 4] *= 10
+    result, expected = twice(samples, hold=2)
+    assert result.without_sinks[1] > 1.1 * expected.per_layer[1]
+    assert any("layer 2, vision: the distance without attention sinks has" in note for note in result.notes)
+    # A token of layer 1 beyond the limits of all norms, and within those of all norms but the sinks'.
+    result, expected = twice([sample(seed) for seed in range(30)], hold=70)
+    assert result.without_sinks[0] != pytest.approx(expected.per_layer[0], rel=1e-4)
+    assert any("layer 1, vision: the distance without attention sinks has 1 token" in note for note in result.notes)
+
+
 def test_batches_and_single_samples_find_the_same_sinks():
     batch = [torch.cat([one[0][k] for one in WITH]) for k in range(LAYERS)]
     vision, text = (torch.cat([one[i] for one in WITH]) for i in (1, 2))
@@ -245,3 +276,71 @@ def test_a_result_with_sinks_survives_json_shows_and_draws_them(tmp_path):
 def test_an_unknown_handling_is_refused():
     with pytest.raises(ValueError, match=r"sinks: takes one of \('report', 'leave out'\), got 'ignore'"):
         ModalityIntegrationRate(sinks="ignore")
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, TOKENS), (0,)])
+def test_a_pass_without_tokens_adds_nothing(shape):
+    metric = fed(WITH)
+    nothing = torch.zeros(shape, dtype=torch.bool)
+    metric.update([torch.zeros(*shape, WIDTH)] * LAYERS, nothing, nothing)
+    assert metric.compute() == fed(WITH).compute()
+
+
+def features(count=40):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(count, WIDTH, generator=generator) for _ in range(LAYERS)]
+
+
+@pytest.mark.parametrize("sinks", ["report", "leave out"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("token", [0, 5])
+def test_a_token_that_is_not_finite_is_no_sink_and_named_by_its_own_index(sinks, bad, token):
+    vision, text = features(), features()
+    vision[2][0, CHANNELS] = 1e4
+    vision[1][token, 3] = bad
+    with pytest.raises(ValueError, match=f"layer 2: vision token {token} is not finite"):
+        mir(vision, text, sinks=sinks)
+
+
+def zero_text(seed):
+    """A sample in which the only text token that is not zero is a sink."""
+    hidden, vision, text = sample(seed, sink=False)
+    text[0, 20:] = False
+    for states in hidden:
+        states[text] = 0.0
+        states[0, 14, CHANNELS] = 1e4
+    return hidden, vision, text
+
+
+def test_text_of_nothing_but_sinks_has_its_value_and_none_without_them():
+    samples = [zero_text(seed) for seed in range(5)]
+    streamed = fed(samples, outliers="none").compute()
+    hidden = [torch.cat([one[0][k] for one in samples]) for k in range(LAYERS)]
+    vision, text = (torch.cat([one[i] for one in samples]) for i in (1, 2))
+    whole = mir([h[vision] for h in hidden], [h[text] for h in hidden], outliers="none")
+    for result in (streamed, whole):
+        assert result.massive["text"] == [5] * LAYERS
+        assert result.without_sinks is None
+    assert whole.per_layer == pytest.approx(streamed.per_layer, rel=1e-9)
+    with pytest.raises(ValueError, match="every text token is zero"):
+        fed(samples, outliers="none", sinks="leave out").compute()
+
+
+def test_a_group_of_samples_with_nothing_but_sinks_is_left_out_in_its_turn():
+    hidden, vision, text = sample(100, sink=False)
+    for k, states in enumerate(hidden):
+        start = 14 * (k % 2)  # the image in one layer, the text in the next
+        states[0, start : start + 12 + 4 * (k % 2), CHANNELS] += 2000.0
+    vision[0, 12:14] = False
+    few = text.clone()
+    few[0, 14:], few[0, 26:] = False, True
+    samples = [sample(seed, sink=False) for seed in range(2)]
+    metric = fed([*samples, (hidden, vision, text)], groups=3, outliers="none")
+    assert len(metric.compute().left_out[0]) == 3
+
+
+@pytest.mark.parametrize(("gathered", "asked"), [("report", "leave out"), ("leave out", "report")])
+def test_a_state_gathered_with_the_other_handling_is_refused_in_words(tmp_path, gathered, asked):
+    fed(WITH, sinks=gathered).save(tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match=f'gathered with another handling of attention sinks than sinks="{asked}"'):
+        ModalityIntegrationRate.from_file(tmp_path / "state.safetensors", sinks=asked)
