@@ -88,7 +88,7 @@ bench-moca bench-moments bench-sqrtm bench-mir: bench-%: $(VENV)/.test ## one op
 bench-watch: $(VENV)/.test ## one benchmark an operation by pytest-benchmark, in a minute; BENCH passes options on to it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
 
-reproduce: $(VENV)/.test ## the paper's claims in small, in less than an hour; stopped and started again, it goes on
+reproduce: $(VENV)/.test ## the paper's claims in small, in about an hour; stopped and started again, it goes on
 	$(BIN)/python benchmarks/reproduce.py
 	$(BIN)/python benchmarks/figures.py
 

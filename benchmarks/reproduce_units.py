@@ -125,7 +125,7 @@ class Workshop:
             samples = self.samples(count, prose(), demo.Pictures(self.scale.seeds[0]))
             return list(study.rows_of(name, subject, {("demo", "reference"): samples}))
 
-        return self.unit(f"study-{name}", {"count": count, **self._measured()}, work)
+        return self.unit(f"study-{name}", {"count": count, "seed": self.scale.seeds[0], **self._measured()}, work)
 
     def measure(self, name: str, kinds: Sequence[str], texts: Sequence[Text], template: str) -> Row:
         """MIR of the trained model on pictures of some kinds with some prose."""
@@ -135,7 +135,8 @@ class Workshop:
             samples = self.samples(self.scale.samples, texts, demo.Pictures(self.scale.seeds[0]), kinds)
             return values(demo.measure(model, processor, samples, groups=self.scale.groups, template=template))
 
-        return self.unit(f"measure-{name}", {"kinds": list(kinds), "template": template, **self._measured()}, work)
+        depends = {"kinds": list(kinds), "template": template, "seed": self.scale.seeds[0], **self._measured()}
+        return self.unit(f"measure-{name}", depends, work)
 
     def samples(
         self, count: int, texts: Sequence[Text], pictures: demo.Pictures, kinds: Sequence[str] = demo.KINDS
@@ -147,6 +148,8 @@ class Workshop:
     def trained(self) -> tuple[Any, Any]:
         """The model after the largest training of the first seed, and its processor."""
         training = Training(images=self.scale.images[-1], seed=self.scale.seeds[0], curve=True)
+        if not self._weights(training).exists():  # lost, or never kept: what is said of the training goes with them
+            (self.folder / f"{training.name}.json").unlink(missing_ok=True)
         self.train(training)
         model, processor = self._build(training)
         model.model.multi_modal_projector.load_state_dict(load_file(self._weights(training)))
