@@ -7,7 +7,6 @@ loss on held-out captions for the benchmarks. What comes out is written down, wh
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -98,18 +97,9 @@ def main() -> None:
     for name in flags.only:
         rows = list(EXPERIMENTS[name](shop))
         table = flags.out / f"reproduce_{name}.csv"
-        with table.open("w", newline="") as file:
-            environment = harness.environment_columns()
-            writer = csv.DictWriter(file, [*rows[0], *environment])
-            writer.writeheader()
-            writer.writerows({key: written(value) for key, value in {**row, **environment}.items()} for row in rows)
+        study.write_rows(table, rows, harness.environment_columns())
         reproduce_figures.plot(name, study.read(table), table.with_suffix(".png"))
         console.print(f"wrote {table}", highlight=False, soft_wrap=True)
-
-
-def written(value: object) -> object:
-    """A cell: six digits of a number that has more."""
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
 
 
 if __name__ == "__main__":

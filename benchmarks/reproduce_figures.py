@@ -9,9 +9,16 @@ from typing import Any
 
 from modality_integration.app import report
 from modality_integration.metric import display
-from reproduce_tables import WORDS
+from reproduce_tables import COMPARED, WORDS
 
 Row = dict[str, Any]
+
+LABELS = {
+    "training": "training step",
+    "data": "captioned pictures, each seen once",
+    "projector": "projector",
+    "moca": "MoCa",
+}
 
 
 def plot(name: str, rows: Sequence[Row], path: Path) -> Path:
@@ -20,62 +27,36 @@ def plot(name: str, rows: Sequence[Row], path: Path) -> Path:
         return report.plot_study(name, rows, path)
     if name == "content":
         return _cells(rows, path)
-    if name == "training":
-        return _curves(rows, "step", "training step", path)
-    if name == "data":
-        return _curves(rows, "images", "captioned pictures, each seen once", path, log=True)
-    labels = {"projector": "projector", "moca": "MoCa"}
-    return _groups(rows, name, labels[name], path)
+    key, _ = COMPARED[name]
+    return _runs(rows, key, LABELS[name], path)
 
 
-def _two_panels() -> tuple[Any, Any, Any]:
+def _runs(rows: Sequence[Row], key: str, label: str, path: Path) -> Path:
+    """MIR above and the held-out loss below, against the values of `key`: numbers as they are, words side by side."""
     figure, axes = display.empty_figure()
     axes.remove()
     above, below = figure.subplots(2, sharex=True)
-    above.set_ylabel("MIR")
-    below.set_ylabel("held-out loss,\nnats a token")
-    for part in (above, below):
-        part.grid(alpha=0.3)
-    return figure, above, below
-
-
-def _curves(rows: Sequence[Row], key: str, label: str, path: Path, *, log: bool = False) -> Path:
-    figure, above, below = _two_panels()
-    places = sorted({row[key] for row in rows})
-    for seed in sorted({row["seed"] for row in rows}):
+    values = list(dict.fromkeys(row[key] for row in rows))
+    numbers = isinstance(values[0], int)
+    place = {value: value if numbers else index for index, value in enumerate(values)}
+    for seed in sorted({row["seed"] for row in rows}):  # a line a seed: the same first weights and batches
         own = [row for row in rows if row["seed"] == seed]
-        at = [row[key] for row in own]
-        errors = [row["error"] or 0.0 for row in own]
+        at, errors = [place[row[key]] for row in own], [row["error"] or 0.0 for row in own]
         above.errorbar(at, [row["mir"] for row in own], errors, lw=0.6, capsize=2, marker="o", ms=2, alpha=0.6)
         below.plot(at, [row["held_out_loss"] for row in own], lw=0.6, marker="o", ms=2, alpha=0.6)
     for part, name in ((above, "mir"), (below, "held_out_loss")):
-        mean = [fmean(row[name] for row in rows if row[key] == place) for place in places]
-        part.plot(places, mean, lw=1.8, color="black", label="mean of the seeds")
-    if log:
+        mean = [fmean(row[name] for row in rows if row[key] == value) for value in values]
+        part.plot(list(place.values()), mean, lw=1.8, color="black", label="mean of the seeds")
+        part.grid(alpha=0.3)
+    if key == "images":
         below.set_xscale("log")
-        below.set_xticks(places, [str(place) for place in places])
         below.minorticks_off()
-    below.set_xlabel(label)
-    above.legend()
-    return display.save_figure(figure, path)
-
-
-def _groups(rows: Sequence[Row], key: str, label: str, path: Path) -> Path:
-    figure, above, below = _two_panels()
-    kinds = list(dict.fromkeys(row[key] for row in rows))
-    for seed in sorted({row["seed"] for row in rows}):  # a line a seed: the same first weights and batches
-        own = {row[key]: row for row in rows if row["seed"] == seed}
-        at = [place for place, kind in enumerate(kinds) if kind in own]
-        of_seed = [own[kinds[place]] for place in at]
-        errors = [row["error"] or 0.0 for row in of_seed]
-        above.errorbar(at, [row["mir"] for row in of_seed], errors, lw=0.6, capsize=2, marker="o", ms=3, alpha=0.6)
-        below.plot(at, [row["held_out_loss"] for row in of_seed], lw=0.6, marker="o", ms=3, alpha=0.6)
-    for part, name in ((above, "mir"), (below, "held_out_loss")):
-        mean = [fmean(row[name] for row in rows if row[key] == kind) for kind in kinds]
-        part.plot(range(len(kinds)), mean, lw=1.8, color="black", label="mean of the seeds")
-    below.set_xticks(range(len(kinds)), [WORDS.get(str(kind), str(kind)) for kind in kinds])
-    below.margins(x=0.2)
-    below.set_xlabel(label)
+    if key != "step":
+        below.set_xticks(list(place.values()), [WORDS.get(str(value), str(value)) for value in values])
+    if not numbers:
+        below.margins(x=0.2)
+    above.set_ylabel("MIR")
+    below.set(xlabel=label, ylabel="held-out loss,\nnats a token")
     above.legend()
     return display.save_figure(figure, path)
 

@@ -6,12 +6,11 @@ is never done again, and a killed run goes on where it was. After a change of th
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,9 @@ from modality_integration.models.moca import add_moca
 
 Row = dict[str, Any]
 PIECE = 600  # characters of prose: more than the demo's TEXT_TOKENS tokens
+
+
+pictures = cache(demo.Pictures)  # of a seed; to read and split them anew for every unit takes seconds
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Workshop:
                 template="chat",
                 groups=self.scale.groups,
             )
-            samples = self.samples(count, prose(), demo.Pictures(self.scale.seeds[0]))
+            samples = self.samples(count, prose(), pictures(self.scale.seeds[0]))
             return list(study.rows_of(name, subject, {("demo", "reference"): samples}))
 
         return self.unit(f"study-{name}", {"count": count, "seed": self.scale.seeds[0], **self._measured()}, work)
@@ -132,17 +134,17 @@ class Workshop:
 
         def work() -> Row:
             model, processor = self.trained
-            samples = self.samples(self.scale.samples, texts, demo.Pictures(self.scale.seeds[0]), kinds)
+            samples = self.samples(self.scale.samples, texts, pictures(self.scale.seeds[0]), kinds)
             return values(demo.measure(model, processor, samples, groups=self.scale.groups, template=template))
 
         depends = {"kinds": list(kinds), "template": template, "seed": self.scale.seeds[0], **self._measured()}
         return self.unit(f"measure-{name}", depends, work)
 
     def samples(
-        self, count: int, texts: Sequence[Text], pictures: demo.Pictures, kinds: Sequence[str] = demo.KINDS
+        self, count: int, texts: Sequence[Text], own: demo.Pictures, kinds: Sequence[str] = demo.KINDS
     ) -> list[Sample]:
         """Held-out pictures with unrelated prose."""
-        return demo.probe_samples(pictures, count, 0, kinds, texts)
+        return demo.probe_samples(own, count, 0, kinds, texts)
 
     @cached_property
     def trained(self) -> tuple[Any, Any]:
@@ -158,9 +160,9 @@ class Workshop:
     def _train(self, training: Training) -> list[Row]:
         model, processor = self._build(training)
         # A seed has held-out pictures of its own, so only trainings of one seed are measured on the same.
-        pictures = demo.Pictures(training.seed)
-        samples = self.samples(self.scale.samples, prose(), pictures)
-        captions = pictures.held_out(self.scale.captions)[:]
+        own = pictures(training.seed)
+        samples = self.samples(self.scale.samples, prose(), own)
+        captions = own.held_out(self.scale.captions)[:]
         rows: list[Row] = []
 
         def probe(step: int, loss: float | None = None) -> None:
@@ -173,7 +175,7 @@ class Workshop:
         demo.train(
             model,
             processor,
-            pictures.training(training.images),
+            own.training(training.images),
             steps=training.steps,
             learning_rate=self.scale.learning_rate,
             after_step=probe,
@@ -211,21 +213,18 @@ def values(result: MIRResult) -> Row:
 
 def prose() -> list[Text]:
     """Pieces of Python's language reference, none of which comes twice."""
-    return _pieces([text.content for text in demo.probe.language_reference()])
+    return _pieces([text.content for text in demo.language_reference()])
 
 
 def descriptions() -> list[Text]:
     """Pieces of scikit-learn's descriptions of its data sets."""
-    spec = importlib.util.find_spec("sklearn")
-    assert spec is not None
-    assert spec.origin is not None
-    files = sorted((Path(spec.origin).parent / "datasets" / "descr").glob("*.rst"))
+    files = sorted((demo.folder_of("sklearn") / "datasets" / "descr").glob("*.rst"))
     return _pieces([" ".join(file.read_text(encoding="utf-8").split()) for file in files])
 
 
 def captions() -> list[Text]:
     """Captions of training pictures, one after another."""
-    words = ". ".join(item.caption for item in demo.Pictures(0).training(2000))
+    words = ". ".join(item.caption for item in pictures(0).training(2000))
     return _pieces([words])
 
 

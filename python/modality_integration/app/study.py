@@ -138,16 +138,21 @@ def write(name: str, rows: Iterator[Row], out: Path, extra: Row | None = None) -
     table, done = out / f"study_{name}.csv", []
     for row in rows:
         done.append(row)
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*row, *(extra or {})])
-            writer.writeheader()
-            writer.writerows({key: _written(value) for key, value in {**one, **(extra or {})}.items()} for one in done)
+        write_rows(table, done, extra)
     report.plot_study(name, done, out / f"study_{name}.png")
     return done
 
 
+def write_rows(path: Path, rows: Sequence[Row], extra: Row | None = None) -> None:
+    """A CSV of the rows, each with the columns of `extra`."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *(extra or {})])
+        writer.writeheader()
+        writer.writerows({key: _written(value) for key, value in {**row, **(extra or {})}.items()} for row in rows)
+
+
 def read(path: Path) -> list[Row]:
-    """The rows that `write` wrote, numbers as numbers and empty cells as None."""
+    """The rows that `write_rows` wrote, numbers as numbers and empty cells as None."""
     with path.open(newline="") as file:
         return [{key: _read(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
 

@@ -56,7 +56,7 @@ class LayerAccumulator:
                 dtype,
                 hold=hold,
                 limits=limits[m] if limits else everything,
-                counts_sinks=options.sinks == "report",
+                counts_sinks=options.counts_sinks,
             )
             for m in MODALITIES
         }
@@ -130,7 +130,7 @@ class LayerAccumulator:
         ]
         without_sinks, known, on_sinks = self._without_sinks()
         return CountedTokens(
-            self.pair(decisions, self.moments, self.text_norm_sums(self.options.sinks == "report").sum()),
+            self.pair(decisions, self.moments, self.text_norm_sums(self.options.counts_sinks).sum()),
             kept={m: decisions[m].kept for m in MODALITIES},
             removed={m: decisions[m].removed for m in MODALITIES},
             missed={m: decisions[m].missed for m in MODALITIES},
@@ -261,7 +261,7 @@ class LayerAccumulator:
         what to say of it.
         """
         stores = {m: self.tokens[m].sinks for m in MODALITIES}
-        if self.options.sinks != "report" or not any(map(len, stores.values())):
+        if not self.options.counts_sinks or not any(map(len, stores.values())):
             return None, True, []
         notes = [
             f"layer {self.layer}, {modality}: {len(store) + store.beyond} tokens are attention sinks, more than are "
@@ -317,7 +317,7 @@ class WithoutGroup:
 
     def __init__(self, accumulator: LayerAccumulator, groups: list[int]) -> None:
         self.groups, self._all = groups, accumulator
-        self._text_norms = accumulator.text_norm_sums(accumulator.options.sinks == "report")
+        self._text_norms = accumulator.text_norm_sums(accumulator.options.counts_sinks)
         self._settled: dict[Slot, StreamingMoments] = {}
         for slot, moments in accumulator.moments.items():
             self._settled[slot] = accumulator.accumulator("exact")

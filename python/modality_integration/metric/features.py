@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from modality_integration.metric.distance import FeatureMoments, GaussianPair
 from modality_integration.metric.layer import CountedTokens, LayerResult, layer_results
 from modality_integration.metric.options import MetricOptions
 from modality_integration.metric.outliers import replace_by_column_medians, three_sigma
-from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens, positions_of
+from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens, tally
 from modality_integration.metric.tokens import alpha_of, require_finite, require_tokens, sum_of_norms
 
 
@@ -39,20 +40,23 @@ class FeatureLayer:
         self.check()
         features = {modality: part.detach() for modality, part in self.features.items()}
         if self.marks is None:
-            return self._counted(features)[0]
-        bare = {m: part[~self.marks[m].sink.to(part.device)] for m, part in features.items()}
-        positions = {m: positions_of(marks) for m, marks in self.marks.items()}
-        if self.options.sinks == "leave out":
+            return self._counted(features, self.norms)[0]
+        others = {m: ~marks.sink for m, marks in self.marks.items()}
+        bare = {m: part[others[m].to(part.device)] for m, part in features.items()}
+        bare_norms = {m: norms[others[m]] for m, norms in self.norms.items()}
+        # A stream's marks know positions, those of `mir` do not.
+        positions = {m: tally(marks.positions[marks.sink[: len(marks.positions)]]) for m, marks in self.marks.items()}
+        if not self.options.counts_sinks:
             for modality, part in bare.items():
                 require_tokens(len(part), self.layer, f"{modality} that is no attention sink")
-            counted = self._counted(bare)[0]
+            counted = self._counted(bare, bare_norms)[0]
             massive = {m: int(marks.massive.sum()) for m, marks in self.marks.items()}
             return replace(counted, sinks=massive, sink_positions=positions)
-        counted, outliers = self._counted(features)
+        counted, outliers = self._counted(features, self.norms)
         massive = {m: int((marks.massive & ~outliers[m]).sum()) for m, marks in self.marks.items()}
         enough = all(len(part) > 1 for part in bare.values())
         known = enough and (not self.options.normalize or bool(bare["text"].any()))  # else no alpha without them
-        without = self._counted(bare)[0].pair if known else None
+        without = self._counted(bare, bare_norms)[0].pair if known else None
         return replace(
             counted,
             sinks=massive,
@@ -61,11 +65,13 @@ class FeatureLayer:
             sinks_known=known,
         )
 
-    def _counted(self, features: Mapping[str, Tensor]) -> tuple[CountedTokens, dict[str, Tensor]]:
+    def _counted(
+        self, features: Mapping[str, Tensor], norms: Mapping[str, Tensor]
+    ) -> tuple[CountedTokens, dict[str, Tensor]]:
         """These tokens after the outlier rule, and which (n,) were outliers, on the CPU."""
         moments, kept, removed, outliers = {}, {}, {}, {}
         for modality in MODALITIES:
-            counted, outlier = self._without_outliers(modality, features[modality])
+            counted, outlier = self._without_outliers(features[modality], norms[modality])
             moments[modality], outliers[modality] = FeatureMoments(counted), outlier
             removed[modality] = int(outlier.sum())
             kept[modality] = len(outlier) - removed[modality]
@@ -91,18 +97,18 @@ class FeatureLayer:
             raise ValueError(f"layer {layer}: vision has d = {vision.shape[1]}, text has d = {text.shape[1]}")
         _checks.same_device(f"vision, layer {layer}", vision, "text", text)
 
-    def norms(self) -> Tensor:
-        """Float32 norms of vision and then text tokens, on the CPU. ValueError that names a token that is not finite:
-        one that overflowed would pass for a sink.
+    @cached_property
+    def norms(self) -> dict[str, Tensor]:
+        """Float32 norms (n,) by modality, on the CPU. ValueError that names a token that is not finite: one that
+        overflowed would pass for a sink.
         """
-        norms = torch.cat([token_norms(self.features[m].detach(), backend=self.options.backend) for m in MODALITIES])
-        norms = norms.cpu()
-        for modality, part in zip(MODALITIES, norms.split([len(self.features[m]) for m in MODALITIES]), strict=True):
-            require_finite(part, self.layer, modality, lambda index: index)
-        return norms
+        found = {m: token_norms(self.features[m].detach(), backend=self.options.backend).cpu() for m in MODALITIES}
+        for modality, norms in found.items():
+            require_finite(norms, self.layer, modality, lambda index: index)
+        return found
 
     def concentrated(self, places: Tensor) -> Tensor:
-        """Bool (n,): of the tokens at places (n, 1) in `norms`."""
+        """Bool (n,): of the tokens at places (n, 1), vision counted first and then text."""
         first = len(self.features["vision"])
         index = places[:, 0].to(self.features["vision"].device)
         found = torch.zeros(len(index), dtype=torch.bool, device=index.device)
@@ -110,10 +116,8 @@ class FeatureLayer:
             found[mine] = concentrated(self.features[modality].detach()[index[mine] - start])
         return found
 
-    def _without_outliers(self, modality: str, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _without_outliers(self, features: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """The features that count, and which rows (n,) were outliers, on the CPU."""
-        norms = token_norms(features, backend=self.options.backend).cpu()
-        require_finite(norms, self.layer, modality, lambda index: index)
         if self.options.outliers == "none":
             return features, torch.zeros(len(norms), dtype=torch.bool)
         outlier = ~three_sigma(norms).keep(norms)
@@ -150,7 +154,7 @@ def _mark(layers: Sequence[FeatureLayer]) -> None:
     sizes = [len(layers[0].features[m]) for m in MODALITIES]
     is_text = torch.arange(sum(sizes)) >= sizes[0]
     masks = {"vision": ~is_text, "text": is_text}
-    norms = torch.stack([layer.norms() for layer in layers])
+    norms = torch.stack([torch.cat([layer.norms[m] for m in MODALITIES]) for layer in layers])
     massive = massive_tokens(norms, masks, lambda k, places: layers[k].concentrated(places))
     if massive is None:
         return

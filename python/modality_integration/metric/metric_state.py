@@ -98,7 +98,7 @@ def _layer(
         rows, norms = (state.get(f"{modality}.sinks.{name}") for name in ("held", "norms"))
         if not isinstance(rows, Tensor) or not isinstance(norms, Tensor) or norms.numel() == 0:
             continue
-        if (rows.numel() > 0) != (options.sinks == "report"):
+        if (rows.numel() > 0) != options.counts_sinks:
             raise ValueError(f'was gathered with another handling of attention sinks than sinks="{options.sinks}"')
     _checks.tokens(f"layers.{k}.vision.held", held)
     layer = LayerAccumulator(k + 1, held.shape[-1], held.dtype, device, options)

@@ -27,6 +27,11 @@ class MetricOptions:
     groups: int = 0
     sinks: Sinks = "report"
 
+    @property
+    def counts_sinks(self) -> bool:
+        """Whether attention sinks are among the tokens of the distance."""
+        return self.sinks == "report"
+
     def checked(self) -> MetricOptions:
         """Itself, once every option is one that exists."""
         from mir_kernels import _checks  # brings torch, for which `mir --help` does not wait

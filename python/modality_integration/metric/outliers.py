@@ -138,7 +138,7 @@ class OnePass:
     @property
     def norms(self) -> Tensor:
         """Float32 norms of every token seen."""
-        return self._seen().norms
+        return self.norms_outside(None)
 
     def norms_outside(self, group: int | None) -> Tensor:
         """The norms of every token seen, or of those outside one group."""
@@ -156,8 +156,7 @@ class OnePass:
 
     def count(self, without: int | None = None) -> int:
         """How many tokens were seen, in all or outside one group."""
-        groups = self._seen().groups
-        return len(groups) if without is None else int((groups != without).sum())
+        return len(self.norms_outside(without))
 
     @torch.inference_mode(False)  # the buffer outlives it
     def push(self, rows: Tensor, norms: Tensor, groups: Tensor | None = None) -> Released | None:

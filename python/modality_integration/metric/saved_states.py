@@ -138,7 +138,7 @@ def _rows(
             index = state.masks[modality].flatten().nonzero().flatten()
             if len(index):
                 rows = hidden.index_select(0, index).to(device)
-                norms = token_norms(rows, backend=options.backend).cpu()
+                norms = state.norms[layer - 1][index]
                 try:
                     require_finite(norms, layer, modality, partial(state.place, index))
                 except ValueError as error:
@@ -153,7 +153,8 @@ class _States:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._massive: Tensor | None = None  # (K, tokens), once looked for
+        self.norms: list[Tensor] = []  # (tokens,) a layer, once looked through
+        self._massive: Tensor | None = None  # (K, tokens), likewise; None where no token is massive
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -199,15 +200,15 @@ class _States:
 
     def find_sinks(self, options: MetricOptions, device: torch.device) -> None:
         """Look through all layers for tokens of massive activation."""
-        norms = [
-            token_norms(self.hidden(layer).to(device), backend=options.backend).cpu().view(self.lead)
+        self.norms = [
+            token_norms(self.hidden(layer).to(device), backend=options.backend).cpu()
             for layer in range(1, self.layers + 1)
         ]
 
         def concentrated_at(k: int, places: Tensor) -> Tensor:
             return concentrated(self.hidden(k + 1).view(*self.lead, -1)[tuple(places.unbind(1))])
 
-        massive = massive_tokens(torch.stack(norms), self.masks, concentrated_at)
+        massive = massive_tokens(torch.stack(self.norms).view(-1, *self.lead), self.masks, concentrated_at)
         self._massive = None if massive is None else massive.flatten(1)
 
     def marks(self, layer: int, index: Tensor) -> SinkMarks | None:

@@ -48,8 +48,7 @@ def massive_tokens(
     """
     if norms.numel() == 0:  # sequences of no token have no median
         return None
-    none = torch.zeros(norms.shape[1:], dtype=torch.bool)
-    counted = torch.stack([none, *masks.values()]).any(0)
+    counted = torch.stack(list(masks.values())).any(0)
     median = norms.masked_fill(~counted, torch.nan).nanmedian(dim=-1, keepdim=True).values
     times = (norms / median).masked_fill(~counted | (median <= 0), 0.0)
     candidates = torch.zeros_like(times, dtype=torch.bool)
@@ -91,9 +90,8 @@ def no_sinks(count: int) -> SinkMarks:
     return SinkMarks(none, none, torch.zeros(count, dtype=torch.int32))
 
 
-def positions_of(marks: SinkMarks) -> dict[int, int]:
-    """How many sinks there are at each position, most first; empty where positions are not known."""
-    positions = marks.positions[marks.sink] if len(marks.positions) else marks.positions
+def tally(positions: Tensor) -> dict[int, int]:
+    """How many there are at each position, most first."""
     return dict(Counter(positions.tolist()).most_common())
 
 
@@ -150,7 +148,7 @@ class SinkTokens:
 
     def where(self) -> dict[int, int]:
         """How many there are at each position, most first."""
-        return dict(Counter(self.positions.tolist()).most_common())
+        return tally(self.positions)
 
     def merge(self, other: SinkTokens) -> None:
         """Take over what another store of the same layer and modality holds; may exceed `hold` afterwards."""

@@ -29,7 +29,7 @@ def gathered(
         [layer.hidden_size, FLOATS.index(layer.dtype), *(int(slot in layer.moments) for slot in places)]
         for layer in layers
     ]
-    settings = [int(options.sinks == "leave out"), *[0] * (1 + len(places))]
+    settings = [int(options.counts_sinks), *[0] * (1 + len(places))]
     rows = torch.tensor([settings, *about], dtype=torch.int64, device=device)
     everyone = [rows.cpu() for rows in gather(rows)]
     for rank, rows in enumerate(everyone):

@@ -112,8 +112,9 @@ class Capture:
 
         A decoder makes the first token an attention sink in nearly every case, whatever it is.
         """
-        vision, _ = self._roles_of_pass().masks()
-        return int(vision.gather(-1, self._roles_of_pass().first.to(vision.device)).sum())
+        roles = self._roles_of_pass()
+        vision, _ = roles.masks()
+        return int(vision.gather(-1, roles.first.to(vision.device)).sum())
 
     def _roles_of_pass(self) -> _Roles:
         if self._roles is None:
@@ -169,12 +170,13 @@ class _Roles:
         self._shape, self._text = shape, text
         self._vision_mask, self._text_mask = vision_mask, text_mask
         self._masks: tuple[Tensor, Tensor] | None = None
-        self.first = _first_kept(running, shape)  # (B, 1): the column of each row's first token
+        self.first = torch.zeros(0)  # (B, 1), once there are masks: the column of each row's first token
 
     def masks(self) -> tuple[Tensor, Tensor]:
         if self._masks is None:
             assert self._pass is not None  # it is let go of only once there are masks
             self._masks = self._work_out(self._pass)
+            self.first = _first_kept(self._pass, self._shape)
             self._pass = None  # lets go of the inputs and the cache
         return self._masks
 

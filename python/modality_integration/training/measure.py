@@ -51,7 +51,7 @@ def measure_mir(
             model(**{**asked, **inputs})
             measured.update(seen.hidden_states, seen.vision_mask, seen.text_mask)
             first, rows = first + seen.image_first, rows + len(seen.vision_mask)
-        if first and measured.options.sinks == "report":
+        if first and measured.options.counts_sinks:
             warnings.warn(f"MIR: {image_first(first, rows)}", stacklevel=2)
         result = measured.compute()
     measured.reset()  # torchmetrics' objects refer to themselves: the covariances would stay until a garbage collection

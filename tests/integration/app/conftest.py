@@ -3,7 +3,7 @@
 import pytest
 
 from integration.app.compute_runs import SAMPLES
-from integration.saved_models import save_tiny_llava, write_images, write_texts
+from integration.saved_models import save_tiny_llama, save_tiny_llava, write_images, write_texts
 from modality_integration.app.options import ComputeOptions
 
 
@@ -14,6 +14,12 @@ def folders(tmp_path_factory):
     write_images(root / "images", 7)
     write_texts(root / "text", 9)
     return root
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The folder of a tiny language model."""
+    return save_tiny_llama(tmp_path_factory.mktemp("language-model") / "llama")
 
 
 @pytest.fixture

