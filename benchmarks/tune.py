@@ -32,6 +32,8 @@ from mir_kernels.ops.moments import packed
 from mir_kernels.ops.moments import triton as moments
 from mir_kernels.ops.sqrtm import eager
 from mir_kernels.ops.sqrtm import triton as sqrtm
+from mir_kernels.ops.sqrtm import triton_products as products
+from mir_kernels.ops.sqrtm.triton_products import Tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 WORTH = 0.97  # of the shipped row's median: what another row must reach to be offered
@@ -88,13 +90,14 @@ def moca_fused(device: str) -> tuple[Calls, Callable[[], float]]:
     return [(moca.add_rms_backward, arguments)], error
 
 
-def second_moment(shifted: bool, device: str) -> tuple[Calls, Callable[[], float]]:
+def second_moment(dtype: torch.dtype, device: str) -> tuple[Calls, Callable[[], float]]:
     n, d = 4096, 4096
-    x = (torch.randn(n, d, device=device) + (64 if shifted else 0)).bfloat16()
+    mean = 64 if dtype == torch.float32 else 0
+    x = (torch.randn(n, d, device=device) + mean).to(dtype)
     zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
-    centre = zeros(d) + (64 if shifted else 0)
+    centre = zeros(d) + mean
     second = zeros(packed.entries(d))
-    arguments = (second, x, None, centre, zeros(2, d), zeros(2), "auto" if shifted else "fast")
+    arguments = (second, x, None, centre, zeros(2, d), zeros(2), "auto" if dtype == torch.float32 else "fast")
 
     def error() -> float:
         second.zero_()
@@ -105,14 +108,21 @@ def second_moment(shifted: bool, device: str) -> tuple[Calls, Callable[[], float
     return [(moments.accumulate, arguments)], error
 
 
-def polynomial_step(dtype: torch.dtype, device: str) -> tuple[Calls, Callable[[], float]]:
-    d = 1024 if dtype == torch.float32 else 2048
-    x = (torch.randn(2, d, d, device=device) / (2 * d**0.5)).to(dtype)
+def polynomial_step(dtype: torch.dtype, d: int, device: str) -> tuple[Calls, Callable[[], float]]:
+    x = (torch.randn(2 if d >= products.LARGE else 64, d, d, device=device) / (2 * d**0.5)).to(dtype)
+    held: dict[Tiles, Tensor] = {}
+
+    def step() -> Tensor:
+        tiles = products.tiles_for(d, d, dtype, x.device)
+        if tiles not in held:
+            held.clear()
+            held[tiles] = products.split(x, tiles)
+        return products.polynomial_step(held[tiles], STEP, tiles)
 
     def error() -> float:
-        return relative(sqrtm.polynomial_step(x, STEP), eager.polynomial_step(x.double(), STEP))
+        return relative(products.join(step(), d, d)[:2], eager.polynomial_step(x[:2].double(), STEP))
 
-    return [(sqrtm.polynomial_step, (x, STEP))], error
+    return [(step, ())], error
 
 
 def small_polar(dtype: torch.dtype, d: int, device: str) -> tuple[Calls, Callable[[], float]]:
@@ -149,26 +159,56 @@ def waves(row: NamedTuple) -> list[dict]:
     return [{"processors": row.processors // 2}, {"processors": row.processors * 2}]
 
 
-# Tiles are square, and 256^2 float32 sums are more than a program's registers: 128 is the largest.
+# Of the covariances, a tile has a total beside its accumulator: 128^2 is the largest that leaves registers.
 LARGE = either(
     grid(tile=(128,), step=(32, 64), warps=(4, 8), stages=(3, 4)),
     grid(tile=(64,), step=(32, 64), warps=(4,), stages=(3,)),
 )
-SPLIT = grid(tile=(64, 128), step=(32, 64), warps=(4, 8), stages=(3,))  # of the kernels that multiply three times
+SHIFTED = grid(tile=(64, 128), step=(32, 64), warps=(4, 8), stages=(3,))  # three products in each step
+
+
+# rows, columns, step, warps, stages of the large products, by the way they multiply.
+SHAPES = {
+    "none": ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+             (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)),
+    "together": ((128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3),
+                 (64, 128, 32, 4, 3), (64, 64, 64, 4, 3)),
+    "in turn": ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4)),
+    "chained": ((128, 128, 32, 8, 3), (64, 128, 32, 8, 3)),
+}  # fmt: skip
+
+
+def tiles(row: NamedTuple) -> list[dict]:
+    """Shapes of the large products; of the shipped one also wider bands, and tiles fetched by the threads."""
+    ways = ("none",) if row.halves == "none" else tuple(SHAPES)[1:]
+    names = ("rows", "columns", "step", "warps", "stages")
+    shapes = [{**dict(zip(names, shape, strict=True)), "halves": way} for way in ways for shape in SHAPES[way]]
+    return [*shapes, {"band": 16}, {"band": 4}, *([{"descriptors": False}] if row.descriptors else [])]
+
+
 JOBS = [
-    Job("moca.TABLE", moca.TABLE, either(grid(tile_bytes=(4096, 8192, 16384)), waves), moca_rows, 1e-2),
-    Job("moca.TABLE", moca.TABLE, waves, moca_fused, 1e-2),
-    Job("moments.PLAIN", moments.PLAIN, LARGE, functools.partial(second_moment, False), 1e-5),
-    Job("moments.SHIFTED", moments.SHIFTED, SPLIT, functools.partial(second_moment, True), 1e-5),
+    Job("moca.triton.TABLE", moca.TABLE, either(grid(tile_bytes=(4096, 8192, 16384)), waves), moca_rows, 1e-2),
+    Job("moca.triton.TABLE", moca.TABLE, waves, moca_fused, 1e-2),
+    Job("moments.triton.PLAIN", moments.PLAIN, LARGE, functools.partial(second_moment, torch.bfloat16), 1e-5),
+    Job("moments.triton.FLOAT32", moments.FLOAT32, SHIFTED, functools.partial(second_moment, torch.float32), 1e-5),
     *(
-        Job(f"sqrtm.TABLE[{dtype}]", table, candidates, functools.partial(calls, dtype, *d), limit)
-        for dtype, table in {id(table): (dtype, table) for dtype, table in reversed(sqrtm.TABLE.items())}.values()
-        for limit in (1e-5 if dtype == torch.float32 else 2e-2,)
-        for candidates, calls, *d in (
-            (SPLIT if dtype == torch.float32 else LARGE, polynomial_step),
-            (warps_at(32), small_polar, 32),
-            *([] if dtype == torch.float32 else [(warps_at(64), small_polar, 64)]),
-            (grid(looped=(16, 32) if dtype == torch.float32 else (32, 64)), small_polar, 128),
+        Job(
+            f"sqrtm.triton_products.{name}[{dtype}]", table[dtype], tiles, functools.partial(polynomial_step, dtype, d),
+            1e-5 if dtype == torch.float32 else 2e-2,
+        )
+        for name, table, d in (("TABLE", products.TABLE, 4096), ("TABLE_BELOW", products.TABLE_BELOW, 256))
+        for dtype in (torch.float32, torch.float16)
+    ),
+    *(
+        Job(
+            f"sqrtm.triton.TABLE[{dtype}]", sqrtm.TABLE[dtype], candidates, functools.partial(small_polar, dtype, d),
+            1e-5 if dtype == torch.float32 else 2e-2,
+        )
+        for dtype in (torch.float32, torch.float16)
+        for candidates, d in (
+            (warps_at(32), 32),
+            *([] if dtype == torch.float32 else [(warps_at(64), 64)]),
+            (grid(looped=(16, 32) if dtype == torch.float32 else (32, 64)), 128),
         )
     ),
 ]  # fmt: skip
@@ -260,8 +300,8 @@ def lines_to_commit(found: Sequence[dict], before: dict[str, str]) -> str:
     text = []
     for table, one in last.items():
         if one["offer"] != before[table]:
-            module, _, name = table.partition(".")
-            text += [f"mir_kernels/ops/{module}/triton.py, {name}"]
+            folder, module, name = table.split(".", 2)
+            text += [f"mir_kernels/ops/{folder}/{module}.py, {name}"]
             text += [
                 f'{sign}    "{one["architecture"]}": {row},'
                 for sign, row in (("-", before[table]), ("+", one["offer"]))

@@ -17,6 +17,24 @@ Row = TypeVar("Row")
 # Set before the first import of triton, or not at all: the interpreter runs the same kernels on CPU tensors.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+
+def _scalars_as_indices() -> None:
+    """Lets the interpreter of Triton 3.6 turn a scalar into a loop bound: it holds scalars in arrays of one entry,
+    which numpy 2.4 and later no longer convert to int. Newer versions of Triton squeeze them first."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRET and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    _scalars_as_indices()
+
 # Fusion of a*b+c changes bits and its default changes between Triton versions: off here, and tl.fma where one rounding
 # is wanted.
 LAUNCH = {"enable_fp_fusion": False}
@@ -59,3 +77,30 @@ def cast(x, dtype: tl.constexpr):
     else:
         y = x.to(dtype)
     return y
+
+
+@triton.jit
+def column_halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns of x [ROWS, COLUMNS]."""
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def lower_tile(t, edge, BAND: tl.constexpr):
+    """Tile t of the lower triangle, in bands as `tile`: first what lies left of the band's own triangle."""
+    row, _ = triangle(t)
+    band = row // BAND * BAND
+    height = tl.minimum(edge - band, BAND)
+    t -= band * (band + 1) // 2
+    square = t < band * height
+    i, j = triangle(tl.maximum(t - band * height, 0))
+    return tl.where(square, band + t % height, band + i), tl.where(square, t // height, band + j)
+
+
+@triton.jit
+def triangle(t):
+    """Tile t of the lower triangle, row by row; the root may be off by one, never by two, below 2^23 tiles."""
+    i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+    return i, t - i * (i + 1) // 2

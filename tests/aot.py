@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from mir_kernels import _triton
 
@@ -24,18 +24,6 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-POINTERS = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bool: "u1",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
 }
 
 # Bytes a thread moves in one instruction: PTX spells a vector length and an element, AMD the words.
@@ -74,76 +62,30 @@ class Launch:
 
 
 def record(launcher: Callable, *arguments: object, target: str) -> list[Launch]:
-    """What `launcher(*arguments)` launches on `target`, with nothing run: every kernel of its module is replaced.
+    """What `launcher(*arguments)` launches on `target`, with nothing run: every kernel of mir_kernels is replaced.
 
     Give tensors on the device "meta", which have shapes and strides but no memory.
     """
-    module = sys.modules[launcher.__module__]
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("mir_kernels.")]
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for name, kernel in kernels.items():
-            stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
+        for module in modules:
+            for name, kernel in list(vars(module).items()):
+                if isinstance(kernel, triton.JITFunction):
+                    stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
         stack.enter_context(mock.patch.object(_triton, "architecture", return_value=target))
         launcher(*arguments)
     return launches
 
 
 def compile_launch(target: str, launch: Launch, **constexprs: object) -> Binary:
-    """Compile a recorded launch as Triton would on first use: integers of 1 and multiples of 16 are specialised.
+    """Compile a recorded launch just as Triton would on its first run on `target`: same types, constants and options.
 
     constexprs: values to use in place of the recorded ones.
     """
-    kernel = launch.kernel
-    options = {name: launch.keywords[name] for name in OPTIONS if name in launch.keywords}
-    values = {name: value for name, value in launch.keywords.items() if name not in OPTIONS} | constexprs
-    fixed = {p.name for p in kernel.params if p.do_not_specialize}
-    signature, divisible = {}, set()
-    for name, value in zip(kernel.arg_names, launch.arguments, strict=False):
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + POINTERS[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and name not in fixed:
-            values[name] = 1
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            divisible |= {name} if value % 16 == 0 and name not in fixed else set()
-    return compile_for(target, kernel, signature, values, divisible=divisible, **options)
-
-
-def compile_for(
-    target: str,
-    kernel: triton.JITFunction,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, object],
-    *,
-    divisible: Iterable[str] = (),
-    aligned: bool = True,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    enable_fp_fusion: bool = False,
-) -> Binary:
-    """Compile `kernel` for one of TARGETS.
-
-    signature: every runtime argument in Triton's spelling, e.g. {"x": "*bf16", "rows": "i32"}; all the kernel's other
-    arguments must stand in `constexprs`. `divisible`: integer arguments known to be multiples of 16, as a launch would
-    find out. aligned: pointers are 16-byte aligned, as torch allocates them.
-    """
-    missing = set(kernel.arg_names) - set(signature) - set(constexprs)
-    assert not missing, f"{kernel.__name__}: no type or value for {sorted(missing)}"
-    typed = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    fixed = {p.name for p in kernel.params if p.do_not_specialize}
-    known = {n for n, t in typed.items() if n in set(divisible) or (aligned and t.startswith("*"))}
-    attrs = {
-        (i,): [["tt.divisibility", 16]] if name in known else []
-        for i, name in enumerate(kernel.arg_names)
-        if name not in fixed and typed[name] not in ("fp32", "fp64")  # of these a launch says nothing
-    }
-    constants = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
-    source = ASTSource(fn=kernel, signature=typed, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=TARGETS[target], options=options)
+    given = [a.dtype if isinstance(a, torch.Tensor) else a for a in launch.arguments]
+    with mock.patch.object(driver, "_active", _Device(target)):
+        built = launch.kernel.warmup(*given, grid=launch.grid, **(launch.keywords | constexprs))
     if TARGETS[target].backend == "cuda":
         asm = built.asm["ptx"]
         registers, spills = _cubin_usage(built.asm["cubin"])
@@ -164,6 +106,22 @@ def compile_for(
         loads=tuple(size for is_load, size in accesses if is_load),
         stores=tuple(size for is_load, size in accesses if not is_load),
     )
+
+
+class _Device:
+    """Stands in for Triton's driver on a machine with a GPU of `target`. Nothing runs on it."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> str:
+        return self.target  # what Triton keeps compiled kernels under
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
 
 
 class _Recorder:

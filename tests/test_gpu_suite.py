@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,19 +92,18 @@ def test_a_row_is_offered_where_it_is_worth_it_and_as_lines_to_commit():
     assert tune.fastest({"shipped": 1.0, "other": 0.9, "third": 0.95}) == "other"
     assert tune.fastest({"other": 0.9}) == "other"  # the shipped row was wrong or did not fit
     assert tune.fastest({}) == "shipped"
-    names = [job.name for job in tune.JOBS]
-    assert all(
-        getattr(sys.modules[f"mir_kernels.ops.{n.split('.')[0]}.triton"], re.split(r"[.\[]", n)[1]) for n in names
-    )
+    tables = [job.name.partition("[")[0] for job in tune.JOBS]
+    assert all(getattr(sys.modules["mir_kernels.ops." + n.rpartition(".")[0]], n.rpartition(".")[2]) for n in tables)
     found = [
-        {"table": "moments.PLAIN", "architecture": "sm_90", "offer": offer} for offer in ("Blocks(1)", "Blocks(2)")
+        {"table": "moments.triton.PLAIN", "architecture": "sm_90", "offer": offer}
+        for offer in ("Blocks(1)", "Blocks(2)")
     ]
-    assert tune.lines_to_commit(found, {"moments.PLAIN": "Blocks(0)"}).splitlines() == [
+    assert tune.lines_to_commit(found, {"moments.triton.PLAIN": "Blocks(0)"}).splitlines() == [
         "mir_kernels/ops/moments/triton.py, PLAIN",
         '-    "sm_90": Blocks(0),',
         '+    "sm_90": Blocks(2),',
     ]
-    assert tune.lines_to_commit(found, {"moments.PLAIN": "Blocks(2)"}) == ""
+    assert tune.lines_to_commit(found, {"moments.triton.PLAIN": "Blocks(2)"}) == ""
 
 
 def test_limits_add_up_to_those_of_the_stages_and_of_the_run():

@@ -1,9 +1,11 @@
 """Every kernel job once in every dtype at odd sizes, against float64 and twice with the same bits, without pytest.
 
-    PYTHONPATH=.:tests python tests/kernels/check_jobs.py --report jobs.xml               # on a GPU
-    TRITON_INTERPRET=1 PYTHONPATH=.:tests python tests/kernels/check_jobs.py --report jobs.xml --small   # anywhere
+    export PYTHONPATH=.:tests:benchmarks
+    python tests/kernels/check_jobs.py --report jobs.jsonl                                          # on a GPU
+    TRITON_INTERPRET=1 python tests/kernels/check_jobs.py --report jobs.jsonl --sizes 1-1,13-37     # anywhere
 
-benchmarks/gpu_suite.py runs it where pytest is not installed. The report is JUnit's; exits 1 where a check failed.
+benchmarks/gpu_suite.py runs it where pytest is not installed. The report gets a line of JSON when a check starts and
+ends, and what it has already is left out; exits 1 where a check failed, 77 where one lost the CUDA context.
 """
 
 from __future__ import annotations
@@ -11,17 +13,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import torch
 
+import gpu_suite_reports as reports
 from kernels.jobs import Job, every_job
 from mir_kernels import _native
 from tolerances import assert_close
 
-SIZES = [(1, 1), (37, 7), (129, 577), (301, 4096), (65, 8200)]
-SMALL = [(1, 1), (13, 37)]
+SIZES = "1-1,37-7,129-577,301-4096,65-8200"
 NATIVE_ON_CUDA = ("moca forward", "moca backward")  # the operations that have a CUDA C++ kernel
 
 
@@ -48,31 +49,50 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
+def lost(device: str) -> bool:
+    """Whether CUDA's context is of no more use, as after an illegal access: every later check would fail for that."""
+    if device == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", type=Path, required=True, help="XML to write")
+    parser.add_argument("--report", type=Path, required=True, help="JSON lines to write, or to go on with")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="the I-th of N parts")
-    parser.add_argument("--small", action="store_true", help="two small sizes")
+    parser.add_argument("--sizes", default=SIZES, help="rows and columns (default %(default)s)")
     flags = parser.parse_args()
     device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     part, parts = map(int, flags.shard.split("/"))
-    cases = [(job, dtype) for job in every_job() for dtype in job.dtypes][part::parts]
-    suite, failed = ET.Element("testsuite"), 0
-    for job, dtype in cases:
-        for rows, d in SMALL if flags.small else SIZES:
-            case = ET.SubElement(suite, "testcase", name=f"{job.name}-{str(dtype)[6:]}-{rows}-{d}")
-            if reason := skipped(job, device):
-                ET.SubElement(case, "skipped", message=reason)
-                continue
-            try:
-                check(job, dtype, rows, d, device)
-            except Exception as problem:  # a wrong result, or whatever triton or the driver raises
-                failed += 1
-                ET.SubElement(case, "failure", message=f"{type(problem).__name__}: {problem}")
-                print(f"{case.get('name')}: {type(problem).__name__}: {problem}", flush=True)
-            ET.ElementTree(suite).write(flags.report)  # what is known so far, should time run out
-    print(f"{len(suite)} checks on {device}, {failed} failed")
-    return int(failed > 0 or not len(suite))
+    sizes = [tuple(map(int, size.split("-"))) for size in flags.sizes.split(",")]
+    cases = [(job, dtype, size) for size in sizes for job in every_job() for dtype in job.dtypes][part::parts]
+    known, failed = reports.read([flags.report]), 0
+    if not known:
+        reports.write(flags.report, {"collected": len(cases)})
+    for job, dtype, (rows, d) in cases:
+        name = f"{job.name}-{str(dtype)[6:]}-{rows}-{d}"
+        if name in known:
+            continue
+        if reason := skipped(job, device):
+            reports.write(flags.report, {"test": name, "outcome": "skipped", "message": reason})
+            continue
+        reports.write(flags.report, {"test": name, "outcome": "started"})
+        line = {"test": name, "outcome": "passed"}
+        try:
+            check(job, dtype, rows, d, device)
+        except Exception as problem:  # a wrong result, or whatever triton or the driver raises
+            failed += 1
+            line |= {"outcome": "failed", "message": f"{type(problem).__name__}: {problem}"}
+            print(f"{name}: {line['message']}", flush=True)
+        reports.write(flags.report, line)
+        if line["outcome"] == "failed" and lost(device):
+            os._exit(reports.LOST)
+    print(f"{len(cases)} checks on {device}, {failed} failed")
+    return int(failed > 0 or not cases)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,24 +10,6 @@ import torch
 
 GUARD = 256  # elements before and after, a multiple of 16 bytes in every dtype
 BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def interpreter_reason(triton: str, numpy: str) -> str | None:
-    """Why these versions cannot interpret kernels, or None: github.com/triton-lang/triton/issues/9171."""
-    old, new = ([int(part) for part in version.split(".")[:2]] for version in (triton, numpy))
-    if old < [3, 7] and new >= [2, 4]:
-        return f"the interpreter of triton {triton} needs numpy < 2.4, here is {numpy}; triton 3.7 takes either"
-    return None
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    try:
-        reason = interpreter_reason(*(importlib.metadata.version(name) for name in ("triton", "numpy")))
-    except importlib.metadata.PackageNotFoundError:
-        return
-    for item in items if reason else ():
-        if os.environ.get("TRITON_INTERPRET") == "1" or "interpreted" in item.path.name:
-            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 class Guards:

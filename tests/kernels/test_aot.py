@@ -5,16 +5,17 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource
 from triton.runtime import driver, jit
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import aot
 from mir_kernels.ops.moca import triton as moca
 from mir_kernels.ops.moments import packed
 from mir_kernels.ops.moments import triton as moments
 from mir_kernels.ops.sqrtm import triton as sqrtm
+from mir_kernels.ops.sqrtm import triton_products as products
 
 
 class Driver:
@@ -28,6 +29,23 @@ class Driver:
 
     def get_current_stream(self, device):
         return 0
+
+
+class Memory:
+    """A tensor as torch allocates it on a GPU: only its dtype and its address are looked at."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def data_ptr(self):
+        return 0x7F0000000200
+
+
+def allocated(argument):
+    """An argument of a recorded launch, on a GPU."""
+    if isinstance(argument, TensorDescriptor):
+        return TensorDescriptor(Memory(argument.base.dtype), *(argument.shape, argument.strides, argument.block_shape))
+    return Memory(argument.dtype) if isinstance(argument, torch.Tensor) else argument
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -45,35 +63,33 @@ def calls(rows, d):
         (moca.add_rms_backward, (x, x, x, x, x, vector, mask, vector, rstd, x)),
         (moments.token_norms, (x,)),
         (moments.accumulate, (*second, "auto")),
-        (sqrtm.polynomial_step, (empty(2, d, d), (3.2, -2.4, 0.5))),
+        *(
+            (products.polynomial_step, (empty(parts, 2, 64, 128, dtype=dtype), (3.2, -2.4, 0.5), tiles))
+            for dtype, parts, tiles in (
+                (torch.bfloat16, 1, products.TABLE[torch.bfloat16]["sm_90"]),
+                (torch.float16, 2, products.TABLE_BELOW[torch.float32]["sm_90"]),
+            )
+        ),
         (sqrtm.small_polar, (empty(2, 60, 60), ((3.2, -2.4, 0.5),))),
     ]
 
 
 @pytest.mark.parametrize(("rows", "d"), [(64, 256), (1, 577), (37, 4097)])
 def test_a_recorded_launch_has_the_cache_key_of_the_launch_itself(rows, d, monkeypatch):
+    """Recorded on tensors without memory, launched on those of a GPU: what was compiled ahead is found in the cache."""
     keys = []
 
-    def key(source, backend, options):
-        return source.hash(), backend.hash(), options.hash()
+    def compiled(kernel, _, signature, device, constexprs, options, attrs, warmup):
+        keys.append((ASTSource(kernel, signature, constexprs, attrs).hash(), options.hash()))
 
-    def launched(kernel, _, signature, device, constexprs, options, attrs, warmup):
-        keys.append(key(ASTSource(kernel, signature, constexprs, attrs), backend, options))
-
-    def compiled(source, target, options):
-        keys.append(key(source, make_backend(target), make_backend(target).parse_options(dict(options))))
-        raise StopIteration
-
-    backend = make_backend(Driver().get_current_target())
     launches = [launch for launcher, given in calls(rows, d) for launch in aot.record(launcher, *given, target="sm_90")]
     assert len(launches) >= 12
     monkeypatch.setattr(driver, "_active", Driver())
-    monkeypatch.setattr(jit.JITFunction, "_do_compile", launched)
-    monkeypatch.setattr(triton, "compile", compiled)
+    monkeypatch.setattr(jit.JITFunction, "_do_compile", compiled)
+    monkeypatch.setattr(aot._Device, "get_current_device", lambda self: rows)  # where nothing is compiled yet
     for launch in launches:
         keys.clear()
-        given = [a.dtype if isinstance(a, torch.Tensor) else a for a in launch.arguments]
-        launch.kernel.warmup(*given, grid=launch.grid, **launch.keywords)
-        with pytest.raises(StopIteration):
+        with pytest.raises(AttributeError):  # nothing was compiled
             aot.compile_launch("sm_90", launch)
+        launch.kernel.run(*(allocated(a) for a in launch.arguments), grid=launch.grid, warmup=True, **launch.keywords)
         assert keys[0] == keys[1], launch.kernel.__name__

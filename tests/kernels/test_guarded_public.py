@@ -92,27 +92,37 @@ def roots():
     return triton
 
 
-def test_a_batch_of_large_matrices_goes_beyond_2_to_the_31_elements(roots):
+@pytest.fixture
+def products():
+    pytest.importorskip("triton")
+    from mir_kernels.ops.sqrtm import triton_products
+
+    return triton_products
+
+
+def test_a_batch_of_large_matrices_goes_beyond_2_to_the_31_elements(products):
     d, batch = 4096, 2**31 // 4096**2 + 1
     need(5 * batch * d * d * 2 / 1e9 + 1)  # X, G, Z, the result, and what is compared
-    x = torch.zeros(batch, d, d, dtype=torch.bfloat16, device="cuda")
-    x[-1] = torch.randn(d, d, generator=torch.Generator("cuda").manual_seed(0), device="cuda") / (2 * d**0.5)
-    found = roots.polynomial_step(x, STEP)
-    assert torch.equal(found[-1:], roots.polynomial_step(x[-1:].clone(), STEP))
-    assert not found[:-1].any()
+    x = torch.zeros(1, batch, d, d, dtype=torch.bfloat16, device="cuda")
+    x[0, -1] = torch.randn(d, d, generator=torch.Generator("cuda").manual_seed(0), device="cuda") / (2 * d**0.5)
+    tiles = products.tiles_for(d, d, x.dtype, x.device)
+    one = x[:, -1:].clone()
+    found = products.polynomial_step(x, STEP, tiles)
+    assert torch.equal(found[:, -1:], products.polynomial_step(one, STEP, tiles))
+    assert not found[:, :-1].any()
     del found
-    assert torch.equal(
-        roots.symmetric_product(x, transposed=False)[-1:], roots.symmetric_product(x[-1:].clone(), transposed=False)
-    )
+    last = products.symmetric_product(x, tiles, transposed=False)[:, -1:]
+    assert torch.equal(last, products.symmetric_product(one, tiles, transposed=False))
 
 
-def test_rows_of_one_matrix_beyond_2_to_the_31_elements_count(roots):
-    d, rows = 16, 2**27 + 64
+def test_rows_of_one_matrix_beyond_2_to_the_31_elements_count(products):
+    d, rows = products.ALIGN, 2**25 + 64
     need(5)
-    x = torch.zeros(1, rows, d, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(1, 1, rows, d, dtype=torch.bfloat16, device="cuda")
     last = torch.randint(-3, 4, (64, d), generator=torch.Generator("cuda").manual_seed(0), device="cuda").bfloat16()
-    x[0, -64:] = last
-    assert torch.equal(roots.symmetric_product(x, transposed=True)[0].float(), (last.T @ last).float())
+    x[0, 0, -64:] = last
+    found = products.symmetric_product(x, products.tiles_for(rows, d, x.dtype, x.device), transposed=True)
+    assert torch.equal(found[0, 0].float(), (last.T @ last).float())
 
 
 @pytest.mark.parametrize("d", [64, 128])  # in registers, and in the first-level cache

@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mir_kernels import _triton
-from mir_kernels._triton import INTERPRET, cast
+from mir_kernels._triton import INTERPRET, cast, column_halves, triangle
 from mir_kernels.ops.moments.packed import PANEL
 
 NORM_BLOCK = 4096  # elements of a program of the norms: 32 a thread
 CHUNK = 256  # rows summed in the tensor cores before their sum is added, rounded to nearest, to the tile's total
 SHIFT_ABOVE = 4.0  # columns whose mean lies more deviations than this from zero are shifted
+SPLIT_ROWS = 32  # of a program that splits
 SAMPLE = 512  # rows that the deviations are judged by
 
 
@@ -29,7 +30,7 @@ class Blocks(NamedTuple):
     float32: str = "tf32x3"
 
 
-# 16-bit tiles as they are, tiles that are shifted and split, float32 tiles.
+# 16-bit tiles, as they are or split before; float32 tiles, shifted in their program.
 PLAIN = {
     "sm_80": Blocks(128, 32, 8, 3),
     "sm_90": Blocks(128, 64, 8, 3),
@@ -37,7 +38,7 @@ PLAIN = {
     "gfx942": Blocks(128, 32, 8, 2, "ieee"),
     "interpreter": Blocks(32, 32, 4, 1, "ieee"),
 }
-SHIFTED = {
+FLOAT32 = {
     "sm_80": Blocks(64, 32, 8, 3),
     "sm_90": Blocks(64, 32, 4, 3),
     "sm_100": Blocks(64, 32, 4, 3),
@@ -88,16 +89,36 @@ def accumulate(
     grains = torch.nn.functional.pad(shift != 0, (0, -x.shape[1] % GRAIN)).view(-1, GRAIN).any(1).to(torch.uint8)
     sums = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     # Both launches see all tiles and leave those of the other; which are whose is known to the device alone.
-    if x.dtype != torch.float32:
-        _launch(PLAIN, False, second, x, mask, shift, grains, vectors, weights, sums, precision)
-    if x.dtype == torch.float32 or precision != "fast":
-        _launch(SHIFTED, True, second, x, mask, shift, grains, vectors, weights, sums, precision)
+    if x.dtype == torch.float32:
+        _launch(FLOAT32, "float32", second, x, mask, shift, grains, vectors, weights, sums, precision)
+        return shift.double(), sums
+    _launch(PLAIN, "plain", second, x, mask, shift, grains, vectors, weights, sums, precision)
+    if precision != "fast":
+        planes = _split(x, mask, shift, grains)
+        _launch(PLAIN, "split", second, planes, None, shift, grains, vectors, weights, sums, precision)
     return shift.double(), sums
+
+
+def _split(x: Tensor, mask: Tensor | None, shift: Tensor, grains: Tensor) -> Tensor:
+    """(2, rows, d): x - shift as a high part and a remainder of x's dtype, zero in rows outside the mask.
+
+    Once for all tiles, each of which would else cut the same columns again. Not written where no grain is shifted.
+    """
+    rows, d = x.shape
+    planes = x.new_empty(2, rows, d + -d % 8)  # rows start at multiples of 16 bytes
+    if rows:
+        with _triton.on(x.device):
+            _split_fwd[(triton.cdiv(rows, SPLIT_ROWS), triton.cdiv(d, GRAIN))](
+                *(x, x if mask is None else mask.view(torch.uint8), shift, grains.amax(), planes),
+                *(rows, x.stride(0), planes.stride(1), d),
+                HAS_MASK=mask is not None, ROWS=SPLIT_ROWS, COLUMNS=GRAIN, num_warps=4, **_triton.LAUNCH,
+            )  # fmt: skip
+    return planes[:, :, :d]
 
 
 def _launch(
     table: dict[str, Blocks],
-    shifted: bool,
+    kind: str,
     second: Tensor,
     x: Tensor,
     mask: Tensor | None,
@@ -108,15 +129,15 @@ def _launch(
     sums: Tensor,
     precision: str,
 ) -> None:
-    rows, d = x.shape
+    rows, d = x.shape[-2:]
     blocks = _triton.row(table, x.device)
     tiles = triton.cdiv(d, blocks.tile)
     with _triton.on(x.device):
         _accumulate_fwd[(tiles * (tiles + 1) // 2,)](
             *(second, x, x if mask is None else mask.view(torch.uint8), shift, grains, vectors, weights, sums),
-            *(rows, x.stride(0), d),
+            *(rows, x.stride(-2), d),
             HAS_MASK=mask is not None,
-            SHIFTED=shifted,
+            KIND=kind,
             EVERY_TILE=x.dtype == torch.float32 or precision == "fast",
             FLOAT32="tf32" if precision == "fast" and blocks.float32 == "tf32x3" else blocks.float32,
             PANEL=PANEL,
@@ -195,48 +216,39 @@ def _scale(largest, WIDE: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def _accumulate_fwd(
     second, x, mask, shift, grains, vectors, weights, sums, rows, x_stride, d,
-    HAS_MASK: tl.constexpr, SHIFTED: tl.constexpr, EVERY_TILE: tl.constexpr, FLOAT32: tl.constexpr,
+    HAS_MASK: tl.constexpr, KIND: tl.constexpr, EVERY_TILE: tl.constexpr, FLOAT32: tl.constexpr,
     PANEL: tl.constexpr, GRAIN: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program per lower tile (i, j): its product over all rows, then one pass over its float64 entries.
 
-    second: packed triangle. grains: whether each GRAIN columns are shifted; a program leaves the tiles of the other
-    kind unless EVERY_TILE. vectors (2, d), weights (2,): outer products to add. sums: (d,), by the diagonal tiles.
+    second: packed triangle. KIND: "plain", x as it is, "split", planes of `_split`, or "float32", shifted on the way.
+    grains: whether each GRAIN columns are shifted; a program leaves the tiles of the other kind unless EVERY_TILE.
+    vectors (2, d), weights (2,): outer products to add. sums: (d,), by the diagonal tiles.
     """
-    tile = tl.program_id(0)
-    i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)  # the root's rounding
-    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
-    j = tile - i * (i + 1) // 2
+    i, j = triangle(tl.program_id(0))
     if not EVERY_TILE:
         touched = tl.load(grains + i * TILE // GRAIN).to(tl.int32) | tl.load(grains + j * TILE // GRAIN).to(tl.int32)
-        if (touched != 0) != SHIFTED:
+        if (touched != 0) != (KIND == "split"):
             return
     column_i = i * TILE + tl.arange(0, TILE)  # [TILE]
     column_j = j * TILE + tl.arange(0, TILE)  # [TILE]
     b_total, b_sums = _products(
         x, mask, shift, rows, x_stride, column_i, column_j, column_i < d, column_j < d, i == j,
-        HAS_MASK, SHIFTED, FLOAT32, TILE, STEP, CHUNK,
+        HAS_MASK, KIND, FLOAT32, TILE, STEP, CHUNK,
     )  # fmt: skip
     if i == j:
         tl.store(sums + column_i, b_sums.to(tl.float64), mask=column_i < d)
     # In quarters of the columns: a whole tile in float64 would take every register.
-    b_left, b_right = _halves(b_total, TILE, TILE)
+    b_left, b_right = column_halves(b_total, TILE, TILE)
     half: tl.constexpr = TILE // 2
     quarter: tl.constexpr = TILE // 4
-    first, second_quarter = _halves(b_left, TILE, half)
-    third, fourth = _halves(b_right, TILE, half)
+    first, second_quarter = column_halves(b_left, TILE, half)
+    third, fourth = column_halves(b_right, TILE, half)
     for_all = (second, vectors, weights, i, j, d)
     _add_to_second(first, for_all, 0, PANEL, TILE, quarter)
     _add_to_second(second_quarter, for_all, quarter, PANEL, TILE, quarter)
     _add_to_second(third, for_all, half, PANEL, TILE, quarter)
     _add_to_second(fourth, for_all, half + quarter, PANEL, TILE, quarter)
-
-
-@triton.jit
-def _halves(b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of the columns of b [ROWS, COLUMNS]."""
-    return tl.split(tl.permute(tl.reshape(b, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
 
 
 @triton.jit
@@ -261,14 +273,41 @@ def _add_to_second(b, for_all, skip, PANEL: tl.constexpr, TILE: tl.constexpr, WI
 @triton.jit
 def _products(
     x, mask, shift, rows, x_stride, column_i, column_j, m_i, m_j, diagonal,
-    HAS_MASK: tl.constexpr, SHIFTED: tl.constexpr, FLOAT32: tl.constexpr,
+    HAS_MASK: tl.constexpr, KIND: tl.constexpr, FLOAT32: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """sum_t (x_ti - s_i)(x_tj - s_j) [TILE, TILE] and, where diagonal, sum_t (x_ti - s_i) [TILE], in float32."""
-    element: tl.constexpr = x.dtype.element_ty
     b_total = tl.zeros([TILE, TILE], dtype=tl.float32)
     b_sums = tl.zeros([TILE], dtype=tl.float32)
-    if SHIFTED:
+    for_all = (mask, shift, rows, x_stride, column_i, column_j, m_i, m_j)
+    if KIND == "split":
+        # low low, low high, high low, high high: the small products first. One after another, a tile has one
+        # accumulator beside its total. Only float16 wants the first: its remainder is not small where the difference
+        # is beyond its range.
+        plane = rows.to(tl.int64) * x_stride
+        for part in range(0 if x.dtype.element_ty == tl.float16 else 1, 4):
+            left = x + tl.where(part < 2, plane, 0)
+            right = x + tl.where(part % 2 == 0, plane, 0)
+            b_total, b_sums = _one_product(
+                left, right, for_all, diagonal & (part % 2 == 1), b_total, b_sums,
+                False, KIND, FLOAT32, TILE, STEP, CHUNK,
+            )  # fmt: skip
+    else:
+        b_total, b_sums = _one_product(
+            x, x, for_all, diagonal, b_total, b_sums, HAS_MASK, KIND, FLOAT32, TILE, STEP, CHUNK
+        )
+    return b_total, b_sums
+
+
+@triton.jit
+def _one_product(
+    left, right, for_all, diagonal, b_total, b_sums,
+    HAS_MASK: tl.constexpr, KIND: tl.constexpr, FLOAT32: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Adds the products of the columns of left and right to b_total and, where diagonal, those of left to b_sums."""
+    mask, shift, rows, x_stride, column_i, column_j, m_i, m_j = for_all
+    if KIND == "float32":
         shift_i = tl.load(shift + column_i, mask=m_i, other=0.0)[None, :]
         shift_j = tl.load(shift + column_j, mask=m_j, other=0.0)[None, :]
     b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
@@ -279,24 +318,13 @@ def _products(
         m_row = row < rows
         if HAS_MASK:
             m_row = m_row & (tl.load(mask + row, mask=m_row, other=0) != 0)
-        p_row = x + row.to(tl.int64)[:, None] * x_stride
-        b_i = tl.load(p_row + column_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [STEP, TILE]
-        b_j = tl.load(p_row + column_j[None, :], mask=m_row[:, None] & m_j[None, :], other=0.0)  # [STEP, TILE]
-        if SHIFTED:
-            b_i = tl.where(m_row[:, None], b_i.to(tl.float32) - shift_i, 0.0)
-            b_j = tl.where(m_row[:, None], b_j.to(tl.float32) - shift_j, 0.0)
-            if element != tl.float32:
-                high_i, high_j = _high(b_i, element), _high(b_j, element)
-                low_i, low_j = cast(b_i - high_i.to(tl.float32), element), cast(b_j - high_j.to(tl.float32), element)
-                if element == tl.float16:  # the remainder is not small where the difference is beyond float16
-                    b_chunk = _dot(low_i, low_j, b_chunk, FLOAT32)
-                b_chunk = _dot(low_i, high_j, b_chunk, FLOAT32)
-                b_chunk = _dot(high_i, low_j, b_chunk, FLOAT32)
-                b_chunk = _dot(high_i, high_j, b_chunk, FLOAT32)
-            else:
-                b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
-        else:
-            b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
+        p_row = row.to(tl.int64)[:, None] * x_stride
+        b_i = tl.load(left + p_row + column_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [STEP, TILE]
+        b_j = tl.load(right + p_row + column_j[None, :], mask=m_row[:, None] & m_j[None, :], other=0.0)  # [STEP, TILE]
+        if KIND == "float32":
+            b_i = tl.where(m_row[:, None], b_i - shift_i, 0.0)
+            b_j = tl.where(m_row[:, None], b_j - shift_j, 0.0)
+        b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
         if diagonal:
             b_column += tl.sum(b_i.to(tl.float32), axis=0)
         if (start + STEP) % CHUNK == 0:
@@ -305,6 +333,29 @@ def _products(
             b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
             b_column = tl.zeros([TILE], dtype=tl.float32)
     return b_total + b_chunk, b_sums + b_column
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _split_fwd(
+    x, mask, shift, shifted, planes, rows, x_stride, plane_stride, d,
+    HAS_MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    if tl.load(shifted) == 0:
+        return
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_row, m_column = row < rows, column < d
+    inside = m_row[:, None] & m_column[None, :]
+    counted = m_row
+    if HAS_MASK:
+        counted = m_row & (tl.load(mask + row, mask=m_row, other=0) != 0)
+    b = tl.load(x + row[:, None] * x_stride + column[None, :], mask=counted[:, None] & m_column[None, :], other=0.0)
+    b_shift = tl.load(shift + column, mask=m_column, other=0.0)[None, :]
+    b = tl.where(counted[:, None], b.to(tl.float32) - b_shift, 0.0)  # [ROWS, COLUMNS]
+    high = _high(b, x.dtype.element_ty)
+    p_high = planes + row[:, None] * plane_stride + column[None, :]
+    tl.store(p_high, high, mask=inside)
+    tl.store(p_high + rows.to(tl.int64) * plane_stride, cast(b - high.to(tl.float32), x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -45,9 +45,13 @@ def norms(target, dtype, d=4096, rows=4096):
 )
 def test_products_run_on_tensor_cores_without_spills(target, dtype):
     launches = products(target, dtype)
-    assert [launch.keywords["SHIFTED"] for launch in launches] == ([True] if dtype == torch.float32 else [False, True])
+    kinds = [launch.keywords.get("KIND") for launch in launches]
+    assert kinds == (["float32"] if dtype == torch.float32 else ["plain", None, "split"])
     for launch in launches:
         binary = aot.compile_launch(target, launch)
+        if launch.kernel is kernels._split_fwd:
+            assert (binary.spills, set(binary.stores)) == (0, {16})
+            continue
         assert TENSOR_CORE[target] in binary.asm
         assert binary.spills == 0, f"{binary.spills} bytes of spills with {binary.registers} registers"
         assert 16 in binary.loads
@@ -62,10 +66,11 @@ def test_a_fast_product_is_one_launch_of_bfloat16_as_it_is():
 
 
 def test_products_stay_in_flight_over_the_borders_of_chunks():
-    plain, _ = products("sm_90", torch.bfloat16)
-    asm = aot.compile_launch("sm_90", plain).asm
-    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d)", asm)
-    assert sorted(waits) == ["0", "0", "1"]  # where a chunk is added, after the last one, and in every step
+    plain, _, split = products("sm_90", torch.bfloat16)
+    for launch in (plain, split):
+        asm = aot.compile_launch("sm_90", launch).asm
+        waits = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d)", asm)
+        assert sorted(waits) == ["0", "0", "1"]  # where a chunk is added, after the last one, and in every step
 
 
 def test_sums_that_truncate_keep_the_promise_just_below_the_threshold_of_shifting():

@@ -10,11 +10,12 @@ pytest.importorskip("triton")
 import aot
 from mir_kernels.ops.sqrtm import eager
 from mir_kernels.ops.sqrtm import triton as kernels
+from mir_kernels.ops.sqrtm import triton_products as products
 
 STEPS = ((3.2, -2.4, 0.5),) * 6
 CASES = [
-    *((torch.bfloat16, d) for d in (32, 64, 128, 1024)),
-    *((torch.float32, d) for d in (32, 64, 1024)),
+    *((torch.bfloat16, d) for d in (32, 64, 128, 256, 1024)),
+    *((torch.float32, d) for d in (32, 64, 256, 1024)),
 ]
 
 
@@ -26,17 +27,18 @@ def launches(d, dtype, target, batch=4):
     x = torch.empty(batch, d, d, dtype=dtype, device="meta")
     if d <= kernels.SMALL:
         return aot.record(kernels.small_polar, x, STEPS, target=target)
-    return aot.record(kernels.polynomial_step, x, STEPS[0], target=target)
+    row = (products.TABLE if d >= products.LARGE else products.TABLE_BELOW)[dtype][target]
+    return aot.record(products.polynomial_step, products.split(x, row), STEPS[0], row, target=target)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize(("dtype", "d"), CASES + HALF, ids=lambda v: str(v).removeprefix("torch."))
 def test_no_kernel_spills_and_memory_moves_in_wide_accesses(dtype, d, target):
-    for launch in launches(d, dtype, target)[-2:]:
+    for launch in launches(d, dtype, target):
         binary = aot.compile_launch(target, launch)
         assert binary.spills == 0, f"{launch.kernel.__name__}: {binary.spills} bytes, {binary.registers} registers"
         assert max(binary.stores) >= 8
-        if target == "sm_90" and d in (64, 128, 1024) and (dtype != torch.float32 or d == 1024):
+        if target == "sm_90" and d in (64, 128, 256, 1024) and (dtype != torch.float32 or d >= 256):
             assert "wgmma" in binary.asm
 
 
@@ -62,10 +64,11 @@ def test_launches_of_a_polar_factor_do_not_depend_on_the_batch(d, each_step, pre
 
 
 def test_symmetric_products_launch_half_the_tiles():
-    tile = kernels.TABLE[torch.bfloat16]["sm_90"].tile
-    symmetric, _, full = launches(8 * tile, torch.bfloat16, "sm_90", batch=3)
-    assert symmetric.grid == (3 * 36,)
-    assert full.grid == (3 * 64,)
+    tiles = products.TABLE[torch.bfloat16]["sm_90"]
+    symmetric, _, full = launches(8 * tiles.columns, torch.bfloat16, "sm_90", batch=3)
+    below = tiles.columns // tiles.rows
+    assert symmetric.grid == (3 * 36 * below,)
+    assert full.grid == (3 * 64 * below,)
 
 
 @pytest.mark.parametrize("d", [32, 128, 1024])

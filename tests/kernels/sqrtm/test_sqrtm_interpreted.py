@@ -11,10 +11,11 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+FILES = [str(HERE / f"test_{name}_triton.py") for name in ("sqrtm", "products")]
 
 
 def test_the_triton_kernels_pass_their_tests_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "test_sqrtm_triton.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *FILES]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=HERE.parents[2], env=env, capture_output=True, text=True, timeout=500, check=False

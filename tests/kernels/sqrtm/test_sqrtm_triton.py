@@ -28,44 +28,6 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 5, 5), (1, 33, 65), (3, 40, 31)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_symmetric_product_is_symmetric_and_right(dtype, shape, transposed):
-    x = random(*shape, dtype=dtype)
-    wide = x.double().mT if transposed else x.double()
-    add = wide @ wide.mT
-    add = add.to(dtype)
-    add = (add + add.mT) / 2
-    out = triton.symmetric_product(x, transposed=transposed, add=add, alpha=0.5, beta=2.0)
-    assert torch.equal(out, out.mT)
-    assert relative_error(out, 0.5 * wide @ wide.mT + 2.0 * add.double()) <= 2 * torch.finfo(dtype).eps
-
-
-def test_float32_products_hold_as_many_bits_as_two_halves_however_small_the_entries():
-    """Entries of a 4096^2 polar factor are near 0.016, and most products of them smaller still."""
-    for size in (1.0, 0.016, 1e-4):
-        x = random(1, 64, 64, dtype=torch.float32) * size
-        exact = x.double().mT @ x.double()
-        found = triton.symmetric_product(x, transposed=True)
-        assert relative_error(found, exact) <= 2.0**-22
-
-
-def test_symmetric_product_of_small_integers_is_exact_in_every_tile():
-    x = torch.randint(-3, 4, (2, 70, 35), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
-    assert torch.equal(triton.symmetric_product(x, transposed=False), x @ x.mT)
-    assert torch.equal(triton.symmetric_product(x, transposed=True), x.mT @ x)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 16, 16), (1, 48, 80), (2, 70, 33)])
-def test_fused_step_is_no_worse_than_plain_torch(dtype, shape):
-    x = eager.normalize(random(*shape, dtype=torch.float64), dtype).contiguous()
-    exact = eager.polynomial_step(x.double(), STEP)
-    mine, torchs = triton.polynomial_step(x, STEP), eager.polynomial_step(x, STEP)
-    assert relative_error(mine, exact) <= 2 * (relative_error(torchs, exact) + RESOLUTION[dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("steps", [1, 2] if not INTERPRETED else [2])
 def test_one_launch_does_what_its_steps_do(dtype, shape, steps):
@@ -97,15 +59,3 @@ def test_root_of_a_batch():
     a = torch.stack([covariance("i^-1", 24, seed) for seed in range(3)]).float().to(DEVICE)
     x = sqrtm(a, method="polar", backend="triton")
     assert relative_error(x @ x, a) <= 2e-6
-
-
-@pytest.mark.gpu
-def test_batch_offsets_pass_2_to_the_31():
-    """(320, 2560, 3072): the batch offset of the last matrices does not fit 32 bits."""
-    x = torch.zeros(320, 2560, 3072, dtype=torch.bfloat16, device="cuda")
-    x[-1] = torch.randn(2560, 3072, device="cuda") / 64
-    out = triton.product(
-        x, torch.eye(3072, dtype=torch.bfloat16, device="cuda").expand(320, -1, -1).contiguous(), beta=0
-    )
-    assert torch.equal(out[-1], x[-1])
-    assert not out[:-1].any()
