@@ -16,24 +16,10 @@ Row = TypeVar("Row")
 
 # Set before the first import of triton, or not at all: the interpreter runs the same kernels on CPU tensors.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+if INTERPRET:
+    from mir_kernels import _interpreter
 
-
-def _scalars_as_indices() -> None:
-    """Lets the interpreter of Triton 3.6 turn a scalar into a loop bound: it holds scalars in arrays of one entry,
-    which numpy 2.4 and later no longer convert to int. Newer versions of Triton squeeze them first."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
-
-if INTERPRET and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-    _scalars_as_indices()
+    _interpreter.mend()
 
 # Fusion of a*b+c changes bits and its default changes between Triton versions: off here, and tl.fma where one rounding
 # is wanted.

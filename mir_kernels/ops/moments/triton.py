@@ -21,29 +21,20 @@ SAMPLE = 512  # rows that the deviations are judged by
 
 
 class Blocks(NamedTuple):
-    """Tile edge (divides GRAIN and PANEL), rows a step, warps, stages; and how float32 products stay accurate."""
+    """Tile edge (divides GRAIN and PANEL), rows a step, warps, stages."""
 
     tile: int
     step: int
     warps: int
     stages: int
-    float32: str = "tf32x3"
 
 
-# 16-bit tiles, as they are or split before; float32 tiles, shifted in their program.
-PLAIN = {
+TABLE = {
     "sm_80": Blocks(128, 32, 8, 3),
     "sm_90": Blocks(128, 64, 8, 3),
     "sm_100": Blocks(128, 64, 8, 3),
-    "gfx942": Blocks(128, 32, 8, 2, "ieee"),
-    "interpreter": Blocks(32, 32, 4, 1, "ieee"),
-}
-FLOAT32 = {
-    "sm_80": Blocks(64, 32, 8, 3),
-    "sm_90": Blocks(64, 32, 4, 3),
-    "sm_100": Blocks(64, 32, 4, 3),
-    "gfx942": Blocks(64, 32, 4, 2, "ieee"),
-    "interpreter": Blocks(32, 32, 4, 1, "ieee"),
+    "gfx942": Blocks(128, 32, 8, 2),
+    "interpreter": Blocks(32, 32, 4, 1),
 }
 GRAIN = 128  # columns that are shifted together or not at all; every tile edge divides it
 
@@ -79,7 +70,8 @@ def accumulate(
 
     16-bit columns whose mean is moderate go into the tensor cores as they are: their products are exact in float32.
     The tiles that touch a column with a mean of more than SHIFT_ABOVE deviations take differences from a shift that
-    the dtype can hold, which are exact but for outliers, as a high part and a remainder. float32 is always shifted.
+    the dtype can hold, which are exact but for outliers, as a high part and a remainder. float32 is always shifted,
+    scaled by a power of two a column, and split into two float16: 22 bits, or for "fast" the 11 of the high part.
     """
     if x.dtype == torch.float64:
         raise TypeError("x: the Triton product takes float32, bfloat16 or float16, got float64")
@@ -88,58 +80,69 @@ def accumulate(
     shift = _shift(x, mask, centre, precision)
     grains = torch.nn.functional.pad(shift != 0, (0, -x.shape[1] % GRAIN)).view(-1, GRAIN).any(1).to(torch.uint8)
     sums = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    # Both launches see all tiles and leave those of the other; which are whose is known to the device alone.
+    for_all = (second, grains, vectors, weights, sums)
     if x.dtype == torch.float32:
-        _launch(FLOAT32, "float32", second, x, mask, shift, grains, vectors, weights, sums, precision)
+        scale = _scale_to_float16(x, mask, shift)
+        planes = _split(x, mask, shift, scale, torch.ones_like(grains[:1]))
+        _launch(planes, None, 1 / scale.double(), for_all, first_part=3 if precision == "fast" else 1, every_tile=True)
         return shift.double(), sums
-    _launch(PLAIN, "plain", second, x, mask, shift, grains, vectors, weights, sums, precision)
+    # Both launches see all tiles and leave those of the other; which are whose is known to the device alone.
+    _launch(x, mask, None, for_all, first_part=None, every_tile=precision == "fast")
     if precision != "fast":
-        planes = _split(x, mask, shift, grains)
-        _launch(PLAIN, "split", second, planes, None, shift, grains, vectors, weights, sums, precision)
+        planes = _split(x, mask, shift, None, grains.amax())
+        # The remainder is not small where a difference is beyond float16.
+        _launch(planes, None, None, for_all, first_part=0 if x.dtype == torch.float16 else 1, every_tile=False)
     return shift.double(), sums
 
 
-def _split(x: Tensor, mask: Tensor | None, shift: Tensor, grains: Tensor) -> Tensor:
-    """(2, rows, d): x - shift as a high part and a remainder of x's dtype, zero in rows outside the mask.
+def _scale_to_float16(x: Tensor, mask: Tensor | None, shift: Tensor) -> Tensor:
+    """(d,) powers of two that bring the largest difference of a float32 column to between 2^14 and 2^15."""
+    away = (x - shift).abs()
+    largest = (away if mask is None else away.masked_fill_(~mask[:, None], 0.0)).amax(0)
+    exponent = torch.frexp(largest).exponent
+    return torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126).masked_fill(largest == 0, 0))
 
-    Once for all tiles, each of which would else cut the same columns again. Not written where no grain is shifted.
+
+def _split(x: Tensor, mask: Tensor | None, shift: Tensor, scale: Tensor | None, wanted: Tensor) -> Tensor:
+    """(2, rows, d): (x - shift) scale as a high part and a remainder, in 16 bits, zero in rows outside the mask.
+
+    Once for all tiles, each of which would else cut the same columns again. Nothing is written where `wanted` is 0.
     """
     rows, d = x.shape
-    planes = x.new_empty(2, rows, d + -d % 8)  # rows start at multiples of 16 bytes
+    dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
+    planes = torch.empty(2, rows, d + -d % 8, dtype=dtype, device=x.device)  # rows start at multiples of 16 bytes
     if rows:
         with _triton.on(x.device):
             _split_fwd[(triton.cdiv(rows, SPLIT_ROWS), triton.cdiv(d, GRAIN))](
-                *(x, x if mask is None else mask.view(torch.uint8), shift, grains.amax(), planes),
-                *(rows, x.stride(0), planes.stride(1), d),
-                HAS_MASK=mask is not None, ROWS=SPLIT_ROWS, COLUMNS=GRAIN, num_warps=4, **_triton.LAUNCH,
+                *(x, x if mask is None else mask.view(torch.uint8), shift, shift if scale is None else scale),
+                *(wanted, planes, rows, x.stride(0), planes.stride(1), d),
+                HAS_MASK=mask is not None, HAS_SCALE=scale is not None,
+                ROWS=SPLIT_ROWS, COLUMNS=GRAIN, num_warps=4, **_triton.LAUNCH,
             )  # fmt: skip
     return planes[:, :, :d]
 
 
 def _launch(
-    table: dict[str, Blocks],
-    kind: str,
-    second: Tensor,
     x: Tensor,
     mask: Tensor | None,
-    shift: Tensor,
-    grains: Tensor,
-    vectors: Tensor,
-    weights: Tensor,
-    sums: Tensor,
-    precision: str,
+    unit: Tensor | None,
+    for_all: tuple[Tensor, ...],
+    first_part: int | None,
+    every_tile: bool,
 ) -> None:
+    """Adds the products of x (rows, d), or from `first_part` on of its planes (2, rows, d) in units of `unit` (d,)."""
+    second, grains, vectors, weights, sums = for_all
     rows, d = x.shape[-2:]
-    blocks = _triton.row(table, x.device)
+    blocks = _triton.row(TABLE, x.device)
     tiles = triton.cdiv(d, blocks.tile)
     with _triton.on(x.device):
         _accumulate_fwd[(tiles * (tiles + 1) // 2,)](
-            *(second, x, x if mask is None else mask.view(torch.uint8), shift, grains, vectors, weights, sums),
-            *(rows, x.stride(-2), d),
+            *(second, x, x if mask is None else mask.view(torch.uint8), sums if unit is None else unit),
+            *(grains, vectors, weights, sums, rows, x.stride(-2), d),
             HAS_MASK=mask is not None,
-            KIND=kind,
-            EVERY_TILE=x.dtype == torch.float32 or precision == "fast",
-            FLOAT32="tf32" if precision == "fast" and blocks.float32 == "tf32x3" else blocks.float32,
+            HAS_UNIT=unit is not None,
+            FIRST_PART=-1 if first_part is None else first_part,
+            EVERY_TILE=every_tile,
             PANEL=PANEL,
             GRAIN=GRAIN,
             TILE=blocks.tile,
@@ -215,46 +218,61 @@ def _scale(largest, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _accumulate_fwd(
-    second, x, mask, shift, grains, vectors, weights, sums, rows, x_stride, d,
-    HAS_MASK: tl.constexpr, KIND: tl.constexpr, EVERY_TILE: tl.constexpr, FLOAT32: tl.constexpr,
+    second, x, mask, unit, grains, vectors, weights, sums, rows, x_stride, d,
+    HAS_MASK: tl.constexpr, HAS_UNIT: tl.constexpr, FIRST_PART: tl.constexpr, EVERY_TILE: tl.constexpr,
     PANEL: tl.constexpr, GRAIN: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program per lower tile (i, j): its product over all rows, then one pass over its float64 entries.
 
-    second: packed triangle. KIND: "plain", x as it is, "split", planes of `_split`, or "float32", shifted on the way.
-    grains: whether each GRAIN columns are shifted; a program leaves the tiles of the other kind unless EVERY_TILE.
-    vectors (2, d), weights (2,): outer products to add. sums: (d,), by the diagonal tiles.
+    second: packed triangle. x: as it is, or planes of `_split` where FIRST_PART >= 0, whose columns are in units of
+    unit (d,). grains: whether each GRAIN columns are shifted; a program leaves the tiles of the other kind unless
+    EVERY_TILE. vectors (2, d), weights (2,): outer products to add. sums: (d,), by the diagonal tiles.
     """
     i, j = triangle(tl.program_id(0))
     if not EVERY_TILE:
         touched = tl.load(grains + i * TILE // GRAIN).to(tl.int32) | tl.load(grains + j * TILE // GRAIN).to(tl.int32)
-        if (touched != 0) != (KIND == "split"):
+        if (touched != 0) != (FIRST_PART >= 0):
             return
     column_i = i * TILE + tl.arange(0, TILE)  # [TILE]
     column_j = j * TILE + tl.arange(0, TILE)  # [TILE]
-    b_total, b_sums = _products(
-        x, mask, shift, rows, x_stride, column_i, column_j, column_i < d, column_j < d, i == j,
-        HAS_MASK, KIND, FLOAT32, TILE, STEP, CHUNK,
-    )  # fmt: skip
+    b_total = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_sums = tl.zeros([TILE], dtype=tl.float32)
+    for_tile = (mask, rows, x_stride, column_i, column_j, column_i < d, column_j < d)
+    if FIRST_PART < 0:
+        b_total, b_sums = _products(x, x, for_tile, i == j, b_total, b_sums, HAS_MASK, TILE, STEP, CHUNK)
+    else:
+        # low low, low high, high low, high high: the small products first. One after another, a tile has one
+        # accumulator beside its total.
+        plane = rows.to(tl.int64) * x_stride
+        for part in range(FIRST_PART, 4):
+            left = x + tl.where(part < 2, plane, 0)
+            right = x + tl.where(part % 2 == 0, plane, 0)
+            summed = (i == j) & (part % 2 == 1)  # each plane once
+            b_total, b_sums = _products(left, right, for_tile, summed, b_total, b_sums, False, TILE, STEP, CHUNK)
     if i == j:
-        tl.store(sums + column_i, b_sums.to(tl.float64), mask=column_i < d)
+        b_column = b_sums.to(tl.float64)
+        if HAS_UNIT:
+            b_column *= tl.load(unit + column_i, mask=column_i < d, other=0.0)
+        tl.store(sums + column_i, b_column, mask=column_i < d)
     # In quarters of the columns: a whole tile in float64 would take every register.
     b_left, b_right = column_halves(b_total, TILE, TILE)
     half: tl.constexpr = TILE // 2
     quarter: tl.constexpr = TILE // 4
     first, second_quarter = column_halves(b_left, TILE, half)
     third, fourth = column_halves(b_right, TILE, half)
-    for_all = (second, vectors, weights, i, j, d)
-    _add_to_second(first, for_all, 0, PANEL, TILE, quarter)
-    _add_to_second(second_quarter, for_all, quarter, PANEL, TILE, quarter)
-    _add_to_second(third, for_all, half, PANEL, TILE, quarter)
-    _add_to_second(fourth, for_all, half + quarter, PANEL, TILE, quarter)
+    for_all = (second, unit, vectors, weights, i, j, d)
+    _add_to_second(first, for_all, 0, HAS_UNIT, PANEL, TILE, quarter)
+    _add_to_second(second_quarter, for_all, quarter, HAS_UNIT, PANEL, TILE, quarter)
+    _add_to_second(third, for_all, half, HAS_UNIT, PANEL, TILE, quarter)
+    _add_to_second(fourth, for_all, half + quarter, HAS_UNIT, PANEL, TILE, quarter)
 
 
 @triton.jit
-def _add_to_second(b, for_all, skip, PANEL: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+def _add_to_second(
+    b, for_all, skip, HAS_UNIT: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
+):
     """Adds b [TILE, WIDTH] and the owed outer products to the packed triangle, `skip` columns into tile (i, j)."""
-    second, vectors, weights, i, j, d = for_all
+    second, unit, vectors, weights, i, j, d = for_all
     row = i * TILE + tl.arange(0, TILE)  # [TILE]
     column = j * TILE + skip + tl.arange(0, WIDTH)  # [WIDTH]
     m_row, m_column = row < d, column < d
@@ -263,7 +281,11 @@ def _add_to_second(b, for_all, skip, PANEL: tl.constexpr, TILE: tl.constexpr, WI
     stride = tl.minimum((panel + 1) * PANEL, d)
     p_second = second + before + (row - panel * PANEL).to(tl.int64)[:, None] * stride + column[None, :]
     m_second = m_row[:, None] & m_column[None, :]
-    b_second = tl.load(p_second, mask=m_second, other=0.0) + b.to(tl.float64)  # [TILE, WIDTH]
+    b_product = b.to(tl.float64)  # [TILE, WIDTH]
+    if HAS_UNIT:
+        b_product *= tl.load(unit + row, mask=m_row, other=0.0)[:, None]
+        b_product *= tl.load(unit + column, mask=m_column, other=0.0)[None, :]
+    b_second = tl.load(p_second, mask=m_second, other=0.0) + b_product
     for r in tl.static_range(2):
         left = tl.load(vectors + r * d + row, mask=m_row, other=0.0) * tl.load(weights + r)
         b_second += left[:, None] * tl.load(vectors + r * d + column, mask=m_column, other=0.0)[None, :]
@@ -272,44 +294,11 @@ def _add_to_second(b, for_all, skip, PANEL: tl.constexpr, TILE: tl.constexpr, WI
 
 @triton.jit
 def _products(
-    x, mask, shift, rows, x_stride, column_i, column_j, m_i, m_j, diagonal,
-    HAS_MASK: tl.constexpr, KIND: tl.constexpr, FLOAT32: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
+    left, right, for_tile, summed, b_total, b_sums,
+    HAS_MASK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """sum_t (x_ti - s_i)(x_tj - s_j) [TILE, TILE] and, where diagonal, sum_t (x_ti - s_i) [TILE], in float32."""
-    b_total = tl.zeros([TILE, TILE], dtype=tl.float32)
-    b_sums = tl.zeros([TILE], dtype=tl.float32)
-    for_all = (mask, shift, rows, x_stride, column_i, column_j, m_i, m_j)
-    if KIND == "split":
-        # low low, low high, high low, high high: the small products first. One after another, a tile has one
-        # accumulator beside its total. Only float16 wants the first: its remainder is not small where the difference
-        # is beyond its range.
-        plane = rows.to(tl.int64) * x_stride
-        for part in range(0 if x.dtype.element_ty == tl.float16 else 1, 4):
-            left = x + tl.where(part < 2, plane, 0)
-            right = x + tl.where(part % 2 == 0, plane, 0)
-            b_total, b_sums = _one_product(
-                left, right, for_all, diagonal & (part % 2 == 1), b_total, b_sums,
-                False, KIND, FLOAT32, TILE, STEP, CHUNK,
-            )  # fmt: skip
-    else:
-        b_total, b_sums = _one_product(
-            x, x, for_all, diagonal, b_total, b_sums, HAS_MASK, KIND, FLOAT32, TILE, STEP, CHUNK
-        )
-    return b_total, b_sums
-
-
-@triton.jit
-def _one_product(
-    left, right, for_all, diagonal, b_total, b_sums,
-    HAS_MASK: tl.constexpr, KIND: tl.constexpr, FLOAT32: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Adds the products of the columns of left and right to b_total and, where diagonal, those of left to b_sums."""
-    mask, shift, rows, x_stride, column_i, column_j, m_i, m_j = for_all
-    if KIND == "float32":
-        shift_i = tl.load(shift + column_i, mask=m_i, other=0.0)[None, :]
-        shift_j = tl.load(shift + column_j, mask=m_j, other=0.0)[None, :]
+    """b_total + left_i^T right_j [TILE, TILE] and, where summed, b_sums + the sums of left_i [TILE], in float32."""
+    mask, rows, x_stride, column_i, column_j, m_i, m_j = for_tile
     b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
     b_column = tl.zeros([TILE], dtype=tl.float32)
     # One loop over all steps, not one a chunk: loads of the next chunk are on their way while this one is added.
@@ -321,11 +310,8 @@ def _one_product(
         p_row = row.to(tl.int64)[:, None] * x_stride
         b_i = tl.load(left + p_row + column_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [STEP, TILE]
         b_j = tl.load(right + p_row + column_j[None, :], mask=m_row[:, None] & m_j[None, :], other=0.0)  # [STEP, TILE]
-        if KIND == "float32":
-            b_i = tl.where(m_row[:, None], b_i - shift_i, 0.0)
-            b_j = tl.where(m_row[:, None], b_j - shift_j, 0.0)
-        b_chunk = _dot(b_i, b_j, b_chunk, FLOAT32)
-        if diagonal:
+        b_chunk = _dot(b_i, b_j, b_chunk)
+        if summed:
             b_column += tl.sum(b_i.to(tl.float32), axis=0)
         if (start + STEP) % CHUNK == 0:
             b_total += b_chunk
@@ -337,11 +323,12 @@ def _one_product(
 
 @triton.jit(do_not_specialize=["rows"])
 def _split_fwd(
-    x, mask, shift, shifted, planes, rows, x_stride, plane_stride, d,
-    HAS_MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, mask, shift, scale, wanted, planes, rows, x_stride, plane_stride, d,
+    HAS_MASK: tl.constexpr, HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    if tl.load(shifted) == 0:
+    if tl.load(wanted) == 0:
         return
+    kind: tl.constexpr = planes.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_row, m_column = row < rows, column < d
@@ -350,12 +337,14 @@ def _split_fwd(
     if HAS_MASK:
         counted = m_row & (tl.load(mask + row, mask=m_row, other=0) != 0)
     b = tl.load(x + row[:, None] * x_stride + column[None, :], mask=counted[:, None] & m_column[None, :], other=0.0)
-    b_shift = tl.load(shift + column, mask=m_column, other=0.0)[None, :]
-    b = tl.where(counted[:, None], b.to(tl.float32) - b_shift, 0.0)  # [ROWS, COLUMNS]
-    high = _high(b, x.dtype.element_ty)
+    away = b.to(tl.float32) - tl.load(shift + column, mask=m_column, other=0.0)[None, :]
+    if HAS_SCALE:
+        away *= tl.load(scale + column, mask=m_column, other=0.0)[None, :]
+    away = tl.where(counted[:, None], away, 0.0)  # [ROWS, COLUMNS]
+    high = _high(away, kind)
     p_high = planes + row[:, None] * plane_stride + column[None, :]
     tl.store(p_high, high, mask=inside)
-    tl.store(p_high + rows.to(tl.int64) * plane_stride, cast(b - high.to(tl.float32), x.dtype.element_ty), mask=inside)
+    tl.store(p_high + rows.to(tl.int64) * plane_stride, cast(away - high.to(tl.float32), kind), mask=inside)
 
 
 @triton.jit
@@ -367,8 +356,8 @@ def _high(b, dtype: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, FLOAT32: tl.constexpr):
+def _dot(a, b, acc):
     """a^T b + acc. The interpreter multiplies bfloat16 wrongly: it gets float32, whose products are the same."""
     if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(tl.trans(a), b, acc, input_precision=FLOAT32, out_dtype=tl.float32)
+    return tl.dot(tl.trans(a), b, acc, input_precision="ieee", out_dtype=tl.float32)

@@ -45,8 +45,9 @@ def norms(target, dtype, d=4096, rows=4096):
 )
 def test_products_run_on_tensor_cores_without_spills(target, dtype):
     launches = products(target, dtype)
-    kinds = [launch.keywords.get("KIND") for launch in launches]
-    assert kinds == (["float32"] if dtype == torch.float32 else ["plain", None, "split"])
+    parts = [launch.keywords.get("FIRST_PART") for launch in launches]
+    split = [None, 0 if dtype == torch.float16 else 1]
+    assert parts == (split if dtype == torch.float32 else [-1, *split])
     for launch in launches:
         binary = aot.compile_launch(target, launch)
         if launch.kernel is kernels._split_fwd:

@@ -95,6 +95,40 @@ def test_error_is_within_the_promise_whatever_the_mean(dtype, ratio, monkeypatch
     assert_moments(moments, x[mask])
 
 
+def test_float32_columns_of_any_size_keep_their_digits():
+    """Each column has its own power of two: deviations of 1e-25 and 1e15, zeros, a value a thousand times larger."""
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    x[17, 2] = 1000.0
+    x = (x * torch.tensor([1e-25, 1.0, 1.0, 1e15, 1.0, 0.0])).to(DEVICE)
+    mask = torch.arange(300, device=DEVICE) % 5 != 0
+    kept = x[mask].double()
+    centre = kept.mean(0)
+    full, shift, sums = product(x, mask, centre=centre)
+    away = kept - shift
+    sigma = away.square().sum(0).sqrt().clamp(min=1e-100)
+    assert ((full - away.T @ away).abs() / (sigma[:, None] * sigma)).max() <= 1e-6
+    assert not full[5].any()
+    assert ((sums - away.sum(0)).abs() / sigma).max() <= 1e-6
+
+
+def test_fast_float32_products_hold_eleven_bits():
+    x = torch.randn(200, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    full, shift, _ = product(x, precision="fast")
+    exact = x.double().T @ x.double()
+    sigma = exact.diagonal().sqrt()
+    assert not shift.any()
+    assert 1e-6 < ((full - exact).abs() / (sigma[:, None] * sigma)).max() <= 2.0**-11
+
+
+def test_what_is_not_finite_shows():
+    x = torch.ones(20, 5, device=DEVICE)
+    x[3, 1], x[4, 2] = float("nan"), float("inf")
+    full, _, _ = product(x)
+    assert not full[1].isfinite().any()
+    assert not full[2, 2].isfinite()
+    assert full[3:, 3:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_columns_just_below_the_threshold_of_shifting_keep_the_promise(dtype, monkeypatch, assert_moments):
     """The largest sums that go into the tensor cores as they are, which truncate: no column but has a mean."""
