@@ -84,7 +84,8 @@ def test_in_place_through_a_view_reaches_the_base(t):
     expected = moca(x, scale, t["shift"], inside)
     assert torch.equal(base, expected)
     found, wanted = (torch.autograd.grad(o, (x, scale), t["grad"]) for o in (base, expected))
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1])  # the view has fewer rows, which may be added in another order
 
 
 def test_in_place_counts_the_vision_rows_once_a_mask(t, monkeypatch):
