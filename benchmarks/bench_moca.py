@@ -36,6 +36,7 @@ def main() -> int:
     parser = harness.arguments(__doc__, "moca")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=None, help="default: 2048 on a CPU, 4096 on a GPU")
+    parser.add_argument("--operations", nargs="+", default=list(JOBS), choices=JOBS, help="what is timed")
     flags = parser.parse_args()
     hidden = flags.hidden or (4096 if flags.device == "cuda" else 2048)
     torch._functorch.config.donated_buffer = False  # a compiled graph may then run backward twice, as this file does
@@ -45,19 +46,17 @@ def main() -> int:
     case = f"({flags.tokens}, {hidden}) bf16, {inputs.vision.sum().item()} vision rows"
     common = {"seconds": flags.seconds, "device": flags.device, "rounds": (15, 200)}
     rows = []
-    for name, measure in (
-        ("moca forward in place", forward_in_place),
-        ("moca forward", forward),
-        ("moca backward", backward),
-        ("moca in place, training", training_in_place),
-        ("add_moca_rms_norm forward", fused_forward),
-        ("add_moca_rms_norm backward", fused_backward),
-    ):
+    for name in flags.operations:
+        measure = JOBS[name]
+        if measure is None:
+            calls = harness.without(small_calls(Inputs(4, 64, flags.device)), flags.skip)
+            rows += harness.compare(name, "(4, 64) bf16", calls, **common)
+            harness.write_csv(rows, flags.out)
+            continue
         rivals, moved = measure(inputs)
-        rows += harness.compare(name, case, [copy_of(moved, flags.device), *rivals], bytes_moved=moved, **common)
+        entries = harness.without([copy_of(moved, flags.device), *rivals], flags.skip)
+        rows += harness.compare(name, case, entries, bytes_moved=moved, **common)
         harness.write_csv(rows, flags.out)
-    rows += harness.compare(f"{CALLS} calls", "(4, 64) bf16", small_calls(Inputs(4, 64, flags.device)), **common)
-    harness.write_csv(rows, flags.out)
     harness.print_rows(rows)
     return harness.exit_code(rows)
 
@@ -204,6 +203,10 @@ def fused_forward(t: Inputs) -> tuple[list[harness.Rival], int]:
     arguments = (t.x, t.residual, t.scale.detach(), t.shift.detach(), t.vision, t.weight.detach())
     exact = separate(*(v if v.dtype == torch.bool else v.double() for v in arguments))
     rivals = [rival(name, functools.partial(call, *arguments), exact) for name, call in fused_calls(t.device).items()]
+    nothing = torch.zeros_like(t.vision)
+    for backend in harness.backends(ADD_MOCA_RMS_NORM, t.device):
+        plain = functools.partial(add_moca_rms_norm, *arguments[:4], nothing, arguments[5], backend=backend)
+        rivals.append(harness.Rival(f"the same without a vision token, {backend}", lambda i, c=plain: c()))
     if liger := liger_norm(t):
         rivals.append(harness.Rival("Liger, no MoCa", lambda i: liger(t.x, t.residual)))
     return rivals, t.bytes(counts.add_moca_rms_norm_forward)
@@ -295,6 +298,17 @@ def liger_norm(t: Inputs) -> torch.nn.Module | None:
 
     return LigerFusedAddRMSNorm(t.hidden).to(t.device, torch.bfloat16)
 
+
+# By the operation's name in the CSV; None: the small calls, which have inputs of their own.
+JOBS: dict[str, Callable[[Inputs], tuple[list[harness.Rival], int]] | None] = {
+    "moca forward in place": forward_in_place,
+    "moca forward": forward,
+    "moca backward": backward,
+    "moca in place, training": training_in_place,
+    "add_moca_rms_norm forward": fused_forward,
+    "add_moca_rms_norm backward": fused_backward,
+    f"{CALLS} calls": None,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

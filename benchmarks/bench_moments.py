@@ -137,7 +137,7 @@ def main() -> int:
             rows += harness.compare(
                 "covariance",
                 case,
-                covariance_rivals(xs),
+                harness.without(covariance_rivals(xs), args.skip),
                 **floor(counts.covariance(n, d)),
                 seconds=args.seconds,
                 device=args.device,
@@ -145,7 +145,7 @@ def main() -> int:
             rows += harness.compare(
                 "token_norms",
                 case,
-                norm_rivals(xs),
+                harness.without(norm_rivals(xs), args.skip),
                 **floor(counts.token_norms(n, d)),
                 seconds=args.seconds / 4,
                 device=args.device,

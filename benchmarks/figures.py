@@ -1,7 +1,7 @@
 """Tables and plots of README.md and docs/reproduction.md, made from benchmarks/data/*.csv.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, NAME being a CSV in benchmarks/data/. `--check` fails
-where a page says otherwise.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, NAME being a CSV in benchmarks/data/, or "claims" for
+the table of claims.py. `--check` fails where a page says otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+import claims
 import harness
 import reproduce_figures
 import reproduce_tables
@@ -19,7 +20,7 @@ from modality_integration.app import study
 ROOT = Path(__file__).parent.parent
 # Page -> where benchmarks/data is seen from there, and the tables that it must have.
 PAGES = {
-    "README.md": ("benchmarks/data", {"moca_cpu", "moments_cpu", "sqrtm_cpu", "mir_cpu", "stream_memory"}),
+    "README.md": ("benchmarks/data", {"moca_cpu", "moments_cpu", "sqrtm_cpu", "mir_cpu", "stream_memory", "claims"}),
     "docs/reproduction.md": ("../benchmarks/data", {f"reproduce_{name}" for name in reproduce_tables.EXPERIMENTS}),
 }
 BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -27,6 +28,8 @@ BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.D
 
 def table(path: Path, folder: str) -> str:
     """One CSV as a Markdown table, device and versions below it; `folder` leads to it from the page."""
+    if path.stem == "claims":
+        return claims.table(claims.of_cards())
     rows = harness.read_csv(path)
     if path.stem.startswith("reproduce_"):
         lines = reproduce_tables.lines(path.stem.removeprefix("reproduce_"), study.read(path))

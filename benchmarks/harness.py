@@ -136,6 +136,11 @@ def compare(
     return rows
 
 
+def without(rivals: Sequence[Rival], words: Sequence[str]) -> list[Rival]:
+    """Those whose name has none of the words: `--skip`."""
+    return [rival for rival in rivals if not any(word in rival.name for word in words)]
+
+
 def backends(operation: Operation, device: str) -> list[str]:
     """The backends of an operation that run here on a device, the one that is taken by default first."""
     return [b for b in operation.orders[device] if operation.reason(b, torch.device(device)) is None]
@@ -345,6 +350,7 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=DATA / csv_name(name, device), help="CSV to write")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each rival of each case")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="leave out rivals whose name has it")
     return parser
 
 

@@ -18,17 +18,16 @@ class HiddenStates:
     """
 
     def __init__(self, layers: int, hidden: int, vision: int, text: int, device: str = "cpu") -> None:
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator(device).manual_seed(0)  # a GPU draws gigabytes in a second
         self._device = device
         masks = torch.zeros(2, 1 + vision + text, dtype=torch.bool)
         masks[0, 1 : 1 + vision] = True
         masks[1, 1 + vision :] = True
-        self._vision = masks[0]
         self.vision, self.text = masks.to(device)
-        self._spectrum = torch.arange(1, hidden + 1) ** -0.75
-        self._means = torch.zeros(hidden)
+        self._spectrum = torch.arange(1, hidden + 1, device=device) ** -0.75
+        self._means = torch.zeros(hidden, device=device)
         self._means[:: max(1, hidden // 4)] = 20.0
-        self._gaps = torch.randn(layers, hidden, generator=self._generator) * self._spectrum
+        self._gaps = torch.randn(layers, hidden, generator=self._generator, device=device) * self._spectrum
 
     def sample(self) -> list[Tensor]:
         """The states of every layer, (tokens, d) bfloat16 each."""
@@ -36,11 +35,11 @@ class HiddenStates:
 
     def _layers(self) -> Iterator[Tensor]:
         for gap in self._gaps:
-            x = torch.randn(len(self._vision), len(gap), generator=self._generator)
+            x = torch.randn(len(self.vision), len(gap), generator=self._generator, device=self._device)
             x = x.add_(self._means).mul_(self._spectrum)
-            x[self._vision] = x[self._vision].roll(1, -1) + gap
+            x[self.vision] = x[self.vision].roll(1, -1) + gap
             x[0] *= 300  # the attention sink that real decoders show
-            yield x.bfloat16().to(self._device)
+            yield x.bfloat16()
 
 
 def eigh_trace(a: Tensor, b: Tensor) -> Tensor:

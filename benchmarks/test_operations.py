@@ -80,7 +80,7 @@ def test_mir(benchmark):
     reference = bench_mir.RIVALS[bench_mir.REFERENCE](data)
     timed(
         benchmark,
-        bench_mir.rivals_on(data, reference, dict.fromkeys(bench_mir.RIVALS)),
+        bench_mir.rivals_on(data, data, reference, dict.fromkeys(bench_mir.RIVALS)),
         "mir_kernels, lists",
         limit=1e-6,
     )

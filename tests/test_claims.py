@@ -1,0 +1,147 @@
+"""The claims of a GPU: each has a benchmark that measures it, and nothing but a right, timed row makes it hold."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import claims
+import figures
+import harness
+
+ROOT = Path(__file__).parent.parent
+BY_NAME = {claim.name: claim for claim in claims.CLAIMS}
+
+
+# One process for all, which loads torch once.
+RUN = """
+import harness, json, runpy, sys
+harness.MATRIX["cpu"], harness.COPIED["cpu"] = 64, 1 << 16  # the machine's rates are not what is looked at
+for script, arguments in json.loads(sys.stdin.read()):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, (script, ended.code)
+"""
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """The rows of every benchmark at its tiny size on a CPU."""
+    paths = {name: tmp_path_factory.mktemp("claims") / f"{name}.csv" for name in claims.BENCHES}
+    calls = []
+    for name, one in claims.BENCHES.items():
+        arguments = ["--device", "cpu", "--out", str(paths[name]), "--seconds", "0.01", *shlex.split(one.tiny)]
+        calls.append((str(ROOT / "benchmarks" / f"bench_{one.script}.py"), arguments))
+    folders = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks")]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "TORCH_COMPILE_DISABLE": "1"}
+    command = [sys.executable, "-c", RUN]
+    done = subprocess.run(command, input=json.dumps(calls), env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return [row for path in paths.values() for row in harness.read_csv(path)]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_claim_finds_its_rows_in_what_its_benchmark_writes(name, dry):
+    found = {verdict.claim.name: verdict for verdict in claims.verdicts(dry, cuda=False)}[name]
+    if name == "covariance":  # a product of bf16 with a float32 result is CUDA's alone
+        assert (found.state, found.value) == ("not yet measured", None)
+        return
+    assert found.state in ("holds", "fails")
+    assert found.value > 0
+    assert found.error <= found.claim.error
+
+
+def test_rows_of_a_cpu_and_of_another_size_are_no_measurement(dry):
+    assert {verdict.state for verdict in claims.verdicts(dry)} == {"not yet measured"}
+    on_card = [row | {"versions": "driver 1, CUDA 13"} for row in dry]
+    assert {verdict.state for verdict in claims.verdicts(on_card)} == {"not yet measured"}
+
+
+def row(claim, case, rival, ms, error=0.0, of_floor=0.95):
+    text = case.replace("\\", "")
+    return {
+        "operation": claim.operation, "case": text, "rival": rival, "p50_ms": ms, "error": error, "of_floor": of_floor,
+        "versions": "driver 1", "device": "a card",
+    }  # fmt: skip
+
+
+def rival(pattern):
+    """A name that a claim's pattern matches."""
+    name = pattern.replace("\\w+", "triton").replace("\\", "").split("|")[-1]
+    assert re.match(pattern, name)
+    return name
+
+
+def measured(claim, ours, other=1.0, **changes):
+    rows = [row(claim, case, rival(claim.ours), ours, **changes) for case in claim.cases]
+    return rows + [row(claim, case, rival(claim.other), other) for case in claim.cases if claim.other]
+
+
+def state(claim, rows):
+    return {verdict.claim.name: verdict for verdict in claims.verdicts(rows)}[claim.name]
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.name)
+def test_the_target_decides_and_an_error_or_a_missing_row_never_holds(claim):
+    # Milliseconds at which the target is just met, with the other at one.
+    just = {"times as fast": 1 / claim.target, "as long": claim.target, "seconds": 1e3 * claim.target}
+    if claim.figure == "of the bandwidth":
+        good, bad = ({"ours": 1.0, "of_floor": claim.target + e} for e in (1e-3, -1e-3))
+    else:
+        good, bad = ({"ours": just[claim.figure] * factor} for factor in (0.999, 1.001))
+    assert state(claim, measured(claim, **good)).state == "holds"
+    assert state(claim, measured(claim, **bad)).state == "fails"
+    assert state(claim, measured(claim, **good, error=2 * claim.error)).state == "wrong"
+    assert state(claim, measured(claim, **good, error=math.nan)).state == "wrong"
+    assert state(claim, measured(claim, **good, error=None)).state == "wrong"
+    raised = [one | ({"p50_ms": None} if re.match(claim.ours, one["rival"]) else {}) for one in measured(claim, **good)]
+    assert state(claim, raised).state == "wrong"
+    assert state(claim, []).state == "not yet measured"
+    lacking = measured(claim, **good)[1:]  # ours, of the first case
+    assert state(claim, lacking).state == "not yet measured"
+    if claim.other:
+        alone = [one for one in measured(claim, **good) if re.match(claim.ours, one["rival"])]
+        assert state(claim, alone).state == "not yet measured"
+        elsewhere = [one | ({} if one in alone else {"device": "another card"}) for one in measured(claim, **good)]
+        assert state(claim, elsewhere).state == "not yet measured"
+
+
+def test_the_worst_case_and_the_fastest_of_our_backends_count():
+    claim = BY_NAME["small roots"]
+    rows = measured(claim, ours=0.1)
+    rows[0]["p50_ms"] = 0.5
+    assert state(claim, rows).value == pytest.approx(2.0)
+    rows.append(row(claim, claim.cases[0], "ours (another)", 0.125))
+    assert state(claim, rows).value == pytest.approx(8.0)
+    rows.append(row(claim, claim.cases[0], "ours (a wrong one)", 0.01, error=1.0))
+    assert state(claim, rows).value == pytest.approx(8.0)
+
+
+def test_liger_counts_where_it_has_a_row():
+    claim = BY_NAME["fused norm"]
+    rows = measured(claim, ours=1.0)
+    assert state(claim, rows).value == pytest.approx(1.0)
+    rows.append(row(claim, claim.cases[0], "Liger, no MoCa", 0.8))
+    assert state(claim, rows).value == pytest.approx(1.25)
+
+
+def test_the_table_writes_what_is_needed_and_what_was_found():
+    claim = BY_NAME["covariance"]
+    lines = claims.table(claims.verdicts(measured(claim, ours=0.5, error=3e-6))).splitlines()
+    assert len(lines) == 2 + len(claims.CLAIMS)
+    assert lines[2].endswith("| at least 1.50 times as fast | 2.00 times as fast, holds | 3e-06 | a card |")
+    assert lines[3].endswith("| at least 90% of the bandwidth | not yet measured |  |  |")
+
+
+def test_the_readme_shows_the_table():
+    shown = figures.table(harness.DATA / "claims.csv", "benchmarks/data")
+    assert shown in (ROOT / "README.md").read_text()
+    assert shown.count("\n") == 2 + len(claims.CLAIMS)
