@@ -62,7 +62,7 @@ test-slow: $(VENV)/.test ## the tests that take minutes
 test-gpu: $(VENV)/.test ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-sanitize: $(VENV)/.test ## the native CPU code under ASan, UBSan and TSan, every instruction set of this CPU (g++)
+sanitize: $(VENV)/.test ## the native code, CUDA's emulated, under ASan and UBSan, and TSan, every instruction set of this CPU (g++)
 	$(BIN)/python tests/native/sanitize.py --jobs $(JOBS)
 
 fuzz: $(VENV)/.fuzz ## readers of files and inputs, FUZZ_SECONDS (60) for each target, by atheris and hypothesis

@@ -1,4 +1,4 @@
-// CUDA errors as exceptions, and the device of a launch.
+// CUDA errors as exceptions, launches, and the device of a launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,20 @@ inline void cuda_check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
   }
+}
+
+// Launches without dynamic shared memory. A function in place of <<<>>>, so that every C++ compiler can read a .cu file
+// and its kernels can be run without a GPU. A refused launch leaves no error behind for whoever asks CUDA next.
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+            Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  cudaGetLastError();
+  cuda_check(status, what);
 }
 
 // Makes `device` the current one for as long as it lives.

@@ -5,6 +5,9 @@
 // row: rows outside the mask cost no divergence, and in place not even a load. Offsets are 64 bits wide.
 #include "moca.h"
 
+#include <stdexcept>
+#include <string>
+
 #include "../common/cuda_check.h"
 #include "../common/vector.cuh"
 
@@ -15,16 +18,23 @@ constexpr int kThreads = 256;     // of a block, at most
 constexpr int kUnroll = 4;        // rows that a thread has in flight at once
 constexpr int kForwardRows = 32;  // chunk of the forward kernel; the backward's is moca_chunk_rows()
 
+std::invalid_argument too_many(const char* name, int64_t most, int64_t got) {
+  return std::invalid_argument(std::string(name) + ": expected at most " + std::to_string(most) +
+                               " for these strides and addresses, got " + std::to_string(got));
+}
+
 // block: threads across the columns, 32 to 128, and down the rows, at least 2. grid: chunks of rows, strips of columns.
 struct Shape {
   dim3 block, grid;
 };
-Shape shape_for(int64_t rows, int64_t chunk, int64_t vectors) {
-  const int64_t strips = (vectors + 127) / 128;
+Shape shape_for(int64_t rows, int64_t chunk, int64_t cols, int64_t vector) {
+  constexpr int64_t kMostChunks = 2147483647, kMostStrips = 65535;  // blocks of a grid, on every architecture
+  const int64_t vectors = cols / vector, strips = (vectors + 127) / 128, chunks = (rows + chunk - 1) / chunk;
+  if (chunks > kMostChunks) throw too_many("rows", kMostChunks * chunk, rows);
+  if (strips > kMostStrips) throw too_many("cols", kMostStrips * 128 * vector, cols);
   const int64_t across = ((vectors + strips - 1) / strips + 31) / 32 * 32;
   const auto size = [](int64_t n) { return static_cast<unsigned>(n); };
-  return {dim3(size(across), size(kThreads / across)),
-          dim3(size((rows + chunk - 1) / chunk), size((vectors + across - 1) / across))};
+  return {dim3(size(across), size(kThreads / across)), dim3(size(chunks), size((vectors + across - 1) / across))};
 }
 
 template <class T, class A, int kSize>
@@ -159,24 +169,21 @@ template <class T, int kSize>
 void launch_forward(const MocaForward& p, cudaStream_t stream) {
   using A = typename AccumulateIn<T>::type;
   const int64_t vectors = p.cols / kSize;
-  const Shape shape = shape_for(p.rows, kForwardRows, vectors);
-  forward_kernel<T, A, kSize><<<shape.grid, shape.block, 0, stream>>>(
-      static_cast<const T*>(p.x), p.x_stride, static_cast<const A*>(p.scale), static_cast<const A*>(p.shift), p.mask,
-      static_cast<T*>(p.out), p.out_stride, p.rows, vectors, p.out == p.x);
-  cuda_check(cudaGetLastError(), "moca forward");
+  const Shape shape = shape_for(p.rows, kForwardRows, p.cols, kSize);
+  launch("moca forward", forward_kernel<T, A, kSize>, shape.grid, shape.block, stream, static_cast<const T*>(p.x),
+         p.x_stride, static_cast<const A*>(p.scale), static_cast<const A*>(p.shift), p.mask, static_cast<T*>(p.out),
+         p.out_stride, p.rows, vectors, p.out == p.x);
 }
 
 template <class T, int kSize>
 void launch_backward(const MocaBackward& p, cudaStream_t stream) {
   using A = typename AccumulateIn<T>::type;
   const int64_t vectors = p.cols / kSize, chunk = moca_chunk_rows(p.rows);
-  const Shape shape = shape_for(p.rows, chunk, vectors);
+  const Shape shape = shape_for(p.rows, chunk, p.cols, kSize);
   const auto kernel = p.x_rows == nullptr ? backward_kernel<T, A, kSize, false> : backward_kernel<T, A, kSize, true>;
-  kernel<<<shape.grid, shape.block, 0, stream>>>(
-      static_cast<const T*>(p.grad), p.grad_stride, static_cast<const T*>(p.x), p.x_stride, p.x_rows,
-      static_cast<const A*>(p.scale), p.mask, static_cast<T*>(p.dx), p.dx_stride, static_cast<A*>(p.partial), p.rows,
-      chunk, vectors, p.dx == p.grad);
-  cuda_check(cudaGetLastError(), "moca backward");
+  launch("moca backward", kernel, shape.grid, shape.block, stream, static_cast<const T*>(p.grad), p.grad_stride,
+         static_cast<const T*>(p.x), p.x_stride, p.x_rows, static_cast<const A*>(p.scale), p.mask,
+         static_cast<T*>(p.dx), p.dx_stride, static_cast<A*>(p.partial), p.rows, chunk, vectors, p.dx == p.grad);
 }
 
 // 16 bytes a thread where rows, columns and addresses allow, else an element a thread.
@@ -197,16 +204,15 @@ void backward(const MocaBackward& p, cudaStream_t stream) {
                      aligned_to(p.dx, 16) && aligned_to(p.scale, 32) && aligned_to(p.partial, 32);
   if (p.rows > 0) whole ? launch_backward<T, kVector>(p, stream) : launch_backward<T, 1>(p, stream);
   const auto blocks = static_cast<unsigned>((2 * p.cols + 31) / 32);
-  column_sums_kernel<A><<<blocks, dim3(32, 8), 0, stream>>>(static_cast<const A*>(p.partial), moca_partial_rows(p.rows),
-                                                           p.cols, static_cast<A*>(p.dscale),
-                                                           static_cast<A*>(p.dshift));
-  cuda_check(cudaGetLastError(), "moca backward, column sums");
+  launch("moca backward, column sums", column_sums_kernel<A>, dim3(blocks), dim3(32, 8), stream,
+         static_cast<const A*>(p.partial), moca_partial_rows(p.rows), p.cols, static_cast<A*>(p.dscale),
+         static_cast<A*>(p.dshift));
 }
 
 }  // namespace
 
 void moca_forward_cuda(const MocaForward& p, int device, void* stream) {
-  if (p.rows == 0) return;
+  if (p.rows == 0 || p.cols == 0) return;
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {
@@ -218,6 +224,7 @@ void moca_forward_cuda(const MocaForward& p, int device, void* stream) {
 }
 
 void moca_backward_cuda(const MocaBackward& p, int device, void* stream) {
+  if (p.cols == 0) return;
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {

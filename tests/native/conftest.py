@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from native import emulated
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,6 +20,14 @@ def native_module():
     if _native.C is None:
         pytest.skip(f"no compiled module: {_native.MISSING}")
     return _native.C
+
+
+@pytest.fixture(scope="session")
+def emulated_device(tmp_path_factory):
+    """The CUDA kernels on the emulated device, or a skip that says what is missing."""
+    if reason := emulated.missing():
+        pytest.skip(reason)
+    return emulated.Device(emulated.build(tmp_path_factory.mktemp("emulated")))
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""The native CPU kernels under GCC's sanitizers: `make sanitize`. Exits 1 if one of them reports anything.
+"""The native kernels under GCC's sanitizers: `make sanitize`. Exits 1 if one of them reports anything.
 
 Two builds in a temporary folder, from whatever is in csrc/, and in each every test that runs a native kernel:
 
     memory  AddressSanitizer and UndefinedBehaviorSanitizer, once for each instruction set that this CPU has
+            and once the CUDA kernels, on the emulated device of emulated_cuda/
     races   ThreadSanitizer, with std::thread in place of OpenMP (threads/parallel.h says why), three threads everywhere
 
 First each build has to catch errors planted in calls of its own, so that a check that sees nothing cannot pass.
@@ -38,6 +39,14 @@ RACE = (
     "x, out = torch.ones(2, 512, 4096); v = torch.ones(4096); m = torch.ones(512, dtype=torch.uint8); "
     "C.moca_forward(x.data_ptr(), 4096, v.data_ptr(), v.data_ptr(), m.data_ptr(), out.data_ptr(), 0, 512, 4096, 0, 2)"
 )
+# The same in CUDA kernels: an element too many, and vectors of 16 bytes that lie 4 bytes off.
+EMULATED = (
+    "import pathlib, sys, tempfile; sys.path.insert(0, 'tests'); from native import emulated; "
+    "x, out = torch.ones(2, 64); folder = tempfile.TemporaryDirectory(); "
+    "device = emulated.Device(emulated.build(pathlib.Path(folder.name))); one = (1, 1, 1); "
+)
+EMULATED_OVERRUN = f"{EMULATED} device.planted('write', x, out, 1, one, (64, 1, 1))"
+EMULATED_MISALIGNED = f"{EMULATED} device.planted('vectors', x, out, 1, one, (8, 1, 1))"
 
 
 @dataclass
@@ -48,6 +57,7 @@ class Build:
     runtimes: tuple[str, ...]
     planted: dict[str, str]
     threads: int = 1
+    emulated: bool = False  # the CUDA kernels too, compiled with the same flags
     replaced: dict[str, str] = field(default_factory=dict)  # files of csrc/ by files beside this one
 
 
@@ -55,7 +65,13 @@ BUILDS = {
     "memory": Build(
         "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1",
         ("libasan.so", "libubsan.so"),
-        {OVERRUN: "AddressSanitizer", OVERFLOW: "signed integer overflow"},
+        {
+            OVERRUN: "AddressSanitizer",
+            OVERFLOW: "signed integer overflow",
+            EMULATED_OVERRUN: "heap-buffer-overflow",
+            EMULATED_MISALIGNED: "misaligned address",
+        },
+        emulated=True,
     ),
     "races": Build(
         "-fsanitize=thread -fno-omit-frame-pointer -g1",
@@ -105,6 +121,7 @@ def run(name: str, compiler: str, tree: Path, arguments: list[str], isa: str = "
         # Only what was compiled with it: torch's own threads are not followed.
         "TSAN_OPTIONS": f"ignore_noninstrumented_modules=1:{log}",
         "MIR_CPU_ISA": isa,
+        "MIR_EMULATED_FLAGS": build.flags,
         "OMP_NUM_THREADS": str(build.threads),
         "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'python'}",
     }
@@ -141,9 +158,11 @@ def main() -> int:
                 if status == 0 or words not in report + output:
                     sys.exit(f"sanitize: {name}: a planted {words!r} was not reported\n{output}{report}")
             isas = levels(compiler, tree) if name == "memory" else [""]
-            pytest = ["-m", "pytest", "-p", "no:cacheprovider", "-n", flags.jobs, *TESTS, *LEFT_OUT, "-k", ONLY]
+            pytest = ["-m", "pytest", "-p", "no:cacheprovider", "-n", flags.jobs, *TESTS, *LEFT_OUT, "-k"]
             for isa in isas:
-                status, output, report = run(name, compiler, tree, pytest, isa)
+                # The emulated device knows no instruction sets, and looks for races itself, in every `make test`.
+                only = ONLY if BUILDS[name].emulated and isa == isas[0] else f"{ONLY} and not emulated"
+                status, output, report = run(name, compiler, tree, [*pytest, only], isa)
                 counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", output)}
                 clean = status == 0 and not report and counts.get("passed", 0) > 0
                 passed += counts.get("passed", 0)

@@ -89,15 +89,15 @@ def test_backward_matches_float64_with_the_same_bits_on_every_run(rows, cols, dt
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-@pytest.mark.parametrize("rows", [0, 5])
-def test_no_rows_or_none_in_the_mask_give_zero_sums(rows):
-    x = torch.randn(rows, 24, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize(("rows", "cols"), [(0, 24), (5, 24), (5, 0)])
+def test_no_rows_no_columns_or_none_in_the_mask_give_zero_sums(rows, cols):
+    x = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
     mask = torch.zeros(rows, dtype=torch.bool, device="cuda")
-    ones, out = torch.ones(24, device="cuda"), torch.full_like(x, float("nan"))
+    ones, out = torch.ones(cols, device="cuda"), torch.full_like(x, float("nan"))
     native().forward(x, ones, ones, mask, out)
     assert torch.equal(out, x)
     dscale, dshift = native().backward(x, x, ones, mask, out)
-    assert dscale.tolist() == dshift.tolist() == [0.0] * 24
+    assert dscale.tolist() == dshift.tolist() == [0.0] * cols
 
 
 def test_offsets_beyond_2_to_the_31_elements_are_right():
