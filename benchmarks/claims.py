@@ -16,16 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import harness
-
-
-class Bench(NamedTuple):
-    """One call of a bench_*.py: its arguments on CUDA and in a dry run, and its limit in seconds."""
-
-    script: str
-    cuda: str
-    tiny: str
-    limit: int
-
+from gpu_suite_times import Bench
 
 # By the name of the CSV, those of most worth first. Compilers and eigenvalues are left out: they take a GPU minutes.
 BENCHES = {

@@ -16,16 +16,18 @@ from typing import NamedTuple
 
 import counts
 import harness
-from mir_kernels.ops.sqrtm import eager
+from mir_kernels.ops.sqrtm import eager, float64
 
 
 class Gpu(NamedTuple):
-    """Data sheet peaks: GB/s, dense TFLOP/s of 16-bit and float64 products (on tensor cores); and where they stand."""
+    """Data sheet peaks: GB/s, dense TFLOP/s of 16-bit products with float32 sums and of float64 ones (on tensor cores
+    where there are any); where they stand; and dense int8 TOP/s, for cards whose float64 runs at 1/64 of float32."""
 
     bandwidth: float
     bf16: float
     float64: float
     source: str
+    int8: float = 0.0
 
 
 GPUS = {
@@ -34,9 +36,16 @@ GPUS = {
     "H200": Gpu(4800, 989, 67, "NVIDIA H200 Tensor Core GPU data sheet, SXM, without sparsity"),
     "B200": Gpu(8000, 2250, 40, "NVIDIA HGX B200 data sheet, one of eight, without sparsity"),
 }
+# Float64 at 1/64 of the float32 rate, which the sheets of most leave out.
+WITHOUT_FLOAT64 = {
+    "RTX 4090": Gpu(1008, 165.2, 1.29, "NVIDIA Ada GPU architecture white paper, appendix A", 660.6),
+    "L40S": Gpu(864, 362, 1.43, "NVIDIA L40S data sheet, without sparsity", 733),
+    "A10": Gpu(600, 125, 0.49, "NVIDIA A10 data sheet, without sparsity", 250),
+    "RTX PRO 6000": Gpu(1792, 503.8, 1.97, "NVIDIA RTX Blackwell PRO architecture white paper, Workstation", 1007.6),
+}
 # Shares of the peak, rounded from H100s: a copy of 3.0 TB/s and a bf16 product of 798 TFLOP/s on random data. That
-# of float64, where factors and triangular solves are among the products, is a guess.
-REACHED = {"bandwidth": 0.9, "bf16": 0.8, "float64": 0.4}
+# of float64, where factors and triangular solves are among the products, and that of int8 are guesses.
+REACHED = {"bandwidth": 0.9, "bf16": 0.8, "float64": 0.4, "int8": 0.6}
 FLOAT16_PRODUCTS = 3  # that make one in float32
 # What `mir` takes by default on CUDA, certified to 1e-6, and what its sqrt_precision="bfloat16" takes, to 2e-3.
 GRADES = {"float32": "float32", "bfloat16": "float16"}  # precision asked for: that of the iteration
@@ -98,6 +107,22 @@ def mir_time(gpu: Gpu, layers: int, d: int, tokens: int, precision: str = "float
     )
 
 
+class WithoutFloat64(NamedTuple):
+    """Seconds of one MIR on a card that hardly has float64, and of its roots' float64 work, both ways."""
+
+    rest: float
+    float64: float
+    split: float
+
+
+def without_float64(gpu: Gpu, layers: int, d: int, tokens: int) -> WithoutFloat64:
+    """Tokens and polar steps; factors and certificate in float64; the same with products split into int8."""
+    whole = mir_time(gpu, layers, d, tokens)
+    digits = seconds(counts.trace_split(d).times(layers), gpu, "int8")
+    proof = seconds(counts.trace_unsplit(d).times(layers), gpu, "float64")
+    return WithoutFloat64(whole.tokens + whole.polar, whole.factors + whole.certificate, digits + proof)
+
+
 def mir_case(layers: int, d: int, samples: int, vision: int, text: int) -> str:
     """As bench_mir.py names it."""
     return f"{layers} layers, d {d}, {samples} x ({vision} vision + {text} text)"
@@ -139,17 +164,32 @@ def report(samples: int, vision: int, text: int, paths: list[Path]) -> str:
                 grade = f" in {precision}{' (the default)' * default}" if part in ("polar", "total") else ""
                 found = beside.get(f"mir:{model}", "") if part == "total" and default else ""
                 lines.append(f"| {model} ({layers} layers, d = {d}), {part}{grade} | {times} | {found} |")
+    others = list(WITHOUT_FLOAT64)
+    lines += ["", f"| MIR where float64 runs at 1/64 of float32 (s) | {' | '.join(others)} |"]
+    lines += ["| --- |" + " ---: |" * len(others)]
+    for model, (layers, d) in MODELS.items():
+        found = [without_float64(WITHOUT_FLOAT64[g], layers, d, samples * (vision + text)) for g in others]
+        for name, values in (
+            ("factors and certificate in float64", [one.float64 for one in found]),
+            ("the same with products split into int8", [one.split for one in found]),
+            ("total in float64", [one.rest + one.float64 for one in found]),
+            ("total, split", [one.rest + one.split for one in found]),
+        ):
+            times = " | ".join(f"{value:.3g}" for value in values)
+            lines.append(f"| {model} ({layers} layers, d = {d}), {name} | {times} |")
     steps = {grade: len(eager.steps_for(precision)) for grade, precision in GRADES.items()}
     lines += ["", "Assumptions:"]
     lines += [f"- reached of the peak: {', '.join(f'{k} {v}' for k, v in REACHED.items())}"]
-    for name, g in GPUS.items():
-        peaks = f"16 bits {g.bf16}, float64 {g.float64} TFLOP/s"
+    for name, g in (GPUS | WITHOUT_FLOAT64).items():
+        peaks = f"16 bits {g.bf16}, float64 {g.float64}{f', int8 {g.int8}' if g.int8 else ''} TFLOP/s"
         lines.append(f"- {name}: {g.bandwidth} GB/s, {peaks} ({g.source})")
     lines += [
         "- bytes and operations are the fewest (benchmarks/counts.py); half of the kernels' rows are vision rows",
         f"- a root: float64 Cholesky factors and their product, {steps['float32']} polar steps in float32 by "
         f"{FLOAT16_PRODUCTS} float16 products each, or {steps['bfloat16']} in 16 bits, and the float64 certificate of "
         "either; one precision suffices",
+        f"- split: {float64.PARTS * (float64.PARTS + 1) // 2} products of integers for one of float64, all products, "
+        "factors and solves but the Cholesky factor that proves a norm; seven products' digits and sums count as bytes",
         "- hidden states lie in GPU memory; launches, the forward pass of the model and the host are not counted",
     ]
     return "\n".join(lines)

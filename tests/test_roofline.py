@@ -12,6 +12,7 @@ import harness
 import roofline
 from mir_kernels.ops.frechet.iterated import RUNGS
 from mir_kernels.ops.frechet.report import TOLERANCE
+from mir_kernels.ops.sqrtm import float64
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +53,20 @@ def test_the_default_precision_takes_longer_only_in_its_polar_steps():
     assert roofline.GRADES["bfloat16"] == RUNGS["bfloat16"][0]
 
 
+def test_split_products_are_counted_as_they_are_made_and_pay_where_float64_is_slow():
+    assert counts.SPLIT_PARTS == float64.PARTS
+    d = 4096
+    wide = counts.trace_factors(d).flops + counts.trace_certificate(d).flops
+    assert counts.trace_split(d).flops == 45 * (wide - d**3 // 3)
+    for gpu in roofline.WITHOUT_FLOAT64.values():
+        assert gpu.int8 > 0
+        assert gpu.float64 < gpu.bf16 / 64
+        found = roofline.without_float64(gpu, 32, d, 64_000)
+        assert found.split < found.float64 / 3
+        whole = roofline.mir_time(gpu, 32, d, 64_000)
+        assert found.rest + found.float64 == pytest.approx(whole.total)
+
+
 def test_a_measured_row_stands_beside_its_prediction(tmp_path):
     case = roofline.kernels()["moca backward"][0] + " bf16, 8192 vision rows"
     row = dict.fromkeys(harness.COLUMNS) | {"operation": "moca backward", "case": case, "device": "a GPU"}
@@ -78,4 +93,6 @@ def test_the_script_says_that_it_predicts():
     command = [sys.executable, str(ROOT / "benchmarks" / "roofline.py"), "--samples", "10"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.startswith("PREDICTION, not a measurement.")
-    assert all(name in printed for name in ("A100", "H100", "H200", "B200", "7B", "13B", "34B", "MIR, 10 samples"))
+    assert all(
+        name in printed for name in ("A100", "H100", "H200", "B200", "RTX 4090", "7B", "13B", "34B", "MIR, 10 samples")
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels.ops.frechet.cross_factor import cross_product
-from mir_kernels.ops.sqrtm import factor
+from mir_kernels.ops.sqrtm import factor, float64
 from mir_kernels.ops.sqrtm.factor import UNIT
 from mir_kernels.ops.sqrtm.rounding import at_least, frobenius, gamma, spectral_norm_bound
 
@@ -201,15 +201,15 @@ def polar_witness(n: Tensor, u: Tensor, norm: Tensor, tolerance: float) -> Witne
     delta costs tolerance/4 of the nuclear norm and makes up for the rounding in U, which can leave sym(U^T N)
     indefinite; where it does not suffice, X and R are zero, and the bound is honest but useless.
     """
-    p = u.mT @ n
+    p = float64.matmul(u.mT, n)
     p = (p + p.mT) / 2
     d = p.shape[-1]
     delta = (p.diagonal(dim1=-2, dim2=-1).sum(-1).abs() * (tolerance / (4 * d)))[..., None, None]
     eye = torch.eye(d, dtype=p.dtype, device=p.device)
-    r, info = torch.linalg.cholesky_ex((p + delta * eye).nan_to_num(0.0), upper=True)
-    good = (info == 0)[..., None, None]
-    r = torch.where(good, r, eye)
-    x = torch.where(good, torch.linalg.solve_triangular(r, n, upper=True, left=False), 0.0)
+    lower, failed = float64.cholesky((p + delta * eye).nan_to_num(0.0))
+    good = ~failed[..., None, None]
+    r = torch.where(good, lower.mT, eye)
+    x = torch.where(good, float64.solve_right(r, n), 0.0)
     return Witness(u, norm, x, torch.where(good, r, 0.0))
 
 
@@ -228,4 +228,4 @@ def nuclear_upper(n: Tensor, witness: Witness) -> Tensor:
     x, r = witness.x, witness.r
     terms = (x.square().sum(-2).sqrt() * r.square().sum(-1).sqrt()).sum(-1) * (1 + gamma(m + 2 * k + 8))
     rounded = gamma(x.shape[-1] + 2) * (frobenius(n) + frobenius(x) * frobenius(r))
-    return terms + (frobenius(n - x @ r) + rounded) * (min(m, k) ** 0.5 * (1 + gamma(4)))
+    return terms + (frobenius(n - float64.matmul(x, r)) + rounded) * (min(m, k) ** 0.5 * (1 + gamma(4)))

@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mir_kernels.ops.sqrtm import factor
+from mir_kernels.ops.sqrtm import factor, float64
 from mir_kernels.ops.sqrtm.factor import Factor, blocks
 
 
 class CrossFactor(NamedTuple):
-    """Tr((AB)^(1/2)) = 2^exponent |N|_*, to within `rounding` of |N|_*.  how: "cholesky" or "eigh" gave N."""
+    """Tr((AB)^(1/2)) = 2^exponent |N|_*, to within `rounding` of |N|_*.
+
+    how: what gave N, "cholesky", "split cholesky" (products by `sqrtm/float64.py`) or "eigh".
+    """
 
     n: Tensor
     exponent: Tensor
@@ -42,7 +45,8 @@ def cross_factor(a: Tensor, b: Tensor, indefinite: float) -> CrossFactor:
             )
     singular = (x.singular | y.singular).tolist()
     n = cross_product(x.columns, y.columns, triangular=not any(singular))
-    how = tuple("eigh" if s else "cholesky" for s in singular)
+    split = "split " * float64.is_split(a.device)
+    how = tuple("eigh" if s else f"{split}cholesky" for s in singular)
     return CrossFactor(n, x.exponent + y.exponent, _rounding(x, y), how)
 
 
@@ -50,14 +54,14 @@ def cross_product(x: Tensor, y: Tensor, *, triangular: bool) -> Tensor:
     """X^T Y; with the zeros above the diagonals left out where both are lower triangular."""
     parts = blocks(x.shape[-1])
     if not triangular or len(parts) == 1:
-        return x.mT @ y
+        return float64.matmul(x.mT, y)
     if x.dim() == 3 and x.shape[0] == 1:  # one product is faster than a batch of one
         return cross_product(x[0], y[0], triangular=True)[None]
     out = torch.empty_like(x)
     for i0, i1 in parts:
         for j0, j1 in parts:
             k = max(i0, j0)
-            out[..., i0:i1, j0:j1] = x[..., k:, i0:i1].mT @ y[..., k:, j0:j1]
+            out[..., i0:i1, j0:j1] = float64.matmul(x[..., k:, i0:i1].mT, y[..., k:, j0:j1])
     return out
 
 

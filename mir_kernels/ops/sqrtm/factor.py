@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks
+from mir_kernels.ops.sqrtm import float64
 
 UNIT = 2.0**-53  # unit roundoff of float64
 _BLOCK = 128  # below four of these, one product is faster than the blocks of half of it
@@ -89,12 +90,12 @@ def gram(n: Tensor) -> Tensor:
     d = n.shape[-1]
     parts = blocks(d)
     if len(parts) == 1:
-        return n.mT @ n
+        return float64.matmul(n.mT, n)
     if n.dim() == 3 and n.shape[0] == 1:
         return gram(n[0])[None]
     out = n.new_empty(*n.shape[:-2], d, d)
     for j0, j1 in parts:
-        out[..., j0:, j0:j1] = n[..., :, j0:].mT @ n[..., :, j0:j1]
+        out[..., j0:, j0:j1] = float64.matmul(n[..., :, j0:].mT, n[..., :, j0:j1])
         out[..., j0:j1, j1:] = out[..., j1:, j0:j1].mT
     return out
 
@@ -110,9 +111,9 @@ def cholesky(h: Tensor, d: int | None = None) -> tuple[Tensor, Tensor]:
 
     d: the size of the matrices that h are blocks of.
     """
-    lower, info = torch.linalg.cholesky_ex(h)
+    lower, failed = float64.cholesky(h)
     pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return lower, (info != 0) | ~(pivots > rank_tolerance(d or h.shape[-1]))
+    return lower, failed | ~(pivots > rank_tolerance(d or h.shape[-1]))
 
 
 def cholesky_(h: Tensor, block: int) -> bool:

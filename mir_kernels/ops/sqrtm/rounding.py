@@ -1,6 +1,7 @@
 """What float64 arithmetic proves: bounds of its own rounding, of norms, and of definiteness.
 
-The lemmas and their sources are in the README of `frechet`, section "Bounds".
+The lemmas and their sources are in the README of `frechet`, section "Bounds". Of products they use what `float64` says
+of every way of making one; the Cholesky factors that prove definiteness are LAPACK's or cuSOLVER's, in float64 itself.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mir_kernels.ops.sqrtm import float64
 from mir_kernels.ops.sqrtm.factor import UNIT, gram
 
 
@@ -68,7 +70,7 @@ def contract(u: Tensor) -> tuple[Tensor, Tensor]:
     g = gram(u)
     t = g * -0.5
     t.diagonal(dim1=-2, dim2=-1).add_(1.5)
-    out = u @ t
+    out = float64.matmul(u, t)
     size = frobenius(u)
     of_gram = gamma(m) * size.square() * (1 + gamma(4))
     room = g.mul_(-1.0)

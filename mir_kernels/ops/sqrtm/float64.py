@@ -1,0 +1,174 @@
+"""Float64 products, factors and triangular solves, by 8-bit integers where a device has hardly any float64 units.
+
+Many cards multiply float64 at 1/64 of float32 (RTX, L4, L40S, A10), yet int8 at hundreds of tera-operations a second.
+There a product is split (Ozaki, Ogita, Oishi and Rump, 2012; Ootomo, Ozaki and Yokota, 2024, for integers): each row of
+X and each column of Y is scaled by a power of two to below 1/2 and written in PARTS digits of base 128, from -64 to 64.
+Digits multiply and add in int32 without rounding; the products whose digits lie equally far down are one product of
+integers, and their PARTS sums are added in float64, the smallest first.
+
+What the callers prove rests on |fl(XY) - XY| <= gamma_k |X|_F |Y|_F, k the length of a dot product, and on the same of
+every column, |error_j| <= gamma_k |X|_F |y_j|: split products keep both. With x_i, y_j the largest of a row and of a
+column, an entry is off by at most 0.04 k u x_i y_j for the digits and the products left out, by 0.07 k u x_i y_j for
+all sums but the last, and by 1.01 u |x_i| |y_j| for that: less than k u together from k = 2 on (README.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+PARTS = 9  # digits of 7 bits, 63 in all
+LONGEST = 1 << 15  # of a dot product: PARTS of it times 64^2 fit int32
+SMALLEST = 256  # edge below which a product is left to float64
+BLOCK = 256  # columns of a factor or of a solution that are left to float64
+VARIABLE = "MIR_FLOAT64"  # "native", "split", or "measured", the default
+PROBE = 2048  # edge of the product that is timed
+_forced: list[bool] = []
+
+
+@contextlib.contextmanager
+def split_products(wanted: bool = True) -> Iterator[None]:
+    """Split products on every device, or nowhere, whatever was measured and whatever their size."""
+    _forced.append(wanted)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def is_split(device: torch.device) -> bool:
+    """Whether float64 products are split on `device`: as MIR_FLOAT64 says, on CUDA by a measurement, once a process.
+
+    Raises:
+        ValueError: MIR_FLOAT64 is none of its values.
+    """
+    if _forced:
+        return _forced[-1]
+    chosen = os.environ.get(VARIABLE, "measured")
+    if chosen not in ("native", "split", "measured"):
+        raise ValueError(f"{VARIABLE}: takes 'native', 'split' or 'measured', got {chosen!r}")
+    if chosen != "measured" or device.type != "cuda":
+        return chosen == "split"
+    if torch.cuda.is_current_stream_capturing():  # nothing can be timed now
+        return False
+    return _split_is_faster(device)
+
+
+@functools.cache
+def _split_is_faster(device: torch.device) -> bool:
+    x = torch.randn(PROBE, PROBE, dtype=torch.float64, device=device)
+    seconds = []
+    for product in (torch.matmul, split_matmul):
+        product(x, x)
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        product(x, x)
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1] < seconds[0]
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """X Y for float64 (..., m, k) and (..., k, n); see the module for what its error is at most."""
+    large = min(*x.shape[-2:], y.shape[-1]) >= SMALLEST
+    if x.dtype == torch.float64 and (large or _forced) and is_split(x.device):
+        return split_matmul(x, y)
+    return x @ y
+
+
+def split_matmul(x: Tensor, y: Tensor) -> Tensor:
+    """X Y by digits. A row or column with a value that is not finite gives NaN."""
+    if x.dim() > 2 or y.dim() > 2:
+        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        pairs = zip(_flat(x, batch), _flat(y, batch), strict=True)
+        out = [split_matmul(one, other) for one, other in pairs]
+        shape = (*batch, x.shape[-2], y.shape[-1])
+        return torch.stack(out).reshape(shape) if out else x.new_zeros(shape)
+    k = x.shape[-1]
+    if k > LONGEST:
+        return sum(split_matmul(x[:, i : i + LONGEST], y[i : i + LONGEST]) for i in range(0, k, LONGEST))  # type: ignore[return-value]
+    m, n = x.shape[0], y.shape[1]
+    left, left_exponent = digits(x)
+    right, right_exponent = digits(y.mT)
+    # A product of integers per sum of two places: left's first digits against right's, backwards.
+    length = left.shape[-1]
+    left, right = left.flatten(1), right.flip(1).flatten(1)
+    total = None
+    for sums in reversed(range(PARTS)):
+        exact = torch._int_mm(left[:, : (sums + 1) * length], right[:, (PARTS - 1 - sums) * length :].mT)
+        total = exact.double() if total is None else torch.add(exact, total, alpha=2.0**-7)
+    assert total is not None
+    scaled = _times_power(total[:m, :n], left_exponent[:m, None] - 7)
+    return _times_power(scaled, right_exponent[None, :n] - 7)
+
+
+def digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows', PARTS, k') int8 and (rows',) float64 with x = sum_p digit_p 128^-p 2^exponent but for 128^-PARTS / 2 of
+    that power. Rows and columns are padded with zeros to what products of integers take on CUDA."""
+    rows, k = x.shape
+    x = torch.nn.functional.pad(x, (0, -k % 16, 0, max(32 - rows, 0) or -rows % 16))
+    largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    finite = torch.isfinite(largest)
+    exponent = torch.frexp(torch.where(finite, largest, 1.0)).exponent.double() + 1
+    rest = _times_power(torch.where(finite[:, None], x, 0.0), -exponent[:, None])
+    out = torch.empty(x.shape[0], PARTS, x.shape[1], dtype=torch.int8, device=x.device)
+    for part in range(PARTS):
+        rest = rest * 128
+        whole = rest.round()
+        out[:, part] = whole
+        rest = rest - whole
+    return out, torch.where(finite, exponent, torch.nan)
+
+
+def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of float64 (..., d, d) and where there are none (bool), as torch.linalg.cholesky_ex.
+
+    Split: left-looking in blocks of columns, whose updates are the products.
+    """
+    d = h.shape[-1]
+    if not is_split(h.device) or d <= BLOCK:
+        lower, info = torch.linalg.cholesky_ex(h)
+        return lower, info != 0
+    lower = h.tril()
+    failed = torch.zeros(h.shape[:-2], dtype=torch.bool, device=h.device)
+    for j0, j1 in pairwise([*range(0, d, BLOCK), d]):
+        if j0:
+            lower[..., j0:, j0:j1] -= matmul(lower[..., j0:, :j0], lower[..., j0:j1, :j0].mT)
+        block, info = torch.linalg.cholesky_ex(lower[..., j0:j1, j0:j1])
+        failed |= info != 0
+        lower[..., j0:j1, j0:j1] = block
+        below = lower[..., j1:, j0:j1].mT
+        lower[..., j1:, j0:j1] = torch.linalg.solve_triangular(block, below, upper=False).mT
+    return lower.tril(), failed
+
+
+def solve_right(r: Tensor, n: Tensor) -> Tensor:
+    """X with X R = N for upper triangular R (..., d, d), N (..., m, d) in float64; split in blocks of columns."""
+    d = r.shape[-1]
+    if not is_split(r.device) or d <= BLOCK:
+        return torch.linalg.solve_triangular(r, n, upper=True, left=False)
+    x = n.clone()
+    for j0, j1 in pairwise([*range(0, d, BLOCK), d]):
+        if j0:
+            x[..., j0:j1] -= matmul(x[..., :j0], r[..., :j0, j0:j1])
+        x[..., j0:j1] = torch.linalg.solve_triangular(
+            r[..., j0:j1, j0:j1], x[..., j0:j1].contiguous(), upper=True, left=False
+        )
+    return x
+
+
+def _flat(x: Tensor, batch: torch.Size) -> Tensor:
+    return x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
+
+
+def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """x 2^exponent, in two steps, for exponents beyond the range of one."""
+    half = torch.floor(exponent / 2)
+    return x * torch.exp2(half) * torch.exp2(exponent - half)
