@@ -1,19 +1,24 @@
 """Every native MoCa kernel in every dtype, on odd sizes, rows apart, from odd addresses and in place, against float64.
 
 compute-sanitizer --tool memcheck python benchmarks/check_native.py --device cuda
+
+--module FOLDER: the compiled module of that folder in place of the installed one.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
+import importlib.util
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mir_kernels import _native
-from mir_kernels.ops.moca import native
+NAME = "mir_kernels._C"
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
 
@@ -43,7 +48,28 @@ CASES = [
 ]
 
 
-def results(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+def kernels(folder: Path | None) -> tuple[ModuleType, ModuleType]:
+    """mir_kernels._native and its MoCa launchers, with the compiled module somewhere below `folder` where one is given.
+
+    Raises FileNotFoundError where there is none for this interpreter.
+    """
+    if folder is not None:
+        ends = importlib.machinery.EXTENSION_SUFFIXES
+        files = [path for path in sorted(folder.rglob("_C.*")) if path.name.removeprefix("_C") in ends]
+        if not files:
+            raise FileNotFoundError(f"--module: wants a folder with _C{ends[0]}, got {folder}")
+        spec = importlib.util.spec_from_file_location(NAME, files[0])
+        sys.modules[NAME] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    from mir_kernels import _native
+    from mir_kernels.ops.moca import native
+
+    return _native, native
+
+
+def results(
+    native: ModuleType, case: Case, dtype: torch.dtype, device: str, seed: int
+) -> dict[str, tuple[Tensor, Tensor]]:
     """{what: (found, what float64 says)}."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -71,7 +97,9 @@ def main() -> int:
     parser.add_argument(
         "--can-run", action="store_true", help="only say whether the compiled kernels are there: 0 or 1"
     )
+    parser.add_argument("--module", type=Path, help="folder with another compiled module")
     flags = parser.parse_args()
+    _native, native = kernels(flags.module)
     reason = _native.cuda_reason() if flags.device == "cuda" else None if _native.C is not None else _native.MISSING
     if flags.can_run or reason:
         print(reason or "the kernels are there")
@@ -79,7 +107,7 @@ def main() -> int:
     wrong = count = 0
     for dtype, limit in LIMIT.items():
         for seed, case in enumerate(CASES):
-            for name, (found, true) in results(case, dtype, flags.device, seed).items():
+            for name, (found, true) in results(native, case, dtype, flags.device, seed).items():
                 error = ((found.cpu().double() - true).norm() / true.norm()).item()
                 count += 1
                 if not error <= limit:

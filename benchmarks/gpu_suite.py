@@ -4,9 +4,20 @@
     python benchmarks/gpu_suite.py --out DIR --stages build,tests  # some stages
     python benchmarks/gpu_suite.py --out DIR --dry                 # on a CPU, tiny: every stage is gone through
 
-Each stage is a process of its own with a time limit; one that fails does not hide the others, and the exit code tells.
-DIR receives a log and a JSON a stage, the benchmarks' CSVs, tuned.json, tuned.txt, summary.csv and summary.json; what
-an earlier run left there under these names goes first.
+Where a GPU is at hand for minutes only, in two calls of at most 270 s, each of which may find a bare machine:
+
+    python benchmarks/gpu_suite.py --out DIR --part first --pack FILE
+    python benchmarks/gpu_suite.py --out DIR --part second --resume FILE --pack OTHER
+
+Both have the same stages in order of worth: the kernels at one size each, the claims of claims.py, the tests, tuning,
+the sanitizer, the other benchmarks. The second does not do again what the first has passed (so without --resume where
+kernels changed), and runs first what failed. `--cache KERNELS`, made by gpu_cache.py, spares both some compilation.
+
+Each stage is a process of its own with a time limit; one that fails does not hide the others, and the exit code tells:
+1 where one failed, 2 where time ran out before all were done. DIR receives a log and a JSON a stage, reports of the
+tests, the benchmarks' CSVs, tuned.json, tuned.txt, summary.csv, summary.json and decide.txt, which is printed last;
+what an earlier run left there under these names goes first. FILE is all of it but compilers' work, at most 16 MiB,
+written anew after every stage and every 20 s within one.
 """
 
 from __future__ import annotations
@@ -22,38 +33,53 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from gpu_cache import fill
 from gpu_suite_build import build, environment
-from gpu_suite_checks import sanitizer, tests
-from gpu_suite_processes import BENCH, PATIENCE, ROOT, Result
+from gpu_suite_checks import check, sanitizer, tests
+from gpu_suite_pack import go_on, pack, start_afresh, unpack
+from gpu_suite_processes import BENCH, PATIENCE, ROOT, Result, before
 from gpu_suite_summary import summary
-from gpu_suite_times import bench, ceilings, tune
+from gpu_suite_times import bench, ceilings, claims, tune
 
-TOTAL = 530.0  # seconds for all stages together
-STAGES: dict[str, tuple[Callable[[Path, bool], Result], float]] = {
-    "environment": (environment, 15),
-    "build": (build, 70),
+TOTAL = 530.0  # seconds for all stages of WHOLE together
+STAGES: dict[str, tuple[Callable[[Path, bool, float], Result], float]] = {
+    "environment": (environment, 12),
+    "build": (build, 63),
     "ceilings": (ceilings, 15),
+    "check": (check, 55),
+    "claims": (claims, 185),
     "tests": (tests, 105),
-    "bench": (bench, 195),
-    "tune": (tune, 60),
+    "bench": (bench, 200),
+    "tune": (tune, 63),
     "sanitizer": (sanitizer, 70),
 }
+WHOLE = ("environment", "build", "ceilings", "tests", "bench", "tune", "sanitizer")  # bench and tests have all of both
+PART = ("environment", "build", "check", "claims", "tests", "tune", "sanitizer", "bench")  # in order of worth
+PART_TOTAL = 262.0  # seconds of a part: what is left of 270 goes to starting and packing
+ALWAYS = ("environment", "build")  # what the second part does again
+PACKING = 20.0  # seconds between two archives
+ENOUGH = 8.0  # seconds that a stage is started for
 
 
-def isolated(name: str, out: Path, dry: bool, limit: float) -> Result:
+def isolated(name: str, out: Path, dry: bool, limit: float, packed: Callable[[], None]) -> Result:
     """One stage in a process group of its own, whatever it leaves running ended with it."""
     path, start = out / f"{name}.json", time.monotonic()
     path.unlink(missing_ok=True)
     paths = [str(ROOT), str(ROOT / "python"), str(BENCH), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--one", name, *(["--dry"] * dry)]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environ |= {} if dry else {"TRITON_CACHE_DIR": str(out / "triton")}
     with (out / f"{name}.log").open("w") as log:
         child = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            [*command, "--until", str(start + limit)], cwd=ROOT, env=environ,
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(limit)
+            while child.poll() is None and (left := start + limit - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(min(PACKING, left))
+                if child.poll() is None:
+                    packed()
         finally:
             stopped = child.poll() is None
             with contextlib.suppress(ProcessLookupError):
@@ -67,35 +93,89 @@ def isolated(name: str, out: Path, dry: bool, limit: float) -> Result:
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def main() -> int:
+def run_stages(names: list[str], out: Path, dry: bool, seconds: float, packed: Callable[[], None]) -> dict[str, Result]:
+    """The results of these stages, in order, as far as time goes; what the part before has passed is not done again."""
+    end = time.monotonic() + seconds
+    results: dict[str, Result] = {name: {"state": "not reached", "note": "", "seconds": 0} for name in names}
+    try:
+        for name in names:
+            done = before(out, name)
+            left = min((PATIENCE if dry else 1) * STAGES[name][1], end - time.monotonic())
+            if done.get("state") == "passed" and name not in ALWAYS:
+                again = "" if done["note"].startswith("in the part before") else "in the part before: "
+                results[name] = done | {"note": again + done["note"], "seconds": 0}
+            elif left >= ENOUGH:
+                print(f"{name} (at most {left:.0f} s)", flush=True)
+                results[name] = {"state": "cut", "note": f"interrupted, see {name}.log", "seconds": 0}
+                results[name] = isolated(name, out, dry, left, packed)
+            else:  # what the part before found is still all that is known
+                known = {key: value for key, value in done.items() if key in ("counts", "failures", "files", "offers")}
+                results[name] = known | {"state": "not reached", "note": "no time was left", "seconds": 0}
+            (out / "summary.json").write_text(json.dumps({"dry": dry, **results}, indent=1) + "\n")
+            packed()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    return results
+
+
+def stop(*_: object) -> None:
+    """What is known so far is still written."""
+    raise KeyboardInterrupt
+
+
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for logs, CSVs and the summary")
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"of {','.join(STAGES)}")
+    parser.add_argument("--stages", default=",".join(WHOLE), help=f"of {','.join(STAGES)}")
+    parser.add_argument("--part", choices=("first", "second"), help="of two short calls, instead of --stages")
+    parser.add_argument("--pack", type=Path, help="archive to write of what is in DIR")
+    parser.add_argument("--resume", type=Path, help="archive of the first part, to go on from")
+    parser.add_argument("--cache", type=Path, help="archive of gpu_cache.py: kernels that need no compilation")
+    parser.add_argument("--seconds", type=float, help=f"for all of it (default {TOTAL:.0f}, a part {PART_TOTAL:.0f})")
     parser.add_argument("--dry", action="store_true", help="on a CPU at tiny size: shows that every stage runs")
     parser.add_argument("--one", choices=STAGES, help=argparse.SUPPRESS)
-    flags = parser.parse_args()
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # by time.monotonic of the process above
+    return parser, parser.parse_args()
+
+
+def main() -> int:
+    parser, flags = arguments()
     out = flags.out.resolve()
     if flags.one:
-        found = STAGES[flags.one][0](out, flags.dry)
-        (out / f"{flags.one}.json").write_text(json.dumps(found, indent=1) + "\n")
+        found = STAGES[flags.one][0](out, flags.dry, flags.until - time.monotonic())
+        arriving = out / f"{flags.one}.json.arriving"
+        arriving.write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(arriving, out / f"{flags.one}.json")
         return int(found["state"] == "failed")
-    chosen = flags.stages.split(",")
-    if unknown := sorted(set(chosen) - set(STAGES)):
+    names = list(PART) if flags.part else flags.stages.split(",")
+    if unknown := sorted(set(names) - set(STAGES)):
         parser.error(f"--stages: takes {','.join(STAGES)}, got {','.join(unknown)}")
+    if flags.resume and flags.part != "second":
+        parser.error(f"--resume: goes with --part second, got --part {flags.part}")
+    start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "summary.csv"):
-        (out / name).unlink(missing_ok=True)
-    patience = PATIENCE if flags.dry else 1
-    end, results = time.monotonic() + patience * TOTAL, {}
-    for name in (name for name in STAGES if name in chosen):
-        left = min(patience * STAGES[name][1], end - time.monotonic())
-        if left < 1:
-            results[name] = {"state": "failed", "note": "no time was left", "seconds": 0}
-            continue
-        print(f"{name} (at most {left:.0f} s)", flush=True)
-        results[name] = isolated(name, out, flags.dry, left)
-    summary(results, out, flags.dry)
-    return int(any(r["state"] == "failed" for r in results.values()))
+    if flags.cache:
+        print(f"{fill(flags.cache, out / 'triton')} kernels were compiled ahead", flush=True)
+    if flags.resume:
+        unpack(flags.resume, out)
+    if flags.part == "second":
+        go_on(out)
+    else:
+        start_afresh(out, names)
+        names = [name for name in (PART if flags.part else STAGES) if name in names]
+    seconds = flags.seconds or (PATIENCE if flags.dry else 1) * (PART_TOTAL if flags.part else TOTAL)
+    signal.signal(signal.SIGTERM, stop)
+
+    def packed() -> None:
+        if flags.pack:
+            pack(out, flags.pack)
+
+    results = run_stages(names, out, flags.dry, seconds - (time.monotonic() - start), packed)
+    summary(results, out, flags.dry, rows_too=flags.part is None)
+    if flags.pack and (dropped := pack(out, flags.pack)):
+        print(f"{flags.pack} lacks {', '.join(dropped)}: it would be too large", flush=True)
+    states = {r["state"] for r in results.values()}
+    return 1 if "failed" in states else 2 if states & {"cut", "not reached"} else 0
 
 
 if __name__ == "__main__":

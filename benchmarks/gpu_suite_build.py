@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -11,12 +12,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from gpu_suite_processes import ROOT, Result, cuda_tool, run, state, words
+from gpu_suite_processes import GRACE, ROOT, Result, cuda_tool, run, state, words
 
 SETUPTOOLS = 77  # the first that reads pyproject.toml's `license`
 
 
-def environment(out: Path, dry: bool) -> Result:
+def environment(out: Path, dry: bool, limit: float) -> Result:
     """Device, driver, versions, commit; and which optional packages are missing."""
     import torch
 
@@ -44,8 +45,11 @@ def environment(out: Path, dry: bool) -> Result:
     return found | {"state": "passed", "note": "; ".join(parts)}
 
 
-def build(out: Path, dry: bool) -> Result:
-    """The extension in place for the device at hand, its CPU part alone where nvcc is missing; dry: that, into DIR."""
+def build(out: Path, dry: bool, limit: float) -> Result:
+    """The extension in place for the device at hand, its CPU part alone where nvcc is missing; dry: that, into DIR.
+
+    DIR/module keeps it: a part that goes on from another with the same sources takes it from there.
+    """
     nvcc = None if dry else cuda_tool("nvcc")
     env = {"MIR_CUDA": "1" if nvcc else "0", "MIR_NATIVE": "1"}
     if nvcc:
@@ -53,19 +57,43 @@ def build(out: Path, dry: bool) -> Result:
 
         major, minor = torch.cuda.get_device_capability()
         env |= {"MIR_CUDA_ARCHS": f"{major}{minor}", "CUDA_HOME": str(Path(nvcc).parent.parent)}
-    tree = source_tree(out) if old_setuptools() else ROOT
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(out / "build")]
-    built = out / "built"
+    what = "with CUDA C++" if nvcc else "the CPU part; CUDA C++ WAS NOT BUILT" + ("" if dry else ": there is no nvcc")
+    built, kept, key = out / "built", out / "module", made_of(env)
     shutil.rmtree(built, ignore_errors=True)
-    code = run([*command, "--build-lib", str(built)], folder=tree, **env)
-    modules = list(built.rglob("_C.*"))
+    modules = list(kept.glob("_C.*"))
+    if modules and (kept / "key.txt").exists() and (kept / "key.txt").read_text() == key:
+        how = "as the part before built it"
+        (built / "mir_kernels").mkdir(parents=True)
+        for module in modules:
+            shutil.copy2(module, built / "mir_kernels" / module.name)
+        code = 0
+    else:
+        tree = source_tree(out) if old_setuptools() else ROOT
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(out / "build")]
+        code = run([*command, "--build-lib", str(built)], folder=tree, limit=limit - GRACE - 2, **env)
+        how = f"{env}: exit code {code}"
+        modules = list(built.rglob("_C.*"))
+        if code == 0:
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir()
+            for module in modules:
+                shutil.copy2(module, kept / module.name)
+            (kept / "key.txt").write_text(key)
     if code == 0 and not dry:
         for module in modules:
             arriving = ROOT / "mir_kernels" / f"{module.name}.arriving"
             shutil.copy2(module, arriving)
             os.replace(arriving, ROOT / "mir_kernels" / module.name)  # a process may be running the old one
-    what = "with CUDA C++" if nvcc else "the CPU part; CUDA C++ WAS NOT BUILT" + ("" if dry else ": there is no nvcc")
-    return state(code == 0 and bool(modules), f"{what} ({env}: exit code {code})") | {"cuda": bool(nvcc)}
+    return state(code == 0 and bool(modules), f"{what} ({how})") | {"cuda": bool(nvcc)}
+
+
+def made_of(env: dict[str, str]) -> str:
+    """A digest of all that decides what is built: sources, flags, this interpreter and this processor."""
+    digest = hashlib.sha256(repr((env, sys.version, platform.machine())).encode())
+    for path in [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted((ROOT / "csrc").rglob("*"))]:
+        if path.is_file():
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def old_setuptools() -> str:

@@ -1,4 +1,4 @@
-"""The stages of gpu_suite.py that check results: the GPU tests, and compute-sanitizer over the native kernels."""
+"""The stages of gpu_suite.py that check results: the kernels, the GPU tests, compute-sanitizer over native kernels."""
 
 from __future__ import annotations
 
@@ -9,77 +9,107 @@ import importlib.util
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
+import time
 from pathlib import Path
 
-from gpu_suite_processes import BENCH, PATIENCE, ROOT, Result, cuda_tool, run, run_together, state
+import gpu_suite_reports as reports
+from gpu_suite_processes import BENCH, GRACE, ROOT, Result, cuda_tool, earlier, run, run_together, state
 
-LIMITS = {"tests": 98, "sanitizer": 32}  # seconds of one command of these stages
 SANITIZERS = ("memcheck", "racecheck")
-INTERPRETED = "tests/kernels/test_guarded.py"  # the GPU checks whose bodies also run on interpreted kernels
+GUARDED = "tests/kernels/test_guarded.py"  # the GPU checks whose bodies also run on interpreted kernels
+ONE = "test_right_twice_the_same_and_nothing_else_is_written and {}"  # of them, each kernel at one size
+SIZE = {True: "13-37", False: "129-577"}  # dry or not: rows and columns that no tile divides
 
 
-def tests(out: Path, dry: bool) -> Result:
+def check(out: Path, dry: bool, limit: float) -> Result:
+    """Every kernel in every dtype at one odd size, in guarded memory, twice, against float64: what is red shows early.
+
+    Without pytest: every kernel job by tests/kernels/check_jobs.py.
+    """
+    size = SIZE[dry]
+    return reported(out, "check", [ROOT / GUARDED], ["-k", ONE.format(size)], dry, limit, [f"--sizes={size}"])
+
+
+def tests(out: Path, dry: bool, limit: float) -> Result:
     """The GPU tests of the files whose imports are here, in several processes; dry: the same bodies, interpreted.
 
     Without pytest: every kernel job by tests/kernels/check_jobs.py.
     """
-    shards = 1 if dry else max(1, min(8, (os.cpu_count() or 1) // 2))  # compilation takes most of the time
-    reports = [out / f"tests{i}.xml" for i in range(shards)]
-    for report in out.glob("tests*.xml"):
-        report.unlink()
+    files = [ROOT / GUARDED] if dry else gpu_files()
+    marks = ["-m", "not slow" if dry else "gpu"]
+    return reported(out, "tests", files, marks, dry, limit, [f"--sizes=1-1,{SIZE[True]}"] if dry else [])
+
+
+def reported(
+    out: Path, name: str, files: list[Path], chosen: list[str], dry: bool, limit: float, jobs: list[str]
+) -> Result:
+    """Tests in several processes, with a report each (<name>0.jsonl, ...); what failed in an earlier part comes first.
+
+    A process that a test ends (a lost CUDA context, a crash) is followed by another, which goes on behind that test.
+    """
+    end = time.monotonic() + limit - GRACE - 2
+    shards = 1 if dry else max(1, min(14, (os.cpu_count() or 1) - 2))  # compilation takes most of the time
+    before = earlier(out, f"{name}*.jsonl")
+    paths = [out / f"{name}{i}.jsonl" for i in range(shards)]
+    for path in out.glob(f"{name}*.jsonl"):
+        path.unlink()
     left_out: dict[str, list[str]] = {}
     if importlib.util.find_spec("pytest") is None:
-        script = [sys.executable, str(ROOT / "tests" / "kernels" / "check_jobs.py"), *(["--small"] * dry)]
-        commands = [[*script, "--report", str(r), "--shard", f"{i}/{shards}"] for i, r in enumerate(reports)]
+        command = [sys.executable, str(ROOT / "tests" / "kernels" / "check_jobs.py"), *jobs]
         how = "without pytest: "
     else:
-        files = [ROOT / INTERPRETED] if dry else gpu_files()
         lacking = {path: missing_imports(path) for path in files}
         left_out = {path.name: names for path, names in lacking.items() if names}
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=short"]
-        pytest += ["--import-mode=importlib", "--continue-on-collection-errors", "-p", "shard"]
-        pytest += ["-m", "not slow" if dry else "gpu", *(str(path) for path, names in lacking.items() if not names)]
-        commands = [[*pytest, f"--junitxml={report}"] for report in reports]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=short"]
+        command += ["--import-mode=importlib", "--continue-on-collection-errors", "-p", "shard", *chosen]
+        command += [str(path) for path, names in lacking.items() if not names]
         how = ""
     environ = {"TRITON_INTERPRET": "1"} if dry else {}
-    environs = [environ | {"MIR_SHARD": f"{i}/{shards}"} for i in range(shards)]
-    codes = run_together(commands, LIMITS["tests"] * (PATIENCE if dry else 1), environs)
-    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, []
-    for report in (report for report in reports if report.exists()):
-        more, failed = read_junit(report)
-        counts = {name: counts[name] + more[name] for name in counts}
-        failures += failed
-    failures = list(dict.fromkeys(failures))  # a file that cannot be collected fails in every process
-    note = how + ", ".join(f"{n} {what}" for what, n in counts.items())
-    bad = {i: code for i, code in enumerate(codes) if code not in (0, 1, 5)}  # 1: failures, 5: an empty shard
-    note += f"; exit codes {sorted(set(bad.values()))} of {len(bad)} of {shards} processes" if bad else ""
+    environ["MIR_EARLIER"] = os.pathsep.join(map(str, before))
+    environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // shards))  # processes share the cores
+    todo, codes, ended = list(range(shards)), [0] * shards, 0
+    while todo and (left := end - time.monotonic()) > 0:
+        shares = {i: {"MIR_SHARD": f"{i}/{shards}", "MIR_REPORT": str(paths[i])} for i in todo}
+        scripts = {i: ["--shard", f"{i}/{shards}", "--report", str(paths[i])] if how else [] for i in todo}
+        ending = run_together([command + scripts[i] for i in todo], left, [environ | shares[i] for i in todo])
+        for i, code in zip(todo, ending, strict=True):
+            codes[i] = code
+        # 0: all passed, 1: some failed, 5: nothing to do, 124: stopped at the limit.
+        todo = [i for i in todo if codes[i] not in (0, 1, 5, 124) and reports.ended_in_a_test(paths[i], codes[i])]
+        ended += len(todo)
+    counts = reports.counts(paths, before)
+    failed = reports.failures(reports.read([*before, *paths]))
+    note = how + ", ".join(f"{n} {what}" for what, n in counts.items() if n or what != "not finished")
+    bad = [code for i, code in enumerate(codes) if code not in (0, 1, 5, 124) and i not in todo]
+    note += f"; exit codes {sorted(set(bad))} of {len(bad)} of {shards} processes" if bad else ""
+    note += f"; {ended} times a test ended its process" if ended else ""
     note += f"; left out for missing packages: {', '.join(left_out)}" if left_out else ""
-    passed = not bad and not failures and counts["failed"] == 0 and counts["passed"] > 0
-    return state(passed, note) | {"counts": counts, "failures": failures, "left_out": left_out}
+    found = state(not (bad or failed) and counts["passed"] > 0, note)
+    if found["state"] == "passed" and counts["not finished"]:
+        found["state"] = "cut"
+    return found | {"counts": counts, "failures": failed, "left_out": left_out}
 
 
-def sanitizer(out: Path, dry: bool) -> Result:
+def sanitizer(out: Path, dry: bool, limit: float) -> Result:
     """compute-sanitizer over the native kernels; dry: says what it would run and runs it on the CPU kernels."""
     script = [sys.executable, str(BENCH / "check_native.py"), "--device", "cpu" if dry else "cuda"]
     tool = cuda_tool("compute-sanitizer")
     commands = {
         name: [tool or "compute-sanitizer", "--tool", name, "--error-exitcode", "9", *script] for name in SANITIZERS
     }
+    each = limit / len(commands) - GRACE - 1
     if dry:
         print("\n".join("would run: " + " ".join(command) for command in commands.values()))
-        code = run(script)
+        built = ["--module", str(out / "built")] if list((out / "built").rglob("_C.*")) else []
+        code = run([*script, *built], limit=each)
         return state(code == 0, f"would run {len(commands)} tools; check_native.py on the CPU: exit code {code}")
     if subprocess.run([*script, "--can-run"], cwd=ROOT, check=False).returncode:
         return {"state": "skipped", "note": "the module has no CUDA C++: see build"}
     if tool is None:
-        code = run(script, limit=LIMITS["sanitizer"])
+        code = run(script, limit=each)
         note = f"compute-sanitizer is not installed; check_native.py without it: exit code {code}"
         return {"state": "failed" if code else "skipped", "note": note}
-    codes = {
-        name: run(command, limit=LIMITS["sanitizer"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        for name, command in commands.items()
-    }
+    codes = {name: run(command, limit=each, PYTORCH_NO_CUDA_MEMORY_CACHING="1") for name, command in commands.items()}
     return state(not any(codes.values()), f"exit codes {codes} (9: an error was found)")
 
 
@@ -146,16 +176,3 @@ def lazy_names(package: Path) -> dict[str, str]:
                 if isinstance(node, ast.ImportFrom) and node.module:
                     names |= {alias.asname or alias.name: node.module for alias in node.names}
     return names
-
-
-def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
-    """Counts, and a line for each test that failed."""
-    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, []
-    for case in ET.parse(path).getroot().iter("testcase"):
-        tags = {child.tag: child for child in case}
-        bad = tags.get("failure", tags.get("error"))
-        if bad is not None:
-            message = (bad.get("message") or "").strip().splitlines() or ["no message"]
-            failures.append(f"{case.get('name')}: {message[0][:110]}")
-        counts["failed" if bad is not None else "skipped" if "skipped" in tags else "passed"] += 1
-    return counts, failures

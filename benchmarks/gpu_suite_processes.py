@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,11 +16,24 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "benchmarks"
 GRACE = 3  # seconds in which a command that is interrupted at its limit may write what it has
 PATIENCE = 3  # times as long in a dry run: a laptop's two busy cores are no GPU machine
-Result = dict[str, Any]  # "state": "passed", "failed" or "skipped"; "note": one line; whatever else the stage found
+# "state": "passed", "failed", "skipped", "cut" (right as far as it came) or "not reached"; "note": one line; whatever
+# else the stage found.
+Result = dict[str, Any]
 
 
 def state(passed: bool, note: str) -> Result:
     return {"state": "passed" if passed else "failed", "note": note}
+
+
+def earlier(out: Path, pattern: str) -> list[Path]:
+    """What the parts before this one left under such a name, the last part's file last."""
+    return sorted((out / "earlier").glob(f"*/{pattern}"))
+
+
+def before(out: Path, name: str) -> Result:
+    """What the part before found in this stage, or nothing."""
+    files = earlier(out, "summary.json")
+    return json.loads(files[-1].read_text()).get(name, {}) if files else {}
 
 
 def words(*command: str) -> str:

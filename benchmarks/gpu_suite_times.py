@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_suite_processes import BENCH, PATIENCE, Result, run, state
-
-TUNING = 55  # seconds of tune.py
+from gpu_suite_processes import BENCH, GRACE, PATIENCE, Result, before, run, state
 
 
 class Bench(NamedTuple):
@@ -54,7 +54,7 @@ BENCHMARKS = {
 }
 
 
-def ceilings(out: Path, dry: bool) -> Result:
+def ceilings(out: Path, dry: bool, limit: float) -> Result:
     """Copy bandwidth and the largest matrix rates, as every benchmark measures them."""
     import harness
 
@@ -63,43 +63,79 @@ def ceilings(out: Path, dry: bool) -> Result:
     return state(True, f"copy {found['copy_gbs']:.0f} GB/s, matrix product {rates}") | found
 
 
-def bench(out: Path, dry: bool) -> Result:
-    """Every line of BENCHMARKS with its time limit; what was written before one stopped counts."""
+def claims(out: Path, dry: bool, limit: float) -> Result:
+    """The benchmarks that the claims of claims.py are read from, those of most worth first; a line for each claim."""
+    end = time.monotonic() + limit
+    import harness
+    from claims import BENCHES, FIGURES, verdicts
+
+    found = measured("claims", BENCHES, out, dry, end)
+    lines = []
+    for one in verdicts([row for path in found["files"] for row in harness.read_csv(out / path)], cuda=not dry):
+        better, text, _ = FIGURES[one.claim.figure]
+        needs = f"needs {'at least' if better else 'at most'} {text.format(one.claim.target)}"
+        error = "" if one.error is None else f", error {one.error:.0e}"
+        lines.append(f"{one.state:<17}{one.claim.name:<19}{one.figure or 'no figure'}{error}; {needs}")
+    return found | {"claims": lines}
+
+
+def bench(out: Path, dry: bool, limit: float) -> Result:
+    """Every line of BENCHMARKS."""
+    return measured("bench", BENCHMARKS, out, dry, time.monotonic() + limit)
+
+
+def measured(stage: str, benches: Mapping[str, Bench], out: Path, dry: bool, end: float) -> Result:
+    """Benchmarks with a time limit each, until `end` (of time.monotonic) at most; what was written before one stopped
+    counts, and what the part before has done is not done again on the same card."""
     import harness
 
-    device, notes, files = "cpu" if dry else "cuda", {}, []
-    for name, one in BENCHMARKS.items():
+    device, notes, files, done, late = "cpu" if dry else "cuda", {}, [], [], []
+    end -= GRACE + 2
+    known = before(out, stage).get("done", [])
+    for name, one in benches.items():
         path = out / harness.csv_name(name, device)
+        if name in known and path.exists():
+            files, done = [*files, path.name], [*done, name]
+            continue
         path.unlink(missing_ok=True)
+        most = min(one.limit * (PATIENCE if dry else 1), end - time.monotonic())
+        if most < 2:
+            late.append(name)
+            continue
         given = "--seconds 0.01 " + one.tiny if dry else one.cuda
         command = [sys.executable, str(BENCH / f"bench_{one.script}.py"), "--device", device]
         command += ["--out", str(path), *shlex.split(given)]
         # Compilers take longest of all in a dry run, and are not ours to check.
         environ = {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"} if dry else {}
-        code = run(command, limit=one.limit * (PATIENCE if dry else 1), **environ)
+        code = run(command, limit=most, **environ)
         rows = harness.read_csv(path) if path.exists() else []
-        files += [str(path)] if rows else []
+        files += [path.name] if rows else []
         if code == 124:
-            notes[name] = f"stopped after {one.limit} s with {len(rows)} rows"
+            notes[name] = f"stopped after {most:.0f} s with {len(rows)} rows"
         elif code or not rows:
             notes[name] = f"exit code {code} with {len(rows)} rows"
         if bad := [r["rival"] for r in rows if harness.exit_code([r])]:
             notes[name] = f"{notes.get(name, '')} no time for {', '.join(dict.fromkeys(bad))}".strip()
-    text = "; ".join(f"{name}: {note}" for name, note in notes.items())
-    return state(not notes, text or f"{len(files)} CSVs") | {"files": files}
+        if name not in notes:
+            done.append(name)
+    text = "; ".join(f"{name}: {note}" for name, note in notes.items()) or f"{len(files)} CSVs"
+    text += f"; no time was left for {', '.join(late)}" if late else ""
+    found = state(not notes, text) | {"files": files, "done": done}
+    return found | {"state": "cut"} if late and not notes else found
 
 
-def tune(out: Path, dry: bool) -> Result:
+def tune(out: Path, dry: bool, limit: float) -> Result:
     """Block tables by measurement; dry: compiled ahead of time. Writes tuned.json, and tuned.txt to commit."""
     path = out / "tuned.json"
     path.unlink(missing_ok=True)
     path.with_suffix(".txt").unlink(missing_ok=True)
     command = [sys.executable, str(BENCH / "tune.py"), "--out", str(path), *(["--dry"] if dry else [])]
-    code = run(command, limit=None if dry else TUNING)
+    code = run(command, limit=limit - GRACE - 2)
     found = json.loads(path.read_text()) if path.exists() else {"of": "all", "tables": []}
     done, changed = len(found["tables"]), [one for one in found["tables"] if one["changed"]]
     note = f"{done} of {found['of']} tables, {len(changed)} with a faster row"
     note += "" if code == 0 else " (stopped at its limit)" if code == 124 else f" (exit code {code})"
-    return state(code == 0 and done == found["of"], note) | {
+    result = state(code == 0 and done == found["of"], note) | {
         "offers": [f'{one["table"]} "{one["architecture"]}": {one["offer"]}' for one in changed]
     }
+    return result | {"state": "cut"} if code == 124 and found["tables"] else result

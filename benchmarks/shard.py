@@ -1,10 +1,80 @@
-"""A pytest plugin: of the collected tests those of one shard, MIR_SHARD="I/N", in runs of eight that share kernels."""
+"""A pytest plugin: the tests of one shard, and a report that is written line by line.
+
+MIR_SHARD    "I/N": of the collected tests those of one shard, in runs of neighbours, which share kernels.
+MIR_REPORT   a file that gets a line of JSON when a test starts and when it has ended, so that what a process has found
+             outlives it. Tests that stand there already are left out: the process before this one did not get past one.
+MIR_EARLIER  the reports of an earlier run: what failed there comes first, what passed last.
+"""
+
+from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpu_suite_reports as reports
 
 TOGETHER = 8  # neighbours compile the same kernels
+REPORT = os.environ.get("MIR_REPORT", "")
+ENDED = {"failed": 0, None: 1, "skipped": 2, "passed": 2}  # what comes first
 
 
-def pytest_collection_modifyitems(items: list) -> None:
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     part, parts = map(int, os.environ.get("MIR_SHARD", "0/1").split("/"))
-    items[:] = [item for i, item in enumerate(items) if i // TOGETHER % parts == part]
+    earlier = reports.read([Path(path) for path in os.environ.get("MIR_EARLIER", "").split(os.pathsep) if path])
+    items.sort(key=lambda item: ENDED.get(earlier.get(item.nodeid, {}).get("outcome"), 1))
+    together = max(1, min(TOGETHER, len(items) // (4 * parts)))
+    items[:] = [item for i, item in enumerate(items) if i // together % parts == part]
+    if REPORT:
+        known = reports.read([Path(REPORT)])
+        if not known:
+            reports.write(REPORT, {"collected": len(items)})
+        items[:] = [item for item in items if item.nodeid not in known]
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    if REPORT:
+        reports.write(REPORT, {"test": nodeid, "outcome": "started"})
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """The end of a test. A process whose CUDA context is lost ends here: every test after it would fail for that."""
+    if not REPORT or (report.when != "call" and report.passed):
+        return
+    reports.write(REPORT, ended(report))
+    if report.failed and (why := lost_context()):
+        print(f"{report.nodeid} lost the CUDA context ({why}): the process ends\n{report.longreprtext}", flush=True)
+        sys.stderr.flush()
+        os._exit(reports.LOST)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if REPORT and report.failed:
+        reports.write(REPORT, ended(report))
+
+
+def ended(report: pytest.TestReport | pytest.CollectReport) -> dict:
+    """The line of a report; of a failure the message that stands last in the traceback, and the traceback's end."""
+    line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(getattr(report, "duration", 0.0), 2)}
+    if report.failed:
+        text = report.longreprtext
+        crash = getattr(report.longrepr, "reprcrash", None)
+        line |= {"message": crash.message if crash else text.strip().rpartition("\n")[2], "text": text[-2000:]}
+    elif report.skipped and isinstance(report.longrepr, tuple):
+        line["message"] = report.longrepr[2]
+    return line
+
+
+def lost_context() -> str:
+    """What CUDA says to everything from now on, or nothing: after an illegal access its context is of no more use."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except Exception as problem:
+            return str(problem).partition("\n")[0]
+    return ""

@@ -1,0 +1,107 @@
+"""Triton's cache for a GPU that is not here: kernels compiled ahead, as an archive that gpu_suite.py --cache unpacks.
+
+    PYTHONPATH=.:tests:benchmarks python benchmarks/gpu_cache.py FILE    # compiles for sm_90 on every core
+
+Compiled are the candidates of tune.py and the kernels of the suite's first check, which a GPU machine would spend its
+first minute on. A launch finds them where its Triton is this one to the last file, as one wheel's is; else it compiles
+as ever. Of each kernel the archive has what a launch and tune.py read, and not its intermediate stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+
+TARGET = "sm_90"
+GROUP = "__grp__"  # how the name of a file begins that lists those of one kernel, by absolute paths
+KEPT = (".json", ".cubin", ".ptx", ".ttir")
+SIZE = (129, 577)  # rows and columns of the suite's first check
+
+
+def work() -> list[tuple[str, object]]:
+    """What to compile: ("row", (number of a tuning job, name of a row)) and ("job", (name of a kernel job, dtype))."""
+    import tune
+    from kernels.jobs import every_job
+
+    rows = [("row", (i, name)) for i, job in enumerate(tune.JOBS) for name in job.rows(TARGET)]
+    jobs = [job for job in every_job() if not job.module.endswith("native")]
+    return [*rows, *(("job", (job.name, str(dtype)[6:])) for job in jobs for dtype in job.dtypes)]
+
+
+def compile_one(what: tuple[str, tuple]) -> str:
+    """Compiles into Triton's cache; what is wrong in words, or nothing."""
+    import torch
+
+    import aot
+    import tune
+    from kernels.jobs import every_job
+
+    kind, (first, second) = what
+    try:
+        if kind == "row":
+            tune.needs(first, second, TARGET, 227 << 10)  # a row that does not compile is refused there too
+        else:
+            job = next(job for job in every_job() if job.name == first)
+            given = {name: t.to("meta") for name, t in job.make(getattr(torch, second), *SIZE).items()}
+            for launch in aot.record(job.run, given, target=TARGET):
+                aot.compile_launch(TARGET, launch)
+    except Exception as problem:  # triton raises several kinds
+        return f"{what}: {type(problem).__name__}: {problem}"
+    return ""
+
+
+def save(cache: Path, file: Path) -> None:
+    """A gzipped tar of a cache folder, paths in its lists of files relative to it."""
+    with tarfile.open(file, "w:gz") as tar:
+        for path in sorted(path for path in cache.rglob("*") if path.suffix in KEPT):
+            data = path.read_bytes()
+            if path.name.startswith(GROUP):
+                data = moved(data, cache, Path()).encode()
+            entry = tarfile.TarInfo(str(path.relative_to(cache)))
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def fill(file: Path, cache: Path) -> int:
+    """Unpacks an archive of `save` into a cache folder; returns how many kernels it has."""
+    with tarfile.open(file) as tar:
+        tar.extractall(cache, filter="data")
+    groups = list(cache.rglob(f"{GROUP}*"))
+    for path in groups:
+        path.write_text(moved(path.read_bytes(), Path(), cache.resolve()))
+    return len(groups)
+
+
+def moved(group: bytes, old: Path, new: Path) -> str:
+    """A list of files with its paths below `new` in place of `old`, of those that are KEPT."""
+    paths = {name: Path(path) for name, path in json.loads(group)["child_paths"].items()}
+    kept = {name: str(new / path.relative_to(old)) for name, path in paths.items() if path.suffix in KEPT}
+    return json.dumps({"child_paths": kept})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, metavar="FILE", help="archive to write")
+    parser.add_argument("--only", default="", help="what has this in its description")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder  # before anything imports triton
+        chosen = [one for one in work() if flags.only in str(one)]
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(max(1, min(len(chosen), os.cpu_count() or 1)), context) as pool:
+            wrong = [text for text in pool.map(compile_one, chosen) if text]
+        save(Path(folder), flags.file)
+    size = flags.file.stat().st_size / 2**20
+    print("\n".join([*wrong, f"{len(chosen)} compiled, {len(wrong)} of them failed, {size:.1f} MiB"]))
+    return int(bool(wrong) or not chosen)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
