@@ -63,7 +63,7 @@ def step(x, tiles):
 @pytest.mark.parametrize(("dtype", "tiles"), ways())
 @pytest.mark.parametrize("transposed", [False, True])
 def test_symmetric_product_is_symmetric_and_right(dtype, tiles, transposed):
-    for shape in ((2, 5, 5), (1, 33, 70)) if INTERPRETED else ((2, 5, 5), (1, 33, 130), (3, 70, 31)):
+    for shape in ((1, 33, 70),) if INTERPRETED else ((2, 5, 5), (1, 33, 130), (3, 70, 31)):
         x = (random(*shape, dtype=torch.float32) / 4).to(dtype)
         wide = x.double().mT if transposed else x.double()
         add = (wide @ wide.mT).to(dtype)
@@ -75,7 +75,7 @@ def test_symmetric_product_is_symmetric_and_right(dtype, tiles, transposed):
 
 @pytest.mark.parametrize(("dtype", "tiles"), ways())
 def test_fused_step_is_no_worse_than_plain_torch(dtype, tiles):
-    for shape in ((2, 70, 33),) if INTERPRETED else ((2, 16, 16), (1, 48, 80), (2, 130, 33)):
+    for shape in ((2, 40, 33),) if INTERPRETED else ((2, 16, 16), (1, 48, 80), (2, 130, 33)):
         x = eager.normalize(random(*shape, dtype=torch.float64), dtype).contiguous()
         exact, torchs = eager.polynomial_step(x.double(), STEP), eager.polynomial_step(x, STEP)
         assert relative_error(step(x, tiles), exact) <= 2 * (relative_error(torchs, exact) + RESOLUTION[dtype])
@@ -83,15 +83,15 @@ def test_fused_step_is_no_worse_than_plain_torch(dtype, tiles):
 
 @pytest.mark.parametrize(("dtype", "tiles"), ways())
 def test_symmetric_product_of_small_integers_is_exact_in_every_tile(dtype, tiles):
-    integers = torch.randint(-3, 4, (2, 70, 35), generator=torch.Generator().manual_seed(1))
+    integers = torch.randint(-3, 4, (1, 70, 35), generator=torch.Generator().manual_seed(1))
     x = (integers / 16).to(dtype).to(DEVICE)
     for transposed, wide in ((False, x.float()), (True, x.float().mT)):
         assert torch.equal(symmetric(x, tiles, transposed=transposed), (wide @ wide.mT).to(dtype))
 
 
-@pytest.mark.parametrize(("dtype", "tiles"), ways()[-3:] if INTERPRETED else ways())
+@pytest.mark.parametrize(("dtype", "tiles"), ways()[-2:] if INTERPRETED else ways())
 def test_a_matrix_with_nan_spoils_no_other_of_its_batch(dtype, tiles):
-    x = eager.normalize(random(3, 40, 33, dtype=torch.float64), dtype).contiguous()
+    x = eager.normalize(random(3, 33, 33, dtype=torch.float64), dtype).contiguous()
     expected = step(x, tiles)
     x[1] = float("nan")
     found = step(x, tiles)
@@ -114,8 +114,8 @@ def test_float32_products_hold_the_bits_of_two_halves(halves):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_rows_that_are_shipped_multiply_right(dtype):
-    for d in (130, products.LARGE) if not INTERPRETED else (65,):
-        x = eager.normalize(random(2, d, d, dtype=torch.float64), dtype).contiguous()
+    for d in (130, products.LARGE) if not INTERPRETED else (40,):
+        x = eager.normalize(random(1 if INTERPRETED else 2, d, d, dtype=torch.float64), dtype).contiguous()
         exact, torchs = eager.polynomial_step(x.double(), STEP), eager.polynomial_step(x, STEP)
         assert relative_error(step(x, shipped(x)), exact) <= 2 * (relative_error(torchs, exact) + RESOLUTION[dtype])
 
