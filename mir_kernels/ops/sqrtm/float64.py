@@ -18,7 +18,8 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -64,15 +65,26 @@ def is_split(device: torch.device) -> bool:
 @functools.cache
 def _split_is_faster(device: torch.device) -> bool:
     x = torch.randn(PROBE, PROBE, dtype=torch.float64, device=device)
-    seconds = []
-    for product in (torch.matmul, split_matmul):
-        product(x, x)
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        product(x, x)
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds[1] < seconds[0]
+    native = _seconds(torch.matmul, x)
+    try:
+        return _seconds(split_matmul, x) < native
+    except RuntimeError as problem:  # a device or a build of torch without products of int8
+        warnings.warn(
+            f"float64 products are not split on {device}, where float64 may be slow: {problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+
+
+def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> float:
+    """Of the second product of x with itself."""
+    product(x, x)
+    torch.cuda.synchronize(x.device)
+    start = time.perf_counter()
+    product(x, x)
+    torch.cuda.synchronize(x.device)
+    return time.perf_counter() - start
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:

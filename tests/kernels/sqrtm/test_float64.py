@@ -195,6 +195,25 @@ def test_a_measurement_is_made_once_a_device_and_never_in_a_graph(monkeypatch):
     assert asked == [cuda]
 
 
+def test_the_faster_of_both_products_is_taken_and_a_device_without_integers_says_so(monkeypatch):
+    monkeypatch.setattr(float64, "PROBE", 32)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(float64, "_seconds", lambda product, x: 1.0 if product is torch.matmul else 0.5)
+    assert float64._split_is_faster.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(float64, "_seconds", lambda product, x: 1.0 if product is torch.matmul else 1.5)
+    assert not float64._split_is_faster.__wrapped__(torch.device("cpu"))
+
+    def refused(x, y):
+        raise RuntimeError("no int8 here")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(float64, "PROBE", 32)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(float64, "split_matmul", refused)
+    with pytest.warns(RuntimeWarning, match="float64 products are not split on cpu, .*: no int8 here"):
+        assert not float64._split_is_faster.__wrapped__(torch.device("cpu"))
+
+
 @pytest.mark.gpu
 def test_a_gpu_splits_as_a_cpu_does():
     x, y = normal(300, 500), normal(500, 290, seed=1)
