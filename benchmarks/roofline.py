@@ -11,12 +11,16 @@ large copies and products are assumed to reach. Launches, the host, and reading 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import counts
 import harness
 from mir_kernels.ops.sqrtm import eager, float64
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "triton_resources.json"
+FLOPS_PER_CYCLE = 4096  # of 16-bit products on a multiprocessor of sm_90: 989 TFLOP/s, 132 of them, 1.83 GHz
 
 
 class Gpu(NamedTuple):
@@ -123,6 +127,28 @@ def without_float64(gpu: Gpu, layers: int, d: int, tokens: int) -> WithoutFloat6
     return WithoutFloat64(whole.tokens + whole.polar, whole.factors + whole.certificate, digits + proof)
 
 
+def loop_share(loop: dict, warps: int) -> float:
+    """The share of the tensor cores' rate that a step of a loop on sm_90 allows, by what stands in its PTX.
+
+    A step's `wgmma` take a multiprocessor 64 columns 32 / 4096 cycles each, in every warpgroup; its lines take one issue
+    slot each of four a cycle, in every warp. They go on beside the products where some stay in flight, and before or
+    after them where the loop waits for all. Memory is not in it.
+    """
+    products = loop["products"] * (warps // 4) * 64 * loop["columns"] * 32 / FLOPS_PER_CYCLE
+    others = loop["lines"] * warps / 4
+    return products / (max(products, others) if loop["in_flight"] else products + others)
+
+
+def loops() -> dict[str, float]:
+    """{large product: the smallest `loop_share` of its loops}, as the golden table of the compiled kernels has them."""
+    kernels = json.loads(GOLDEN.read_text())["kernels"]["sm_90"]
+    return {
+        name: min(loop_share(loop, kernel["warps"]) for loop in kernel["loops"])
+        for name, kernel in kernels.items()
+        if "loops" in kernel and "_polar" not in name
+    }
+
+
 def mir_case(layers: int, d: int, samples: int, vision: int, text: int) -> str:
     """As bench_mir.py names it."""
     return f"{layers} layers, d {d}, {samples} x ({vision} vision + {text} text)"
@@ -177,6 +203,8 @@ def report(samples: int, vision: int, text: int, paths: list[Path]) -> str:
         ):
             times = " | ".join(f"{value:.3g}" for value in values)
             lines.append(f"| {model} ({layers} layers, d = {d}), {name} | {times} |")
+    lines += ["", "| large products on sm_90 | share of the tensor rate that a step's PTX allows |", "| --- | ---: |"]
+    lines += [f"| {name} | {share:.2f} |" for name, share in loops().items()]
     steps = {grade: len(eager.steps_for(precision)) for grade, precision in GRADES.items()}
     lines += ["", "Assumptions:"]
     lines += [f"- reached of the peak: {', '.join(f'{k} {v}' for k, v in REACHED.items())}"]

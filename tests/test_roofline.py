@@ -67,6 +67,17 @@ def test_split_products_are_counted_as_they_are_made_and_pay_where_float64_is_sl
         assert found.rest + found.float64 == pytest.approx(whole.total)
 
 
+def test_a_loop_that_waits_allows_a_part_of_the_rate_and_one_that_runs_ahead_all_of_it():
+    ahead = {"products": 12, "columns": 128, "in_flight": 3, "lines": 275}
+    assert roofline.loop_share(ahead, 8) == 1.0
+    assert roofline.loop_share(ahead | {"lines": 2 * 768}, 8) == pytest.approx(0.5)  # its threads are the slower part
+    waits = {"products": 6, "columns": 128, "in_flight": 0, "lines": 579}  # float32 operands split in registers
+    assert roofline.loop_share(waits, 8) == pytest.approx(768 / (768 + 1158))
+    shares = roofline.loops()
+    assert {"polar 1024 float32 product", "second moment split 4096 bfloat16"} <= set(shares)
+    assert min(shares.values()) > 0.8
+
+
 def test_a_measured_row_stands_beside_its_prediction(tmp_path):
     case = roofline.kernels()["moca backward"][0] + " bf16, 8192 vision rows"
     row = dict.fromkeys(harness.COLUMNS) | {"operation": "moca backward", "case": case, "device": "a GPU"}

@@ -77,7 +77,7 @@ def resources(target):
             "store": max(binary.stores, default=0),
         }
         if target == "sm_90" and (loops := ptx.matrix_loops(binary.asm)):
-            found[name]["loops"] = [loop._asdict() for loop in loops]
+            found[name] |= {"warps": launch.keywords["num_warps"], "loops": [loop._asdict() for loop in loops]}
     return found
 
 
