@@ -130,9 +130,9 @@ def without_float64(gpu: Gpu, layers: int, d: int, tokens: int) -> WithoutFloat6
 def loop_share(loop: dict, warps: int) -> float:
     """The share of the tensor cores' rate that a step of a loop on sm_90 allows, by what stands in its PTX.
 
-    A step's `wgmma` take a multiprocessor 64 columns 32 / 4096 cycles each, in every warpgroup; its lines take one issue
-    slot each of four a cycle, in every warp. They go on beside the products where some stay in flight, and before or
-    after them where the loop waits for all. Memory is not in it.
+    A step's `wgmma` take a multiprocessor 64 columns 32 / 4096 cycles each, in every warpgroup; its lines take one
+    issue slot each of four a cycle, in every warp. They go on beside the products where some stay in flight, and before
+    or after them where the loop waits for all. Memory is not in it.
     """
     products = loop["products"] * (warps // 4) * 64 * loop["columns"] * 32 / FLOPS_PER_CYCLE
     others = loop["lines"] * warps / 4

@@ -301,15 +301,20 @@ def _products(
     mask, rows, x_stride, column_i, column_j, m_i, m_j = for_tile
     b_chunk = tl.zeros([TILE, TILE], dtype=tl.float32)
     b_column = tl.zeros([TILE], dtype=tl.float32)
+    p_row = tl.arange(0, STEP).to(tl.int64)[:, None] * x_stride
+    step = tl.full((), STEP, tl.int64) * x_stride
+    p_i = left + p_row + column_i[None, :]  # [STEP, TILE]
+    p_j = right + p_row + column_j[None, :]  # [STEP, TILE]
     # One loop over all steps, not one a chunk: loads of the next chunk are on their way while this one is added.
     for start in range(0, rows, STEP):
         row = start + tl.arange(0, STEP)  # [STEP]
         m_row = row < rows
         if HAS_MASK:
             m_row = m_row & (tl.load(mask + row, mask=m_row, other=0) != 0)
-        p_row = row.to(tl.int64)[:, None] * x_stride
-        b_i = tl.load(left + p_row + column_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [STEP, TILE]
-        b_j = tl.load(right + p_row + column_j[None, :], mask=m_row[:, None] & m_j[None, :], other=0.0)  # [STEP, TILE]
+        b_i = tl.load(p_i, mask=m_row[:, None] & m_i[None, :], other=0.0)  # [STEP, TILE]
+        b_j = tl.load(p_j, mask=m_row[:, None] & m_j[None, :], other=0.0)  # [STEP, TILE]
+        p_i += step
+        p_j += step
         b_chunk = _dot(b_i, b_j, b_chunk)
         if summed:
             b_column += tl.sum(b_i.to(tl.float32), axis=0)
