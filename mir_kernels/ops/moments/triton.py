@@ -100,7 +100,9 @@ def _scale_to_float16(x: Tensor, mask: Tensor | None, shift: Tensor) -> Tensor:
     away = (x - shift).abs()
     largest = (away if mask is None else away.masked_fill_(~mask[:, None], 0.0)).amax(0)
     exponent = torch.frexp(largest).exponent
-    return torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126).masked_fill(largest == 0, 0))
+    scale = torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126).masked_fill(largest == 0, 0))
+    # The high part alone, which "fast" multiplies, is clamped: a column that is not finite has no scale.
+    return scale.masked_fill(~largest.isfinite(), float("nan"))
 
 
 def _split(x: Tensor, mask: Tensor | None, shift: Tensor, scale: Tensor | None, wanted: Tensor) -> Tensor:

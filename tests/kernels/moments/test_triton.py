@@ -120,10 +120,11 @@ def test_fast_float32_products_hold_eleven_bits():
     assert 1e-6 < ((full - exact).abs() / (sigma[:, None] * sigma)).max() <= 2.0**-11
 
 
-def test_what_is_not_finite_shows():
+@pytest.mark.parametrize("precision", ["auto", "fast"])
+def test_what_is_not_finite_shows(precision):
     x = torch.ones(20, 5, device=DEVICE)
     x[3, 1], x[4, 2] = float("nan"), float("inf")
-    full, _, _ = product(x)
+    full, _, _ = product(x, precision=precision)
     assert not full[1].isfinite().any()
     assert not full[2, 2].isfinite()
     assert full[3:, 3:].isfinite().all()
