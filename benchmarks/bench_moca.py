@@ -203,13 +203,28 @@ def fused_forward(t: Inputs) -> tuple[list[harness.Rival], int]:
     arguments = (t.x, t.residual, t.scale.detach(), t.shift.detach(), t.vision, t.weight.detach())
     exact = separate(*(v if v.dtype == torch.bool else v.double() for v in arguments))
     rivals = [rival(name, functools.partial(call, *arguments), exact) for name, call in fused_calls(t.device).items()]
-    nothing = torch.zeros_like(t.vision)
-    for backend in harness.backends(ADD_MOCA_RMS_NORM, t.device):
-        plain = functools.partial(add_moca_rms_norm, *arguments[:4], nothing, arguments[5], backend=backend)
-        rivals.append(harness.Rival(f"the same without a vision token, {backend}", lambda i, c=plain: c()))
+    unmasked = (*arguments[:2], arguments[5])
+    exact = plain_norm(*(v.double() for v in unmasked))
+    for name, call in plain_norms(t.device).items():
+        rivals.append(rival(name, functools.partial(call, *unmasked), exact))
     if liger := liger_norm(t):
         rivals.append(harness.Rival("Liger, no MoCa", lambda i: liger(t.x, t.residual)))
     return rivals, t.bytes(counts.add_moca_rms_norm_forward)
+
+
+def plain_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual add and RMSNorm by torch."""
+    h = x + residual
+    return torch.nn.functional.rms_norm(h, (h.shape[-1],), weight, 1e-6), h
+
+
+def plain_norms(device: str) -> dict[str, Callable]:
+    """add + RMSNorm without MoCa: on a GPU one kernel that moves the bytes of `add_moca_rms_norm`."""
+    if device != "cuda":
+        return {"add + RMSNorm, no MoCa (torch)": plain_norm}
+    from add_rms_norm import add_rms_norm
+
+    return {"add + RMSNorm, no MoCa (triton)": add_rms_norm}
 
 
 def fused_backward(t: Inputs) -> tuple[list[harness.Rival], int]:

@@ -16,6 +16,7 @@ import figures
 import harness
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks")]
 BY_NAME = {claim.name: claim for claim in claims.CLAIMS}
 
 
@@ -40,8 +41,7 @@ def dry(tmp_path_factory):
     for name, one in claims.BENCHES.items():
         arguments = ["--device", "cpu", "--out", str(paths[name]), "--seconds", "0.01", *shlex.split(one.tiny)]
         calls.append((str(ROOT / "benchmarks" / f"bench_{one.script}.py"), arguments))
-    folders = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks")]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "TORCH_COMPILE_DISABLE": "1"}
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(FOLDERS), "TORCH_COMPILE_DISABLE": "1"}
     command = [sys.executable, "-c", RUN]
     done = subprocess.run(command, input=json.dumps(calls), env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -123,6 +123,49 @@ def test_the_worst_case_and_the_fastest_of_our_backends_count():
     assert state(claim, rows).value == pytest.approx(8.0)
     rows.append(row(claim, claim.cases[0], "ours (a wrong one)", 0.01, error=1.0))
     assert state(claim, rows).value == pytest.approx(8.0)
+
+
+def test_each_card_is_judged_by_its_own_rows_and_the_worst_is_shown():
+    claim = BY_NAME["small roots"]
+    rows = measured(claim, ours=0.1)
+    slower = [one | {"device": "another", "p50_ms": 4 * one["p50_ms"]} for one in rows if one["rival"] != claim.other]
+    rows += slower + [one | {"device": "another"} for one in rows if one["rival"] == claim.other]
+    found = state(claim, rows)
+    assert (found.state, found.device) == ("fails", "another")
+    assert found.value == pytest.approx(2.5)
+    broken = row(claim, claim.cases[0], "ours (triton)", None) | {"device": "a third"}
+    assert (state(claim, [*rows, broken]).state, state(claim, [*rows, broken]).device) == ("wrong", "a third")
+
+
+def test_only_the_files_of_the_claims_own_benchmarks_are_read(tmp_path):
+    claim = BY_NAME["MIR of a 7B model"]
+    for name in ("claim_mir_cuda_h100.csv", "mir_cuda_h100.csv", "claim_mir_cpu.csv", "claim_mirror_cuda_h100.csv"):
+        one = dict.fromkeys(harness.COLUMNS, "") | row(claim, name, "mir_kernels, streamed", 1.0)
+        harness.write_csv([one], tmp_path / name)
+    assert [one["case"] for one in claims.rows_of(tmp_path.iterdir())] == ["claim_mir_cuda_h100.csv"]
+
+
+INTERPRETED = """
+import torch
+from add_rms_norm import add_rms_norm
+for n, d, dtype in ((5, 40, torch.bfloat16), (2, 4096, torch.bfloat16), (7, 33, torch.float32)):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, n, d).to(dtype)
+    weight = (1 + 0.1 * torch.randn(d)).to(dtype)
+    out, h = add_rms_norm(x, residual, weight)
+    assert torch.equal(h, x + residual)
+    exact = torch.nn.functional.rms_norm(x.double() + residual.double(), (d,), weight.double(), 1e-6)
+    error = ((out - exact).norm() / exact.norm()).item()
+    assert error <= (1e-6 if dtype == torch.float32 else 4e-3), (n, d, dtype, error)
+"""
+
+
+def test_the_plain_add_rms_norm_is_right():
+    pytest.importorskip("triton")
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(FOLDERS), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_liger_counts_where_it_has_a_row():
