@@ -80,20 +80,22 @@ def trace_certificate(d: int) -> Count:
     return Count((4 + 6 * 8) * d * d, (1 + 2 + 2 + 1 + 1) * d**3 + 2 * d**3 // 3)
 
 
-SPLIT_PARTS = 9  # digits of float64 in mir_kernels/ops/sqrtm/float64.py
+SPLIT_PARTS, SPLIT_BLOCK = 9, 256  # digits of float64, and columns left to it, in mir_kernels/ops/sqrtm/float64.py
 
 
 def trace_split(d: int) -> Count:
-    """The int8 work of factors and certificate where float64 products are split, all but `trace_unsplit`, and the bytes
-    of the integers and their float64 sums: seven products of d x d, PARTS passes each over digits, int32 and sums."""
-    wide = trace_factors(d).flops + trace_certificate(d).flops - trace_unsplit(d).flops
+    """The int8 work of factors and certificate where float64 products are split, all but the factor that proves a norm,
+    and the bytes of the integers and their float64 sums: seven products of d x d, PARTS passes each over digits, int32
+    and sums."""
+    wide = trace_factors(d).flops + trace_certificate(d).flops - d**3 // 3
     passes = 7 * SPLIT_PARTS * (2 + 4 + 16) * d * d
     return Count(passes, SPLIT_PARTS * (SPLIT_PARTS + 1) // 2 * wide)
 
 
 def trace_unsplit(d: int) -> Count:
-    """What stays in float64 there: the Cholesky factor that proves the norm of the polar factor."""
-    return Count(16 * d * d, d**3 // 3)
+    """What stays in float64 there: the Cholesky factor that proves the norm of the polar factor; and in each block of
+    columns the triangular solves, d^2/2 a column for three Cholesky factors and d^2 for N R^-1."""
+    return Count(5 * 16 * d * d, d**3 // 3 + 5 * SPLIT_BLOCK * d * d // 2)
 
 
 def polar_step(d: int, element: int = 2) -> Count:

@@ -71,3 +71,15 @@ def failures(found: dict[str, dict]) -> list[str]:
         for test, line in found.items()
         if line["outcome"] == "failed"
     ]
+
+
+def lost_context() -> str:
+    """What CUDA says to everything from now on, or nothing: after an illegal access its context is of no more use."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except Exception as problem:
+            return str(problem).partition("\n")[0]
+    return ""

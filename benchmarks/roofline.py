@@ -123,8 +123,8 @@ def without_float64(gpu: Gpu, layers: int, d: int, tokens: int) -> WithoutFloat6
     """Tokens and polar steps; factors and certificate in float64; the same with products split into int8."""
     whole = mir_time(gpu, layers, d, tokens)
     digits = seconds(counts.trace_split(d).times(layers), gpu, "int8")
-    proof = seconds(counts.trace_unsplit(d).times(layers), gpu, "float64")
-    return WithoutFloat64(whole.tokens + whole.polar, whole.factors + whole.certificate, digits + proof)
+    left = seconds(counts.trace_unsplit(d).times(layers), gpu, "float64")
+    return WithoutFloat64(whole.tokens + whole.polar, whole.factors + whole.certificate, digits + left)
 
 
 def loop_share(loop: dict, warps: int) -> float:
@@ -217,7 +217,8 @@ def report(samples: int, vision: int, text: int, paths: list[Path]) -> str:
         f"{FLOAT16_PRODUCTS} float16 products each, or {steps['bfloat16']} in 16 bits, and the float64 certificate of "
         "either; one precision suffices",
         f"- split: {float64.PARTS * (float64.PARTS + 1) // 2} products of integers for one of float64, all products, "
-        "factors and solves but the Cholesky factor that proves a norm; seven products' digits and sums count as bytes",
+        "factors and solves but the Cholesky factor that proves a norm and what lies within blocks of "
+        f"{float64.BLOCK} columns; seven products' digits and sums count as bytes",
         "- hidden states lie in GPU memory; launches, the forward pass of the model and the host are not counted",
     ]
     return "\n".join(lines)

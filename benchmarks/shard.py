@@ -45,7 +45,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if not REPORT or (report.when != "call" and report.passed):
         return
     reports.write(REPORT, ended(report))
-    if report.failed and (why := lost_context()):
+    if report.failed and (why := reports.lost_context()):
         print(f"{report.nodeid} lost the CUDA context ({why}): the process ends\n{report.longreprtext}", flush=True)
         sys.stderr.flush()
         os._exit(reports.LOST)
@@ -66,15 +66,3 @@ def ended(report: pytest.TestReport | pytest.CollectReport) -> dict:
     elif report.skipped and isinstance(report.longrepr, tuple):
         line["message"] = report.longrepr[2]
     return line
-
-
-def lost_context() -> str:
-    """What CUDA says to everything from now on, or nothing: after an illegal access its context is of no more use."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()
-        except Exception as problem:
-            return str(problem).partition("\n")[0]
-    return ""

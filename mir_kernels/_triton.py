@@ -66,6 +66,15 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def column_quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four tiles of a quarter of the columns of x [ROWS, COLUMNS] each, for epilogues that a whole one would spill."""
+    left, right = column_halves(x, ROWS, COLUMNS)
+    first, second = column_halves(left, ROWS, COLUMNS // 2)
+    third, fourth = column_halves(right, ROWS, COLUMNS // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
 def column_halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and the right half of the columns of x [ROWS, COLUMNS]."""
     return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))

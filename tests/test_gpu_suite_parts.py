@@ -32,7 +32,7 @@ def test_skipped(): pytest.skip("not here")
 def test_crashes(): os._exit(9)
 def test_after_the_crash(): pass
 def test_loses_the_context(monkeypatch):
-    shard.lost_context = lambda: "an illegal memory access"
+    shard.reports.lost_context = lambda: "an illegal memory access"
     assert False, "garbage"
 def test_after_the_loss(): pass
 """

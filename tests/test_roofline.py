@@ -54,7 +54,7 @@ def test_the_default_precision_takes_longer_only_in_its_polar_steps():
 
 
 def test_split_products_are_counted_as_they_are_made_and_pay_where_float64_is_slow():
-    assert counts.SPLIT_PARTS == float64.PARTS
+    assert (counts.SPLIT_PARTS, counts.SPLIT_BLOCK) == (float64.PARTS, float64.BLOCK)
     d = 4096
     wide = counts.trace_factors(d).flops + counts.trace_certificate(d).flops
     assert counts.trace_split(d).flops == 45 * (wide - d**3 // 3)

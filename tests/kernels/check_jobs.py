@@ -49,17 +49,6 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def lost(device: str) -> bool:
-    """Whether CUDA's context is of no more use, as after an illegal access: every later check would fail for that."""
-    if device == "cpu":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return True
-    return False
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", type=Path, required=True, help="JSON lines to write, or to go on with")
@@ -89,7 +78,7 @@ def main() -> int:
             line |= {"outcome": "failed", "message": f"{type(problem).__name__}: {problem}"}
             print(f"{name}: {line['message']}", flush=True)
         reports.write(flags.report, line)
-        if line["outcome"] == "failed" and lost(device):
+        if line["outcome"] == "failed" and reports.lost_context():
             os._exit(reports.LOST)
     print(f"{len(cases)} checks on {device}, {failed} failed")
     return int(failed > 0 or not cases)

@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver, jit
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -16,19 +15,6 @@ from mir_kernels.ops.moments import packed
 from mir_kernels.ops.moments import triton as moments
 from mir_kernels.ops.sqrtm import triton as sqrtm
 from mir_kernels.ops.sqrtm import triton_products as products
-
-
-class Driver:
-    """Stands in for a machine with an H100."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 class Memory:
@@ -84,7 +70,7 @@ def test_a_recorded_launch_has_the_cache_key_of_the_launch_itself(rows, d, monke
 
     launches = [launch for launcher, given in calls(rows, d) for launch in aot.record(launcher, *given, target="sm_90")]
     assert len(launches) >= 12
-    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(driver, "_active", aot._Device("sm_90"))
     monkeypatch.setattr(jit.JITFunction, "_do_compile", compiled)
     monkeypatch.setattr(aot._Device, "get_current_device", lambda self: rows)  # where nothing is compiled yet
     for launch in launches:

@@ -71,7 +71,7 @@ def trace_bounds(a: Tensor, b: Tensor, witness: Callable[[Tensor], Witness]) -> 
 
 def outward(end: Tensor, exponent: Tensor, sign: int) -> Tensor:
     """end 2^exponent, a lower end (sign -1) or an upper one (sign 1): true where that leaves float64's range, too."""
-    end = factor.times_power(end.clamp(min=0.0), exponent)
+    end = float64.times_power(end.clamp(min=0.0), exponent)
     end = torch.nextafter(end, torch.full_like(end, sign * torch.inf))
     return end if sign > 0 else end.clamp(0.0, torch.finfo(end.dtype).max)
 

@@ -24,7 +24,7 @@ class CrossFactor(NamedTuple):
 
     def trace(self, nuclear_norms: Tensor) -> Tensor:
         """Tr((AB)^(1/2)) of the nuclear norms of `n`."""
-        return factor.times_power(nuclear_norms, self.exponent)
+        return float64.times_power(nuclear_norms, self.exponent)
 
     def relative_rounding(self, nuclear_norms: Tensor) -> Tensor:
         """`rounding` relative to the nuclear norms of `n`."""
@@ -45,7 +45,7 @@ def cross_factor(a: Tensor, b: Tensor, indefinite: float) -> CrossFactor:
             )
     singular = (x.singular | y.singular).tolist()
     n = cross_product(x.columns, y.columns, triangular=not any(singular))
-    split = "split " * float64.is_split(a.device)
+    split = "split " * float64.in_blocks(a)
     how = tuple("eigh" if s else f"{split}cholesky" for s in singular)
     return CrossFactor(n, x.exponent + y.exponent, _rounding(x, y), how)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mir_kernels.ops.frechet import certificate, standard_form
 from mir_kernels.ops.frechet.cross_factor import cross_factor
 from mir_kernels.ops.frechet.report import TOLERANCE, TraceReport
-from mir_kernels.ops.sqrtm import factor
+from mir_kernels.ops.sqrtm import factor, float64
 
 
 def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
@@ -20,7 +20,7 @@ def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float)
     """
     form = standard_form.reduce(a, b)
     total, error, solver = standard_form.roots_(form)
-    total = factor.times_power(total, form.exponent)
+    total = float64.times_power(total, form.exponent)
     path = [f"cholesky+{solver}"] * a.shape[0]
     direct = torch.nonzero(~(error <= TOLERANCE["float64"]))[:, 0]
     if direct.numel():

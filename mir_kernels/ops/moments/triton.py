@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mir_kernels import _triton
-from mir_kernels._triton import INTERPRET, cast, column_halves, triangle
+from mir_kernels._triton import INTERPRET, cast, column_quarters, triangle
 from mir_kernels.ops.moments.packed import PANEL
 
 NORM_BLOCK = 4096  # elements of a program of the norms: 32 a thread
@@ -257,16 +257,13 @@ def _accumulate_fwd(
             b_column *= tl.load(unit + column_i, mask=column_i < d, other=0.0)
         tl.store(sums + column_i, b_column, mask=column_i < d)
     # In quarters of the columns: a whole tile in float64 would take every register.
-    b_left, b_right = column_halves(b_total, TILE, TILE)
-    half: tl.constexpr = TILE // 2
+    first, second_quarter, third, fourth = column_quarters(b_total, TILE, TILE)
     quarter: tl.constexpr = TILE // 4
-    first, second_quarter = column_halves(b_left, TILE, half)
-    third, fourth = column_halves(b_right, TILE, half)
     for_all = (second, unit, vectors, weights, i, j, d)
     _add_to_second(first, for_all, 0, HAS_UNIT, PANEL, TILE, quarter)
     _add_to_second(second_quarter, for_all, quarter, HAS_UNIT, PANEL, TILE, quarter)
-    _add_to_second(third, for_all, half, HAS_UNIT, PANEL, TILE, quarter)
-    _add_to_second(fourth, for_all, half + quarter, HAS_UNIT, PANEL, TILE, quarter)
+    _add_to_second(third, for_all, 2 * quarter, HAS_UNIT, PANEL, TILE, quarter)
+    _add_to_second(fourth, for_all, 3 * quarter, HAS_UNIT, PANEL, TILE, quarter)
 
 
 @triton.jit

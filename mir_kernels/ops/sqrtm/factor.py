@@ -169,12 +169,6 @@ def signs_like(x: Tensor, columns: int = 8) -> Tensor:
     return (2 * torch.randint(0, 2, (x.shape[-1], columns), generator=generator) - 1).to(x)
 
 
-def times_power(x: Tensor, exponent: Tensor) -> Tensor:
-    """x 2^exponent for integers beyond the range of 2^exponent alone."""
-    half = torch.floor(exponent / 2)
-    return x * torch.exp2(half) * torch.exp2(exponent - half)
-
-
 def half_exponent(x: Tensor) -> Tensor:
     """k with x / 4^k in [1/4, 1), 0 for x = 0."""
     return torch.where(x > 0, torch.ceil(torch.frexp(x).exponent.to(x.dtype) / 2), 0.0)

@@ -118,8 +118,8 @@ def split_matmul(x: Tensor, y: Tensor) -> Tensor:
         exact = torch._int_mm(left[:, : (sums + 1) * length], right[:, (PARTS - 1 - sums) * length :].mT)
         total = exact.double() if total is None else torch.add(exact, total, alpha=2.0**-7)
     assert total is not None
-    scaled = _times_power(total[:m, :n], left_exponent[:m, None] - 7)
-    return _times_power(scaled, right_exponent[None, :n] - 7)
+    scaled = times_power(total[:m, :n], left_exponent[:m, None] - 7)
+    return times_power(scaled, right_exponent[None, :n] - 7)
 
 
 def digits(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
     finite = torch.isfinite(largest)
     exponent = torch.frexp(torch.where(finite, largest, 1.0)).exponent.double() + 1
-    rest = _times_power(torch.where(finite[:, None], x, 0.0), -exponent[:, None])
+    rest = times_power(torch.where(finite[:, None], x, 0.0), -exponent[:, None])
     out = torch.empty(x.shape[0], PARTS, x.shape[1], dtype=torch.int8, device=x.device)
     for part in range(PARTS):
         rest = rest * 128
@@ -140,13 +140,18 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.where(finite, exponent, torch.nan)
 
 
+def in_blocks(h: Tensor) -> bool:
+    """Whether factors of and solves by h (..., d, d) go in blocks whose updates are split products."""
+    return h.shape[-1] > BLOCK and is_split(h.device)
+
+
 def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
     """Lower Cholesky factors of float64 (..., d, d) and where there are none (bool), as torch.linalg.cholesky_ex.
 
     Split: left-looking in blocks of columns, whose updates are the products.
     """
     d = h.shape[-1]
-    if not is_split(h.device) or d <= BLOCK:
+    if not in_blocks(h):
         lower, info = torch.linalg.cholesky_ex(h)
         return lower, info != 0
     lower = h.tril()
@@ -165,7 +170,7 @@ def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
 def solve_right(r: Tensor, n: Tensor) -> Tensor:
     """X with X R = N for upper triangular R (..., d, d), N (..., m, d) in float64; split in blocks of columns."""
     d = r.shape[-1]
-    if not is_split(r.device) or d <= BLOCK:
+    if not in_blocks(r):
         return torch.linalg.solve_triangular(r, n, upper=True, left=False)
     x = n.clone()
     for j0, j1 in pairwise([*range(0, d, BLOCK), d]):
@@ -181,7 +186,7 @@ def _flat(x: Tensor, batch: torch.Size) -> Tensor:
     return x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
 
 
-def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
-    """x 2^exponent, in two steps, for exponents beyond the range of one."""
+def times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """x 2^exponent for integers beyond the range of 2^exponent alone."""
     half = torch.floor(exponent / 2)
     return x * torch.exp2(half) * torch.exp2(exponent - half)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mir_kernels._dispatch import Operation
 from mir_kernels._precision import with_float32_products
-from mir_kernels.ops.sqrtm import eager, factor, reference, rounding
+from mir_kernels.ops.sqrtm import eager, factor, float64, reference, rounding
 
 _ORDERS = {"cuda": ("triton", "eager"), "cpu": ("eager", "triton")}
 SQRTM = Operation("sqrtm", orders=_ORDERS)
@@ -100,7 +100,7 @@ def polished_polar(m: Tensor, precision: str, backend: str, iterations: int | No
 
 def _by_eigenvectors(kind: str, a: Tensor) -> Tensor:
     exponent = factor.half_exponent(a.diagonal(dim1=-2, dim2=-1).amax(-1).double())[..., None, None]
-    values, vectors = torch.linalg.eigh(factor.times_power(factor.symmetrize(a), -2 * exponent))
+    values, vectors = torch.linalg.eigh(float64.times_power(factor.symmetrize(a), -2 * exponent))
     power = torch.exp2(exponent)
     floor = a.shape[-1] * factor.UNIT * values[..., -1:].clamp(min=0.0)
     if kind == "inverse":

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mir_kernels import _triton
-from mir_kernels._triton import column_halves, lower_tile
+from mir_kernels._triton import column_quarters, lower_tile
 from mir_kernels.ops.sqrtm.coefficients import Step
 from mir_kernels.ops.sqrtm.triton_tiles import UNIT, load, store, tile, tile_product
 
@@ -176,16 +176,13 @@ def _symmetric_product_fwd(
         TRANSPOSED, TRANSPOSED, HALVES, DESCRIPTORS, TILE_M, TILE_N, STEP,
     )  # fmt: skip
     for_all = (p_add, p_out, alpha, beta, b, batch, size, m)
-    half: tl.constexpr = TILE_N // 2
     quarter: tl.constexpr = TILE_N // 4
     # In quarters of the columns: a whole tile beside what is added to it would take more registers than there are.
-    left_half, right_half = column_halves(acc, TILE_M, TILE_N)
-    one, two = column_halves(left_half, TILE_M, half)
-    three, four = column_halves(right_half, TILE_M, half)
+    one, two, three, four = column_quarters(acc, TILE_M, TILE_N)
     _finish_symmetric(one, for_all, n, i > j, HAS_ADD, HALVES, TILE_M, quarter)
     _finish_symmetric(two, for_all, n + quarter, i > j, HAS_ADD, HALVES, TILE_M, quarter)
-    _finish_symmetric(three, for_all, n + half, i > j, HAS_ADD, HALVES, TILE_M, quarter)
-    _finish_symmetric(four, for_all, n + half + quarter, i > j, HAS_ADD, HALVES, TILE_M, quarter)
+    _finish_symmetric(three, for_all, n + 2 * quarter, i > j, HAS_ADD, HALVES, TILE_M, quarter)
+    _finish_symmetric(four, for_all, n + 3 * quarter, i > j, HAS_ADD, HALVES, TILE_M, quarter)
 
 
 @triton.jit
@@ -232,15 +229,12 @@ def _product_fwd(
     )  # fmt: skip
     for_all = (p_x, p_out, beta, b, batch, rows, cols, i * TILE_M)
     n = j * TILE_N
-    half: tl.constexpr = TILE_N // 2
     quarter: tl.constexpr = TILE_N // 4
-    left_half, right_half = column_halves(acc, TILE_M, TILE_N)
-    one, two = column_halves(left_half, TILE_M, half)
-    three, four = column_halves(right_half, TILE_M, half)
+    one, two, three, four = column_quarters(acc, TILE_M, TILE_N)
     _finish(one, for_all, n, HALVES, TILE_M, quarter)
     _finish(two, for_all, n + quarter, HALVES, TILE_M, quarter)
-    _finish(three, for_all, n + half, HALVES, TILE_M, quarter)
-    _finish(four, for_all, n + half + quarter, HALVES, TILE_M, quarter)
+    _finish(three, for_all, n + 2 * quarter, HALVES, TILE_M, quarter)
+    _finish(four, for_all, n + 3 * quarter, HALVES, TILE_M, quarter)
 
 
 @triton.jit

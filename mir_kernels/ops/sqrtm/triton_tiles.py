@@ -60,25 +60,25 @@ def tile_product(
     low_left, low_right = first_left + plane_left, first_right + plane_right
     if HALVES == "none":
         for k in range(0, depth, STEP):
-            a = _left(of_left, first_left, k, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
-            b = _right(of_right, first_right, k, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
+            a = _operand(of_left, first_left, k, False, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
+            b = _operand(of_right, first_right, k, True, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
             acc = exact_dot(a, b, acc)
     elif HALVES == "in turn":
         for part in range(3):  # low high, high low, high high: the small products first
             from_left = tl.where(part == 0, low_left, first_left)
             from_right = tl.where(part == 1, low_right, first_right)
             for k in range(0, depth, STEP):
-                a = _left(of_left, from_left, k, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
-                b = _right(of_right, from_right, k, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
+                a = _operand(of_left, from_left, k, False, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
+                b = _operand(of_right, from_right, k, True, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
                 acc = exact_dot(a, b, acc)
     else:
         first = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
         second = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
         for k in range(0, depth, STEP):
-            high_a = _left(of_left, first_left, k, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
-            high_b = _right(of_right, first_right, k, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
-            low_a = _left(of_left, low_left, k, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
-            low_b = _right(of_right, low_right, k, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
+            high_a = _operand(of_left, first_left, k, False, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
+            high_b = _operand(of_right, first_right, k, True, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
+            low_a = _operand(of_left, low_left, k, False, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
+            low_b = _operand(of_right, low_right, k, True, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
             if HALVES == "together":  # an accumulator of its own lets every product run ahead of the loop
                 first = exact_dot(low_a, high_b, first)
                 second = exact_dot(high_a, low_b, second)
@@ -95,31 +95,20 @@ def tile_product(
 
 
 @triton.jit
-def _left(
-    source, first, k, DEPTH_FIRST: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr
-):
-    """[WIDTH, STEP] of the left operand; its matrix holds it transposed where DEPTH_FIRST."""
+def _operand(
+    source, first, k, RIGHT: tl.constexpr, DEPTH_FIRST: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    WIDTH: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """[WIDTH, STEP] of the left operand, [STEP, WIDTH] of the right; DEPTH_FIRST: in its matrix depth is the row."""
     p, at, last, cols = source
     if DESCRIPTORS:
-        found = tl.trans(p.load([first + k, at])) if DEPTH_FIRST else p.load([first + at, k])
-    else:
-        o_w = at + tl.arange(0, WIDTH)[:, None]
-        o_k = k + tl.arange(0, STEP)[None, :]
-        found = _gather(p, first, o_k if DEPTH_FIRST else o_w, o_w if DEPTH_FIRST else o_k, last, cols)
-    return found
-
-
-@triton.jit
-def _right(
-    source, first, k, DEPTH_FIRST: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr
-):
-    """[STEP, WIDTH] of the right operand; its matrix holds it transposed unless DEPTH_FIRST."""
-    p, at, last, cols = source
-    if DESCRIPTORS:
-        found = p.load([first + k, at]) if DEPTH_FIRST else tl.trans(p.load([first + at, k]))
-    else:
-        o_w = at + tl.arange(0, WIDTH)[None, :]
-        o_k = k + tl.arange(0, STEP)[:, None]
+        found = p.load([first + k, at]) if DEPTH_FIRST else p.load([first + at, k])
+        found = found if DEPTH_FIRST == RIGHT else tl.trans(found)
+    else:  # in its final shape from the start: a transposed tile would not be copied ahead on sm_80
+        o_w = at + tl.arange(0, WIDTH)
+        o_k = k + tl.arange(0, STEP)
+        o_w = o_w[None, :] if RIGHT else o_w[:, None]
+        o_k = o_k[:, None] if RIGHT else o_k[None, :]
         found = _gather(p, first, o_k if DEPTH_FIRST else o_w, o_w if DEPTH_FIRST else o_k, last, cols)
     return found
 
