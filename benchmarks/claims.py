@@ -240,6 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path, nargs="*", help="of benchmarks on a GPU; those in benchmarks/data/")
     flags = parser.parse_args()
+    own = tuple(f"{name}_cuda" for name in BENCHES)
+    if wrong := [str(path) for path in flags.csv if not (path.is_file() and path.name.startswith(own))]:
+        parser.error(f"csv: takes files that are there and begin with {', '.join(own)}; got {', '.join(wrong)}")
     print(table(verdicts(rows_of(flags.csv)) if flags.csv else of_cards()), end="")
 
 

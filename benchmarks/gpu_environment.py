@@ -170,6 +170,8 @@ def main() -> int:
     if unknown := sorted(set(names) - set(STEPS)):
         parser.error(f"--only: takes {','.join(STEPS)}, got {','.join(unknown)}")
     place = Place(flags.folder.resolve(), flags.python)
+    if "packages" in names and not Path(place.python).exists() and shutil.which(flags.python) is None:
+        parser.error(f"--python: takes an interpreter of Python {PYTHON}, found no {flags.python}")
     place.folder.mkdir(parents=True, exist_ok=True)
     copy_tree(place)
     lines, bad = [], False

@@ -152,6 +152,9 @@ def main() -> int:
         parser.error(f"--stages: takes {','.join(STAGES)}, got {','.join(unknown)}")
     if flags.resume and flags.part != "second":
         parser.error(f"--resume: goes with --part second, got --part {flags.part}")
+    for name, file in (("--resume", flags.resume), ("--cache", flags.cache)):
+        if file and not file.is_file():
+            parser.error(f"{name}: takes an archive, there is no {file}")
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     if flags.cache:

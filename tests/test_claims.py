@@ -188,3 +188,12 @@ def test_the_readme_shows_the_table():
     shown = figures.table(harness.DATA / "claims.csv", "benchmarks/data")
     assert shown in (ROOT / "README.md").read_text()
     assert shown.count("\n") == 2 + len(claims.CLAIMS)
+
+
+def test_a_file_that_is_not_there_or_not_a_claims_own_is_refused(tmp_path):
+    (tmp_path / "moca_cuda_h100.csv").touch()
+    for name in ("moca_cuda_h100.csv", "claim_moca_cuda_h100.csv"):
+        command = [sys.executable, "benchmarks/claims.py", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert f"got {tmp_path / name}" in done.stderr

@@ -51,3 +51,11 @@ def test_an_unknown_step_is_refused(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         environment.main()
     assert "--only: takes packages,build,collect,aot,kernels,suite, got tea" in capsys.readouterr().err
+
+
+def test_an_interpreter_that_is_missing_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu_environment.py", str(tmp_path), "--python", "no-such-python"])
+    with pytest.raises(SystemExit):
+        environment.main()
+    assert "--python: takes an interpreter of Python 3.12, found no no-such-python" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -52,6 +52,16 @@ def test_a_stage_that_fails_hides_no_other_and_shows_in_the_exit_code(tmp_path):
     assert "see ceilings.log" in printed
 
 
+@pytest.mark.parametrize(("flag", "part"), [("--resume", "second"), ("--cache", "first")])
+def test_an_archive_that_is_not_there_is_named(tmp_path, flag, part):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--out", str(tmp_path / "out"), "--dry"]
+    command += ["--part", part, flag, str(tmp_path / "none.tgz")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"{flag}: takes an archive, there is no {tmp_path / 'none.tgz'}" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def tuned(path, *arguments):
     command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--out", str(path), "--dry", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
