@@ -13,6 +13,7 @@
 #include "frechet/frechet.h"
 #include "moca/moca.h"
 #include "moments/moments.h"
+#include "symmetry/symmetry.h"
 
 namespace py = pybind11;
 
@@ -72,10 +73,37 @@ SecondMoment second_moment(Address x, int64_t x_stride, Address shift, Address v
           static_cast<float*>(at(packed)), rows, cols, dtype_of(dtype)};
 }
 
+StandardForm standard_form(Address a, Address b, Address form, Address rounding, Address exponent, Address workspace,
+                           int64_t count, int64_t d, int64_t rows, int64_t stride) {
+  return {static_cast<double*>(at(a)), static_cast<double*>(at(b)), static_cast<double*>(at(form)),
+          static_cast<double*>(at(rounding)), static_cast<double*>(at(exponent)), static_cast<double*>(at(workspace)),
+          count, d, rows, stride};
+}
+
+int64_t standard_form_workspace(int64_t count, int64_t rows, int threads) {
+  return MIR_AT_ISA(standard_form_cpu).workspace({{}, {}, {}, {}, {}, {}, count, rows, rows, rows}, threads);
+}
+
+BandReduction band_reduction(Address form, Address band, Address workspace, int64_t d, int64_t stride) {
+  return {static_cast<double*>(at(form)), static_cast<double*>(at(band)), static_cast<double*>(at(workspace)), d,
+          stride};
+}
+
 BandInverseTraces band_inverse_traces(Address band, Address shifts, Address traces, Address workspace, int64_t rows,
                                       int64_t width, int64_t count) {
   return {static_cast<double*>(at(band)), static_cast<double*>(at(shifts)), static_cast<double*>(at(traces)),
           static_cast<double*>(at(workspace)), rows, width, count};
+}
+
+// The flags of `Symmetric`, as a number.
+int64_t symmetry(Address x, Address workspace, int64_t count, int64_t d, double allowed, int dtype, int threads) {
+  const Symmetry params = {at(x), static_cast<double*>(at(workspace)), count, d, allowed, dtype_of(dtype)};
+  py::gil_scoped_release release;
+  return MIR_AT_ISA(symmetry_cpu).check(params, threads);
+}
+
+Symmetrize symmetrize(Address x, Address out, int64_t count, int64_t d, int dtype) {
+  return {at(x), static_cast<double*>(at(out)), count, d, dtype_of(dtype)};
 }
 
 // A Python function whose arguments are those of `make`, which packs them into the parameter struct, followed by
@@ -145,6 +173,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_norms", unlocked(token_norms, MIR_AT_ISA(moments_cpu).token_norms));
   m.def("second_moment", unlocked(second_moment, MIR_AT_ISA(second_moment_cpu).add));
   m.def("second_moment_workspace", MIR_AT_ISA(second_moment_cpu).workspace);
+  m.def("symmetry", symmetry);
+  m.def("symmetry_workspace", [](int64_t count, int64_t d) { return count * kSymmetryNumbers * symmetry_tiles(d); });
+  m.def("symmetrize", unlocked(symmetrize, MIR_AT_ISA(symmetry_cpu).symmetrize));
+  m.attr("NOT_MIRRORED") = static_cast<int64_t>(kNotMirrored);
+  m.def("standard_form", unlocked(standard_form, MIR_AT_ISA(standard_form_cpu).run));
+  m.def("standard_form_workspace", standard_form_workspace);
+  m.attr("STANDARD_FORM_BLOCK") = MIR_AT_ISA(standard_form_cpu).block;
+  m.def("band_reduction", unlocked(band_reduction, MIR_AT_ISA(band_reduction_cpu).run));
+  m.def("band_reduction_workspace", MIR_AT_ISA(band_reduction_cpu).workspace);
+  m.attr("BAND_WIDTH") = MIR_AT_ISA(band_reduction_cpu).width;
   m.def("band_inverse_traces", unlocked(band_inverse_traces, MIR_AT_ISA(band_inverse_traces_cpu).run));
   m.def("band_inverse_traces_workspace", MIR_AT_ISA(band_inverse_traces_cpu).workspace);
 #if defined(MIR_WITH_CUDA)

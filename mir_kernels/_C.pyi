@@ -10,6 +10,9 @@ CPU_ISAS: tuple[str, ...]
 CUDA_ARCHS: tuple[int, ...]
 OPENMP: bool
 DTYPES: dict[str, int]
+NOT_MIRRORED: int
+STANDARD_FORM_BLOCK: int
+BAND_WIDTH: int
 
 def moca_partial_rows(rows: int, /) -> int: ...
 def moca_forward(
@@ -120,6 +123,26 @@ def second_moment(
     /,
 ) -> None: ...
 def second_moment_workspace(rows: int, cols: int, /) -> int: ...
+def symmetry(x: int, workspace: int, count: int, d: int, allowed: float, dtype: int, threads: int, /) -> int: ...
+def symmetry_workspace(count: int, d: int, /) -> int: ...
+def symmetrize(x: int, out: int, count: int, d: int, dtype: int, threads: int, /) -> None: ...
+def standard_form(
+    a: int,
+    b: int,
+    form: int,
+    rounding: int,
+    exponent: int,
+    workspace: int,
+    count: int,
+    d: int,
+    rows: int,
+    stride: int,
+    threads: int,
+    /,
+) -> None: ...
+def standard_form_workspace(count: int, rows: int, threads: int, /) -> int: ...
+def band_reduction(form: int, band: int, workspace: int, d: int, stride: int, threads: int, /) -> None: ...
+def band_reduction_workspace(d: int, threads: int, /) -> int: ...
 def band_inverse_traces(
     band: int,
     shifts: int,

@@ -7,6 +7,38 @@
 
 namespace mir {
 
+// m = C^T A C 4^-exponent with C C^T = B, for `count` pairs of symmetric matrices (d, d), and how far rounding moved it.
+struct StandardForm {
+  const double *a, *b;  // (count, d, d)
+  double* m;            // (count, rows, stride): symmetric, zero beyond d
+  double* rounding;     // (count,): an estimate of |m - C^T A C|_F, infinite where B is singular up to rounding
+  double* exponent;     // (count,)
+  double* workspace;    // as many as workspace() tells
+  int64_t count, d, rows, stride;  // stride >= rows >= d, rows a multiple of `block`
+};
+
+struct StandardFormCpu {
+  void (*run)(const StandardForm&, int threads);
+  int64_t (*workspace)(const StandardForm&, int threads);
+  int64_t block;
+};
+MIR_DECLARE_PER_ISA(const StandardFormCpu standard_form_cpu)
+
+// band[j][r] = T[j + r][j] for a band T with the eigenvalues of m, zero beyond the last row.
+struct BandReduction {
+  double* m;          // (rows, stride): symmetric, zero beyond d; overwritten
+  double* band;       // (d, width + 1)
+  double* workspace;  // as many as workspace() tells
+  int64_t d, stride;  // stride >= rows, d in whole panels of `width`
+};
+
+struct BandReductionCpu {
+  void (*run)(const BandReduction&, int threads);
+  int64_t (*workspace)(int64_t d, int threads);
+  int64_t width;
+};
+MIR_DECLARE_PER_ISA(const BandReductionCpu band_reduction_cpu)
+
 // traces[p] = Tr((T + shifts[p] I)^-1) for a symmetric band matrix T, NaN where a pivot is not positive.
 struct BandInverseTraces {
   const double* band;    // (rows, width + 1): band[j][r] = T[j + r][j], zero beyond the last row

@@ -27,10 +27,11 @@ FRECHET = ("band_reduction", "standard_form")
 TESTS = (
     *("tests/native", "tests/kernels/moca", "tests/kernels/moments"),
     *(f"tests/kernels/frechet/test_{part}.py" for part in FRECHET),
+    "tests/kernels/test_symmetry.py",
 )
 # Tests of how things are built and of other devices; two of test_isa look at object files and at the CPU's own levels.
 LEFT_OUT = ("--ignore=tests/native/test_build.py", "--ignore-glob=*_aot.py", "--ignore-glob=*cuda*")
-ONLY = f"(native or {' or '.join(FRECHET)}) and not objects_share and not unavailable_level"
+ONLY = f"(native or {' or '.join(FRECHET)} or symmetry) and not objects_share and not unavailable_level"
 
 # Planted: each line has to be reported. A row longer than its memory, and rows 0 elements apart written by a team.
 OVERRUN = "x = torch.ones(16); C.token_norms(x.data_ptr(), 4096, x.data_ptr(), 1, 4096, 0, 1)"

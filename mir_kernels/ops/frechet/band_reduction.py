@@ -1,14 +1,13 @@
 """The sum of the roots of the eigenvalues of a large symmetric matrix on a CPU, without its eigenvalues.
 
-Orthogonal transformations take the matrix to a band (the first stage of two-stage eigenvalue solvers: Bischof, Lang
-and Sun, ACM TOMS 26, 2000), nearly all of it in products of matrices. There the second stage would chase bulges; the
-trace of the root is had for less, as a sum of traces of inverses of the band plus shifts.
+Orthogonal transformations take the matrix to a band (the first stage of two-stage eigenvalue solvers), nearly all of
+it in products of matrices. There the second stage would chase bulges; the trace of the root is had for less, as a sum
+of traces of inverses of the band plus shifts.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,79 +15,37 @@ from torch import Tensor
 
 from mir_kernels.ops.frechet import native
 
-WIDTH = 64  # diagonals below the main one
 QUADRATURE = 1e-11  # largest relative error of a root by `nodes`, before rounding
 
 
 class RootSums(NamedTuple):
-    """Sums over the eigenvalues l of a matrix, float64; NaN and infinity where it is not positive definite.
+    """Sums over the eigenvalues l of a matrix; NaN and infinity where it is not positive definite.
 
     total: of sqrt(l).  inverse: of 1/l.  norm: the root of the sum of l^2.
     """
 
-    total: Tensor
-    inverse: Tensor
-    norm: Tensor
+    total: float
+    inverse: float
+    norm: float
 
 
-def root_sums_(m: Tensor, block: int) -> RootSums:
-    """`RootSums` of a symmetric float64 (d, d) matrix on the CPU, which is overwritten.
-
-    Only the lower triangle and the blocks of `block` on the diagonal are read. Needs the native module.
-    """
-    band = reduce_(m, block)
+def root_sums_(m: Tensor, d: int) -> RootSums:
+    """`RootSums` of a symmetric float64 matrix on the CPU as `native.band` takes it, which is overwritten."""
+    exponent = math.frexp(m.diagonal().amax().item())[1] // 2
+    if abs(exponent) > 100:  # squares of the entries would leave float64's range
+        sums = root_sums_(m.mul_(4.0**-exponent), d)
+        return RootSums(*(x * 4.0 ** (p * exponent) for x, p in zip(sums, (0.5, -1, 1), strict=True)))
+    band = native.band(m, d)
     squares = band.square().sum(0)
-    norm = (squares[0] + 2 * squares[1:].sum()).sqrt()
-    (inverse,) = native.inverse_traces(band, torch.zeros(1, dtype=torch.float64))
+    norm = (squares[0] + 2 * squares[1:].sum()).sqrt().item()
+    inverse = native.inverse_traces(band, torch.zeros(1, dtype=torch.float64)).item()
     if not inverse > 0:  # NaN where it is not definite
-        return RootSums(norm.new_tensor(torch.nan), norm.new_tensor(torch.inf), norm)
+        return RootSums(math.nan, math.inf, norm)
     # Every eigenvalue lies between 1 / inverse and norm.
-    shifts, weights = nodes(1 / inverse.item(), norm.item())
+    shifts, weights = nodes(1 / inverse, norm)
     # Tr(T (T + s)^-1) = d - s Tr((T + s)^-1).
-    return RootSums((weights * (m.shape[-1] - shifts * native.inverse_traces(band, shifts))).sum(), inverse, norm)
-
-
-def reduce_(m: Tensor, block: int) -> Tensor:
-    """A band with the eigenvalues of m, as (d, w + 1) with entry [j, r] = T[j + r, j], w = min(WIDTH, d - 1).
-
-    Panels of `WIDTH` columns are made upper triangular below the band by Householder reflectors, I - V S V^T with
-    S^-1 the upper triangle of V^T V with half its diagonal (Puglisi), and m becomes m - V Y^T - Y V^T.
-    """
-    d = m.shape[-1]
-    for c in range(0, d - WIDTH, WIDTH):
-        r = c + WIDTH
-        packed, tau = torch.geqrf(m[r:, c:r])
-        k = tau.shape[0]
-        m[r : r + k, c:r] = packed[:k].triu()
-        v = packed[:, :k].tril(-1)
-        v.diagonal().fill_(1.0)
-        idle = tau == 0  # no reflector: the column was zero below its first entry
-        v.masked_fill_(idle, 0.0)
-        s_inverse = (v.mT @ v).triu_(1)
-        s_inverse.diagonal().copy_(torch.where(idle, 1.0, 1 / tau))
-        rest = m[r:, r:]
-        blocks = list(pairwise([0, *range(block - r % block, d - r, block), d - r]))
-        y = torch.zeros_like(v)
-        for j0, j1 in blocks:
-            y[j0:].addmm_(rest[j0:, j0:j1], v[j0:j1])
-            y[j0:j1].addmm_(rest[j1:, j0:j1].mT, v[j1:])
-        y = torch.linalg.solve_triangular(s_inverse, y, upper=True, left=False)
-        y.addmm_(v, torch.linalg.solve_triangular(s_inverse.mT, v.mT @ y, upper=False), alpha=-0.5)
-        left, right = torch.cat((v, y), 1), torch.cat((y, v), 1)
-        for j0, j1 in blocks:
-            rest[j0:, j0:j1].addmm_(left[j0:], right[j0:j1].mT, alpha=-1)
-    return _packed(m, min(WIDTH, d - 1))
-
-
-def _packed(m: Tensor, width: int) -> Tensor:
-    """The diagonal of m and the `width` below it as (d, width + 1), zero beyond the last row."""
-    d = m.shape[-1]
-    band = m.new_zeros(d, width + 1)
-    whole = d - width
-    band[:whole] = m.as_strided((whole, width + 1), (m.stride(0) + m.stride(1), m.stride(0)), m.storage_offset())
-    for j in range(whole, d):
-        band[j, : d - j] = m[j:, j]
-    return band
+    total = (weights * (d - shifts * native.inverse_traces(band, shifts))).sum().item()
+    return RootSums(total, inverse, norm)
 
 
 def nodes(low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mir_kernels._precision import with_float32_products
 from mir_kernels.ops.frechet import certificate, launch
 from mir_kernels.ops.frechet.report import warn_if_missed
 from mir_kernels.ops.sqrtm import factor, rounding
 
 
-@with_float32_products
 def trace_sqrt(
     x: Tensor, y: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks
-from mir_kernels._precision import with_float32_products
 from mir_kernels.ops.frechet import autograd, features, launch
 from mir_kernels.ops.frechet.launch import TRACE_SQRT_PRODUCT
 from mir_kernels.ops.frechet.report import PRECISIONS, Precision, TraceReport
@@ -65,7 +64,6 @@ def trace_sqrt_product(
 
 
 @torch.no_grad()
-@with_float32_products
 def trace_sqrt_report(
     a: Tensor, b: Tensor, *, precision: Precision = "float32", backend: str | None = None
 ) -> TraceReport:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mir_kernels._dispatch import Operation
-from mir_kernels._precision import with_float32_products
+from mir_kernels._symmetry import symmetrize
 from mir_kernels.ops.frechet import certificate, iterated, linalg, reference
 from mir_kernels.ops.frechet.report import TraceReport, warn_if_missed
-from mir_kernels.ops.sqrtm import factor
 
 # "linalg": float64 singular values through torch.linalg; "eager" and "triton": the polar factor by Newton-Schulz.
 TRACE_SQRT_PRODUCT = Operation(
@@ -26,7 +25,6 @@ OPERATIONS = (TRACE_SQRT_PRODUCT,)
 CHUNK = 1 << 24
 
 
-@with_float32_products
 def trace_sqrt_product(
     a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,4 +69,4 @@ def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     step = max(1, CHUNK // (d * d))
     x, y = a.reshape(-1, d, d), b.reshape(-1, d, d)
     for i in range(0, x.shape[0], step):
-        yield factor.symmetrize(x[i : i + step]), factor.symmetrize(y[i : i + step])
+        yield symmetrize(x[i : i + step]), symmetrize(y[i : i + step])

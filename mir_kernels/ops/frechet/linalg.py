@@ -19,16 +19,17 @@ def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float)
     The roots of the eigenvalues of C^T A C with C C^T = B where rounding allows it, else the singular values of N.
     """
     form = standard_form.reduce(a, b)
-    total, error, solver = standard_form.roots_(form)
-    total = float64.times_power(total, form.exponent)
-    path = [f"cholesky+{solver}"] * a.shape[0]
-    direct = torch.nonzero(~(error <= TOLERANCE["float64"]))[:, 0]
-    if direct.numel():
+    totals, errors, solver = standard_form.roots_(form)
+    total = float64.times_power(a.new_tensor(totals), form.exponent)
+    error = a.new_tensor(errors)
+    path = [f"cholesky+{solver}"] * len(errors)
+    direct = [i for i, reached in enumerate(errors) if not reached <= TOLERANCE["float64"]]
+    if direct:
         pair = cross_factor(a[direct], b[direct], indefinite)
         values = torch.linalg.svdvals(pair.n).sum(-1)
         total[direct] = pair.trace(values)
         error[direct] = pair.n.shape[-1] * factor.UNIT + pair.relative_rounding(values)
-        for i, how in zip(direct.tolist(), pair.how, strict=True):
+        for i, how in zip(direct, pair.how, strict=True):
             path[i] = how + "+svdvals"
     return TraceReport(total, error, tuple(path))
 

@@ -1,4 +1,4 @@
-"""Traces of inverses of band matrices by the compiled CPU kernel."""
+"""The compiled CPU kernels of the root: the standard form, its reduction to a band, traces of inverses of a band."""
 
 from __future__ import annotations
 
@@ -7,13 +7,47 @@ from torch import Tensor
 
 from mir_kernels._native import MISSING, C
 
-__all__ = ["MISSING", "inverse_traces"]
+__all__ = ["MISSING", "band", "inverse_traces", "standard_form"]
+
+
+def standard_form(a: Tensor, b: Tensor, *, banded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """M = C^T A C 4^-exponent with C C^T = B, the size of its rounding and the exponent, of a, b (batch, d, d).
+
+    M is (batch, n, n) with n >= d, symmetric, zero beyond d; its rounding (batch,) as in `StandardForm`. banded: with
+    the rows and strides that `band` takes.
+    """
+    count, d = a.shape[:2]
+    block = C.BAND_WIDTH if banded else C.STANDARD_FORM_BLOCK
+    rows = -(-d // block) * block
+    # An odd number of cache lines apart, lest the rows of a tile fall upon one another in the caches.
+    stride = rows + 8 if banded else rows
+    m, numbers = a.new_empty(count, rows, stride), a.new_empty(2, count)
+    threads = torch.get_num_threads()
+    workspace = a.new_empty(C.standard_form_workspace(count, rows, threads))
+    a, b = a.contiguous(), b.contiguous()
+    C.standard_form(
+        *(a.data_ptr(), b.data_ptr(), m.data_ptr(), numbers[0].data_ptr(), numbers[1].data_ptr()),
+        *(workspace.data_ptr(), count, d, rows, stride, threads),
+    )
+    return m[:, :, :rows], numbers[0], numbers[1]
+
+
+def band(m: Tensor, d: int) -> Tensor:
+    """A band with the eigenvalues of m, as (d, w + 1) with entry [j, r] = T[j + r, j], w = `C.BAND_WIDTH`.
+
+    m: (n, n) float64, symmetric, zero beyond d, n as `standard_form` makes it; overwritten.
+    """
+    threads = torch.get_num_threads()
+    out = m.new_empty(d, C.BAND_WIDTH + 1)
+    workspace = m.new_empty(C.band_reduction_workspace(d, threads))
+    C.band_reduction(m.data_ptr(), out.data_ptr(), workspace.data_ptr(), d, m.stride(0), threads)
+    return out
 
 
 def inverse_traces(band: Tensor, shifts: Tensor) -> Tensor:
     """Tr((T + s I)^-1) for each s of `shifts`, NaN where a pivot of T + s I is not positive.
 
-    band (d, w + 1), float64: T as `band_reduction.reduce_` gives it. shifts: (n,), float64.
+    band (d, w + 1), float64: T as `band` gives it. shifts: (n,), float64.
     """
     rows, width = band.shape[0], band.shape[1] - 1
     traces = torch.empty_like(shifts)

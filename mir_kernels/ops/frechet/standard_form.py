@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,56 +12,70 @@ from mir_kernels.ops.frechet import band_reduction, native
 from mir_kernels.ops.frechet.band_reduction import RootSums
 from mir_kernels.ops.sqrtm import factor
 
-BLOCK = 256  # columns that go through one product
-_BLOCKED = 2 * BLOCK  # from here on blocks that skip zeros are faster than whole products
-_BANDED = 640  # from here on `band_reduction` is faster than the eigenvalues of LAPACK
+_BANDED = 256  # from here on `band_reduction` is faster than the eigenvalues of LAPACK
 _PROBES = 8
 
 
 class StandardForm(NamedTuple):
     """C^T A C 4^-exponent, whose eigenvalues are those of A B: the squares of the singular values of N.
 
-    m: (d, d) float64 or a batch; only its lower triangle and blocks of `BLOCK` on the diagonal need be set.
-    rounding: (...) an estimate of |m - C^T A C|_F, infinite where the factor C lost a pivot.
-    exponent: (...) as in `factor.Factor`: the trace of the root takes 2^exponent.
+    m: (batch, n, n) float64; rows and columns from d on are zero.  d: the size of A and B.
+    rounding: (batch,) an estimate of |m - C^T A C|_F, infinite where the factor C lost a pivot.
+    exponent: (batch,) as in `factor.Factor`: the trace of the root takes 2^exponent.
+    banded: whether m is laid out for `band_reduction`.
     """
 
     m: Tensor
+    d: int
     rounding: Tensor
     exponent: Tensor
+    banded: bool
 
 
 def reduce(a: Tensor, b: Tensor) -> StandardForm:
     """The standard form of symmetric float64 a, b (batch, d, d); a is not factored, nor is it known to be definite."""
-    if a.device.type != "cpu" or a.shape[-1] < _BLOCKED:
-        return _whole(a, b)
-    parts = [_blocked(x, y) for x, y in zip(a, b, strict=True)]
-    if len(parts) == 1:
-        return StandardForm(*(t[None] for t in parts[0]))
-    return StandardForm(*(torch.stack(t) for t in zip(*parts, strict=True)))
+    d = a.shape[-1]
+    if a.device.type == "cpu" and native.MISSING is None:
+        banded = d >= _BANDED
+        m, rounding, exponent = native.standard_form(a, b, banded=banded)
+        return StandardForm(m, d, rounding, exponent, banded)
+    h, scale, exponent = factor.equilibrate(b)
+    lower, singular = factor.cholesky(h)
+    half = factor.half_exponent(a.diagonal(dim1=-2, dim2=-1).amax(-1))
+    c = lower * (scale * torch.exp2(-half)[..., None])[..., None]
+    m = c.mT @ (a @ c)
+    probes = factor.signs_like(a, _PROBES)
+    apart = m @ probes - c.mT @ (a @ (c @ probes))
+    rounding = (apart.square().sum((-2, -1)) / _PROBES).sqrt().masked_fill(singular, torch.inf)
+    return StandardForm(m, d, rounding, exponent + half, banded=False)
 
 
-def roots_(form: StandardForm) -> tuple[Tensor, Tensor, str]:
+def roots_(form: StandardForm) -> tuple[list[float], list[float], str]:
     """The sum of the roots of the eigenvalues of each `form.m`, its relative error, and "eigvalsh" or "band".
 
     The error is infinite where C lost a pivot and where A may be indefinite, or m singular, up to rounding. form.m is
     overwritten.
     """
-    d, kept = form.m.shape[-1], torch.isfinite(form.rounding)
-    total, error = torch.zeros_like(form.rounding), torch.full_like(form.rounding, torch.inf)
-    if form.m.device.type == "cpu" and d >= _BANDED and native.MISSING is None:
-        for i in torch.nonzero(kept)[:, 0].tolist():
-            sums = band_reduction.root_sums_(form.m[i], BLOCK)
-            total[i], error[i] = sums.total, relative_error(sums, form.rounding[i], d) + 2 * band_reduction.QUADRATURE
-        return total, error, "band"
-    values = torch.linalg.eigvalsh(form.m if bool(kept.all()) else form.m[kept])
-    inverse = (1 / values).sum(-1).where(values.amin(-1) > 0, torch.inf)
-    sums = RootSums(values.clamp(min=0.0).sqrt().sum(-1), inverse, torch.linalg.vector_norm(values, dim=-1))
-    total[kept], error[kept] = sums.total, relative_error(sums, form.rounding[kept], d)
-    return total, error, "eigvalsh"
+    d, rounding = form.d, form.rounding.tolist()
+    if form.banded:
+        sums = [
+            band_reduction.root_sums_(m, d) if math.isfinite(r) else RootSums(math.nan, math.inf, math.nan)
+            for m, r in zip(form.m, rounding, strict=True)
+        ]
+        quadrature = 2 * band_reduction.QUADRATURE
+    else:
+        m = form.m[:, :d, :d]
+        if not all(map(math.isfinite, rounding)):
+            m = m.where(form.rounding.isfinite()[:, None, None], 0.0)
+        values = torch.linalg.eigvalsh(m)
+        inverse = values.reciprocal().sum(-1).where(values[:, 0] > 0, torch.inf)  # eigenvalues ascend
+        columns = values.clamp(min=0.0).sqrt().sum(-1), inverse, torch.linalg.vector_norm(values, dim=-1)
+        sums, quadrature = list(map(RootSums, *(column.tolist() for column in columns))), 0.0
+    errors = [relative_error(one, r, d) + quadrature for one, r in zip(sums, rounding, strict=True)]
+    return [one.total for one in sums], errors, "band" if form.banded else "eigvalsh"
 
 
-def relative_error(sums: RootSums, rounding: Tensor, d: int) -> Tensor:
+def relative_error(sums: RootSums, rounding: float, d: int) -> float:
     """At least the relative error of sums.total, the sum of the roots of d eigenvalues of `StandardForm.m`.
 
     The eigenvalues move by D_i with sum D_i^2 <= eta^2, eta the Frobenius norm of all perturbations (Hoffman and
@@ -71,47 +85,6 @@ def relative_error(sums: RootSums, rounding: Tensor, d: int) -> Tensor:
     eta: twice the measured rounding, for the backward error of C; sqrt(d) u |m|_F for the eigenvalues.
     """
     eta = 2 * rounding + d**0.5 * factor.UNIT * sums.norm
-    error = 0.54 * eta * sums.inverse.sqrt() / sums.total
-    return error.where(4 * eta * sums.inverse <= 1, torch.inf)
-
-
-def _whole(a: Tensor, b: Tensor) -> StandardForm:
-    h, scale, exponent = factor.equilibrate(b)
-    lower, singular = factor.cholesky(h)
-    half = factor.half_exponent(a.diagonal(dim1=-2, dim2=-1).amax(-1))
-    c = lower * (scale * torch.exp2(-half)[..., None])[..., None]
-    m = c.mT @ (a @ c)
-    probes = factor.signs_like(a, _PROBES)
-    rounding = _distance(m @ probes, c.mT @ (a @ (c @ probes)))
-    return StandardForm(m, rounding.masked_fill(singular, torch.inf), exponent + half)
-
-
-def _blocked(a: Tensor, b: Tensor) -> StandardForm:
-    """One pair (d, d), in products that leave out the zeros of C and one triangle of m."""
-    a, d = a.contiguous(), a.shape[-1]
-    c, scale, exponent = factor.equilibrate(b)
-    half = factor.half_exponent(a.diagonal().amax())
-    if not factor.cholesky_(c, BLOCK):
-        return StandardForm(c, c.new_tensor(torch.inf), exponent + half)
-    # The exponents of a go to c, and m stays within range whatever the units of a are.
-    c.mul_((scale * torch.exp2(-half))[:, None])
-    m = torch.empty_like(c)
-    blocks = list(pairwise([*range(0, d, BLOCK), d]))
-    for j0, j1 in blocks:
-        torch.mm(a[:, j0:], c[j0:, j0:j1], out=m[:, j0:j1])
-    for i0, i1 in blocks:  # rows of a c that no later block needs make room for those of m
-        m[i0:i1, :i1] = c[i0:, i0:i1].mT @ m[i0:, :i1]
-    probes = factor.signs_like(a, _PROBES)
-    found, cp, expected = torch.zeros_like(probes), torch.empty_like(probes), torch.empty_like(probes)
-    for i0, i1 in blocks:
-        torch.mm(c[i0:i1, :i1], probes[:i1], out=cp[i0:i1])
-        found[i0:i1] += m[i0:i1, :i1] @ probes[:i1]
-        found[:i0] += m[i0:i1, :i0].mT @ probes[i0:i1]
-    cp = a @ cp
-    for i0, i1 in blocks:
-        torch.mm(c[i0:, i0:i1].mT, cp[i0:], out=expected[i0:i1])
-    return StandardForm(m, _distance(found, expected), exponent + half)
-
-
-def _distance(found: Tensor, expected: Tensor) -> Tensor:
-    return ((found - expected).square().sum((-2, -1)) / _PROBES).sqrt()
+    if not 4 * eta * sums.inverse <= 1:  # infinite or NaN among them
+        return math.inf
+    return 0.54 * eta * math.sqrt(sums.inverse) / sums.total

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mir_kernels import _checks
 from mir_kernels.ops.sqrtm import float64
 
 UNIT = 2.0**-53  # unit roundoff of float64
@@ -42,14 +41,6 @@ class Factor(NamedTuple):
     lowest: Tensor
     scale: Tensor
     rounding: Tensor
-
-
-def symmetrize(a: Tensor) -> Tensor:
-    """(A + A^T) / 2 in float64, without overflow; A itself where it is symmetric."""
-    if _checks.mirrored(a):
-        return a.double()
-    half = a.double() / 2
-    return half + half.mT
 
 
 def equilibrate(a: Tensor) -> Scaled:
@@ -106,31 +97,11 @@ def blocks(d: int) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def cholesky(h: Tensor, d: int | None = None) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factors of equilibrated matrices, and where they lost a pivot in rounding (bool).
-
-    d: the size of the matrices that h are blocks of.
-    """
+def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of equilibrated matrices, and where they lost a pivot in rounding (bool)."""
     lower, failed = float64.cholesky(h)
     pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return lower, failed | ~(pivots > rank_tolerance(d or h.shape[-1]))
-
-
-def cholesky_(h: Tensor, block: int) -> bool:
-    """`cholesky` of one equilibrated matrix in its own memory, and whether all pivots were kept.
-
-    Left-looking in blocks of columns: on a CPU faster than one call of LAPACK with its copies. Right of the blocks on
-    the diagonal the entries of h remain.
-    """
-    d = h.shape[-1]
-    for j0, j1 in pairwise([*range(0, d, block), d]):
-        h[j0:, j0:j1].addmm_(h[j0:, :j0], h[j0:j1, :j0].mT, alpha=-1)
-        lower, lost = cholesky(h[j0:j1, j0:j1], d)
-        if bool(lost):
-            return False
-        h[j0:j1, j0:j1] = lower
-        h[j1:, j0:j1] = torch.linalg.solve_triangular(lower, h[j1:, j0:j1].mT, upper=False).mT
-    return True
+    return lower, failed | ~(pivots > rank_tolerance(h.shape[-1]))
 
 
 def rank_tolerance(d: int) -> float:

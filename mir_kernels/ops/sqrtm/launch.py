@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mir_kernels._dispatch import Operation
 from mir_kernels._precision import with_float32_products
+from mir_kernels._symmetry import symmetrize
 from mir_kernels.ops.sqrtm import eager, factor, float64, reference, rounding
 
 _ORDERS = {"cuda": ("triton", "eager"), "cpu": ("eager", "triton")}
@@ -38,7 +39,7 @@ def root(a: Tensor, kind: str, method: str, precision: str, iterations: int | No
         x = _by_polar(kind, flat, precision, iterations, backend)
     else:
         steps = _COUPLED[precision] if iterations is None else iterations
-        x = eager.coupled(factor.symmetrize(flat), precision, steps)[0 if kind == "sqrt" else 1]
+        x = eager.coupled(symmetrize(flat), precision, steps)[0 if kind == "sqrt" else 1]
     return x.to(a.dtype).reshape(a.shape).contiguous()
 
 
@@ -58,7 +59,7 @@ def polar(m: Tensor, precision: str, iterations: int | None, backend: str) -> Te
 def newton_schulz(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """A^(1/2), A^(-1/2) and the residual (...) of the coupled iteration, with a warning where it has not converged."""
     d = a.shape[-1]
-    flat = factor.symmetrize(a.reshape(-1, d, d))
+    flat = symmetrize(a.reshape(-1, d, d))
     if flat.shape[0] == 0:
         return a.clone(), a.clone(), a.new_zeros(a.shape[:-2], dtype=residual_dtype(precision))
     y, z, residual = eager.coupled(flat, precision, iterations)
@@ -100,7 +101,7 @@ def polished_polar(m: Tensor, precision: str, backend: str, iterations: int | No
 
 def _by_eigenvectors(kind: str, a: Tensor) -> Tensor:
     exponent = factor.half_exponent(a.diagonal(dim1=-2, dim2=-1).amax(-1).double())[..., None, None]
-    values, vectors = torch.linalg.eigh(float64.times_power(factor.symmetrize(a), -2 * exponent))
+    values, vectors = torch.linalg.eigh(float64.times_power(symmetrize(a), -2 * exponent))
     power = torch.exp2(exponent)
     floor = a.shape[-1] * factor.UNIT * values[..., -1:].clamp(min=0.0)
     if kind == "inverse":
@@ -111,7 +112,7 @@ def _by_eigenvectors(kind: str, a: Tensor) -> Tensor:
 
 
 def _by_polar(kind: str, a: Tensor, precision: str, iterations: int | None, backend: str) -> Tensor:
-    c = factor.factor(factor.symmetrize(a))
+    c = factor.factor(symmetrize(a))
     _check_semidefinite(c.lowest, torch.ones_like(c.lowest), a)
     if kind == "inverse":
         _check_positive(~c.singular & (c.columns.diagonal(dim1=-2, dim2=-1) > 0).all(-1))

@@ -1,4 +1,4 @@
-"""The standard form C^T A C in blocks, its measured rounding, and the paths of large matrices through it."""
+"""The standard form C^T A C, its measured rounding, and the paths of large matrices through it."""
 
 import math
 
@@ -6,36 +6,67 @@ import pytest
 import torch
 
 from kernels.covariances import SPECTRA, covariance, truth
-from mir_kernels.ops.frechet import band_reduction, native, standard_form, trace_sqrt_product, trace_sqrt_report
-from mir_kernels.ops.sqrtm import factor
+from mir_kernels.ops.frechet import native, standard_form, trace_sqrt_product, trace_sqrt_report
 
 NATIVE = pytest.mark.skipif(native.MISSING is not None, reason=f"{native.MISSING}")
 D = 97
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    """The paths of large matrices for small ones: several blocks and panels, the last ones shorter."""
-    monkeypatch.setattr(standard_form, "BLOCK", 16)
-    monkeypatch.setattr(standard_form, "_BLOCKED", 1)
+def banded(monkeypatch):
+    """The path of large matrices for small ones, where the native module is there to take it."""
     monkeypatch.setattr(standard_form, "_BANDED", 1)
-    monkeypatch.setattr(band_reduction, "WIDTH", 6)
 
 
+@pytest.fixture(params=[pytest.param("native", marks=NATIVE), "torch"])
+def either(request, monkeypatch):
+    """The compiled kernel, and what stands in where it is not built."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "MISSING", "no compiler")
+
+
+def exactly_factored(d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and its Cholesky factor, of integers so small that no step towards it is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    c = torch.randint(-3, 4, (d, d), generator=generator).double().tril(-1)
+    c.diagonal().copy_(2.0 ** torch.randint(0, 3, (d,), generator=generator))
+    return c @ c.T, c
+
+
+@pytest.mark.parametrize("d", [1, 3, 24, 49])
 @pytest.mark.parametrize("kind", ["i^-1", "i^-3", "one direction 1e6", "flat", "all positive"])
-def test_measured_rounding_is_that_of_exact_products(kind, small_blocks):
+def test_measured_rounding_is_that_of_exact_products(kind, d, either):
     """Against products whose every term and sum is exact, in Python's fractions of integers."""
-    d = 24
     a = covariance(kind, d, 0) if kind != "all positive" else torch.ones(d, d).double() + 0.1 * torch.eye(d)
-    b = covariance("i^-1", d, 100)
+    b, c = exactly_factored(d)
     form = standard_form.reduce(a[None], b[None])
-    h, scale, _ = factor.equilibrate(b)
-    assert factor.cholesky_(h, standard_form.BLOCK)
-    c = h.tril() * scale[:, None] * torch.exp2(-factor.half_exponent(a.diagonal().amax()))
     exact = exact_standard_form(a, c)
-    error = (form.m[0].tril() - exact.tril()).norm() * math.sqrt(2)
-    assert error <= 3 * form.rounding[0]
-    assert form.rounding[0] <= 1e-14 * a.norm() * c.norm() ** 2
+    unit = 4.0 ** form.exponent.item()
+    error, estimate = (form.m[0, :d, :d] * unit - exact).norm(), form.rounding[0] * unit
+    assert error <= 4 * estimate + 1e-16 * exact.norm()
+    assert estimate <= 1e-14 * a.norm() * c.norm() ** 2
+    assert not form.m[0, d:].any()
+    assert not form.m[0, :, d:].any()
+
+
+@NATIVE
+@pytest.mark.parametrize("d", [1, 5, 12, 24, 95, 96, 97, 200, 300])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_form_is_that_of_torch(d, threads, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.stack([covariance("i^-1", d, s) for s in range(5)])
+        b = torch.stack([covariance("flat", d, 10 + s) for s in range(5)])
+        found = standard_form.reduce(a, b)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(native, "MISSING", "no compiler")
+    expected = standard_form.reduce(a, b)
+    assert found.exponent.tolist() == expected.exponent.tolist()
+    size = torch.linalg.vector_norm(expected.m, dim=(-2, -1))
+    assert (torch.linalg.vector_norm(found.m[:, :d, :d] - expected.m, dim=(-2, -1)) <= 1e-13 * size).all()
+    assert torch.equal(found.m, found.m.mT)
 
 
 def exact_standard_form(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -54,7 +85,7 @@ def exact_standard_form(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize("other", ["i^-1", "rank d/4", "one direction 1e6", None])
-def test_the_paths_of_large_matrices_keep_the_promise(kind, other, small_blocks):
+def test_the_paths_of_large_matrices_keep_the_promise(kind, other, banded):
     a, b = covariance(kind, D, 0), covariance(other or kind, D, 100)
     report = trace_sqrt_report(a, b, precision="float64")
     expected = truth(a, b)
@@ -67,7 +98,7 @@ def test_the_paths_of_large_matrices_keep_the_promise(kind, other, small_blocks)
 
 @pytest.mark.parametrize("scale_a", [1e-300, 1e-12, 1e12, 1e300])
 @pytest.mark.parametrize("scale_b", [1e-300, 1e12])
-def test_scales_do_not_matter_to_the_paths_of_large_matrices(scale_a, scale_b, small_blocks):
+def test_scales_do_not_matter_to_the_paths_of_large_matrices(scale_a, scale_b, banded):
     a, b = covariance("i^-1", D, 0), covariance("i^-1", D, 100)
     report = trace_sqrt_report(scale_a * a, scale_b * b)
     assert report.path == trace_sqrt_report(a, b).path
@@ -75,11 +106,11 @@ def test_scales_do_not_matter_to_the_paths_of_large_matrices(scale_a, scale_b, s
 
 
 @NATIVE
-def test_reports_name_the_band(small_blocks):
+def test_reports_name_the_band(banded):
     assert trace_sqrt_report(covariance("i^-1", D, 0), covariance("i^-1", D, 1)).path == ("cholesky+band",)
 
 
-def test_without_the_native_module_eigenvalues_are_taken_and_reported(small_blocks, monkeypatch):
+def test_without_the_native_module_eigenvalues_are_taken_and_reported(banded, monkeypatch):
     monkeypatch.setattr(native, "MISSING", "no compiler")
     a, b = covariance("i^-1", D, 0), covariance("i^-1", D, 100)
     report = trace_sqrt_report(a, b)
@@ -87,7 +118,7 @@ def test_without_the_native_module_eigenvalues_are_taken_and_reported(small_bloc
     assert (report.value / truth(a, b) - 1).abs() <= 1e-10
 
 
-def test_a_batch_takes_the_path_of_large_matrices_one_by_one(small_blocks):
+def test_a_batch_takes_the_path_of_large_matrices_one_by_one(banded):
     a = torch.stack([covariance(kind, D, 0) for kind in ("i^-1", "rank d/4", "i^-2")])
     b = torch.stack([covariance("i^-1", D, s) for s in range(3)])
     together = trace_sqrt_report(a, b)
@@ -102,7 +133,7 @@ def test_a_batch_takes_the_path_of_large_matrices_one_by_one(small_blocks):
 def test_an_indefinite_matrix_is_refused_though_only_the_other_is_factored(which, large, request):
     """Its variances are positive, and the other matrix hardly has weight where it is negative."""
     if large:
-        request.getfixturevalue("small_blocks")
+        request.getfixturevalue("banded")
     values = torch.logspace(0, -6, D, dtype=torch.float64)
     q, _ = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
     good = q * values @ q.T

@@ -1,0 +1,291 @@
+// C^T A C with C C^T = B on the CPU, in d^3 operations beside the Cholesky factor, and how far rounding moved it.
+// Compiled once per instruction set (isa.h).
+//
+// With A = T + T^T, T its lower triangle with half the diagonal, C^T A C = Z + Z^T for Z = C^T (T C): T C is a product
+// of two lower triangles, and of Z + Z^T one triangle is computed. What LAPACK's sygst (itype 2) does by columns.
+#include "frechet.h"
+#include "products.h"
+
+namespace mir {
+namespace MIR_ISA {
+namespace {
+
+// Vectors of signs that go through both ways of multiplying.
+constexpr int kProbeVectors = kLanes64 >= 8 ? 1 : kLanes64 >= 4 ? 2 : 3;
+constexpr int kProbes = kProbeVectors * kLanes64;
+
+// k with x / 4^k in [1/4, 1), 0 for x <= 0.
+MIR_INLINE int half_exponent(double x) {
+  if (!(x > 0)) return 0;
+  int exponent;
+  __builtin_frexp(x, &exponent);
+  return exponent > 0 ? (exponent + 1) / 2 : -(-exponent / 2);
+}
+
+MIR_INLINE Range tile(int64_t i, int64_t n) { return {i * kTile, smaller((i + 1) * kTile, n)}; }
+
+// One pair of matrices; what lies beyond d is an identity in B and zero in A.
+class Form {
+ public:
+  Form(const StandardForm& p, int64_t index, double* memory, int threads)
+      : p_(p), n_(p.rows), threads_(threads), a_(p.a + index * p.d * p.d), b_(p.b + index * p.d * p.d),
+        m_(p.m + index * p.rows * p.stride), rounding_(p.rounding + index), exponent_(p.exponent + index) {
+    const auto take = [&](int64_t count) {
+      double* taken = memory;
+      memory += count;
+      return taken;
+    };
+    upper_ = {take(n_ * n_), n_};
+    product_ = {take(n_ * n_), n_};
+    column_ = take(tiles_of(n_) * kTile * kTile);
+    inverse_ = take(n_);
+    scale_ = take(n_);
+    for (double*& probe : probes_) probe = take(n_ * kProbes);
+    // Until it takes the result, m holds C and then T.
+    lower_ = {m_, n_};
+  }
+
+  static int64_t workspace(int64_t n) {
+    return 2 * n * n + tiles_of(n) * kTile * kTile + 2 * n + 4 * n * kProbes;
+  }
+
+  void run() {
+    equilibrate();
+    if (!cholesky()) {
+      *rounding_ = __builtin_inf();
+      return;
+    }
+    signs();
+    rows(1, [&](Range r) { multiply_probes(lower_, r, {0, r.to}, probes_[0], probes_[1]); });  // C g
+    pack_lower();
+    multiply_lower();
+    rows(1, [&](Range r) {  // A C g = (T + T^T) C g
+      multiply_probes(lower_, r, {0, r.to}, probes_[1], probes_[2]);
+      for (int64_t k = r.from; k < n_; k += kBlock) {
+        for (int64_t m = r.from; m < r.to; m += kTall) {
+          multiply<kProbeVectors, 1>({lower_.place(k, m), kBlock, 1}, {probes_[1] + k * kProbes, kProbes}, kBlock,
+                                     probes_[2] + m * kProbes, kProbes);
+        }
+      }
+    });
+    rows(1, [&](Range r) { multiply_probes(upper_, r, {r.from, n_}, probes_[2], probes_[3]); });  // C^T A C g
+    multiply_upper();
+    rows(1, [&](Range r) {  // less m g
+      for (int64_t m = r.from; m < r.to; m += kTall) {
+        multiply<kProbeVectors, -1>({m_ + m * p_.stride, p_.stride, 1}, {probes_[0], kProbes}, n_,
+                                    probes_[3] + m * kProbes, kProbes);
+      }
+    });
+    double sum = 0;
+    for (int64_t i = 0; i < n_ * kProbes; ++i) sum += probes_[3][i] * probes_[3][i];
+    *rounding_ = __builtin_sqrt(sum / kProbes);
+  }
+
+ private:
+  // f of every tile of rows, `weight` of which take the time of one product of tiles.
+  template <class F>
+  void rows(int64_t weight, const F& f) {
+    parallel_for(tiles_of(n_), threads_, n_ * n_ * weight, [&](int64_t i) { f(tile(i, n_)); });
+  }
+
+  // f of every pair i >= j of tiles.
+  template <class F>
+  void pairs(const F& f) {
+    const int64_t tiles = tiles_of(n_);
+    parallel_for(tiles * (tiles + 1) / 2, threads_, n_ * n_ * n_, [&](int64_t index) {
+      int64_t i = 0;
+      while ((i + 1) * (i + 2) / 2 <= index) ++i;
+      f(tile(i, n_), tile(index - i * (i + 1) / 2, n_));
+    });
+  }
+
+  // B scaled by inverse[i] inverse[j] has its diagonal in [1/4, 1); C is its factor with rows times scale. All powers
+  // of two.
+  void equilibrate() {
+    double largest_a = 0, largest_b = 0;
+    for (int64_t i = 0; i < p_.d; ++i) {
+      const double a = a_[i * (p_.d + 1)], b = b_[i * (p_.d + 1)];
+      largest_a = a > largest_a ? a : largest_a;
+      largest_b = b > largest_b ? b : largest_b;
+    }
+    const int exponent = half_exponent(largest_b), half = half_exponent(largest_a);
+    for (int64_t i = 0; i < n_; ++i) {
+      const double b = i < p_.d ? b_[i * (p_.d + 1)] : 0;
+      const int each = half_exponent(b);
+      inverse_[i] = b > 0 ? __builtin_ldexp(1.0, -each) : 0;
+      scale_[i] = b > 0 ? __builtin_ldexp(1.0, each - exponent - half) : 0;
+    }
+    *exponent_ = exponent + half;
+  }
+
+  // The factor of the equilibrated B into lower_ and, transposed and scaled, C^T into upper_. Left-looking by tiles.
+  bool cholesky() {
+    for (int64_t j = 0; j < tiles_of(n_); ++j) {
+      const Range rows = tile(j, n_);
+      double* diagonal = column_ + j * kTile * kTile;
+      parallel_for(tiles_of(n_) - j, threads_, n_ * n_, [&](int64_t i) {
+        const Range columns = tile(j + i, n_);
+        double* to = column_ + (j + i) * kTile * kTile;
+        equilibrated(rows, columns, to);
+        add_product<-1>(lower_, rows, lower_, columns, to, kTile, [=](int64_t, int64_t) { return Range{0, rows.from}; });
+      });
+      if (!factor(diagonal, rows.to - rows.from)) return false;
+      parallel_for(tiles_of(n_) - j, threads_, n_ * n_, [&](int64_t i) {
+        const Range columns = tile(j + i, n_);
+        double* x = column_ + (j + i) * kTile * kTile;
+        const int64_t tall = rows.to - rows.from, wide = columns.to - columns.from;
+        if (i > 0) solve(diagonal, tall, x, wide);
+        const double* scale = scale_ + columns.from;
+        pack(wide, tall, lower_, columns.from, rows.from, [=](int64_t m, int64_t k) { return x[k * kTile + m]; });
+        pack(tall, wide, upper_, rows.from, columns.from,
+             [=](int64_t m, int64_t k) { return x[m * kTile + k] * scale[k]; });
+      });
+    }
+    return true;
+  }
+
+  void equilibrated(Range rows, Range columns, double* to) const {
+    const int64_t wide = columns.to - columns.from, known = smaller(columns.to, p_.d) - columns.from;
+    const double* scale = inverse_ + columns.from;
+    for (int64_t r = rows.from; r < rows.to; ++r, to += kTile) {
+      const double* from = b_ + r * p_.d + columns.from;
+      const double own = inverse_[r];
+      const int64_t count = r < p_.d ? known : 0;
+      for (int64_t c = 0; c < count; ++c) to[c] = from[c] * own * scale[c];
+      for (int64_t c = count; c < wide; ++c) to[c] = 0;
+      if (own == 0 && r >= columns.from && r < columns.to) to[r - columns.from] = 1;
+    }
+  }
+
+  // U^T U of the upper triangle of a symmetric tile, into it, with zeros below. False where a pivot is rounding.
+  bool factor(double* s, int64_t n) const {
+    const double least = 16 * static_cast<double>(p_.d) * 0x1p-53;
+    for (int64_t r = 0; r < n; r += kTall) {
+      const int64_t from = r / kBlock * kBlock;
+      for (int64_t c = from; c < n; c += kBlock) {
+        multiply<kVectors, -1>({s + r, 1, kTile}, {s + c, kTile}, r, s + r * kTile + c, kTile);
+      }
+      for (int64_t k = r; k < r + kTall; ++k) {
+        double* row = s + k * kTile;
+        if (!(row[k] > least)) return false;
+        const double root = __builtin_sqrt(row[k]);
+        for (int64_t c = from; c < n; ++c) row[c] /= root;
+        for (int64_t i = k + 1; i < r + kTall; ++i) {
+          double* to = s + i * kTile;
+          const double entry = row[i];
+          for (int64_t c = from; c < n; ++c) to[c] -= entry * row[c];
+        }
+      }
+    }
+    for (int64_t r = 1; r < n; ++r) __builtin_memset(s + r * kTile, 0, r * sizeof(double));
+    return true;
+  }
+
+  // x with U^T x = what x holds, (n, wide).
+  static void solve(const double* u, int64_t n, double* x, int64_t wide) {
+    for (int64_t c = 0; c < wide; c += kBlock) {
+      for (int64_t r = 0; r < n; r += kTall) {
+        double* to = x + r * kTile + c;
+        multiply<kVectors, -1>({u + r, 1, kTile}, {x + c, kTile}, r, to, kTile);
+        for (int64_t k = 0; k < kTall; ++k) {
+          const double* entries = u + (r + k) * kTile + r;
+          for (int64_t t = 0; t < kBlock; ++t) to[k * kTile + t] /= entries[k];
+          for (int64_t i = k + 1; i < kTall; ++i) {
+            for (int64_t t = 0; t < kBlock; ++t) to[i * kTile + t] -= entries[i] * to[k * kTile + t];
+          }
+        }
+      }
+    }
+  }
+
+  void signs() {
+    uint64_t state = 0x9e3779b97f4a7c15;
+    for (int64_t i = 0; i < n_ * kProbes; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;  // Knuth's multiplier for 64 bits
+      probes_[0][i] = state >> 63 ? 1 : -1;
+    }
+    for (int64_t i = p_.d * kProbes; i < n_ * kProbes; ++i) probes_[0][i] = 0;
+    for (int t = 1; t < 4; ++t) __builtin_memset(probes_[t], 0, n_ * kProbes * sizeof(double));
+  }
+
+  // y[rows] += left[rows][depth] x[depth], and y times the scale where left is C's factor without it.
+  void multiply_probes(const Packed& left, Range rows, Range depth, const double* x, double* y) {
+    for (int64_t m = rows.from; m < rows.to; m += kTall) {
+      multiply<kProbeVectors, 1>(left.left(m, depth.from), {x + depth.from * kProbes, kProbes}, depth.to - depth.from,
+                                 y + m * kProbes, kProbes);
+    }
+    if (y != probes_[1]) return;
+    for (int64_t i = rows.from * kProbes; i < rows.to * kProbes; ++i) y[i] *= scale_[i / kProbes];
+  }
+
+  // T, zero beyond d, with whole tiles on the diagonal.
+  void pack_lower() {
+    rows(1, [&](Range r) {
+      pack(r.to - r.from, r.to, lower_, r.from, 0, [&](int64_t m, int64_t k) {
+        const int64_t i = r.from + m;
+        const double entry = i >= p_.d || k > i ? 0 : a_[i * p_.d + k];
+        return k == i ? entry / 2 : entry;
+      });
+    });
+  }
+
+  // (T C)^T into product_.
+  void multiply_lower() {
+    pairs([&](Range i, Range j) {
+      alignas(64) double to[kTile * kTile] = {};
+      add_product<1>(lower_, i, upper_, j, to, kTile, [](int64_t m, int64_t n) { return Range{n, m + kBlock}; });
+      pack(j.to - j.from, i.to - i.from, product_, j.from, i.from,
+           [&](int64_t m, int64_t k) { return to[k * kTile + m]; });
+    });
+  }
+
+  // Z + Z^T for Z = C^T (T C).
+  void multiply_upper() {
+    pairs([&](Range i, Range j) {
+      alignas(64) double to[kTile * kTile] = {};
+      const bool diagonal = i.from == j.from;
+      const auto depth = [&](int64_t m, int64_t n) { return Range{larger(m, n), diagonal && n > m ? 0 : n_}; };
+      add_product<1>(upper_, i, product_, j, to, kTile, depth);
+      add_product<1>(product_, i, upper_, j, to, kTile, depth);
+      for (int64_t r = i.from; r < i.to; ++r) {
+        const int64_t count = diagonal ? r + 1 - j.from : j.to - j.from;
+        __builtin_memcpy(m_ + r * p_.stride + j.from, to + (r - i.from) * kTile, count * sizeof(double));
+      }
+      for (int64_t c = j.from; c < j.to; ++c) {
+        double* row = m_ + c * p_.stride;
+        for (int64_t r = diagonal ? c + 1 : i.from; r < i.to; ++r) row[r] = to[(r - i.from) * kTile + c - j.from];
+      }
+    });
+  }
+
+  const StandardForm& p_;
+  int64_t n_;
+  int threads_;
+  const double *a_, *b_;
+  double *m_, *rounding_, *exponent_;
+  Packed lower_, upper_, product_;
+  double *column_, *inverse_, *scale_, *probes_[4];
+};
+
+// Small matrices are shared out among the threads, the tiles of each large one.
+int64_t at_a_time(const StandardForm& p, int threads) {
+  return p.rows <= 4 * kTile ? larger(1, smaller(threads, p.count)) : 1;
+}
+
+int64_t workspace(const StandardForm& p, int threads) { return at_a_time(p, threads) * Form::workspace(p.rows); }
+
+void run(const StandardForm& p, int threads) {
+  const int64_t shares = at_a_time(p, threads), each = Form::workspace(p.rows);
+  parallel_for(shares, static_cast<int>(shares), p.count * p.d * p.d * 64, [&](int64_t share) {
+    for (int64_t i = share; i < p.count; i += shares) {
+      Form(p, i, p.workspace + share * each, shares > 1 ? 1 : threads).run();
+    }
+  });
+}
+
+}  // namespace
+
+const StandardFormCpu standard_form_cpu = {run, workspace, kBlock};
+
+}  // namespace MIR_ISA
+}  // namespace mir
