@@ -84,6 +84,12 @@ int64_t standard_form_workspace(int64_t count, int64_t rows, int threads) {
   return MIR_AT_ISA(standard_form_cpu).workspace({{}, {}, {}, {}, {}, {}, count, rows, rows, rows}, threads);
 }
 
+ShiftedFactors shifted_factors(Address form, Address shifts, Address pivots, Address norms, Address workspace,
+                               int64_t count, int64_t d, int64_t stride) {
+  return {static_cast<double*>(at(form)), static_cast<double*>(at(shifts)), static_cast<double*>(at(pivots)),
+          static_cast<double*>(at(norms)), static_cast<double*>(at(workspace)), count, d, stride};
+}
+
 BandReduction band_reduction(Address form, Address band, Address workspace, int64_t d, int64_t stride) {
   return {static_cast<double*>(at(form)), static_cast<double*>(at(band)), static_cast<double*>(at(workspace)), d,
           stride};
@@ -180,6 +186,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("standard_form", unlocked(standard_form, MIR_AT_ISA(standard_form_cpu).run));
   m.def("standard_form_workspace", standard_form_workspace);
   m.attr("STANDARD_FORM_BLOCK") = MIR_AT_ISA(standard_form_cpu).block;
+  m.def("shifted_factors", unlocked(shifted_factors, MIR_AT_ISA(shifted_factors_cpu).run));
+  m.def("shifted_factors_workspace", MIR_AT_ISA(shifted_factors_cpu).workspace);
+  m.def("roundings", MIR_AT_ISA(shifted_factors_cpu).roundings);
   m.def("band_reduction", unlocked(band_reduction, MIR_AT_ISA(band_reduction_cpu).run));
   m.def("band_reduction_workspace", MIR_AT_ISA(band_reduction_cpu).workspace);
   m.attr("BAND_WIDTH") = MIR_AT_ISA(band_reduction_cpu).width;

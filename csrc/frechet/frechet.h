@@ -24,6 +24,25 @@ struct StandardFormCpu {
 };
 MIR_DECLARE_PER_ISA(const StandardFormCpu standard_form_cpu)
 
+// The Cholesky factors L of m + shifts[p] I: their diagonals, |L|_F and a bound of the spectral norm of |L|. The norms
+// are NaN where m + shifts[p] I is not positive definite to rounding.
+struct ShiftedFactors {
+  const double* m;       // (d, stride): symmetric, its upper triangle is read
+  const double* shifts;  // (count,)
+  double* pivots;        // (count, d)
+  double* norms;         // (count, kFactorNorms)
+  double* workspace;     // as many as workspace() tells
+  int64_t count, d, stride;
+};
+constexpr int kFactorNorms = 2;
+
+struct ShiftedFactorsCpu {
+  void (*run)(const ShiftedFactors&, int threads);
+  int64_t (*workspace)(int64_t d);
+  int64_t (*roundings)(int64_t d);  // that any term of an entry passes through, here and in StandardFormCpu
+};
+MIR_DECLARE_PER_ISA(const ShiftedFactorsCpu shifted_factors_cpu)
+
 // band[j][r] = T[j + r][j] for a band T with the eigenvalues of m, zero beyond the last row.
 struct BandReduction {
   double* m;          // (rows, stride): symmetric, zero beyond d; overwritten

@@ -3,6 +3,7 @@
 //
 // With A = T + T^T, T its lower triangle with half the diagonal, C^T A C = Z + Z^T for Z = C^T (T C): T C is a product
 // of two lower triangles, and of Z + Z^T one triangle is computed. What LAPACK's sygst (itype 2) does by columns.
+#include "cholesky.h"
 #include "frechet.h"
 #include "products.h"
 
@@ -21,8 +22,6 @@ MIR_INLINE int half_exponent(double x) {
   __builtin_frexp(x, &exponent);
   return exponent > 0 ? (exponent + 1) / 2 : -(-exponent / 2);
 }
-
-MIR_INLINE Range tile(int64_t i, int64_t n) { return {i * kTile, smaller((i + 1) * kTile, n)}; }
 
 // One pair of matrices; what lies beyond d is an identity in B and zero in A.
 class Form {
@@ -118,30 +117,15 @@ class Form {
     *exponent_ = exponent + half;
   }
 
-  // The factor of the equilibrated B into lower_ and, transposed and scaled, C^T into upper_. Left-looking by tiles.
+  // The factor of the equilibrated B into lower_ and, transposed and scaled, C^T into upper_.
   bool cholesky() {
-    for (int64_t j = 0; j < tiles_of(n_); ++j) {
-      const Range rows = tile(j, n_);
-      double* diagonal = column_ + j * kTile * kTile;
-      parallel_for(tiles_of(n_) - j, threads_, n_ * n_, [&](int64_t i) {
-        const Range columns = tile(j + i, n_);
-        double* to = column_ + (j + i) * kTile * kTile;
-        equilibrated(rows, columns, to);
-        add_product<-1>(lower_, rows, lower_, columns, to, kTile, [=](int64_t, int64_t) { return Range{0, rows.from}; });
-      });
-      if (!factor(diagonal, rows.to - rows.from)) return false;
-      parallel_for(tiles_of(n_) - j, threads_, n_ * n_, [&](int64_t i) {
-        const Range columns = tile(j + i, n_);
-        double* x = column_ + (j + i) * kTile * kTile;
-        const int64_t tall = rows.to - rows.from, wide = columns.to - columns.from;
-        if (i > 0) solve(diagonal, tall, x, wide);
-        const double* scale = scale_ + columns.from;
-        pack(wide, tall, lower_, columns.from, rows.from, [=](int64_t m, int64_t k) { return x[k * kTile + m]; });
-        pack(tall, wide, upper_, rows.from, columns.from,
-             [=](int64_t m, int64_t k) { return x[m * kTile + k] * scale[k]; });
-      });
-    }
-    return true;
+    const Cholesky factor = {lower_, column_, n_, threads_, 16 * static_cast<double>(p_.d) * 0x1p-53};
+    return factor.run([&](Range rows, Range columns, double* to) { equilibrated(rows, columns, to); },
+                      [&](Range rows, Range columns, const double* x) {
+                        const double* scale = scale_ + columns.from;
+                        pack(rows.to - rows.from, columns.to - columns.from, upper_, rows.from, columns.from,
+                             [=](int64_t m, int64_t k) { return x[m * kTile + k] * scale[k]; });
+                      });
   }
 
   void equilibrated(Range rows, Range columns, double* to) const {
@@ -154,47 +138,6 @@ class Form {
       for (int64_t c = 0; c < count; ++c) to[c] = from[c] * own * scale[c];
       for (int64_t c = count; c < wide; ++c) to[c] = 0;
       if (own == 0 && r >= columns.from && r < columns.to) to[r - columns.from] = 1;
-    }
-  }
-
-  // U^T U of the upper triangle of a symmetric tile, into it, with zeros below. False where a pivot is rounding.
-  bool factor(double* s, int64_t n) const {
-    const double least = 16 * static_cast<double>(p_.d) * 0x1p-53;
-    for (int64_t r = 0; r < n; r += kTall) {
-      const int64_t from = r / kBlock * kBlock;
-      for (int64_t c = from; c < n; c += kBlock) {
-        multiply<kVectors, -1>({s + r, 1, kTile}, {s + c, kTile}, r, s + r * kTile + c, kTile);
-      }
-      for (int64_t k = r; k < r + kTall; ++k) {
-        double* row = s + k * kTile;
-        if (!(row[k] > least)) return false;
-        const double root = __builtin_sqrt(row[k]);
-        for (int64_t c = from; c < n; ++c) row[c] /= root;
-        for (int64_t i = k + 1; i < r + kTall; ++i) {
-          double* to = s + i * kTile;
-          const double entry = row[i];
-          for (int64_t c = from; c < n; ++c) to[c] -= entry * row[c];
-        }
-      }
-    }
-    for (int64_t r = 1; r < n; ++r) __builtin_memset(s + r * kTile, 0, r * sizeof(double));
-    return true;
-  }
-
-  // x with U^T x = what x holds, (n, wide).
-  static void solve(const double* u, int64_t n, double* x, int64_t wide) {
-    for (int64_t c = 0; c < wide; c += kBlock) {
-      for (int64_t r = 0; r < n; r += kTall) {
-        double* to = x + r * kTile + c;
-        multiply<kVectors, -1>({u + r, 1, kTile}, {x + c, kTile}, r, to, kTile);
-        for (int64_t k = 0; k < kTall; ++k) {
-          const double* entries = u + (r + k) * kTile + r;
-          for (int64_t t = 0; t < kBlock; ++t) to[k * kTile + t] /= entries[k];
-          for (int64_t i = k + 1; i < kTall; ++i) {
-            for (int64_t t = 0; t < kBlock; ++t) to[i * kTile + t] -= entries[i] * to[k * kTile + t];
-          }
-        }
-      }
     }
   }
 

@@ -42,21 +42,21 @@ def root_sums_(m: Tensor, d: int) -> RootSums:
     if not inverse > 0:  # NaN where it is not definite
         return RootSums(math.nan, math.inf, norm)
     # Every eigenvalue lies between 1 / inverse and norm.
-    shifts, weights = nodes(1 / inverse, norm)
+    shifts, weights = nodes(1 / inverse, norm, QUADRATURE, lanes=8)
     # Tr(T (T + s)^-1) = d - s Tr((T + s)^-1).
     total = (weights * (d - shifts * native.inverse_traces(band, shifts))).sum().item()
     return RootSums(total, inverse, norm)
 
 
-def nodes(low: float, high: float) -> tuple[Tensor, Tensor]:
-    """shifts and weights with sqrt(x) = sum of weights x / (x + shifts) for low <= x <= high, within QUADRATURE.
+def nodes(low: float, high: float, error: float, lanes: int = 2) -> tuple[Tensor, Tensor]:
+    """shifts and weights with sqrt(x) = sum of weights x / (x + shifts) for low <= x <= high, relative to `error`.
 
     The midpoint rule for sqrt(x) = 2/pi int_0^inf x / (x + t^2) dt with t = sqrt(low) sc(u | 1 - low/high), which
     converges like exp(-2 pi^2 n / (log(high/low) + 3)) (Hale, Higham and Trefethen, SIAM J. Numer. Anal. 46, 2008,
-    method 3). n is even, so that the nodes are pairs t and sqrt(low high) / t; in whole vectors of eight.
+    method 3). n is a multiple of `lanes`, which is even, so that the nodes are pairs t and sqrt(low high) / t.
     """
     ratio = math.sqrt(low / high)
-    n = 8 * math.ceil((-2 * math.log(ratio) + 3) * math.log(4 / QUADRATURE) / (16 * math.pi**2))
+    n = lanes * math.ceil((-2 * math.log(ratio) + 3) * math.log(4 / error) / (2 * math.pi**2 * lanes))
     # Arithmetic-geometric means for the modulus whose complement is the ratio (Abramowitz and Stegun, 16.4 and 17.6).
     a, b, quotients = 1.0, ratio, []
     while a - b > 1e-15 * a:

@@ -26,7 +26,7 @@ def trace_sqrt(
     n = (cx @ cy.mT if cx.shape[0] >= cy.shape[0] else cy @ cx.mT)[None]
     solver = launch.solver(backend)
     norms, gap = solver.nuclear_norm(n, precision, backend)
-    warn_if_missed("trace_sqrt_from_features", gap, precision, stacklevel=6)  # whoever called the public function
+    warn_if_missed("trace_sqrt_from_features", gap, precision, stacklevel=5)  # whoever called the public function
     value = norms[0] * power
     if not bounds:
         return value, None, None

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mir_kernels.ops.frechet import certificate, standard_form
+from mir_kernels.ops.frechet import certificate, log_determinants, standard_form
+from mir_kernels.ops.frechet.band_reduction import RootSums
 from mir_kernels.ops.frechet.cross_factor import cross_factor
 from mir_kernels.ops.frechet.report import TOLERANCE, TraceReport
+from mir_kernels.ops.frechet.standard_form import StandardForm
 from mir_kernels.ops.sqrtm import factor, float64
 
 
@@ -18,9 +20,34 @@ def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float)
 
     The roots of the eigenvalues of C^T A C with C C^T = B where rounding allows it, else the singular values of N.
     """
+    return _trace(a, b, standard_form.reduce(a, b), indefinite)[0]
+
+
+def trace_with_bounds(
+    a: Tensor, b: Tensor, precision: str, indefinite: float
+) -> tuple[TraceReport, list[tuple[Tensor, Tensor] | None]]:
+    """The same, with proved bounds of each where the standard form is large and gives them, to `precision`."""
     form = standard_form.reduce(a, b)
-    totals, errors, solver = standard_form.roots_(form)
-    total = float64.times_power(a.new_tensor(totals), form.exponent)
+    if not form.banded:
+        return _trace(a, b, form, indefinite)[0], [None] * a.shape[0]
+    kept = form.m.clone()
+    found, sums = _trace(a, b, form, indefinite)
+    ends: list[tuple[Tensor, Tensor] | None] = []
+    for i, estimate in enumerate(sums):
+        exponent = form.exponent[i]
+        moved = log_determinants.form_error(a[i], b[i], exponent.item())
+        pair = log_determinants.root_bounds(kept[i], form.d, moved, estimate, TOLERANCE[precision])
+        if pair is None:
+            ends.append(None)
+            continue
+        lower, upper = a.new_tensor(pair)
+        ends.append((certificate.outward(lower, exponent, -1), certificate.outward(upper, exponent, 1)))
+    return found, ends
+
+
+def _trace(a: Tensor, b: Tensor, form: StandardForm, indefinite: float) -> tuple[TraceReport, list[RootSums]]:
+    sums, errors, solver = standard_form.roots_(form)
+    total = float64.times_power(a.new_tensor([one.total for one in sums]), form.exponent)
     error = a.new_tensor(errors)
     path = [f"cholesky+{solver}"] * len(errors)
     direct = [i for i, reached in enumerate(errors) if not reached <= TOLERANCE["float64"]]
@@ -31,7 +58,7 @@ def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float)
         error[direct] = pair.n.shape[-1] * factor.UNIT + pair.relative_rounding(values)
         for i, how in zip(direct, pair.how, strict=True):
             path[i] = how + "+svdvals"
-    return TraceReport(total, error, tuple(path))
+    return TraceReport(total, error, tuple(path)), sums
 
 
 def nuclear_norm(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mir_kernels._native import MISSING, C
 
-__all__ = ["MISSING", "band", "inverse_traces", "standard_form"]
+__all__ = ["MISSING", "band", "inverse_traces", "roundings", "shifted_factors", "standard_form"]
 
 
 def standard_form(a: Tensor, b: Tensor, *, banded: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +30,25 @@ def standard_form(a: Tensor, b: Tensor, *, banded: bool) -> tuple[Tensor, Tensor
         *(workspace.data_ptr(), count, d, rows, stride, threads),
     )
     return m[:, :, :rows], numbers[0], numbers[1]
+
+
+def shifted_factors(m: Tensor, d: int, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the Cholesky factors L of m + s I: their diagonals (n, d), |L|_F (n,), and a bound of | |L| |_2 (n,).
+
+    m: (n, n) float64 as `standard_form` makes it.  shifts: (n,), float64. The norms are NaN where a pivot is lost.
+    """
+    pivots, norms = m.new_empty(shifts.numel(), d), m.new_empty(shifts.numel(), 2)
+    workspace = m.new_empty(C.shifted_factors_workspace(d))
+    C.shifted_factors(
+        *(m.data_ptr(), shifts.data_ptr(), pivots.data_ptr(), norms.data_ptr(), workspace.data_ptr()),
+        *(shifts.numel(), d, m.stride(0), torch.get_num_threads()),
+    )
+    return pivots, norms[:, 0], norms[:, 1]
+
+
+def roundings(d: int) -> int:
+    """How many roundings a term of any entry of `standard_form`, of its factor and of those above passes through."""
+    return C.roundings(d)
 
 
 def band(m: Tensor, d: int) -> Tensor:

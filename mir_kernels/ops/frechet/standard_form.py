@@ -50,8 +50,8 @@ def reduce(a: Tensor, b: Tensor) -> StandardForm:
     return StandardForm(m, d, rounding, exponent + half, banded=False)
 
 
-def roots_(form: StandardForm) -> tuple[list[float], list[float], str]:
-    """The sum of the roots of the eigenvalues of each `form.m`, its relative error, and "eigvalsh" or "band".
+def roots_(form: StandardForm) -> tuple[list[RootSums], list[float], str]:
+    """Sums over the eigenvalues of each `form.m`, the relative error of the first one, and "eigvalsh" or "band".
 
     The error is infinite where C lost a pivot and where A may be indefinite, or m singular, up to rounding. form.m is
     overwritten.
@@ -72,7 +72,7 @@ def roots_(form: StandardForm) -> tuple[list[float], list[float], str]:
         columns = values.clamp(min=0.0).sqrt().sum(-1), inverse, torch.linalg.vector_norm(values, dim=-1)
         sums, quadrature = list(map(RootSums, *(column.tolist() for column in columns))), 0.0
     errors = [relative_error(one, r, d) + quadrature for one, r in zip(sums, rounding, strict=True)]
-    return [one.total for one in sums], errors, "band" if form.banded else "eigvalsh"
+    return sums, errors, "band" if form.banded else "eigvalsh"
 
 
 def relative_error(sums: RootSums, rounding: float, d: int) -> float:

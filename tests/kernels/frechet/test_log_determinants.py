@@ -1,0 +1,121 @@
+"""Bounds from log determinants: against 40 digits, and that they are refused where they do not hold."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+from kernels.covariances import covariance, truth
+from mir_kernels import trace_sqrt_product
+from mir_kernels.ops.frechet import band_reduction, linalg, log_determinants, native, standard_form
+from mir_kernels.ops.frechet.report import TOLERANCE
+
+pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"{native.MISSING}")
+D = 48
+
+
+@pytest.fixture(autouse=True)
+def banded(monkeypatch):
+    """The path of large matrices for small ones."""
+    monkeypatch.setattr(standard_form, "_BANDED", 1)
+
+
+def exactly(a: torch.Tensor, b: torch.Tensor) -> mpmath.mpf:
+    """Tr((AB)^(1/2)) to 40 digits."""
+    with mpmath.workdps(40):
+        x, y = (mpmath.matrix(m.tolist()) for m in (a, b))
+        c = mpmath.cholesky(y)
+        values = mpmath.eigsy(c.T * x * c, eigvals_only=True)
+        return sum(mpmath.sqrt(v) for v in values)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("kind", ["flat", "i^-0.5", "i^-1", "i^-1.5"])
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e140])
+def test_the_bounds_hold_the_truth_and_are_as_close_as_was_asked(kind, precision, scale):
+    a, b = covariance(kind, D, 0) * scale, covariance("i^-1", D, 1)
+    _, ((lower, upper),) = linalg.trace_with_bounds(a[None], b[None], precision, 1e-6)
+    expected = exactly(a, b)
+    assert float(lower) <= expected <= float(upper)
+    assert float(upper) - float(lower) <= TOLERANCE[precision] * float(upper) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("d", [1, 2, 11, 47, 97])
+def test_they_hold_at_every_size(d):
+    a, b = covariance("i^-1", d, 0), covariance("flat", d, 1)
+    _, (ends,) = linalg.trace_with_bounds(a[None], b[None], "float64", 1e-6)
+    assert ends is not None
+    assert float(ends[0]) <= exactly(a, b) <= float(ends[1])
+
+
+def test_they_hold_for_perturbations_as_large_as_were_announced():
+    """At the edge of what `moved` allows, with all of it in the directions that move the roots most."""
+    values = torch.diag(torch.logspace(0, -6, D, dtype=torch.float64))[None]
+    m = native.standard_form(values, torch.eye(D, dtype=torch.float64)[None], banded=True)[0][0]
+    values = m.diagonal()[:D].clone()
+    sums = band_reduction.root_sums_(m.clone(), D)
+    inverse = (1 / values).sum()
+    for share in (0.01, 0.1, 0.4):
+        moved = share / (4 * inverse.item())
+        ends = log_determinants.root_bounds(m, D, moved, sums, 1e-3)
+        assert ends is not None
+        for sign in (-1, 1):
+            there = (values + sign * moved * values.rsqrt() / inverse.sqrt()).sqrt().sum().item()
+            assert ends[0] <= there <= ends[1]
+    assert log_determinants.root_bounds(m, D, 1 / (2 * inverse.item()), sums, 1e-3) is None
+
+
+def test_wrong_estimates_give_wide_bounds_or_none_but_no_wrong_ones():
+    a, b = covariance("i^-1", D, 0), covariance("i^-1", D, 1)
+    form = standard_form.reduce(a[None], b[None])
+    sums = band_reduction.root_sums_(form.m[0].clone(), D)
+    expected = float(exactly(a, b)) / 2.0 ** form.exponent.item()
+    moved = log_determinants.form_error(a, b, form.exponent.item())
+    proved = 0
+    for total in (0.1, 1.0, 10.0):
+        for inverse in (1e-3, 0.1, 1.0, 10.0, 1e3):
+            wrong = sums._replace(total=sums.total * total, inverse=sums.inverse * inverse)
+            ends = log_determinants.root_bounds(form.m[0], D, moved, wrong, 1e-3)
+            proved += ends is not None
+            assert ends is None or ends[0] <= expected <= ends[1]
+    assert proved >= 6
+    for field in sums._fields:
+        assert log_determinants.root_bounds(form.m[0], D, moved, sums._replace(**{field: math.nan}), 1e-3) is None or (
+            field == "norm"
+        )
+
+
+@pytest.mark.parametrize("kind", ["rank d/4", "one direction 1e6", "i^-3"])
+def test_what_is_too_close_to_singular_is_left_to_the_certificate(kind):
+    a, b = covariance(kind, D, 0), covariance("i^-1", D, 1)
+    found, ends = linalg.trace_with_bounds(a[None], b[None], "float64", 1e-6)
+    bounded = trace_sqrt_product(a, b, precision="float64", bounds=True)
+    assert bounded.lower <= truth(a, b) <= bounded.upper
+    assert bounded.lower <= bounded.value <= bounded.upper
+    if kind == "rank d/4":
+        assert ends == [None]
+
+
+def test_a_batch_is_bounded_one_by_one_whichever_way_each_goes():
+    a = torch.stack([covariance(kind, D, 0) for kind in ("i^-1", "rank d/4", "flat")])
+    b = torch.stack([covariance("i^-1", D, s) for s in range(3)])
+    together = trace_sqrt_product(a, b, bounds=True)
+    for i in range(3):
+        alone = trace_sqrt_product(a[i], b[i], bounds=True)
+        assert (together.lower[i], together.upper[i]) == (alone.lower, alone.upper)
+
+
+@pytest.mark.parametrize("d", [1, 12, 95, 97, 200, 300])
+def test_pivots_and_norms_are_those_of_the_factors_of_the_shifted_matrix(d):
+    m = covariance("i^-1", d, 0)
+    padded = torch.zeros(-(-d // 48) * 48, -(-d // 48) * 48, dtype=torch.float64)
+    padded[:d, :d] = m
+    shifts = torch.tensor([0.0, 1e-3, 10.0], dtype=torch.float64)
+    pivots, size, spectral = native.shifted_factors(padded, d, shifts)
+    for i, s in enumerate(shifts.tolist()):
+        lower = torch.linalg.cholesky(m + s * torch.eye(d, dtype=torch.float64))
+        assert torch.allclose(pivots[i], lower.diagonal(), rtol=1e-9)
+        assert size[i].item() == pytest.approx(lower.norm().item(), rel=1e-9)
+        assert spectral[i] * (1 + 1e-9) >= torch.linalg.matrix_norm(lower.abs(), 2)
+    assert not native.shifted_factors(padded, d, shifts - 20)[1].isfinite().any()
