@@ -56,7 +56,7 @@ def test_they_hold_for_perturbations_as_large_as_were_announced():
     values = m.diagonal()[:D].clone()
     sums = band_reduction.root_sums_(m.clone(), D)
     inverse = (1 / values).sum()
-    for share in (0.01, 0.1, 0.4):
+    for share in (0.01, 0.1, 0.25):
         moved = share / (4 * inverse.item())
         ends = log_determinants.root_bounds(m, D, moved, sums, 1e-3)
         assert ends is not None
@@ -89,7 +89,7 @@ def test_wrong_estimates_give_wide_bounds_or_none_but_no_wrong_ones():
 @pytest.mark.parametrize("kind", ["rank d/4", "one direction 1e6", "i^-3"])
 def test_what_is_too_close_to_singular_is_left_to_the_certificate(kind):
     a, b = covariance(kind, D, 0), covariance("i^-1", D, 1)
-    found, ends = linalg.trace_with_bounds(a[None], b[None], "float64", 1e-6)
+    _, ends = linalg.trace_with_bounds(a[None], b[None], "float64", 1e-6)
     bounded = trace_sqrt_product(a, b, precision="float64", bounds=True)
     assert bounded.lower <= truth(a, b) <= bounded.upper
     assert bounded.lower <= bounded.value <= bounded.upper
