@@ -2,12 +2,15 @@
 
     python benchmarks/stream_memory.py                          # 32 layers, d 4096, 100 samples: twenty minutes
     python benchmarks/stream_memory.py --layers 2 --hidden 512 --samples 20 --out FILE  # seconds
+    python benchmarks/stream_memory.py --device cuda --out FILE
 
 Synthetic hidden states (those of bench_mir.py) of one sample at a time, all layers, as a forward pass leaves them. The
-peak is what the process holds beyond what it held before the first sample, read from the kernel once after the last
-sample and once after `compute()`; the parts are counted from the tensors. All but one sample's states is the same for
-every layer, so that the accumulators of the 5 groups that `mir compute` deals samples into by default, for the standard
-error, are measured with an eighth of the layers. Each case runs in a process of its own.
+peak is what the process holds beyond what it held before the first sample, read from the kernel (of a GPU, from torch)
+once after the last sample and once after `compute()`; the parts are counted from the tensors. All but one sample's
+states is the same for every layer, so that the accumulators of the 5 groups that `mir compute` deals samples into by
+default, for the standard error, are measured with an eighth of the layers. Finished groups' accumulators leave a GPU
+for the host. On a CPU they stay; to count what would be on a GPU at once, a further case moves them all the same, from
+the CPU to another place on it. Each case runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,41 +22,51 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import harness
 import recipes
 from modality_integration import ModalityIntegrationRate
+from modality_integration.metric.host_memory import HostMemory
 
 TRIANGLES = "accumulators: means and triangles, float64"
 GATHERED = "rows gathered for the next product"
+AT_ONCE, PUT_AWAY = "accumulators on the device, at most at once", "put into the host's memory"
 STREAMING, COMPUTING = "peak while streaming", "peak in compute()"
 GROUPS = 5  # the default of `mir compute`
 COLUMNS = ("case", "part", "mb", *harness.ENVIRONMENT)
 
 
-def measure(flags: argparse.Namespace, layers: int, groups: int) -> dict[str, float]:
-    """MB by part; see the module."""
-    states = recipes.HiddenStates(layers, flags.hidden, flags.vision, flags.text)
-    _warm_up()
-    before = _rss_mb()
+def measure(flags: argparse.Namespace, layers: int, groups: int, moving: bool) -> dict[str, float]:
+    """MB by part; see the module. moving: finished groups' accumulators, from a CPU too."""
+    states, memory = recipes.HiddenStates(layers, flags.hidden, flags.vision, flags.text), _Memory(flags.device)
+    _warm_up(memory)
+    before = memory.now()
     began = time.monotonic()
-    metric = ModalityIntegrationRate(groups=groups)
+    metric = ModalityIntegrationRate(groups=groups, samples=flags.samples)
+    if moving:
+        metric._host = HostMemory(of=("cpu", "cuda"))
+    at_once = 0.0
     for number in range(1, flags.samples + 1):
-        sample = states.sample()
+        sample = [layer.to(flags.device) for layer in states.sample()]
         sample_bytes = sum(layer.nbytes for layer in sample)
         metric.update([layer[None] for layer in sample], states.vision[None], states.text[None])
         del sample
+        at_once = max(at_once, _parts(metric)[TRIANGLES])
         if number % 10 == 0:
-            print(f"{number} samples, {time.monotonic() - began:.0f} s, {_rss_mb() - before:.0f} MB", flush=True)
-    streaming = _peak_mb() - before
+            print(f"{number} samples, {time.monotonic() - began:.0f} s, {memory.now() - before:.0f} MB", flush=True)
+    streaming = memory.peak() - before
     parts = _parts(metric) | {"one sample's hidden states, all layers": sample_bytes / 1e6}
     parts["rest: copies of a layer's rows, products"] = streaming - sum(parts.values())
-    _start_peak_over()
-    resting = _rss_mb() - before
+    memory.start_peak_over()
+    resting = memory.now() - before
     result = metric.compute()
-    computing = _peak_mb() - before
+    computing = memory.peak() - before
     print(f"{result}\n{time.monotonic() - began:.0f} s in all")
     features = layers * flags.samples * (flags.vision + flags.text) * flags.hidden
     return parts | {
+        AT_ONCE: at_once,
+        PUT_AWAY: sum(layer.moments.away_bytes for layer in metric._layers) / 1e6,
         STREAMING: streaming,
         "held between two samples": resting,
         COMPUTING: computing,
@@ -66,7 +79,7 @@ def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
     """Buffers as they are allocated; the public state has only what is in them."""
     triangles = gathered = norms = 0
     for layer in metric._layers:
-        for moments in layer.moments.values():
+        for moments in layer.moments.here:
             waiting = 0 if moments._pending is None else moments._pending.nbytes
             gathered += waiting
             triangles += moments.memory_bytes - waiting
@@ -80,31 +93,38 @@ def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
     }
 
 
-def _warm_up() -> None:
+class _Memory:
+    """MB of this process, or of a GPU's tensors: now, and at most since the peak was started over."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def now(self) -> float:
+        return _status_mb("VmRSS") if self.device == "cpu" else torch.cuda.memory_allocated() / 1e6
+
+    def peak(self) -> float:
+        return _status_mb("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated() / 1e6
+
+    def start_peak_over(self) -> None:
+        if self.device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _warm_up(memory: _Memory) -> None:
     """What a process allocates once, for BLAS, LAPACK and the kernels, is no part of the stream."""
     states = recipes.HiddenStates(1, 64, 80, 80)
     metric = ModalityIntegrationRate(hold=2)
     for _ in range(2):
-        metric.update(states.sample(), states.vision, states.text)
+        metric.update([layer.to(memory.device) for layer in states.sample()], states.vision, states.text)
     metric.compute()
-    _start_peak_over()
+    memory.start_peak_over()
 
 
-def _alone(flags: argparse.Namespace, layers: int, groups: int) -> dict[str, float]:
+def _alone(flags: argparse.Namespace, layers: int, groups: int, moving: bool) -> dict[str, float]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (flags, layers, groups))
-
-
-def _start_peak_over() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mb() -> float:
-    return _status_mb("VmHWM")
-
-
-def _rss_mb() -> float:
-    return _status_mb("VmRSS")
+        return pool.apply(measure, (flags, layers, groups, moving))
 
 
 def _status_mb(field: str) -> float:
@@ -119,15 +139,20 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--vision", type=int, default=576, help="vision tokens a sample")
     parser.add_argument("--text", type=int, default=80, help="text tokens a sample")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=harness.DATA / "stream_memory.csv", help="CSV to write")
     flags = parser.parse_args()
-    if not Path("/proc/self/clear_refs").exists():
+    if flags.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         sys.exit("stream_memory: reads the peak from /proc, which only Linux has")
-    parts = _alone(flags, flags.layers, 0)
+    parts = _alone(flags, flags.layers, 0, False)
+    parts = {part: mb for part, mb in parts.items() if part not in (AT_ONCE, PUT_AWAY)}
     fewer = max(1, flags.layers // 8)
-    grouped = _alone(flags, fewer, GROUPS)
-    said = f"groups={GROUPS}, {fewer} layer{'s' * (fewer > 1)}: "
-    parts |= {f"{said}{part}": grouped[part] for part in (TRIANGLES, GATHERED, STREAMING, COMPUTING)}
+    said = f"groups={GROUPS}, {fewer} layer{'s' * (fewer > 1)}"
+    stays = _alone(flags, fewer, GROUPS, False) if flags.device == "cpu" else {}
+    parts |= {f"{said}, on a CPU: {part}": stays[part] for part in (TRIANGLES, GATHERED, STREAMING, COMPUTING) if stays}
+    moves = _alone(flags, fewer, GROUPS, True)
+    counted = (AT_ONCE, PUT_AWAY) if flags.device == "cpu" else (AT_ONCE, PUT_AWAY, STREAMING, COMPUTING)
+    parts |= {f"{said}, moving: {part}": moves[part] for part in counted}
     case = (
         f"{flags.layers} layers, d {flags.hidden}, {flags.samples} x ({flags.vision} vision + {flags.text} text), bf16"
     )
@@ -136,7 +161,7 @@ def main() -> None:
         writer.writerow(COLUMNS)
         for part, mb in parts.items():
             print(f"{part:<70}{mb:>10.0f} MB")
-            writer.writerow((case, part, f"{mb:.1f}", *harness.environment()))
+            writer.writerow((case, part, f"{mb:.1f}", *harness.environment(flags.device)))
 
 
 if __name__ == "__main__":

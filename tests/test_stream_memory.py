@@ -28,8 +28,11 @@ def test_parts_are_those_of_the_shape_and_make_up_the_peak(tmp_path):
     triangle = 8 * (entries(d) + 3 * d) / 1e6
     assert parts["accumulators: means and triangles, float64"] == pytest.approx(2 * layers * triangle, abs=0.06)
     assert parts["rows held back"] == pytest.approx(2 * layers * 2048 * d * 2 / 1e6, abs=0.06)
-    grouped = "groups=5, 1 layer: "
-    assert parts[f"{grouped}accumulators: means and triangles, float64"] == pytest.approx(2 * 5 * triangle, abs=0.12)
+    stays, moves = "groups=5, 1 layer, on a CPU: ", "groups=5, 1 layer, moving: "
+    # The text of the last group is all held back.
+    assert parts[f"{stays}accumulators: means and triangles, float64"] == pytest.approx(2 * 5 * triangle, abs=0.12)
+    assert parts[f"{moves}accumulators on the device, at most at once"] == pytest.approx(2 * triangle, abs=0.06)
+    assert parts[f"{moves}put into the host's memory"] > 2 * 3 * triangle
     # One block of a layer in float, packed, and what the allocator keeps: all features would not fit in.
     assert -1 < parts["rest: copies of a layer's rows, products"] < 45 < features
     assert parts["peak while streaming"] <= parts["peak in compute()"] < parts["peak while streaming"] + 150

@@ -181,7 +181,7 @@ class StreamingMoments:
 
         The tensors are the state's own where they can be; copy them to keep them through further updates.
         """
-        kept = int(self._filled)
+        kept = self._bound if self._whole else int(self._filled)  # where it is known, nothing waits for the device
         pending = torch.empty(0, self.hidden_size) if self._pending is None else self._pending[:kept]
         return {
             "version": torch.tensor(VERSION),

@@ -17,14 +17,14 @@ from rich.console import Console
 
 from modality_integration.app.checkpoint import Checkpoint, Due, Passage
 from modality_integration.app.console import progress_bar, show_notes, show_result
-from modality_integration.app.devices import pick_device, scarce_memory
+from modality_integration.app.devices import check_memory, count_peaks_anew, pick_device
 from modality_integration.app.errors import Interrupted, require_folder
 from modality_integration.app.interrupts import DeferredSignals
 from modality_integration.app.loading import Loaded, load_chosen
 from modality_integration.app.options import ComputeOptions
 from modality_integration.app.processes import agreed, processes
 from modality_integration.app.report import write_result
-from modality_integration.app.samples import Sample, choose
+from modality_integration.app.samples import Sample, choose, in_random_order
 from modality_integration.app.settings import deciding_arguments, settings_of
 from modality_integration.app.stream import finish, stream
 from modality_integration.metric.files import write_json
@@ -42,9 +42,11 @@ def run(options: ComputeOptions, console: Console) -> MIRResult:
     with processes(device) as (rank, world):
         console.quiet = console.quiet or rank > 0
         require_folder(options.out)
-        metric = options.metric().to(device)
+        options.metric()  # refuses before anything is read
         chosen = choose(options, console)
-        arguments = deciding_arguments(options, chosen.samples, device, world)
+        samples = in_random_order(chosen.samples) if options.in_order else chosen.samples
+        metric = options.metric(len(samples)).to(device)
+        arguments = deciding_arguments(options, samples, device, world)
         checkpoint = Checkpoint(options.out / "checkpoint", arguments, rank)
         if options.restart:
             checkpoint.clear()
@@ -52,10 +54,9 @@ def run(options: ComputeOptions, console: Console) -> MIRResult:
 
         began = time.monotonic()
         loaded = load_chosen(options, options.prompt, device, console)
-        if memory := scarce_memory(loaded.model, options.groups, device):
-            console.print(f"[yellow]note[/] {memory}", highlight=False)
+        count_peaks_anew()
         options.out.mkdir(parents=True, exist_ok=True)
-        mine = chosen.samples[rank::world]
+        mine = samples[rank::world]
         if passage.done:
             checkpoint.load(metric)
             console.print(f"going on after {passage.done} of {len(mine)} samples", highlight=False)
@@ -110,6 +111,8 @@ def _stream_pass(
 
         def after_sample(count: int) -> None:
             bar.update(task, completed=count)
+            if passage.number == 1 and count == passage.done + 1:  # by now it is known what a sample takes
+                show_notes(check_memory(metric, len(samples)), console)
             if stop.signal or due(count):
                 with due.writing():
                     checkpoint.save(metric, Passage(passage.number, count))

@@ -30,10 +30,17 @@ def show_notes(notes: Iterable[str], console: Console) -> None:
         console.print(f"[yellow]note[/] {note}", highlight=False)
 
 
+def proved(result: MIRResult) -> str:
+    """The proved interval of a result that has one."""
+    return f"proved: {result.lower:.6f} to {result.upper:.6f}"
+
+
 def show_result(result: MIRResult, out: Path, console: Console) -> None:
     """The layers, the notes, and the value with what is known of it."""
     console.print(result.table())
     show_notes(result.notes, console)
-    interval = "" if result.lower is None else f"   (proved: {result.lower:.6f} to {result.upper:.6f})"
-    console.print(f"[bold]MIR {with_error(result.value, result.error)}[/]{interval}", highlight=False)
+    of_what = "" if result.error is None else "   (standard error over the choice of samples)"
+    console.print(f"[bold]MIR {with_error(result.value, result.error)}[/]{of_what}", highlight=False)
+    if result.lower is not None:
+        console.print(f"{proved(result)}   (of the arithmetic, not of the choice of samples)", highlight=False)
     console.print(f"wrote mir.json and layers.png in {out}", highlight=False)

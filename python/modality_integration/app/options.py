@@ -26,7 +26,9 @@ TextRole = Literal["after", "all"]
 StudyName = Literal["samples", "normalization", "content", "template", "layers"]
 
 Normalize = Annotated[bool, Option(help="Scale each layer by its mean text norm (Eq. 2).")]
-Bounds = Annotated[bool, Option(help="Prove an interval around the value.")]
+Bounds = Annotated[
+    bool, Option(help="Also prove an interval around the value: of the arithmetic, not of the choice of samples.")
+]
 SinksOption = Annotated[
     Sinks,
     Option(
@@ -110,9 +112,14 @@ class MeasureOptions:
         Literal["remove", "none"], Option(help="Tokens beyond 3 sigma in norm: remove (as the paper), or none.")
     ] = "remove"
     normalize: Normalize = True
-    bounds: Bounds = True
+    bounds: Bounds = False
     groups: Annotated[
-        int, Option(min=0, help="Of samples, for a standard error; memory for covariances times this. 0: no error.")
+        int,
+        Option(
+            min=0,
+            help="Of samples, for a standard error; main memory for covariances times this, a GPU's as of one. 0: no "
+            "error.",
+        ),
     ] = 5
     precision: Annotated[
         Literal["auto", "exact"],
@@ -120,12 +127,12 @@ class MeasureOptions:
     ] = "auto"
     sinks: SinksOption = "report"
 
-    def metric(self) -> ModalityIntegrationRate:
-        """A fresh one; InputError for options that cannot be."""
+    def metric(self, samples: int | None = None) -> ModalityIntegrationRate:
+        """A fresh one; InputError for options that cannot be. samples: how many will come, in random order."""
         from modality_integration.metric.streaming import ModalityIntegrationRate
 
         with refusals("options"):
-            return ModalityIntegrationRate(**part(self, MeasureOptions))
+            return ModalityIntegrationRate(**part(self, MeasureOptions), samples=samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +169,7 @@ class StatesOptions:
         Option(help="Tokens beyond 3 sigma: remove (paper), median (published code), none."),
     ] = "remove"
     normalize: Normalize = True
-    bounds: Bounds = True
+    bounds: Bounds = False
     groups: Annotated[
         int, Option(min=0, help="Of samples, for a standard error (a row of a batch is one). 0: no error.")
     ] = 0
@@ -185,6 +192,7 @@ class DemoOptions:
         Option(help="A folder with another causal language model of transformers, in place of SmolLM2-135M."),
     ] = None
     moca: Annotated[bool, Option("--moca", help="Train with MoCa in the decoder.")] = False
+    bounds: Bounds = False
     learning_rate: float = 2e-3
 
 

@@ -121,6 +121,14 @@ def pair(images: Sequence[Path | Image.Image], texts: Sequence[Text], count: int
     return [Sample(image, text) for image, text in zip(left, right, strict=True)]
 
 
+def in_random_order(samples: Sequence[Sample]) -> list[Sample]:
+    """The same samples in an order that is random, and the same every time.
+
+    Groups of samples for the standard error are blocks of them, and files in order may be sorted by what is in them.
+    """
+    return random.Random("order of the pass").sample(list(samples), len(samples))
+
+
 def image_files(path: Path) -> list[Path]:
     """Files below `path` that look like images, sorted: an extension that Pillow reads, or none; hidden ones not."""
     if path.is_file():

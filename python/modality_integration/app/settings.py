@@ -32,6 +32,7 @@ def deciding_arguments(
         "in_order": options.in_order,
         "device": device.type,
         "processes": processes,
+        "dealt": "in blocks" if options.groups else None,  # into groups; the same samples in turn are other groups
         "model_files": _model_digest(options.model),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "chosen_samples": _digest(samples),

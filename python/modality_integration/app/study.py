@@ -38,7 +38,7 @@ from modality_integration.app.options import (
     part,
 )
 from modality_integration.app.processes import world_size
-from modality_integration.app.samples import Sample, choose
+from modality_integration.app.samples import Sample, choose, in_random_order
 from modality_integration.app.stream import finish, stream
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.result import MIRResult
@@ -59,9 +59,9 @@ class Subject(MeasureOptions, TokenOptions):
     processor: Any
     bounds: bool = False
 
-    def fresh_metric(self) -> ModalityIntegrationRate:
-        """One on the model's device."""
-        return self.metric().to(next(self.model.parameters()).device)
+    def fresh_metric(self, samples: int | None = None) -> ModalityIntegrationRate:
+        """One on the model's device. samples: how many will come, None if it is to give results before the last."""
+        return self.metric(samples).to(next(self.model.parameters()).device)
 
     def feed(self, metric: ModalityIntegrationRate, samples: Sequence[Sample], start: int, advance: Advance) -> None:
         """Count `samples[start:]`; advance(1) after each."""
@@ -77,7 +77,7 @@ class Subject(MeasureOptions, TokenOptions):
 
     def measure(self, samples: Sequence[Sample], advance: Advance) -> MIRResult:
         """MIR over `samples`."""
-        metric = self.fresh_metric()
+        metric = self.fresh_metric(len(samples))
         self.feed(metric, samples, 0, advance)
         return finish(metric)
 
@@ -234,7 +234,9 @@ def _cells(name: str, options: ComputeOptions, console: Console, mark: str = "")
     cells = {}
     for image, text in product(images, texts):
         chosen = choose(replace(options, images=image, text=text), console)
-        cells[image.name, text.name + mark] = chosen.samples
+        in_blocks = name != "samples"  # which has results, with errors of all groups, before the last sample
+        samples = in_random_order(chosen.samples) if options.in_order and in_blocks else chosen.samples
+        cells[image.name, text.name + mark] = samples
         show_notes((f"{image.name} with {text.name}: {note}" for note in chosen.notes), console)
     return cells
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,6 +12,8 @@ from mir_kernels import StreamingMoments, _checks
 from mir_kernels.ops.moments.packed import entries
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.distance import FeatureMoments, GaussianPair, TokenMoments
+from modality_integration.metric.group_moments import GroupMoments, Slot, prefix_of, slots
+from modality_integration.metric.host_memory import HostMemory
 from modality_integration.metric.layer import CountedTokens, LayerResult, layer_results
 from modality_integration.metric.options import MetricOptions, Precision
 from modality_integration.metric.outliers import KEEP_ALL, Decision, Limits
@@ -23,15 +24,16 @@ from modality_integration.metric.tokens import alpha_of, require_tokens, sent, s
 # a covariance short of rank is never formed: its root is taken from the features instead.
 HOLD = 2048
 
-Slot = tuple[str, int]  # a modality and a group of samples
-
 
 class LayerAccumulator:
     """Both modalities of layer `layer` (1..K): `push` rows as they come, `result` at any time.
 
-    Holds an accumulator a modality and group of samples (a triangle of d^2 float64 numbers each; one group without
+    Holds an accumulator a modality and group of samples (a triangle of d^2 / 2 float64 numbers each; one group without
     `options.groups`), made when the first rows are released, and at most `hold` rows a modality. limits: the outlier
     limits of a first pass over the same tokens, by modality.
+
+    host: where the accumulators of finished groups are put, if groups come one after the other (`options.samples`) and
+    it is for this device. Rows of theirs that come out of the held ones later, at most `hold` a group, wait with them.
 
     Attention sinks are kept apart, `hold` rows a modality at most, so that the distance without them is known as well;
     with `options.sinks` "leave out" no row of them is kept.
@@ -45,10 +47,11 @@ class LayerAccumulator:
         device: torch.device,
         options: MetricOptions,
         limits: Mapping[str, Limits] | None = None,
+        host: HostMemory | None = None,
     ) -> None:
         self.layer, self.hidden_size, self.dtype, self.device = layer, hidden_size, dtype, device
-        self.options = options
-        hold = max(options.hold or HOLD, hidden_size + 1)
+        self.options, self._host = options, host
+        self.hold = hold = max(options.hold or HOLD, hidden_size + 1)
         everything = KEEP_ALL if options.outliers == "none" else None
         self.tokens = {
             m: ModalityTokens(
@@ -60,7 +63,7 @@ class LayerAccumulator:
             )
             for m in MODALITIES
         }
-        self.moments: dict[Slot, StreamingMoments] = {}
+        self.moments = self.accumulators(options.precision, host)
         # Sums, by group, without the sinks'.
         self.text_norms = torch.zeros(max(options.groups, 1), dtype=torch.float64, device=device)
 
@@ -73,6 +76,11 @@ class LayerAccumulator:
     def held_bytes(self) -> int:
         """Memory allocated for the rows held back."""
         return sum(self.tokens[m].held_bytes for m in MODALITIES)
+
+    @property
+    def moves(self) -> bool:
+        """Whether finished groups' accumulators are put into host memory."""
+        return self._in_blocks and self.moments.moves
 
     @property
     def keeps_all(self) -> bool:
@@ -100,9 +108,12 @@ class LayerAccumulator:
                 added[group] = sum_of_norms(part)
             self.text_norms = self.text_norms + added
         released = self.tokens[modality].others.push(rows, norms, groups)
+        oldest, newest = self._turn_to(modality, groups)
         if released is not None:
             for group, part in _by_group(released.rows, released.groups):
-                self._slot((modality, group)).update(part)
+                self.moments.update((modality, group), part)
+                if oldest <= group < newest:  # a batch of several groups: one of them at a time
+                    self.moments.put_away((modality, group))
 
     def result(self) -> LayerResult:
         """The distance over all that was pushed; the tokens stay as they are."""
@@ -157,16 +168,20 @@ class LayerAccumulator:
         return sums
 
     def pair(
-        self, decisions: Mapping[str, Decision], moments: Mapping[Slot, StreamingMoments], text_norms: Tensor
+        self,
+        decisions: Mapping[str, Decision],
+        moments: GroupMoments,
+        text_norms: Tensor,
+        without: int | None = None,
     ) -> GaussianPair:
         """Each modality's held rows as decided, with what `moments` have seen; those stay as they are.
 
-        text_norms: the sum of the norms of all text tokens, for alpha.
+        text_norms: the sum of the norms of all text tokens, for alpha. without: a group that is left out.
         """
         alpha = 1.0
         if self.options.normalize:
             alpha = alpha_of(text_norms, decisions["text"].kept + decisions["text"].removed, self.layer)
-        vision, text = (self._token_moments(m, decisions[m], moments) for m in MODALITIES)
+        vision, text = (self._token_moments(m, decisions[m], moments, without) for m in MODALITIES)
         return GaussianPair(self.layer, vision, text, alpha)
 
     def merge(self, other: LayerAccumulator) -> None:
@@ -174,12 +189,13 @@ class LayerAccumulator:
         self.text_norms = self.text_norms + other.text_norms
         for modality in MODALITIES:
             self.tokens[modality].merge(other.tokens[modality])
-        for slot, moments in other.moments.items():
-            self._slot(slot).merge(moments)
+        for slot in other.moments.slots():
+            self.moments.merge(slot, other.moments.on_device(slot))
+            self._finish_older(slot)
 
     def to(self, device: torch.device) -> None:
         """Move rows and accumulators. Where that fails, nothing has changed."""
-        moved = LayerAccumulator(self.layer, self.hidden_size, self.dtype, device, self.options)
+        moved = LayerAccumulator(self.layer, self.hidden_size, self.dtype, device, self.options, host=self._host)
         moved.load_state_dict(self.state_dict())
         vars(self).update(vars(moved))
 
@@ -190,8 +206,8 @@ class LayerAccumulator:
         state = {"text_norms": self.text_norms}
         for modality in MODALITIES:
             state |= {f"{modality}.{key}": value for key, value in self.tokens[modality].state_dict().items()}
-        for slot, moments in sorted(self.moments.items(), key=_order):
-            state |= {f"{prefix_of(slot)}{key}": value for key, value in moments.state_dict().items()}
+        for slot in self.moments.slots():
+            state |= {f"{prefix_of(slot)}{key}": value for key, value in self.moments.state(slot).items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -200,7 +216,7 @@ class LayerAccumulator:
         ValueError or TypeError that names the entry where something does not fit: half of it may then be taken over.
         """
         self._check_state(state)
-        self.moments = {}
+        self.moments = self.accumulators(self.options.precision, self._host)
         self.text_norms = state["text_norms"].to(self.device, copy=True)
         for modality in MODALITIES:
             part = _below(f"{modality}.", state)
@@ -211,17 +227,42 @@ class LayerAccumulator:
             moments = _below(prefix_of(slot), state)
             if moments:
                 with _named(prefix_of(slot)):
-                    self._slot(slot).load_state_dict(moments)
+                    self.moments.load(slot, moments)
             counted, released = (
-                self.moments[slot].count if moments else 0,
+                self.moments.on_device(slot).count if moments else 0,
                 self.tokens[slot[0]].others.released(slot[1]),
             )
             if counted != released:
                 raise ValueError(f"{prefix_of(slot)}count: takes the {released} tokens released so far, got {counted}")
+            self._finish_older(slot)
 
     def accumulator(self, precision: Precision) -> StreamingMoments:
         """A fresh one for any slot."""
         return StreamingMoments(self.hidden_size, device=self.device, precision=precision, backend=self.options.backend)
+
+    def accumulators(self, precision: Precision, host: HostMemory | None) -> GroupMoments:
+        """A fresh set, of none yet."""
+        return GroupMoments(self.hidden_size, self.device, precision, self.options.backend, host)
+
+    def _turn_to(self, modality: str, groups: Tensor) -> tuple[int, int]:
+        """The first and the last group of rows that came; of those before the first no more will come."""
+        if len(groups) == 0 or not self._in_blocks:
+            return 0, 0
+        oldest, newest = int(groups.min()), int(groups.max())
+        for group in range(oldest):
+            self.moments.put_away((modality, group))
+        for group in range(oldest, newest + 1):
+            self.moments.take_back((modality, group))
+        return oldest, newest
+
+    @property
+    def _in_blocks(self) -> bool:
+        return self.options.samples is not None and self.options.groups > 0
+
+    def _finish_older(self, slot: Slot) -> None:
+        """Put away a group's accumulator that tokens of a later group have come after."""
+        if self._in_blocks and slot[1] < max(self.tokens[slot[0]].groups, default=0):
+            self.moments.put_away(slot)
 
     def _check_state(self, state: dict[str, Tensor]) -> None:
         prefixes = tuple(prefix_of(slot) for slot in slots(self.options))
@@ -285,22 +326,17 @@ class LayerAccumulator:
         ]
         return self.pair(decisions, self.moments, text_norms), True, notes
 
-    def _slot(self, slot: Slot) -> StreamingMoments:
-        if slot not in self.moments:
-            self.moments[slot] = self.accumulator(self.options.precision)
-        return self.moments[slot]
-
     def _token_moments(
-        self, modality: str, decision: Decision, moments: Mapping[Slot, StreamingMoments]
+        self, modality: str, decision: Decision, moments: GroupMoments, without: int | None
     ) -> TokenMoments:
         rows = decision.rows.to(self.device)
-        parts = [part for (m, _), part in sorted(moments.items(), key=_order) if m == modality]
+        parts = [slot for slot in moments.slots() if slot[0] == modality and slot[1] != without]
         if not parts:
             return FeatureMoments(rows)
         counted = self.accumulator("exact")
-        counted.load_state_dict(parts[0].state_dict())
-        for part in parts[1:]:
-            counted.merge(part)
+        counted.load_state_dict(moments.state(parts[0]))
+        for slot in parts[1:]:
+            counted.merge(moments.on_device(slot))
         counted.update(rows)
         # Float64 features are accumulated in float64 in every precision but "fast".
         precision = self.options.precision
@@ -318,11 +354,11 @@ class WithoutGroup:
     def __init__(self, accumulator: LayerAccumulator, groups: list[int]) -> None:
         self.groups, self._all = groups, accumulator
         self._text_norms = accumulator.text_norm_sums(accumulator.options.counts_sinks)
-        self._settled: dict[Slot, StreamingMoments] = {}
-        for slot, moments in accumulator.moments.items():
-            self._settled[slot] = accumulator.accumulator("exact")
-            self._settled[slot].load_state_dict(moments.state_dict())
-            _ = self._settled[slot].mean  # folds the gathered rows in, once for all that follows
+        self._settled = accumulator.accumulators("exact", accumulator.moments.another_host())
+        for slot in accumulator.moments.slots():
+            self._settled.load(slot, accumulator.moments.state(slot))
+            _ = self._settled.on_device(slot).mean  # folds the gathered rows in, once for all that follows
+            self._settled.put_away(slot)  # where there is room for all of them, if not here
 
     def pair(self, group: int) -> GaussianPair | None:
         """Without `group`; None where that leaves less than two tokens of a modality."""
@@ -332,17 +368,7 @@ class WithoutGroup:
         if any(decision.kept < 2 for decision in decisions.values()):
             return None
         norms = torch.stack([norm for other, norm in enumerate(self._text_norms) if other != group]).sum()
-        return self._all.pair(decisions, {slot: m for slot, m in self._settled.items() if slot[1] != group}, norms)
-
-
-def slots(options: MetricOptions) -> list[Slot]:
-    """Every accumulator that a layer may have."""
-    return list(product(MODALITIES, range(max(options.groups, 1))))
-
-
-def prefix_of(slot: Slot) -> str:
-    """What the keys of an accumulator begin with in a layer's state."""
-    return f"{slot[0]}.moments.{slot[1]}."
+        return self._all.pair(decisions, self._settled, norms, without=group)
 
 
 @contextlib.contextmanager
@@ -356,10 +382,6 @@ def _named(name: str) -> Iterator[None]:
 
 def _tokens(count: int) -> str:
     return f"{count} token{'s' * (count != 1)}"
-
-
-def _order(entry: tuple[Slot, StreamingMoments]) -> Slot:
-    return entry[0]
 
 
 def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modality_integration.metric import display
 from modality_integration.metric.result import MIRResult
@@ -85,17 +85,16 @@ class Comparison:
 def compare(a: MIRResult, b: MIRResult, *, paired: bool | None = None) -> Comparison:
     """Set b beside a.
 
-    paired: whether both have the same samples in the same groups; None goes by their settings ("chosen_samples",
-    "processes"). ValueError where True cannot be: a result without groups, or with another number of them.
+    paired: whether both have the same samples in the same groups; None goes by their settings: "chosen_samples", and
+    how they were "dealt", or among how many "processes" if in turn. ValueError where True cannot be: a result without
+    groups, or with another number of them.
     """
     groups = _groups(a), _groups(b)
     if paired and (0 in groups or groups[0] != groups[1]):
         raise ValueError(f"paired: takes results with as many groups of samples, got {groups[0]} and {groups[1]}")
     if paired is None:
-        same = ("chosen_samples", "processes")
-        paired = groups[0] == groups[1] > 0 and all(
-            a.settings.get(name) is not None and a.settings.get(name) == b.settings.get(name) for name in same
-        )
+        dealing = _dealing(a)
+        paired = groups[0] == groups[1] > 0 and None not in dealing and dealing == _dealing(b)
     if paired:
         error = paired_error(a, b)
     else:
@@ -127,6 +126,15 @@ def _differing(a: MIRResult, b: MIRResult, paired: bool) -> list[str]:
         if 0 < (groups := _groups(result)) < FEW_GROUPS:
             notes.append(f"{name}'s standard error is of {groups} groups of samples: take {FEW_GROUPS} or more")
     return notes
+
+
+def _dealing(result: MIRResult) -> tuple[Any, Any]:
+    """Which samples there were, and what else their groups depend on; None where that is not known.
+
+    Groups that are dealt one after the other are the same on any number of processes.
+    """
+    settings = result.settings
+    return settings.get("chosen_samples"), settings.get("dealt") or settings.get("processes")
 
 
 def _groups(result: MIRResult) -> int:

@@ -107,6 +107,7 @@ def layer_results(layers: Iterable[Layer], options: MetricOptions, together: int
                     without_sinks=without_sinks[i],
                 )
             )
+        del counted, tokens  # before the next layers' take their place
     return results
 
 

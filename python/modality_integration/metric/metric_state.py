@@ -12,6 +12,7 @@ from torch import Tensor
 from mir_kernels import _checks
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.accumulator import LayerAccumulator
+from modality_integration.metric.host_memory import HostMemory
 from modality_integration.metric.options import MetricOptions
 
 VERSION = 3  # of the state's layout
@@ -46,9 +47,12 @@ class ReadState:
 
 
 def from_tensors(
-    state: Mapping[str, Tensor], options: MetricOptions, device: torch.device, *, strict: bool
+    state: Mapping[str, Tensor], options: MetricOptions, device: torch.device, host: HostMemory, *, strict: bool
 ) -> ReadState:
-    """Read what `to_tensors` gave, onto `device`. strict: unexpected keys are a reason to read no further."""
+    """Read what `to_tensors` gave, onto `device`, and finished groups' accumulators into `host` where it is for it.
+
+    strict: unexpected keys are a reason to read no further.
+    """
     entries = dict(state)
     read = ReadState(missing=[key for key in ("version", "samples") if key not in entries][:1])
     if read.missing:
@@ -61,7 +65,7 @@ def from_tensors(
         layers = _by_layer(entries, read.unexpected)
         if strict and read.unexpected:
             return read
-        read.layers = [_layer(layers, k, options, device) for k in range(len(layers))]
+        read.layers = [_layer(layers, k, options, device, host) for k in range(len(layers))]
     except (TypeError, ValueError) as error:
         read.error = str(error)
         return read
@@ -82,7 +86,7 @@ def _by_layer(entries: Mapping[str, Tensor], unexpected: list[str]) -> dict[int,
 
 
 def _layer(
-    layers: Mapping[int, dict[str, Tensor]], k: int, options: MetricOptions, device: torch.device
+    layers: Mapping[int, dict[str, Tensor]], k: int, options: MetricOptions, device: torch.device, host: HostMemory
 ) -> LayerAccumulator:
     """Layer k of a state, or an error that names it."""
     if k not in layers:
@@ -101,7 +105,7 @@ def _layer(
         if (rows.numel() > 0) != options.counts_sinks:
             raise ValueError(f'was gathered with another handling of attention sinks than sinks="{options.sinks}"')
     _checks.tokens(f"layers.{k}.vision.held", held)
-    layer = LayerAccumulator(k + 1, held.shape[-1], held.dtype, device, options)
+    layer = LayerAccumulator(k + 1, held.shape[-1], held.dtype, device, options, host=host)
     try:
         layer.load_state_dict(state)
     except (TypeError, ValueError) as error:

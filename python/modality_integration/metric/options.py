@@ -26,6 +26,7 @@ class MetricOptions:
     backend: str | None = None
     groups: int = 0
     sinks: Sinks = "report"
+    samples: int | None = None
 
     @property
     def counts_sinks(self) -> bool:
@@ -44,4 +45,6 @@ class MetricOptions:
             raise ValueError(f"hold: takes 2 rows or more, got {self.hold}")
         if self.groups != 0 and not 2 <= self.groups <= MOST_GROUPS:
             raise ValueError(f"groups: takes 0 (no standard error) or 2 to {MOST_GROUPS}, got {self.groups}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples: takes None or the number of samples to come, at least 1, got {self.samples}")
         return self

@@ -67,8 +67,8 @@ def _options(path: str | Path, metadata: dict[str, str]) -> MetricOptions:
         options = MetricOptions(**json.loads(metadata["options"])).checked()
         if not all(isinstance(flag, bool) for flag in (options.normalize, options.bounds)):
             raise TypeError("normalize, bounds: take true or false")
-        if any(isinstance(number, float) for number in (options.hold, options.groups)):
-            raise TypeError("hold, groups: take integers")
+        if any(isinstance(number, float) for number in (options.hold, options.groups, options.samples)):
+            raise TypeError("hold, groups, samples: take integers")
         if options.outliers == "median":
             raise ValueError('outliers: "median" cannot be gathered in one pass')
     except (KeyError, RecursionError, TypeError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from modality_integration.metric import metric_state, state_file
 from modality_integration.metric.accumulator import LayerAccumulator
+from modality_integration.metric.dealing import dealt, share
 from modality_integration.metric.distance import layers_together
 from modality_integration.metric.forward_tokens import ForwardTokens, check_hidden_states
+from modality_integration.metric.host_memory import HostMemory
 from modality_integration.metric.layer import layer_results, mir_result
+from modality_integration.metric.memory import MemoryToCome, memory_to_come
 from modality_integration.metric.options import MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
 from modality_integration.metric.outliers import Limits
 from modality_integration.metric.result import MIRResult
@@ -50,23 +53,29 @@ class ModalityIntegrationRate(Metric):
     sqrt_precision: as for `mir`; bounds hold for the covariances as accumulated.
     precision: of the accumulation, "fast", "auto" or "exact"; see `mir_kernels.StreamingMoments`.
     hold: rows held back per layer and modality at most; 2048, or hidden size + 1 if that is more (also the least).
-    groups: 0, or the number of groups that samples (rows of a batch) are dealt into in turn, for the standard error of
-    the value: `MIRResult.error`, by the delete-a-group jackknife, without a second pass. 5 or 10 are usual: the error
+    groups: 0, or the number of groups that samples (rows of a batch) are dealt into, for the standard error of the
+    value: `MIRResult.error`, by the delete-a-group jackknife, without a second pass. 5 or 10 are usual: the error
     itself is uncertain by a factor of 1 +- 1 / sqrt(2 (groups - 1)), 35 % with 5 and 24 % with 10. With each group left
     out, the outlier limits and alpha are decided anew (limits given by a first pass stay), of the moments the others'
     are merged, and the root is taken to a relative 1e-6 (`precision="float32"` of `mir_kernels.trace_sqrt_product`).
     Costs `groups` times the accumulators' memory and, at the end, `groups` more roots a layer. Samples count as
     independent: an image or text that comes twice makes the error too small.
+    samples: how many samples will come, if that is known (more are refused, fewer noted). Groups are then dealt one
+    after the other and not in turn, and on CUDA a finished one's accumulators wait in host memory: the device holds one
+    group's, the host the others', and no bit is other than with all on the device. The order of samples is to be
+    random: groups of unlike samples make the error too large. Where processes sync on compute, the number of all
+    together, process p of P having the samples p, p + P, ... of them or as many others.
     sinks: "report" or "leave out", as for `mir`; an attention sink is told by its own sample's tokens, in all layers of
     one update.
     backend: of the kernels. The rest goes to torchmetrics.Metric (process_group, sync_on_compute, ...).
 
-    Memory: 2K accumulators of d (d + 1) / 2 float64 numbers at most (times `groups`), 2K hold rows in the features'
-    dtype, on the device where a layer's hidden states lie; `held_bytes` tells the latter. `compute()` gives a
-    MIRResult, repeatably, and changes nothing; under torch.distributed it is that of all processes' tokens, and a
-    process may have none. How samples are split among processes changes the distances by less than 1e-9 of themselves
-    with `precision="exact"`, and with "auto" by what that leaves open (1e-5 of sigma_i sigma_j in a covariance); which
-    tokens beyond the limits had been counted already, if any, depends on the split: a second pass is exact.
+    Memory: 2K accumulators of d (d + 1) / 2 float64 numbers at most (times `groups`; but see `samples`), 2K hold rows
+    in the features' dtype, on the device where a layer's hidden states lie; `held_bytes` tells the latter, and
+    `memory_to_come` what is still to be expected. `compute()` gives a MIRResult, repeatably, and changes nothing; under
+    torch.distributed it is that of all processes' tokens, and a process may have none. How samples are split among
+    processes changes the distances by less than 1e-9 of themselves with `precision="exact"`, and with "auto" by what
+    that leaves open (1e-5 of sigma_i sigma_j in a covariance); which tokens beyond the limits had been counted already,
+    if any, depends on the split: a second pass is exact.
     """
 
     is_differentiable = False
@@ -85,6 +94,7 @@ class ModalityIntegrationRate(Metric):
         backend: str | None = None,
         groups: int = 0,
         sinks: Sinks = "report",
+        samples: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -94,8 +104,9 @@ class ModalityIntegrationRate(Metric):
                 'the features in memory, or "remove" (the paper\'s rule) here'
             )
         self.options = MetricOptions(
-            outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups, sinks
+            outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups, sinks, samples
         ).checked()
+        self._host = HostMemory()
         self._layers: list[LayerAccumulator] = []
         self._samples = 0  # seen by this process
         self._limits: list[dict[str, Limits]] | None = None
@@ -111,12 +122,13 @@ class ModalityIntegrationRate(Metric):
             check_hidden_states(hidden_states)
             self._check_shapes("hidden_states", [(hidden.shape[-1], hidden.dtype) for hidden in hidden_states])
             tokens = ForwardTokens.of(hidden_states, vision_mask, text_mask, self.options.backend)
+            groups = self._deal(hidden_states[0])
         except Exception:
             self._update_count -= 1  # the wrapper of torchmetrics has counted this call already
             raise
         # Not in inference mode even if the model ran in it: the accumulators outlive it.
         with torch.inference_mode(False), torch.no_grad():
-            groups = self._deal(hidden_states[0])
+            self._samples += _sample_count(hidden_states[0])
             if not self._layers:
                 self._device = hidden_states[0].device
                 self._layers = [self._layer(k, h.shape[-1], h.dtype, h.device) for k, h in enumerate(hidden_states)]
@@ -138,14 +150,24 @@ class ModalityIntegrationRate(Metric):
         if not self._layers:
             raise ValueError("no hidden states yet: MIR takes at least one update")
         together = layers_together(self._layers[0].hidden_size, self._layers[0].device)
-        return mir_result(layer_results(self._layers, self.options, together), self.options)
+        result = mir_result(layer_results(self._layers, self.options, together), self.options)
+        if result.left_out and self.options.samples and self._samples < (due := share(self.options.samples, *self._of)):
+            result.notes.append(
+                f"{self._samples} of {due} announced samples came, so the groups of the standard error are not of one "
+                "size"
+            )
+        return result
 
     def forward(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> MIRResult:
         """Update, and give the MIR of this call's tokens alone. If they have none (too few tokens), nothing changes."""
         if self._is_synced:
             raise TorchMetricsUserError("the metric is synced: call unsync() before forward()")
+        check_hidden_states(hidden_states)
         batch = self._sibling()
         batch.sync_on_compute = batch._to_sync = self.dist_sync_on_step
+        if self.options.samples is not None:  # this call's alone, into all groups
+            samples = max(_sample_count(hidden_states[0]) * batch._of[1], 1)
+            batch.options = replace(batch.options, samples=samples)
         batch.update(hidden_states, vision_mask, text_mask)
         result = batch.compute()
         self.update(hidden_states, vision_mask, text_mask)
@@ -169,6 +191,15 @@ class ModalityIntegrationRate(Metric):
     def held_bytes(self) -> int:
         """Memory allocated for the rows held back."""
         return sum(layer.held_bytes for layer in self._layers)
+
+    def memory_to_come(self, samples: int, groups: int | None = None) -> MemoryToCome:
+        """About the bytes that the stream and `compute` will take beyond what is held now, once `samples` samples of
+        this process have passed that are like those so far. groups: as if they were dealt into that many. ValueError
+        before the first sample.
+        """
+        if not self._samples:
+            raise ValueError("samples: takes one sample or more that have passed already, got none")
+        return memory_to_come(self._layers, max(samples / self._samples, 1.0), groups)
 
     def save(self, path: str | Path) -> None:
         """Write the whole state to one safetensors file, in one step: the old file or the new is there, never half."""
@@ -232,15 +263,26 @@ class ModalityIntegrationRate(Metric):
         self._computed = None
         self._update_count += max(other._update_count, 1)
 
+    @property
+    def _of(self) -> tuple[int, int]:
+        """This process, and of how many; where samples were announced, of those that `compute` puts together."""
+        alone = self.options.samples is not None and not self.sync_on_compute
+        if alone or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0, 1
+        return torch.distributed.get_rank(self.process_group), torch.distributed.get_world_size(self.process_group)
+
     def _deal(self, hidden: Tensor) -> Tensor:
-        """The groups of the samples of (B, T, d), by sample, or of (T, d), by token: uint8, dealt in turn."""
-        batched = hidden.dim() == 3
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # Processes begin with different groups: each has few samples, and together they are to fill all groups alike.
-        first = self._samples + (torch.distributed.get_rank(self.process_group) if distributed else 0)
-        samples = torch.arange(first, first + hidden.shape[0]) if batched else torch.full(hidden.shape[:1], first)
-        self._samples += hidden.shape[0] if batched else 1
-        return (samples % max(self.options.groups, 1)).to(torch.uint8)
+        """The groups of the samples of (B, T, d), by sample, or of (T, d), by token: uint8."""
+        process, processes = self._of
+        groups = dealt(
+            self._samples,
+            _sample_count(hidden),
+            self.options.groups,
+            self.options.samples,
+            process=process,
+            processes=processes,
+        )
+        return groups if hidden.dim() == 3 else groups.expand(len(hidden))
 
     def _check_shapes(self, name: str, shapes: list[tuple[int, torch.dtype]]) -> None:
         known = [(layer.hidden_size, layer.dtype) for layer in self._layers]
@@ -255,11 +297,12 @@ class ModalityIntegrationRate(Metric):
 
     def _layer(self, k: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> LayerAccumulator:
         limits = self._limits[k] if self._limits else None
-        return LayerAccumulator(k + 1, hidden_size, dtype, device, self.options, limits)
+        return LayerAccumulator(k + 1, hidden_size, dtype, device, self.options, limits, self._host)
 
     def _sibling(self) -> ModalityIntegrationRate:
         """Another with the same options, and no tokens."""
         other = type(self)(**asdict(self.options), **{name: getattr(self, name) for name in _OF_TORCHMETRICS})
+        other._host = self._host.another()
         other._limits = self._limits
         return other
 
@@ -274,7 +317,7 @@ class ModalityIntegrationRate(Metric):
         errors: list,
     ) -> None:
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        read = metric_state.from_tensors(own, self.options, self._device, strict=strict)
+        read = metric_state.from_tensors(own, self.options, self._device, self._host, strict=strict)
         missing += [prefix + key for key in read.missing]
         unexpected += [prefix + key for key in read.unexpected]
         errors += [] if read.error is None else [prefix + read.error]
@@ -289,7 +332,11 @@ class ModalityIntegrationRate(Metric):
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
         group = process_group or self.process_group
         device = _transport_device(group)
-        self._layers = gathered(self._layers, self.options, lambda tensor: dist_sync_fn(tensor, group=group), device)
+
+        def gather(tensor: Tensor) -> list[Tensor]:
+            return dist_sync_fn(tensor, group=group)
+
+        self._layers = gathered(self._layers, self.options, gather, device, self._host)
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> torch.nn.Module:
         this = super()._apply(fn, exclude_state)
@@ -298,6 +345,11 @@ class ModalityIntegrationRate(Metric):
             if device != layer.device:
                 layer.to(device)
         return this
+
+
+def _sample_count(hidden: Tensor) -> int:
+    """Of (B, T, d) B, of (T, d) one."""
+    return len(hidden) if hidden.dim() == 3 else 1
 
 
 def _transport_device(group: Any) -> torch.device:

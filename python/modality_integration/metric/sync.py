@@ -9,17 +9,20 @@ from torch import Tensor
 
 from mir_kernels._checks import FLOATS
 from modality_integration.metric import MODALITIES
-from modality_integration.metric.accumulator import LayerAccumulator, Slot, prefix_of, slots
+from modality_integration.metric.accumulator import LayerAccumulator
+from modality_integration.metric.group_moments import Slot, prefix_of, slots
+from modality_integration.metric.host_memory import HostMemory
 from modality_integration.metric.options import MetricOptions
 
 Gather = Callable[[Tensor], "list[Tensor]"]
 
 
 def gathered(
-    layers: list[LayerAccumulator], options: MetricOptions, gather: Gather, device: torch.device
+    layers: list[LayerAccumulator], options: MetricOptions, gather: Gather, device: torch.device, host: HostMemory
 ) -> list[LayerAccumulator]:
     """New layers that hold the tokens of all processes; `layers` stay as they are and may be empty on some.
 
+    Finished groups' accumulators go into `host` where it is for the layers' device.
     gather(tensor): the tensors of all processes, in rank order; sizes may differ, the number of dimensions may not.
     ValueError, on every process alike, where the processes' layers do not match.
     """
@@ -56,7 +59,7 @@ def gathered(
         def blank(
             k: int = k, hidden_size: int = hidden_size, dtype_code: int = dtype_code, place: torch.device = place
         ) -> LayerAccumulator:
-            return LayerAccumulator(k + 1, hidden_size, FLOATS[dtype_code], place, options)
+            return LayerAccumulator(k + 1, hidden_size, FLOATS[dtype_code], place, options, host=host)
 
         mine = layers[k] if layers else blank()
         parts = _gather_state(mine, blank(), accumulated, gather, device)

@@ -33,7 +33,9 @@ def measure_mir(
 
     probe: batches as the model takes them (mappings of tensors, moved to the model's device), each row with an image.
     capture, metric: options of `capture` and of `ModalityIntegrationRate`. Samples are dealt into 5 groups for a
-    standard error unless `metric` has "groups". Under torch.distributed every process runs the whole probe;
+    standard error unless `metric` has "groups". Where every batch has "input_ids", which say how many samples there
+    are, batches are taken in an order that is random, the same each time, and groups come one after the other: memory
+    on a GPU is that without groups. Under torch.distributed every process runs the whole probe;
     metric={"sync_on_compute": True} counts all processes' tokens instead, where each has a part of its own.
     The passes run in eval mode, without gradients, a cache and, where the model can do without, all logits but the
     last. Afterwards each module's own train mode, the random states of Python, numpy and torch, and on CUDA the cached
@@ -41,7 +43,12 @@ def measure_mir(
     sinks="leave out". Raises TypeError or ValueError for a probe that is none, and what `capture` and the metric raise.
     """
     check_probe(probe)
-    measured = ModalityIntegrationRate(**{"groups": 5, "sync_on_compute": False, **(metric or {})})
+    options = {"groups": 5, "sync_on_compute": False, **(metric or {})}
+    counts = [_rows(batch) for batch in probe]
+    if "samples" not in options and None not in counts:
+        options["samples"] = sum(filter(None, counts)) * _processes(options)
+        probe = random.Random("order of the probe").sample(list(probe), len(probe))
+    measured = ModalityIntegrationRate(**options)
     device, asked, first, rows = parameter_device(model), lean_forward(model), 0, 0
     with undisturbed(model), torch.no_grad(), capturing(model, **(capture or {})) as seen:
         for batch in probe:
@@ -67,6 +74,20 @@ def check_probe(probe: Any) -> None:
     for index, batch in enumerate(probe):
         if not isinstance(batch, Mapping):
             raise TypeError(f"probe[{index}]: takes a mapping of the model's inputs, got {type(batch).__name__}")
+
+
+def _rows(batch: Mapping[str, Any]) -> int | None:
+    """Samples in a batch, None where its names do not say."""
+    tokens = batch.get("input_ids")
+    return len(tokens) if isinstance(tokens, Tensor) and tokens.dim() == 2 else None
+
+
+def _processes(options: Mapping[str, Any]) -> int:
+    """How many processes' samples are counted together."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not (options["sync_on_compute"] and distributed):
+        return 1
+    return torch.distributed.get_world_size(options.get("process_group"))
 
 
 def lean_forward(model: nn.Module) -> dict[str, Any]:

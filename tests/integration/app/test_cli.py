@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from dataclasses import fields
 from importlib.metadata import version
 
 import pytest
@@ -18,6 +19,7 @@ from integration.saved_models import save_tiny_llava, write_images, write_texts
 from modality_integration import MIRResult, save_states
 from modality_integration.app import compute, demo, doctor, loading, prompts, stream
 from modality_integration.app.cli import main
+from modality_integration.app.options import ComputeOptions, DemoOptions, StatesOptions
 
 
 def mir(*arguments):
@@ -47,14 +49,40 @@ def computed(folders):
     return folders / "out"
 
 
+@pytest.fixture(scope="module")
+def proved(folders):
+    """The same with --bounds, and what it printed."""
+    outcome = mir(*arguments(folders, folders / "proved"), "--bounds")
+    assert outcome.exit_code == 0, outcome.output
+    return folders / "proved", outcome.output
+
+
 def test_compute_prints_the_value_and_every_layer(folders, tmp_path):
     outcome = mir(*arguments(folders, tmp_path))
     assert outcome.exit_code == 0, outcome.output
     result = MIRResult.from_json(tmp_path / "mir.json")
-    assert f"MIR {result.value:.4f}" in outcome.output
-    assert f"proved: {result.lower:.6f} to {result.upper:.6f}" in outcome.output
+    assert f"MIR {result.value:.4f} +- " in outcome.output
+    assert "standard error over the choice of samples" in outcome.output
+    assert result.lower is result.upper is None
+    assert "proved" not in outcome.output
     for distance in result.per_layer:
         assert f"{distance:.4g}" in outcome.output
+
+
+def test_asked_for_bounds_it_prints_an_interval_and_what_it_is_about(proved, computed):
+    folder, printed = proved
+    result, unproved = (MIRResult.from_json(path / "mir.json") for path in (folder, computed))
+    assert result.lower <= result.value <= result.upper
+    assert result.value == unproved.value
+    assert f"proved: {result.lower:.6f} to {result.upper:.6f}   (of the arithmetic, not of" in printed
+
+
+@pytest.mark.parametrize("command", ["compute", "states", "demo"])
+def test_every_measurement_offers_bounds_and_takes_none_by_default(command):
+    outcome = mir(command, "--help")
+    assert "--bounds" in outcome.output
+    options = {"compute": ComputeOptions, "states": StatesOptions, "demo": DemoOptions}[command]
+    assert {field.name: field.default for field in fields(options)}["bounds"] is False
 
 
 def test_compute_reports_broken_files_by_name(folders, tmp_path):
@@ -135,7 +163,8 @@ def test_a_missing_package_is_one_line_with_the_pip_command(folders, tmp_path, m
     assert outcome.stderr.strip() == 'transformers is not installed: pip install "mir-kernels[mir]"'
 
 
-def test_compare_names_the_better_run_and_says_whether_the_intervals_overlap(computed, tmp_path):
+def test_compare_names_the_better_run_and_says_whether_the_intervals_overlap(proved, tmp_path):
+    computed, _ = proved
     document = json.loads((computed / "mir.json").read_text())
     assert len(document["layers"][0]["left_out"]) == 5
     for layer in document["layers"]:
@@ -177,10 +206,10 @@ def test_the_published_protocol_takes_files_in_order_and_its_own_conversation(fo
     outcome = mir(*arguments(folders, tmp_path, protocol="published", text_tokens=3, samples=2))
     assert outcome.exit_code == 0, outcome.output
     prose = [(folders / "text" / f"text-0{i}.txt").read_text() for i in range(2)]
-    assert asked[-2:] == [
+    assert sorted(asked[-2:]) == [  # the pass takes the first files in an order of its own
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         f"detailed, and polite answers to the user's questions. USER: <image>\n ASSISTANT: {whole}</s>"
-        for whole in prose
+        for whole in sorted(prose)
     ]
     settings = MIRResult.from_json(tmp_path / "mir.json").settings
     assert settings["template"] == "published"

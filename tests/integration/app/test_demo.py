@@ -82,6 +82,16 @@ def test_the_saved_model_and_probe_are_what_mir_compute_takes(finished, tmp_path
     )
 
 
+def test_asked_for_bounds_every_line_has_an_interval(finished, llama, tmp_path):
+    console = Console(file=io.StringIO(), record=True, width=120)
+    results = run(DemoOptions(out=tmp_path, steps=1, samples=6, language_model=llama, bounds=True), console)
+    assert results[0].value == finished[1][0].value
+    printed = console.export_text()
+    for result in results:
+        assert result.lower <= result.value <= result.upper
+        assert f"(proved: {result.lower:.6f} to {result.upper:.6f})" in printed
+
+
 def test_the_same_seed_gives_the_same_bits(finished, llama, tmp_path):
     _, results, _ = finished
     again = run(DemoOptions(out=tmp_path, steps=6, samples=6, language_model=llama), Console(quiet=True))

@@ -9,7 +9,15 @@ from PIL import Image
 from integration.saved_models import tiny_tokenizer, write_images, write_texts
 from modality_integration.app.errors import InputError
 from modality_integration.app.prompts import truncate
-from modality_integration.app.samples import Text, choose_images, choose_texts, open_image, pair
+from modality_integration.app.samples import (
+    Sample,
+    Text,
+    choose_images,
+    choose_texts,
+    in_random_order,
+    open_image,
+    pair,
+)
 
 
 def test_the_same_seed_chooses_the_same_images_and_another_seed_others(tmp_path):
@@ -18,6 +26,15 @@ def test_the_same_seed_chooses_the_same_images_and_another_seed_others(tmp_path)
     assert first == again
     assert first != other
     assert len(set(first)) == 8
+
+
+def test_a_random_order_has_the_same_samples_and_is_the_same_every_time(tmp_path):
+    samples = [Sample(tmp_path / f"{number}.png", Text(str(number), "words")) for number in range(30)]
+    mixed = in_random_order(samples)
+    assert mixed == in_random_order(samples) != samples
+    assert sorted(mixed, key=samples.index) == samples
+    firsts = {sample.text.name for sample in mixed[:10]}  # a third of them: from the beginning, the middle and the end
+    assert all(firsts & {str(number) for number in range(start, start + 10)} for start in (0, 10, 20))
 
 
 def test_images_are_found_below_subfolders_and_through_links_but_hidden_and_other_files_are_not(tmp_path):

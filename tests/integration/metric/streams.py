@@ -29,7 +29,7 @@ def whole(samples, **options):
     return mir(vision, text, **options)
 
 
-def fed(samples, **options):
+def fed(samples, /, **options):
     metric = ModalityIntegrationRate(**options)
     for one in samples:
         metric.update(*one)

@@ -95,6 +95,11 @@ def test_comparison_of_the_same_samples_goes_by_the_differences_group_by_group()
     assert same.error == jackknife(differences) < apart.error / 100
     assert same.verdict().startswith("B blends the modalities better")
     assert same.notes == ["the same samples in both: the error is that of the differences, group by group"]
+    blocks = {"dealt": "in blocks"}
+    assert compare(with_samples(a, "x", **blocks), with_samples(b, "x", processes=2, **blocks)).paired
+    assert not compare(with_samples(a, "x"), with_samples(b, "x", **blocks)).paired
+    assert not compare(with_samples(a, "y", **blocks), with_samples(b, "x", **blocks)).paired
+    with_samples(a, "x")
     for other in (with_samples(b, "y"), with_samples(b, "x", processes=2), with_left_out(with_samples(b, "x"), 0.1, 8)):
         assert not compare(a, other).paired
     assert compare(a, with_left_out(with_samples(b, "y"), 0.1), paired=True).paired

@@ -8,6 +8,7 @@ import torch
 from integration.metric.streams import assert_same, fed, sample, whole
 from integration.metric.test_metric import pair
 from modality_integration import ModalityIntegrationRate, mir
+from modality_integration.metric.host_memory import HostMemory
 
 pytestmark = pytest.mark.gpu
 
@@ -31,6 +32,39 @@ def test_a_stream_on_the_device_gives_the_value_of_all_features_at_once(precisio
     samples = [sample(seed) for seed in range(20)]
     result = fed([on_gpu(one) for one in samples], hold=60, precision=precision).compute()
     assert_same(result, whole(samples), tolerance=1e-9 if precision == "exact" else 1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_finished_groups_leave_the_device_without_a_wait_and_change_no_bit(batch, tmp_path):
+    samples = [on_gpu(sample(seed, batch=batch)) for seed in range(30)]
+    options = {"hold": 60, "groups": 5, "samples": 30 * batch}
+    moved, stays = ModalityIntegrationRate(**options), ModalityIntegrationRate(**options)
+    stays._host = HostMemory(of=())
+    waits = []
+    for metric in (moved, stays):
+        metric.update(*samples[0])  # loads kernels
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for one in samples[1:]:
+                    metric.update(*one)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(warning.message) for warning in caught))
+    assert waits[0] == waits[1]
+    for layer in moved._layers:
+        assert len(layer.moments.here) <= 4
+        away = [tensor for one in layer.moments._away.values() for tensor in (one.state or {}).values()]
+        assert away
+        assert all(tensor.is_pinned() for tensor in away if tensor.numel())
+    assert all(len(layer.moments.here) == 10 for layer in stays._layers)
+    assert moved.compute().to_json() == stays.compute().to_json()
+    moved.save(tmp_path / "state.safetensors")
+    assert ModalityIntegrationRate.from_file(tmp_path / "state.safetensors").to("cuda").compute().kept
+    first, second = moved.state_dict(), stays.state_dict()
+    assert set(first) == set(second)
+    assert all(torch.equal(value.cpu(), second[key].cpu()) for key, value in first.items())
 
 
 def test_an_update_waits_for_the_device_as_often_for_many_layers_as_for_one():

@@ -118,6 +118,7 @@ SCENARIOS = {
     "default precision": lambda rank: halves(rank, precision="auto"),
     "groups": lambda rank: halves(rank, groups=4),
     "groups, everything held": lambda rank: halves(rank, groups=4, hold=5000),
+    "groups one after the other": lambda rank: halves(rank, groups=4, samples=28),
     "groups that differ": odd_groups,
     "one side empty": one_side_empty,
     "one side unreleased": one_side_unreleased,
@@ -156,18 +157,25 @@ def test_two_processes_with_half_the_samples_each_are_one_with_all(two_processes
     assert_same(answers, "second", answer_of(fed([*range(SAMPLES), 100, 101], **options)), tolerance)
 
 
-@pytest.mark.parametrize(("scenario", "hold"), [("groups", 60), ("groups, everything held", 5000)])
-def test_the_standard_error_is_that_of_the_groups_of_all_processes(two_processes, scenario, hold):
+@pytest.mark.parametrize(
+    ("scenario", "hold", "group_of"),
+    [
+        ("groups", 60, lambda rank, row: (rank + row) % 4),
+        ("groups, everything held", 5000, lambda rank, row: (rank + row) % 4),
+        ("groups one after the other", 60, lambda rank, row: (2 * row + rank) * 4 // 28),
+    ],
+)
+def test_the_standard_error_is_that_of_the_groups_of_all_processes(two_processes, scenario, hold, group_of):
     answers = two_processes(scenario)
     assert answers[0]["first"] == answers[1]["first"]
-    # Process r has the samples r, r + 2, ... of two rows each, and deals its row i into the group (r + i) % 4.
+    # Process r has the samples r, r + 2, ... of two rows each.
     left_out = []
     for group in range(4):
         metric = ModalityIntegrationRate(precision="exact", hold=hold)
         for rank in range(2):
             for index, seed in enumerate(range(rank, SAMPLES, 2)):
                 hidden, vision, text = sample(seed, dtype=torch.bfloat16)
-                rows = torch.tensor([(rank + 2 * index + row) % 4 != group for row in range(2)])
+                rows = torch.tensor([group_of(rank, 2 * index + row) != group for row in range(2)])
                 metric.update([h[rows] for h in hidden], vision[rows], text[rows])
         left_out.append(answer_of(metric)["layers"])
     for k, layer in enumerate(answers[0]["first"]["layers"]):

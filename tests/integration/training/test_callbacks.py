@@ -267,6 +267,17 @@ def test_the_probe_spares_the_cache_and_the_logits_that_nobody_reads_and_the_los
     assert result.error > 0
 
 
+def test_a_probes_batches_are_dealt_into_groups_one_after_the_other_in_a_random_order():
+    model = tiny_model("llava", dtype=torch.float32)
+    probe = [tiny_batch(model, "llava", ROWS, seed=seed).inputs for seed in range(4)]
+    result = measure_mir(model, probe, metric={"groups": 4})
+    order = random.Random("order of the probe").sample(range(4), 4)
+    assert order != sorted(order)
+    rest = [mir_by_hand(model, [batch for i, batch in enumerate(probe) if i != left]) for left in order]
+    for k, distances in enumerate(result.left_out):
+        assert distances == pytest.approx([other.per_layer[k] for other in rest], rel=1e-6)
+
+
 def test_a_probe_that_fails_leaves_the_model_as_it_was():
     model = tiny_model("llava", dtype=torch.float32).train()
     model.model.vision_tower.eval()

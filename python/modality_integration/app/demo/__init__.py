@@ -89,7 +89,13 @@ def run(options: DemoOptions, console: Console) -> list[MIRResult]:
             measuring = progress.add_task("measuring MIR", total=len(probes) * len(samples))
 
             def probe(step: int) -> None:
-                result = measure(model, processor, samples, after_sample=lambda count: progress.advance(measuring))
+                result = measure(
+                    model,
+                    processor,
+                    samples,
+                    bounds=options.bounds,
+                    after_sample=lambda count: progress.advance(measuring),
+                )
                 history.add(step, result, held_out_loss(model, processor, captioned))
                 progress.console.print(history.line(step), highlight=False)
 

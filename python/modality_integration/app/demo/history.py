@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from modality_integration.app import report
+from modality_integration.app.console import proved
 from modality_integration.metric.files import write_json
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.standard_error import with_error
@@ -42,7 +43,9 @@ class History:
 
     def line(self, step: int) -> str:
         """One line for a person."""
-        mir = with_error(self.results[step].value, self.results[step].error)
+        result = self.results[step]
+        interval = "" if result.lower is None else f" ({proved(result)})"
+        mir = f"{with_error(result.value, result.error)}{interval}"
         return f"step {step:>3}: MIR {mir}, held-out loss {self.held_out_loss[step]:.3f}"
 
     def show(self, console: Console) -> None:

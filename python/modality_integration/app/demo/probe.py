@@ -45,10 +45,11 @@ def measure(
     groups: int = GROUPS,
     text_tokens: int = TEXT_TOKENS,
     template: Literal["auto", "chat", "plain"] = "chat",
+    bounds: bool = False,
     after_sample: Callable[[int], None] = lambda count: None,
 ) -> MIRResult:
-    """MIR of the model as it is now, with a standard error from `groups` groups of samples and no proven interval."""
-    metric = ModalityIntegrationRate(bounds=False, groups=groups)
+    """MIR of the model as it is now, with a standard error from `groups` groups of samples; bounds: and proved ones."""
+    metric = ModalityIntegrationRate(bounds=bounds, groups=groups, samples=len(samples))
     tokens = TokenOptions(text_tokens=text_tokens, template=template)
     stream(model, processor, samples, metric, tokens, after_sample=after_sample)
     result = finish(metric)

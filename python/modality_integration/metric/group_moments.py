@@ -1,0 +1,192 @@
+"""A layer's accumulators by modality and group of samples; those of finished groups wait in host memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mir_kernels import StreamingMoments
+from mir_kernels.ops.moments.streaming import ROWS
+from modality_integration.metric import MODALITIES
+from modality_integration.metric.host_memory import HostMemory
+from modality_integration.metric.options import MetricOptions
+
+Slot = tuple[str, int]  # a modality and a group of samples
+
+
+def slots(options: MetricOptions) -> list[Slot]:
+    """Every accumulator that a layer may have."""
+    return list(product(MODALITIES, range(max(options.groups, 1))))
+
+
+def prefix_of(slot: Slot) -> str:
+    """What the keys of an accumulator begin with in a layer's state."""
+    return f"{slot[0]}.moments.{slot[1]}."
+
+
+@dataclass
+class _Away:
+    """An accumulator in host memory: its state, None before it has seen rows, and the rows that came since, in parts as
+    they came.
+    """
+
+    state: dict[str, Tensor] | None
+    late: list[Tensor] = field(default_factory=list)
+
+
+class GroupMoments:
+    """Accumulators by slot, each made when its first rows come.
+
+    `put_away` moves one to host memory, without waiting. Rows that come for it later are kept beside it as they are,
+    and counted when it is next on the device: every accumulator sees the same updates in the same order wherever it
+    waited, so moving changes no bit.
+
+    host: where accumulators are put away; None, or one that does not take this device, keeps all of them here.
+    """
+
+    def __init__(
+        self, hidden_size: int, device: torch.device, precision: Any, backend: str | None, host: HostMemory | None
+    ) -> None:
+        self._make = partial(StreamingMoments, hidden_size, device=device, precision=precision, backend=backend)
+        self._device = device
+        self._host = host if host is not None and host.takes(device) else None
+        self._here: dict[Slot, StreamingMoments] = {}
+        self._away: dict[Slot, _Away] = {}
+
+    @property
+    def moves(self) -> bool:
+        """Whether `put_away` moves anything."""
+        return self._host is not None
+
+    @property
+    def here(self) -> list[StreamingMoments]:
+        """Those on the device."""
+        return list(self._here.values())
+
+    @property
+    def away_bytes(self) -> int:
+        """Bytes that are put away."""
+        parts = [away.late + list((away.state or {}).values()) for away in self._away.values()]
+        return sum(tensor.nbytes for tensors in parts for tensor in tensors)
+
+    def another_host(self) -> HostMemory | None:
+        """Empty host memory for accumulators that are needed for a while, where any were put away; else None."""
+        return self._host.another() if self._host is not None and self._away else None
+
+    def __contains__(self, slot: Slot) -> bool:
+        away = self._away.get(slot)
+        return slot in self._here or (away is not None and (away.state is not None or bool(away.late)))
+
+    def __len__(self) -> int:
+        return len(self.slots())
+
+    def slots(self) -> list[Slot]:
+        """Those that have seen rows, in order."""
+        return sorted(slot for slot in {*self._here, *self._away} if slot in self)
+
+    def update(self, slot: Slot, rows: Tensor) -> None:
+        """Count rows (n, d)."""
+        if slot in self._away:
+            self._away[slot].late.append(self._memory.store(rows))
+        else:
+            self._made(slot).update(rows)
+
+    def merge(self, slot: Slot, other: StreamingMoments) -> None:
+        """Count what another accumulator has seen."""
+        if slot in self._away:
+            moments = self.on_device(slot)
+            moments.merge(other)
+            self._replace(self._away[slot], moments)
+        else:
+            self._made(slot).merge(other)
+
+    def put_away(self, slot: Slot) -> None:
+        """To host memory, where there is one for this device; the rows to come are then expected to be few."""
+        if self.moves and slot not in self._away:
+            moments = self._here.pop(slot, None)
+            self._away[slot] = _Away(None if moments is None else self._stored(moments))
+
+    def take_back(self, slot: Slot) -> None:
+        """To the device, if it was put away: its rows come again."""
+        if slot in self._away:
+            moments = self.on_device(slot) if slot in self else None
+            del self._away[slot]
+            if moments is not None:
+                self._here[slot] = moments
+
+    def on_device(self, slot: Slot) -> StreamingMoments:
+        """One that has seen rows, on the device: itself, or a copy of what was put away. To be read only."""
+        if slot in self._here:
+            return self._here[slot]
+        away = self._away[slot]
+        self._memory.wait()
+        moments = self._make()
+        if away.state is not None:
+            moments.load_state_dict(away.state)
+        for rows in away.late:
+            moments.update(rows.to(self._device))
+        return moments
+
+    def state(self, slot: Slot) -> dict[str, Tensor]:
+        """The `state_dict` of one that has seen rows, its tensors where it is."""
+        if slot in self._here:
+            return self._here[slot].state_dict()
+        away = self._away[slot]
+        self._memory.wait()
+        waiting = [] if away.state is None else [away.state["pending"]]
+        rows = [part for part in (*waiting, *away.late) if len(part)]
+        if away.late and (away.state is None or sum(map(len, rows)) >= ROWS.get(self._device.type, ROWS["cuda"])):
+            self._replace(away, self.on_device(slot))  # a block is full: the device multiplies it
+            self._memory.wait()
+        if away.state is None or not away.late:
+            return dict(away.state or {})
+        pending = torch.cat(rows)
+        return {**away.state, "pending": pending, "bound": torch.tensor(len(pending))}
+
+    def load(self, slot: Slot, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, on the device. ValueError or TypeError if it does not fit."""
+        self._away.pop(slot, None)
+        self._made(slot).load_state_dict(state)
+
+    @property
+    def _memory(self) -> HostMemory:
+        assert self._host is not None  # nothing is put away without
+        return self._host
+
+    def _made(self, slot: Slot) -> StreamingMoments:
+        if slot not in self._here:
+            self._here[slot] = self._make()
+        return self._here[slot]
+
+    def _stored(self, moments: StreamingMoments) -> dict[str, Tensor]:
+        return {name: self._memory.store(value) for name, value in moments.state_dict().items()}
+
+    def _replace(self, away: _Away, moments: StreamingMoments) -> None:
+        """In the same memory, but for the gathered rows: holes would keep blocks from being given back."""
+        if away.state is None:
+            away.state = self._stored(moments)
+        else:
+            for name, value in moments.state_dict().items():
+                if value.shape == away.state[name].shape and value.dtype == away.state[name].dtype:
+                    away.state[name].copy_(value)
+                else:
+                    away.state[name] = self._memory.store(value)
+        away.late = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: each tensor for itself, without the block that it lies in."""
+        if self._host is not None:
+            self._host.wait()
+        away = {
+            slot: _Away(
+                None if one.state is None else {name: value.clone() for name, value in one.state.items()},
+                [rows.clone() for rows in one.late],
+            )
+            for slot, one in self._away.items()
+        }
+        return {**vars(self), "_away": away}
