@@ -82,8 +82,12 @@ format: $(VENV)/.test ## let ruff rewrite what it can
 
 bench: bench-moca bench-moments bench-sqrtm bench-mir figures ## every benchmark, then the README's figures
 
-bench-moca bench-moments bench-sqrtm bench-mir: bench-%: $(VENV)/.test ## one operation against its rivals, into benchmarks/data/
+bench-moca bench-moments bench-sqrtm: bench-%: $(VENV)/.test ## one operation against its rivals, into benchmarks/data/
 	$(BIN)/python benchmarks/bench_$*.py
+
+bench-mir: $(VENV)/.test ## hidden states to MIR against the published recipes, and its time by stage
+	$(BIN)/python benchmarks/bench_mir.py
+	$(BIN)/python benchmarks/bench_mir.py --streamed --stages
 
 bench-watch: $(VENV)/.test ## one benchmark an operation by pytest-benchmark, in a minute; BENCH passes options on to it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)

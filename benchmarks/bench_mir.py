@@ -2,11 +2,14 @@
 
     python benchmarks/bench_mir.py                                   # a small model's shape, minutes on a laptop
     python benchmarks/bench_mir.py --layers 32 --hidden 4096 --samples 100 --vision 576 --text 64   # LLaVA-1.5-7B
+    python benchmarks/bench_mir.py --streamed --stages      # its shape on a CPU: one layer measured, minutes, 7 GB
 
 Every rival gets the same synthetic hidden states, one sample at a time and already in memory, and returns MIR. The
 error is |MIR - reference| with the reference in float64 (symmetrised product, eigenvalues), of all layers or of the
 first `--checked`; peak memory is what a
 process of its own needs beyond the states once it has warmed up, on CUDA what torch allocates beyond them.
+
+`--streamed` is another benchmark, mir_streamed.py: nothing is stored, and `--stages` says where the time goes.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ from modality_integration import ModalityIntegrationRate, mir
 
 Sample = tuple[list[Tensor], Tensor, Tensor]
 REFERENCE = "torch float64, eigh"  # what the others are held to
-FAST = "published, fast"
+ACCURATE, FAST = "published, accurate (scipy)", "published, fast"
 LIMIT = 1e-3  # difference of MIR
-SHAPE = ("layers", "hidden", "samples", "vision", "text")
+SMALL = {"layers": 2, "hidden": 1024, "samples": 20, "vision": 144, "text": 96}
+LLAVA = {"layers": 32, "hidden": 4096, "samples": 100, "vision": 576, "text": 80}
 
 
 def samples(layers: int, hidden: int, samples: int, vision: int, text: int, device: str) -> list[Sample]:
@@ -91,7 +95,7 @@ RIVALS: dict[str, Callable[[list[Sample]], float]] = {
     "mir_kernels, lists": listed,
     REFERENCE: _by(recipes.eigh_trace, torch.float64),
     "torchmetrics recipe": _by(recipes.torchmetrics_trace, torch.float64),
-    "published, accurate (scipy)": _by(recipes.published_accurate_trace, torch.float32),
+    ACCURATE: _by(recipes.published_accurate_trace, torch.float32),
     FAST: _by(recipes.published_fast_trace, torch.float32),
 }
 
@@ -149,19 +153,49 @@ def _status_kb(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+def stream(flags: argparse.Namespace) -> int:
+    """Rows of mir_streamed.py; `--out` names their CSV, the stages lie beside it."""
+    import mir_streamed
+    import stages
+
+    measured = flags.measured_layers or (1 if flags.device == "cpu" else flags.layers)
+    shape = mir_streamed.Shape(*(getattr(flags, name) for name in SMALL), measured, flags.device)
+    default = flags.out == harness.DATA / harness.csv_name("mir", flags.device)
+    out = flags.out.with_name(f"mir_streamed{flags.out.stem.removeprefix('mir')}.csv") if default else flags.out
+    rows, by_stage = mir_streamed.measure(shape, flags.skip, flags.checked != 0, flags.stages)
+    harness.print_rows(rows)
+    harness.write_csv(rows, out)
+    if flags.stages:
+        print("\n".join(["", *stages.lines(by_stage)]))
+        name = out.name.replace("streamed", "stages", 1) if "streamed" in out.name else f"{out.stem}_stages.csv"
+        stages.write(by_stage, out.with_name(name), flags.device)
+    return harness.exit_code(rows)
+
+
 def main() -> int:
     parser = harness.arguments(__doc__.splitlines()[0], "mir")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--vision", type=int, default=144, help="vision tokens a sample")
-    parser.add_argument("--text", type=int, default=96, help="text tokens a sample")
+    for name in SMALL:
+        said = f"default {SMALL[name]}, {LLAVA[name]} of what is streamed"
+        parser.add_argument(
+            f"--{name}", type=int, help=f"tokens a sample; {said}" if name in ("vision", "text") else said
+        )
     parser.add_argument(
-        "--checked", type=int, help="hold only so many layers to float64, which takes a GPU seconds each"
+        "--checked", type=int, help="hold only so many layers to float64, which takes seconds each; streamed: 1 or 0"
     )
+    parser.add_argument("--streamed", action="store_true", help="generate the states sample by sample, store none")
+    parser.add_argument(
+        "--measured-layers", type=int, help="streamed: run so many, scale the time; default 1 on a CPU, all on a GPU"
+    )
+    parser.add_argument("--stages", action="store_true", help="streamed: also the time by stage, in a CSV of its own")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    shape = {name: getattr(flags, name) for name in SHAPE}
+    for name, value in (LLAVA if flags.streamed else SMALL).items():
+        setattr(flags, name, value if getattr(flags, name) is None else getattr(flags, name))
+    if flags.streamed:
+        return stream(flags)
+    if flags.stages or flags.measured_layers is not None:
+        parser.error("--stages and --measured-layers go with --streamed")
+    shape = {name: getattr(flags, name) for name in SMALL}
     if flags.only:
         print(json.dumps({"peak_mb": own_peak_mb(flags.only, shape)}))
         return 0

@@ -15,12 +15,21 @@ import claims
 import harness
 import reproduce_figures
 import reproduce_tables
+import stages
+import waiting
 from modality_integration.app import study
 
 ROOT = Path(__file__).parent.parent
 # Page -> where benchmarks/data is seen from there, and the tables that it must have.
 PAGES = {
-    "README.md": ("benchmarks/data", {"moca_cpu", "moments_cpu", "sqrtm_cpu", "mir_cpu", "stream_memory", "claims"}),
+    "README.md": (
+        "benchmarks/data",
+        {
+            *("moca_cpu", "moca_spread", "moments_cpu", "sqrtm_cpu", "mir_cpu", "mir_streamed_cpu", "stream_memory"),
+            "claims",
+        },
+    ),
+    "docs/mir-of-a-saved-model.md": ("../benchmarks/data", {"mir_stages_cpu"}),
     "docs/reproduction.md": ("../benchmarks/data", {f"reproduce_{name}" for name in reproduce_tables.EXPERIMENTS}),
 }
 BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -34,13 +43,15 @@ def table(path: Path, folder: str) -> str:
     if path.stem.startswith("reproduce_"):
         lines = reproduce_tables.lines(path.stem.removeprefix("reproduce_"), study.read(path))
     else:
-        lines = memory_lines(rows) if path.stem == "stream_memory" else benchmark_lines(rows)
+        lines = SPECIAL.get(path.stem, benchmark_lines)(rows)
     one = rows[0]
     lines.append("")
     lines.append(
         f"[{path.name}]({folder}/{path.name}): {one['device']}, {one['threads']} "
         f"thread{'s' * (one['threads'] != '1')}, torch {one['torch']}, Python {one['python']}, commit {one['commit']}."
     )
+    if busy := sum(float(row.get("waited") or 0.0) > waiting.BEARABLE for row in rows):
+        lines[-1] += f" In {busy} of {len(rows)} rows the process waited for a core that another one had."
     return "\n".join(lines) + "\n"
 
 
@@ -48,6 +59,20 @@ def memory_lines(rows: list[dict]) -> list[str]:
     """What a stream holds, by part."""
     lines = [f"| {rows[0]['case']} | MB |", "| --- | ---: |"]
     return lines + [f"| {row['part']} | {float(row['mb']):.0f} |" for row in rows]
+
+
+def spread_lines(rows: list[dict]) -> list[str]:
+    """The quartiles over processes of a time and of its ratios to two copies, a line a condition."""
+    head = ("condition", "processes", "ms", "of a copy", "of a copy past the caches", "waited for a core")
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in rows:
+        spreads = (
+            f"{row[f'{name}_p50']} ({row[f'{name}_p25']} to {row[f'{name}_p75']})"
+            for name in ("ms", "of_copy", "of_past_caches")
+        )
+        cells = (row["condition"], row["processes"], *spreads, f"{float(row['waited']):.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def benchmark_lines(rows: list[dict]) -> list[str]:
@@ -76,6 +101,10 @@ def benchmark_lines(rows: list[dict]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+# Tables of CSVs with columns of their own, by name.
+SPECIAL = {"stream_memory": memory_lines, "moca_spread": spread_lines, "mir_stages_cpu": stages.lines}
 
 
 def rendered(page: str, folder: str) -> str:

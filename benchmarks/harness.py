@@ -3,9 +3,10 @@
 A benchmark lists its rivals as `Rival(name, call, error)`. `compare` first looks at each one's error against float64 (a
 red check prints no time), then runs all of them in turn, round after round, so that a noisy machine is noisy for all
 alike. One that raises gets a row with what it said and no time. On CUDA it times with events after the L2 cache was
-read full of something else; on a CPU with a clock. Every row shows its fraction of the floor: a copy of as many bytes
-as the job moves at least, or its operations at the rate of a large matrix product, whichever is longer, both measured
-in the same run (`copies_of`, `rate`).
+read full of something else; on a CPU with a clock, and calls that waited for a core count only where there are too few
+others (waiting.py). Every row shows its fraction of the floor: a copy of as many bytes as the job moves at least, or
+its operations at the rate of a large matrix product, whichever is longer, both measured in the same run (`copies_of`,
+`rate`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+import waiting
 from mir_kernels import _native
 from mir_kernels._dispatch import Operation
 
@@ -45,7 +47,8 @@ OURS = ("ours", "mir_kernels")  # how the names of our own rivals begin
 ENVIRONMENT = ("device", "threads", "torch", "python", "commit")  # the last columns of every CSV
 COLUMNS = (
     "operation", "case", "rival", "p20_ms", "p50_ms", "p80_ms", "error", "limit", "peak_mb", "bytes", "flops", "rounds",
-    "copy_gbs", "matmul_gflops", "float64_gflops", "floor_ms", "of_floor", "failure", "versions", *ENVIRONMENT,
+    "waited", "copy_gbs", "matmul_gflops", "float64_gflops", "floor_ms", "of_floor", "failure", "versions",
+    *ENVIRONMENT,
 )  # fmt: skip
 TEXTS = {"operation", "case", "rival", "failure", "versions", *ENVIRONMENT}
 
@@ -89,6 +92,7 @@ def compare(
     bytes_moved, flops: the fewest that the job takes (counts.py), so that a row tells its fraction of the floor.
     float64_flops: those that need float64, beside `flops`, which any unit of the machine may do.
     seconds: how long each rival is run in all, within `rounds` (fewest, most) repetitions, spread over the whole run.
+    The row's `waited` is the share of its times that the process waited for a core: more than 0.02 is a busy machine.
     """
     clock = _cuda_ms if device == "cuda" else _cpu_ms
     copies, share = copies_of(bytes_moved, device)
@@ -105,17 +109,20 @@ def compare(
                 turns[r.name] = max(rounds[0], min(rounds[1], affordable))
         except Exception as problem:  # of a library, or of a kernel: the others go on
             failures[r.name] = first_line(problem)
-    times: dict[str, list[float]] = {name: [] for name in turns}
+    calls: dict[str, list[tuple[float, float | None]]] = {name: [] for name in turns}
     most = max(turns.values(), default=0)
     for i in range(most):
         for r in entries if i % 2 == 0 else reversed(entries):  # no rival always follows the same one
             due = r.name in turns and (i + 1) * turns[r.name] // most > i * turns[r.name] // most
             if due and r.name not in failures:
                 try:
-                    times[r.name].append(clock(r.call, i))
+                    before = waiting.waited_ms() if device == "cpu" else None
+                    ms = clock(r.call, i)
+                    calls[r.name].append((ms, None if before is None else (waiting.waited_ms() or 0.0) - before))
                 except Exception as problem:
                     failures[r.name] = first_line(problem)
-    ordered = {name: sorted(taken) for name, taken in times.items() if name not in failures}
+    kept = {name: waiting.undisturbed(t, rounds[0]) for name, t in calls.items() if name not in failures}
+    ordered = {name: times for name, (times, _) in kept.items()}
     copied = min((quantile(ordered[c.name], 0.5) for c in copies if c.name in ordered), default=0.0) * share
     rates = rate(device, "any") if flops else None, rate(device, "float64") if float64_flops else None
     floor = max(copied, flops / (rates[0] or 1.0) / 1e6 + float64_flops / (rates[1] or 1.0) / 1e6)
@@ -128,7 +135,8 @@ def compare(
     for r in rivals:
         t = ordered.get(r.name, [])
         row = common | {
-            "rival": r.name, "error": errors.get(r.name), "limit": r.limit, "peak_mb": r.peak_mb, "rounds": len(t),
+            "rival": r.name, "error": errors.get(r.name), "limit": r.limit, "peak_mb": r.peak_mb,
+            "rounds": len(calls[r.name]) if t else 0, "waited": kept[r.name][1] if t else None,
             "failure": failures.get(r.name, ""), "of_floor": floor / quantile(t, 0.5) if t and floor else None,
         }  # fmt: skip
         row |= {f"p{q}_ms": quantile(t, q / 100) if t else None for q in (20, 50, 80)}
@@ -294,8 +302,9 @@ def print_rows(rows: Sequence[dict]) -> None:
             ratio = f"{ms / base:8.2f}" if base else " " * 8
             floor = f"{r['of_floor']:9.2f}" if r.get("of_floor") else " " * 9
             peak = f"  peak {r['peak_mb']:.0f} MB" if r.get("peak_mb") is not None else ""
+            busy = f"  waited {r['waited']:.0%} for a core" if (r.get("waited") or 0.0) > waiting.BEARABLE else ""
             medians = f"{r['p20_ms']:10.3f}{ms:10.3f}{r['p80_ms']:10.3f}"
-            print(f"  {r['rival']:<34}{medians}{ratio}{rate}{work}{floor}  {error}{peak}")
+            print(f"  {r['rival']:<34}{medians}{ratio}{rate}{work}{floor}  {error}{peak}{busy}")
 
 
 def write_csv(rows: Sequence[dict], path: Path) -> None:

@@ -79,6 +79,52 @@ def test_a_slow_rival_takes_no_rounds_from_a_fast_one(monkeypatch):
     assert 3 <= first <= 8 <= last  # spread over the run, not all at one end
 
 
+def test_calls_that_waited_for_a_core_count_only_where_there_are_too_few_others(monkeypatch):
+    monkeypatch.setattr(harness, "_cpu_ms", lambda call, i: call(i))
+    clock = {"waited": 0.0}
+    monkeypatch.setattr(harness.waiting, "waited_ms", lambda: clock["waited"])
+
+    def taking(name, waits):
+        """2 ms, and 8 more in the turns in which it waits for them."""
+
+        def call(i):
+            clock["waited"] += 8.0 * waits(i)
+            return 2.0 + 8.0 * waits(i)
+
+        return harness.Rival(name, call)
+
+    rivals = [taking("half", lambda i: i % 2), taking("always", lambda i: 1), taking("never", lambda i: 0)]
+    rows = {row["rival"]: row for row in harness.compare("job", "case", rivals, seconds=1.0, rounds=(2, 12))}
+    assert [rows[name]["p80_ms"] for name in ("half", "always", "never")] == [2.0, 10.0, 2.0]
+    assert [rows[name]["waited"] for name in ("half", "always", "never")] == [0.0, 0.8, 0.0]
+    assert {row["rounds"] for row in rows.values()} == {12}
+
+
+def test_where_the_kernel_does_not_say_who_waited_every_call_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness.waiting, "TASKS", tmp_path)
+    assert harness.waiting.waited_ms() is None
+    assert harness.waiting.undisturbed([(3.0, None), (1.0, None)], 5) == ([1.0, 3.0], None)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "schedstat").write_text("100 2500000 3\n")
+    assert harness.waiting.waited_ms() == 2.5
+
+
+def test_a_busy_machine_shows_in_what_is_printed(capsys):
+    row = dict.fromkeys(harness.COLUMNS) | {
+        "operation": "job",
+        "rival": "ours",
+        "p20_ms": 1.0,
+        "p50_ms": 1.0,
+        "p80_ms": 1.0,
+    }
+    harness.print_rows([row | {"waited": 0.4}, row | {"waited": 0.01}, row])
+    assert [line.endswith("waited 40% for a core") for line in capsys.readouterr().out.splitlines()[3:]] == [
+        True,
+        False,
+        False,
+    ]
+
+
 def test_quantiles_are_times_that_were_taken():
     ordered = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert [harness.quantile(ordered, q) for q in (0.2, 0.5, 0.8)] == [2.0, 4.0, 5.0]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import figures
+import harness
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -106,3 +107,14 @@ def test_a_benchmark_row_shows_its_floor_and_its_peak_and_an_older_file_neither(
     )
     old = figures.benchmark_lines([row | {"case": "c; peak 114 MB", "of_floor": 1.4}])
     assert old[2] == "| mir: c | ours (peak 114 MB) | 2 | 1.00 | 0 |"
+
+
+def test_a_table_says_how_many_of_its_rows_were_measured_on_a_busy_machine(tmp_path):
+    row = dict.fromkeys(harness.COLUMNS) | {"operation": "mir", "case": "c", "p50_ms": 2.0, "error": 0.0}
+    rows = [row | {"rival": str(i), "waited": waited} for i, waited in enumerate((None, 0.01, 0.5, 1.2))]
+    harness.write_csv(rows, tmp_path / "x.csv")
+    assert figures.table(tmp_path / "x.csv", "data").endswith(
+        "In 2 of 4 rows the process waited for a core that another one had.\n"
+    )
+    harness.write_csv(rows[:2], tmp_path / "x.csv")
+    assert "waited" not in figures.table(tmp_path / "x.csv", "data")
