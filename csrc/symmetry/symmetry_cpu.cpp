@@ -29,6 +29,11 @@ MIR_INLINE void transpose(const T* from, int64_t stride, int64_t rows, int64_t c
   }
 }
 
+template <class Vec>
+MIR_INLINE Vec greater(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+
 struct Found {
   double largest = 0, apart = 0, not_finite = 0;
 };
@@ -39,26 +44,19 @@ template <class T>
 void compare(const T* x, int64_t d, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Found& found) {
   T mirror[kTile * kTile];
   transpose(x + j0 * d + i0, d, j1 - j0, i1 - i0, mirror);
-  constexpr int kAtOnce = 8;
-  T largest[kAtOnce] = {}, apart[kAtOnce] = {}, zero[kAtOnce] = {};
+  using Vec = typename Simd<T>::Vec;
+  Vec largest = {}, apart = {}, zero = {};
   for (int64_t i = i0; i < i1; ++i) {
     const T *row = x + i * d + j0, *other = mirror + (i - i0) * kTile;
-    const auto at = [&](int64_t c, int lane) {
-      const T a = row[c], b = other[c];
-      // Halves, since a difference may leave the range.
-      const T size_a = a < 0 ? -a : a, size_b = b < 0 ? -b : b, half = a / 2 - b / 2, gap = half < 0 ? -half : half;
-      largest[lane] = largest[lane] > size_a ? largest[lane] : size_a;
-      largest[lane] = largest[lane] > size_b ? largest[lane] : size_b;
-      apart[lane] = apart[lane] > gap ? apart[lane] : gap;
-      zero[lane] += a * 0 + b * 0;
-    };
-    int64_t c = 0;
-    for (; c + kAtOnce <= j1 - j0; c += kAtOnce) {
-      for (int lane = 0; lane < kAtOnce; ++lane) at(c + lane, lane);
-    }
-    for (; c < j1 - j0; ++c) at(c, 0);
+    for_columns<T>(j1 - j0, [&](int64_t c, auto lanes) {
+      const Vec a = load(row + c, lanes), b = load(other + c, lanes);
+      const Vec gap = a / 2 - b / 2;  // halves, since a difference may leave the range
+      largest = greater(greater(largest, a), greater(-a, greater(b, -b)));
+      apart = greater(apart, greater(gap, -gap));
+      zero += a * 0 + b * 0;
+    });
   }
-  for (int lane = 0; lane < kAtOnce; ++lane) {
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
     found.largest = found.largest > largest[lane] ? found.largest : static_cast<double>(largest[lane]);
     found.apart = found.apart > apart[lane] ? found.apart : static_cast<double>(apart[lane]);
     found.not_finite += zero[lane] == 0 ? 0 : 1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from mir_kernels.ops.frechet.band_reduction import RootSums
 from mir_kernels.ops.frechet.cross_factor import cross_factor
 from mir_kernels.ops.frechet.report import TOLERANCE, TraceReport
 from mir_kernels.ops.frechet.standard_form import StandardForm
-from mir_kernels.ops.sqrtm import factor, float64
+from mir_kernels.ops.sqrtm import factor
 
 
 def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
@@ -47,7 +48,7 @@ def trace_with_bounds(
 
 def _trace(a: Tensor, b: Tensor, form: StandardForm, indefinite: float) -> tuple[TraceReport, list[RootSums]]:
     sums, errors, solver = standard_form.roots_(form)
-    total = float64.times_power(a.new_tensor([one.total for one in sums]), form.exponent)
+    total = a.new_tensor([_times_power(one.total, e) for one, e in zip(sums, form.exponent.tolist(), strict=True)])
     error = a.new_tensor(errors)
     path = [f"cholesky+{solver}"] * len(errors)
     direct = [i for i, reached in enumerate(errors) if not reached <= TOLERANCE["float64"]]
@@ -59,6 +60,14 @@ def _trace(a: Tensor, b: Tensor, form: StandardForm, indefinite: float) -> tuple
         for i, how in zip(direct, pair.how, strict=True):
             path[i] = how + "+svdvals"
     return TraceReport(total, error, tuple(path)), sums
+
+
+def _times_power(x: float, exponent: float) -> float:
+    """x 2^exponent, infinite where that leaves float64's range."""
+    try:
+        return math.ldexp(x, int(exponent))
+    except OverflowError:
+        return math.inf
 
 
 def nuclear_norm(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:

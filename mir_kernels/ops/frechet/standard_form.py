@@ -67,12 +67,17 @@ def roots_(form: StandardForm) -> tuple[list[RootSums], list[float], str]:
         m = form.m[:, :d, :d]
         if not all(map(math.isfinite, rounding)):
             m = m.where(form.rounding.isfinite()[:, None, None], 0.0)
-        values = torch.linalg.eigvalsh(m)
-        inverse = values.reciprocal().sum(-1).where(values[:, 0] > 0, torch.inf)  # eigenvalues ascend
-        columns = values.clamp(min=0.0).sqrt().sum(-1), inverse, torch.linalg.vector_norm(values, dim=-1)
-        sums, quadrature = list(map(RootSums, *(column.tolist() for column in columns))), 0.0
+        # In Python: for small matrices the calls of torch would take as long as the eigenvalues.
+        sums, quadrature = [_root_sums(values) for values in torch.linalg.eigvalsh(m).tolist()], 0.0
     errors = [relative_error(one, r, d) + quadrature for one, r in zip(sums, rounding, strict=True)]
     return sums, errors, "band" if form.banded else "eigvalsh"
+
+
+def _root_sums(values: list[float]) -> RootSums:
+    """Of ascending eigenvalues."""
+    if not values[0] > 0:
+        return RootSums(sum(math.sqrt(max(x, 0.0)) for x in values), math.inf, math.hypot(*values))
+    return RootSums(sum(map(math.sqrt, values)), sum([1 / x for x in values]), math.hypot(*values))
 
 
 def relative_error(sums: RootSums, rounding: float, d: int) -> float:
