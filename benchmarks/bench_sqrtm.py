@@ -1,6 +1,6 @@
 """Tr((Sv St)^(1/2)) by every recipe in use, error and time side by side; polar factors; and error against iterations.
 
-    python benchmarks/bench_sqrtm.py                                            # traces at d = 512, 1024 and 2048
+    python benchmarks/bench_sqrtm.py                                            # traces from d = 64 to 4096 on a CPU
     python benchmarks/bench_sqrtm.py --operations polar --d 64 --batch 512      # many small matrices
     python benchmarks/bench_sqrtm.py --device cuda --d 4096 --batch 33          # all layers of a 7B model
     python benchmarks/bench_sqrtm.py --iterations 15      # error against iterations at layer 15 of a real model
@@ -8,7 +8,9 @@
 For the times, covariances are random rotations of power-law spectra, as hidden states have; the truth is the float64
 singular values of the factors they were made from (on CUDA above d = 1024, eigenvalues of A^(1/2) B A^(1/2)). A rival
 whose error is beyond its limit is printed without a time; the published fast mode, which is no root at all and wrong
-by construction, is timed, for its error stands beside it.
+by construction, is timed, for its error stands beside it. On a CPU, LAPACK's three calls for the trace have a process
+of their own (lapack_root.py), and one `eigvalsh` of A, which is no rival but a yardstick, has no error. Slow rivals
+are left out where they take minutes.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import counts
 import harness
+import lapack_root
 import recipes
 from mir_kernels.ops.frechet import trace_sqrt_product, trace_sqrt_report
 from mir_kernels.ops.frechet.cross_factor import cross_factor, cross_product
@@ -36,6 +39,20 @@ POLAR_LIMITS = {"float16": 3e-2, "float32": 1e-3}  # relative error of a polar f
 GATE = 1e-2  # relative error of the trace above which a rival's time would mean nothing
 DISTINCT = 1 << 23  # elements of different matrices made on a GPU; a larger batch repeats them
 SPECTRA = {"i^-1 and i^-1.5": (1.0, 1.5), "i^-2 and i^-2": (2.0, 2.0)}
+# Matrices in a batch by their size: what is timed by default.
+SHAPES = {512: (1,), 1024: (1,), 2048: (1,)}
+CPU_TRACES = {64: (1, 64), 128: (1, 64), 256: (1,), 1024: (1,), 2048: (1,), 4096: (1,)}
+MIDDLE = range(256, 2048)  # sizes that a CPU takes the default's second spectrum of, and the closer bounds
+YARDSTICK = "one eigvalsh (torch)"
+OURS, PROVED, CLOSER = "ours (linalg)", "ours (linalg, bounds to 1e-6)", "ours (linalg, bounds to 1e-8)"
+TORCHMETRICS = "torchmetrics (eigvals of AB)"
+# Of medians of one case: name, and whose is divided by whose.
+RATIOS = {
+    "ours / LAPACK": (OURS, lapack_root.NAME),
+    "with bounds / ours": (PROVED, OURS),
+    "ours / one eigvalsh": (OURS, YARDSTICK),
+    "torchmetrics / ours": (TORCHMETRICS, OURS),
+}
 
 
 def covariances(d: int, powers: tuple[float, float], batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,26 +100,33 @@ def trace_rivals(a: Tensor, b: Tensor, truth: Tensor) -> list[harness.Rival]:
     device, d = a.device.type, a.shape[-1]
     calls = {}  # and the largest error that is timed
     if device == "cpu" or d <= 1024:  # a GPU finds singular values slowly
-        calls["ours (linalg)"] = ours("linalg", "float64"), TOLERANCE["float64"]
-        calls["ours (linalg, with bounds)"] = ours("linalg", "float64", bounds=True), TOLERANCE["float64"]
+        calls[OURS] = ours("linalg", "float64"), TOLERANCE["float64"]
+        if device == "cpu":
+            calls[PROVED] = ours("linalg", "float32", bounds=True), TOLERANCE["float32"]
+        if device == "cuda" or d in MIDDLE:
+            calls[CLOSER] = ours("linalg", "float64", bounds=True), TOLERANCE["float64"]
     fast = "triton" if device == "cuda" else "eager"
     if device == "cuda" or d <= 512:  # on a CPU LAPACK wins by far
         for precision in ("float32", "bfloat16"):
             calls[f"ours ({fast}, {precision})"] = ours(fast, precision), TOLERANCE[precision]
         calls["ours (16 bits, without proof)"] = unproved, GATE
-    calls |= {
-        "torch.linalg.eigh twice": (recipes.eigh_trace, GATE),
-        "torchmetrics (eigvals of AB)": (recipes.torchmetrics_trace, GATE),
-        "published fast mode (float32)": (recipes.published_fast_trace, None),
-    }
-    if device == "cuda" or d <= 1024:  # on a CPU 60 products take longer than all others together
+    if device == "cuda" or d <= 2048:  # on a CPU these take half a minute a call
+        calls["torch.linalg.eigh twice"] = recipes.eigh_trace, GATE
+        calls[TORCHMETRICS] = recipes.torchmetrics_trace, GATE
+    if device == "cuda" or d <= 1024:
+        calls["published fast mode (float32)"] = recipes.published_fast_trace, None
+    if device == "cuda" or 128 < d <= 1024:  # on a CPU either the compiler takes long or 60 products do
         calls["coupled Newton-Schulz, compiled"] = compiled_newton_schulz, GATE
     if d <= 1024:
         calls["scipy.linalg.sqrtm (float32 AB)"] = recipes.published_accurate_trace, GATE
-    return [
+    rivals = [
         harness.Rival(name, lambda i, c=call: c(a, b), lambda c=call: worst(c(a, b), truth), limit)
         for name, (call, limit) in calls.items()
     ]
+    if device == "cuda":
+        return rivals
+    rivals = [lapack_root.rested(rival) if rival.name.startswith("scipy") else rival for rival in rivals]
+    return [*rivals[:2], harness.Rival(YARDSTICK, lambda i: torch.linalg.eigvalsh(a)), *rivals[2:]]
 
 
 def worst(found: Tensor, truth: Tensor) -> float:
@@ -110,19 +134,39 @@ def worst(found: Tensor, truth: Tensor) -> float:
     return ((found.double().cpu() - truth) / truth).abs().amax().nan_to_num(float("inf")).item()
 
 
-def trace_rows(flags: argparse.Namespace, d: int) -> Iterator[list[dict]]:
-    for name in flags.spectra:
-        a, b, truth = covariances(d, SPECTRA[name], flags.batch, flags.device)
-        case = f"{flags.batch} x {d}^2, {name}"
-        if flags.device == "cpu":
-            print(case, trace_sqrt_report(a[:1], b[:1], precision="float64").path[0])
-        least = counts.trace_sqrt(d).times(flags.batch)
-        work = {"float64_flops" if flags.device == "cpu" else "flops": least.flops}
-        entries = harness.without(trace_rivals(a, b, truth), flags.skip)
-        yield harness.compare(
-            "trace_sqrt_product", case, entries, bytes_moved=least.bytes, **work,
-            device=flags.device, seconds=flags.seconds, rounds=(5 if d < 2048 else 3, 50),
+def trace_rows(flags: argparse.Namespace, d: int, batch: int, lapack: lapack_root.LapackRoot) -> Iterator[list[dict]]:
+    cpu, rounds = flags.device == "cpu", (5 if d < 2048 else 3, 50)
+    one_spectrum = cpu and flags.d is None and d not in MIDDLE
+    for name in flags.spectra or [*SPECTRA][: 1 if one_spectrum else None]:
+        a, b, truth = covariances(d, SPECTRA[name], batch, flags.device)
+        case = f"{batch} x {d}^2, {name}"
+        rivals = trace_rivals(a, b, truth)
+        if cpu:
+            rivals.insert(2, lapack.rival(a, b, functools.partial(worst, truth=truth), GATE))
+            least = counts.trace_sqrt_cpu(d).times(batch)
+        else:
+            least = counts.trace_sqrt(d).times(batch)
+        work = {"float64_flops" if cpu else "flops": least.flops}
+        rows = harness.compare(
+            "trace_sqrt_product", case, harness.without(rivals, flags.skip), bytes_moved=least.bytes, **work,
+            device=flags.device, seconds=flags.seconds, rounds=rounds,
         )  # fmt: skip
+        if cpu:
+            path = trace_sqrt_report(a[:1], b[:1], precision="float64").path[0]
+            print(f"{case}: ours by {path}{lapack.solver and f', eigenvalues of LAPACK by {lapack.solver}'}")
+        own = {rival.name: rival for rival in rivals if isinstance(rival, lapack_root.SelfTimed)}
+        yield [own[row["rival"]].retimed(row, rounds[0]) if row["rival"] in own else row for row in rows]
+
+
+def ratio_lines(rows: list[dict]) -> list[str]:
+    """RATIOS of each case that has the rows, a line a case."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        ms = {row["rival"]: row["p50_ms"] for row in rows if row["case"] == case and row["p50_ms"]}
+        found = [f"{name} {ms[x] / ms[y]:.2f}" for name, (x, y) in RATIOS.items() if x in ms and y in ms]
+        if found:
+            lines.append(f"{case}: {', '.join(found)}")
+    return lines
 
 
 def polar_case(d: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
@@ -135,9 +179,9 @@ def polar_rival(name: str, call: Callable[[], Tensor], exact: Tensor, precision:
     return harness.Rival(name, lambda i: call(), lambda: distance(call()[:4].double(), exact), POLAR_LIMITS[precision])
 
 
-def polar_rows(flags: argparse.Namespace, d: int) -> Iterator[list[dict]]:
+def polar_rows(flags: argparse.Namespace, d: int, batch: int) -> Iterator[list[dict]]:
     """The same schedule of steps by our kernels, by cuBLAS or BLAS, and by torch.compile over it."""
-    m, exact = polar_case(d, flags.batch, flags.device)
+    m, exact = polar_case(d, batch, flags.device)
     compiled = harness.compiled(eager.polar, dynamic=False)
     backend = "triton" if flags.device == "cuda" else "eager"
     for precision in POLAR_LIMITS:
@@ -149,9 +193,9 @@ def polar_rows(flags: argparse.Namespace, d: int) -> Iterator[list[dict]]:
         entries = harness.without(
             [polar_rival(name, call, exact, precision) for name, call in calls.items()], flags.skip
         )
-        least = counts.polar_step(d).times(flags.batch * len(eager.steps_for(precision)))
+        least = counts.polar_step(d).times(batch * len(eager.steps_for(precision)))
         yield harness.compare(
-            "polar", f"{flags.batch} x {d}^2, {precision}", entries, bytes_moved=8 * m.numel(), flops=least.flops,
+            "polar", f"{batch} x {d}^2, {precision}", entries, bytes_moved=8 * m.numel(), flops=least.flops,
             device=flags.device, seconds=flags.seconds, rounds=(5, 100),
         )  # fmt: skip
 
@@ -160,14 +204,24 @@ def distance(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
+def shapes(flags: argparse.Namespace, operation: str) -> list[tuple[int, int]]:
+    """(d, batch) of every case: those of `--d` and `--batch`, and the default's where one is not given."""
+    default = CPU_TRACES if (operation, flags.device) == ("trace", "cpu") else SHAPES
+    batches = {d: default.get(d, (1,)) if flags.batch is None else (flags.batch,) for d in flags.d or default}
+    return [(d, batch) for d, several in batches.items() for batch in several]
+
+
 def time_table(flags: argparse.Namespace) -> int:
     rows: list[dict] = []
-    for operation in flags.operations:
-        for d in flags.d:
-            for case in {"trace": trace_rows, "polar": polar_rows}[operation](flags, d):
-                rows += case
-                harness.write_csv(rows, flags.out)  # what is known so far, should time run out
+    with lapack_root.LapackRoot(torch.get_num_threads()) as lapack:
+        of = {"trace": functools.partial(trace_rows, lapack=lapack), "polar": polar_rows}
+        for operation in flags.operations:
+            for d, batch in shapes(flags, operation):
+                for case in of[operation](flags, d, batch):
+                    rows += case
+                    harness.write_csv(rows, flags.out)  # what is known so far, should time run out
     harness.print_rows(rows)
+    print("", *ratio_lines(rows), sep="\n")
     return harness.exit_code(rows)
 
 
@@ -227,10 +281,10 @@ def row(case: str, method: str, precision: str, k: int, value: Tensor, truth: Te
 
 def main() -> int:
     parser = harness.arguments(__doc__.splitlines()[0], "sqrtm")
-    parser.add_argument("--d", type=int, nargs="+", default=[512, 1024, 2048], help="sizes of the matrices")
-    parser.add_argument("--batch", type=int, default=1, help="matrices in a batch")
+    parser.add_argument("--d", type=int, nargs="+", help="sizes of the matrices")
+    parser.add_argument("--batch", type=int, help="matrices in a batch")
     parser.add_argument("--operations", nargs="+", default=["trace"], choices=("trace", "polar"), help="what is timed")
-    parser.add_argument("--spectra", nargs="+", default=list(SPECTRA), choices=SPECTRA, help="of the two covariances")
+    parser.add_argument("--spectra", nargs="+", choices=SPECTRA, help="of the two covariances")
     parser.add_argument("--iterations", type=int, metavar="LAYER", help="error against iterations instead of time")
     parser.set_defaults(default_out=parser.get_default("out"))
     flags = parser.parse_args()

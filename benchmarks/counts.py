@@ -68,6 +68,12 @@ def trace_sqrt(d: int) -> Count:
     return Count(16 * d * d, 11 * d**3 // 3)
 
 
+def trace_sqrt_cpu(d: int) -> Count:
+    """The same where one of the two is definite: its Cholesky factor, d^3/3, the standard form C^T A C, d^3, and the
+    reduction of that to a band or a tridiagonal matrix, 4 d^3/3 (Golub and Van Loan, 8.3 and 8.7)."""
+    return Count(16 * d * d, 8 * d**3 // 3)
+
+
 def trace_factors(d: int) -> Count:
     """Read two float64 matrices, write N; a Cholesky factor of each and the product of the triangles, d^3/3 twice."""
     return Count(24 * d * d, 4 * d**3 // 3)

@@ -43,13 +43,14 @@ class Tokens(NamedTuple):
 
 class Stage(NamedTuple):
     """The functions that a stage is made of, as module:qualified.name, and the least that it takes, in words and as a
-    count of bytes or operations: of a run (`calls` is 1), or of each call of its first function."""
+    count of bytes or operations: of a run (`calls` is 1), or of each call of one of its first `entries` functions."""
 
     functions: tuple[str, ...]
     least: Callable[[Tokens], counts.Count]
     words: str
     unit: str = "any"  # of the operations: "any" unit of the machine, or "float64"
     each_call: bool = False
+    entries: int = 1
 
 
 def _bytes(of: Callable[[Tokens], int]) -> Callable[[Tokens], counts.Count]:
@@ -104,11 +105,15 @@ STAGES = {
         True,
     ),
     "roots": Stage(
-        ("mir_kernels.ops.frechet.functional:trace_sqrt_product",),
-        lambda t: counts.Count(0, counts.trace_sqrt(t.d).flops),
-        "two Cholesky factors, their product, its singular values",
+        (
+            "mir_kernels.ops.frechet.functional:trace_sqrt_report",
+            "mir_kernels.ops.frechet.functional:trace_sqrt_product",
+        ),
+        lambda t: counts.Count(0, counts.trace_sqrt_cpu(t.d).flops),
+        "a Cholesky factor, the standard form, its reduction to a band",
         "float64",
         True,
+        entries=2,
     ),
     "roots of features": Stage(
         ("mir_kernels.ops.frechet.functional:trace_sqrt_from_features",),
@@ -118,11 +123,15 @@ STAGES = {
         True,
     ),
     "proofs": Stage(
-        ("mir_kernels.ops.frechet.certificate:trace_bounds",),
-        lambda t: counts.Count(0, counts.trace_factors(t.d).flops + counts.trace_certificate(t.d).flops),
-        "factors, their product, a witness checked",
+        (
+            "mir_kernels.ops.frechet.log_determinants:root_bounds",
+            "mir_kernels.ops.frechet.certificate:trace_bounds",
+        ),
+        lambda t: counts.Count(0, 20 * t.d**3 // 3),
+        "20 Cholesky factors",
         "float64",
         True,
+        entries=2,
     ),
 }
 SECTIONS = {"standard error": (f"{METRIC}.layer:_left_out", f"{METRIC}.accumulator:LayerAccumulator.leave_group_out")}
@@ -145,7 +154,7 @@ class Watch:
         self.calls: Counter[str] = Counter()
         # By identity: the hash of a code object is computed anew each time.
         self._stages = {id(code_of(path)): name for name, stage in STAGES.items() for path in stage.functions}
-        self._first = {id(code_of(stage.functions[0])) for stage in STAGES.values()}
+        self._first = {id(code_of(path)) for stage in STAGES.values() for path in stage.functions[: stage.entries]}
         self._sections = {id(code_of(path)): name for name, paths in SECTIONS.items() for path in paths}
         self._stack: list[tuple[str, str]] = []  # section and stage
 

@@ -166,7 +166,7 @@ def test_the_least_is_bytes_or_operations_at_the_measured_rates_and_small_stages
     tokens = stages.Tokens(n=1000, text=10, d=100, layers=2)
     found = {row["stage"]: row for row in stages.rows("a case", "value", watch, tokens, CEILINGS)}
     assert found["token norms"]["least_seconds"] == pytest.approx(2 * (2 * 1000 * 100 + 4 * 1000) / 10e9)
-    assert found["roots"]["least_seconds"] == pytest.approx(4 * (11 * 100**3 // 3) / 50e9)
+    assert found["roots"]["least_seconds"] == pytest.approx(4 * (8 * 100**3 // 3) / 50e9)
     lines = stages.lines(list(found.values()))
     assert lines[0].startswith("| a case | stage | calls |")
     assert lines[2].startswith("| value | roots | 4 | 1 | 50% |")

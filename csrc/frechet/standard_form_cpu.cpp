@@ -210,7 +210,9 @@ class Form {
   double *column_, *inverse_, *scale_, *probes_[4];
 };
 
-// Small matrices are shared out among the threads, the tiles of each large one.
+// Small matrices are shared out among the threads, the tiles of each large one. Of one that is smaller still the tiles
+// are done before a team has met.
+constexpr int64_t kAlone = 128;
 int64_t at_a_time(const StandardForm& p, int threads) {
   return p.rows <= 4 * kTile ? larger(1, smaller(threads, p.count)) : 1;
 }
@@ -221,7 +223,7 @@ void run(const StandardForm& p, int threads) {
   const int64_t shares = at_a_time(p, threads), each = Form::workspace(p.rows);
   parallel_for(shares, static_cast<int>(shares), p.count * p.d * p.d * 64, [&](int64_t share) {
     for (int64_t i = share; i < p.count; i += shares) {
-      Form(p, i, p.workspace + share * each, shares > 1 ? 1 : threads).run();
+      Form(p, i, p.workspace + share * each, shares > 1 || p.rows <= kAlone ? 1 : threads).run();
     }
   });
 }

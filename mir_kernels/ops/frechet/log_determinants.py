@@ -45,10 +45,12 @@ def root_bounds(m: Tensor, d: int, moved: float, sums: RootSums, tolerance: floa
     """
     if not (math.isfinite(moved) and math.isfinite(sums.total) and 0 < sums.inverse < math.inf):
         return None
+    if not 1.08 * moved * math.sqrt(sums.inverse) <= tolerance * sums.total:  # wide before anything is factored
+        return None
     largest = torch.linalg.vector_norm(m).item() * (1 + gamma(m.numel()))
     # Below half of 1 / (sum of 1/l) there is no eigenvalue: to be proved by a factor of m less that.
     lowest = 0.5 / sums.inverse
-    least, quadrature = 0.9 * lowest, tolerance / 6
+    least, quadrature = 0.9 * lowest, tolerance / (6 if tolerance > 1e-7 else 20)
     shifts, weights = nodes(least, largest, quadrature)
     shifts, order = shifts.sort()
     weights = weights[order] / 2

@@ -12,7 +12,7 @@ from mir_kernels.ops.frechet import band_reduction, native
 from mir_kernels.ops.frechet.band_reduction import RootSums
 from mir_kernels.ops.sqrtm import factor
 
-_BANDED = 256  # from here on `band_reduction` is faster than the eigenvalues of LAPACK
+_BANDED = 384  # from here on `band_reduction` is faster than the eigenvalues of LAPACK
 _PROBES = 8
 
 

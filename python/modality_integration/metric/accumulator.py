@@ -333,7 +333,8 @@ class LayerAccumulator:
         parts = [slot for slot in moments.slots() if slot[0] == modality and slot[1] != without]
         if not parts:
             return FeatureMoments(rows)
-        counted = self.accumulator("exact")
+        # For the standard error held rows need no more digits than the others.
+        counted = self.accumulator("exact" if without is None else self.options.precision)
         counted.load_state_dict(moments.state(parts[0]))
         for slot in parts[1:]:
             counted.merge(moments.on_device(slot))
@@ -354,7 +355,8 @@ class WithoutGroup:
     def __init__(self, accumulator: LayerAccumulator, groups: list[int]) -> None:
         self.groups, self._all = groups, accumulator
         self._text_norms = accumulator.text_norm_sums(accumulator.options.counts_sinks)
-        self._settled = accumulator.accumulators("exact", accumulator.moments.another_host())
+        precision = accumulator.options.precision
+        self._settled = accumulator.accumulators(precision, accumulator.moments.another_host())
         for slot in accumulator.moments.slots():
             self._settled.load(slot, accumulator.moments.state(slot))
             _ = self._settled.on_device(slot).mean  # folds the gathered rows in, once for all that follows

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mir_kernels import StreamingMoments
-from mir_kernels.ops.frechet import TraceSqrt, trace_sqrt_from_features, trace_sqrt_product
+from mir_kernels.ops.frechet import TraceSqrt, trace_sqrt_from_features, trace_sqrt_product, trace_sqrt_report
 from mir_kernels.ops.frechet.launch import CHUNK, TRACE_SQRT_PRODUCT
+from mir_kernels.ops.frechet.report import warn_if_missed
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.options import MetricOptions
 from modality_integration.metric.result import LayerTerms
@@ -125,26 +126,18 @@ def nearest_semidefinite(covariance: Tensor) -> Tensor:
 
 def _prepare(pair: GaussianPair, options: MetricOptions) -> _Prepared:
     vision, text = pair.vision, pair.text
+    covariances: tuple[Tensor, Tensor] | None
+    root: _Root | None
     if isinstance(vision, FeatureMoments) and isinstance(text, FeatureMoments) and (vision.short or text.short):
         (mean_vision, trace_vision), (mean_text, trace_text) = vision.mean_and_trace(), text.mean_and_trace()
         root = _root_of_features(pair.layer, vision.features, text.features, options)
-        covariances, notes = None, []
+        covariances = None
     else:
         (mean_vision, cov_vision), (mean_text, cov_text) = vision.mean_and_covariance(), text.mean_and_covariance()
         trace_vision, trace_text = cov_vision.trace().item(), cov_text.trace().item()
-        try:
-            sides = vision.semidefinite(cov_vision), text.semidefinite(cov_text)
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            raise _no_root(pair.layer, error) from error
-        covariances, root = (sides[0][0], sides[1][0]), None
-        notes = [
-            f"layer {pair.layer}, {modality}: the covariance lacks rank to the precision it was accumulated in, so its "
-            'smallest directions are rounding; precision="exact" resolves them'
-            for modality, (_, mended) in zip(MODALITIES, sides, strict=True)
-            if mended
-        ]
+        covariances, root = (cov_vision, cov_text), None
     mean = (mean_vision - mean_text).square().sum().item()
-    return _Prepared(pair, mean, (trace_vision, trace_text), covariances, root, notes)
+    return _Prepared(pair, mean, (trace_vision, trace_text), covariances, root, notes=[])
 
 
 def _roots(prepared: Sequence[_Prepared], options: MetricOptions) -> list[_Root]:
@@ -161,21 +154,54 @@ def _roots(prepared: Sequence[_Prepared], options: MetricOptions) -> list[_Root]
 
 
 def _roots_of_one_size(prepared: Sequence[_Prepared], options: MetricOptions) -> list[_Root]:
+    """Their roots. A covariance that its accumulation left short of rank is mended first, with a note.
+
+    That is looked for before roots with bounds. A root alone says whether its Cholesky factors ran through, which is
+    the same question; only where they did not are they taken for themselves.
+    """
+    if options.bounds:
+        prepared = [_mended(one) for one in prepared]
     vision, text = zip(*(one.covariances for one in prepared if one.covariances is not None), strict=True)
+    together, backend = len(prepared) > 1, _root_backend(options)
+    pair = (torch.stack(vision), torch.stack(text)) if together else (vision[0], text[0])
     try:
-        together = len(prepared) > 1
-        found = trace_sqrt_product(
-            torch.stack(vision) if together else vision[0],
-            torch.stack(text) if together else text[0],
-            precision=options.sqrt_precision,
-            bounds=options.bounds,
-            backend=_root_backend(options),
-        )
+        if options.bounds:
+            return _as_roots(trace_sqrt_product(*pair, precision=options.sqrt_precision, bounds=True, backend=backend))
+        found = trace_sqrt_report(*pair, precision=options.sqrt_precision, backend=backend)
     except (ValueError, torch.linalg.LinAlgError) as error:
-        if len(prepared) > 1:  # of one of them: of which?
+        if together:  # of one of them: of which?
             return [root for one in prepared for root in _roots_of_one_size([one], options)]
+        mended = _mended(prepared[0])
+        if mended is not prepared[0]:
+            return _roots_of_one_size([mended], options)
         raise _no_root(prepared[0].pair.layer, error) from error
-    return _as_roots(found)
+    roots = _as_roots(found.value)
+    for i, (one, path) in enumerate(zip(prepared, found.path, strict=True)):
+        if "cholesky" not in path and (mended := _mended(one)) is not one:
+            (roots[i],) = _roots_of_one_size([mended], options)
+    warn_if_missed("trace_sqrt_product", found.error, options.sqrt_precision, stacklevel=2)
+    return roots
+
+
+def _mended(prepared: _Prepared) -> _Prepared:
+    """With covariances that are positive semi-definite to float64's rounding; itself where they are."""
+    if prepared.covariances is None:
+        return prepared
+    sides = []
+    for modality, moments, covariance in zip(MODALITIES, prepared.pair[1:3], prepared.covariances, strict=True):
+        try:
+            side, mended = moments.semidefinite(covariance)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise _no_root(prepared.pair.layer, error) from error
+        sides.append(side)
+        if mended:
+            prepared.notes.append(
+                f"layer {prepared.pair.layer}, {modality}: the covariance lacks rank to the precision it was "
+                'accumulated in, so its smallest directions are rounding; precision="exact" resolves them'
+            )
+    if all(side is covariance for side, covariance in zip(sides, prepared.covariances, strict=True)):
+        return prepared
+    return prepared._replace(covariances=(sides[0], sides[1]))
 
 
 def _root_of_features(layer: int, vision: Tensor, text: Tensor, options: MetricOptions) -> _Root:

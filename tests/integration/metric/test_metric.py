@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from integration import mir_oracle
+from mir_kernels.ops.frechet.report import TraceReport
 from mir_kernels.ops.moments.launch import STREAMING_MOMENTS
 from modality_integration import mir
 from modality_integration.metric import distance, functional
@@ -134,13 +135,17 @@ def test_constant_columns_are_survived():
 @pytest.fixture
 def roots(monkeypatch):
     """Every call of the root: the shape it got and its options."""
-    calls, take = [], distance.trace_sqrt_product
+    calls = []
 
-    def recorded(a, b, **options):
-        calls.append((tuple(a.shape), options))
-        return take(a, b, **options)
+    def recording(take):
+        def recorded(a, b, **options):
+            calls.append((tuple(a.shape), options))
+            return take(a, b, **options)
 
-    monkeypatch.setattr(distance, "trace_sqrt_product", recorded)
+        return recorded
+
+    for name in ("trace_sqrt_product", "trace_sqrt_report"):
+        monkeypatch.setattr(distance, name, recording(getattr(distance, name)))
     return calls
 
 
@@ -163,9 +168,10 @@ def test_a_layer_whose_root_cannot_be_taken_is_named_among_those_taken_together(
         matrices = a.reshape(-1, *a.shape[-2:])
         if (matrices[:, 0, 0] > 1e3).any():
             raise ValueError("too large")
-        return matrices.new_ones(a.shape[:-2])
+        ones = matrices.new_ones(a.shape[:-2])
+        return TraceReport(ones, 0 * ones, ("cholesky",) * len(matrices))
 
-    monkeypatch.setattr(distance, "trace_sqrt_product", refuses)
+    monkeypatch.setattr(distance, "trace_sqrt_report", refuses)
     monkeypatch.setattr(functional, "layers_together", lambda hidden_size, device: 4)
     vision, text = pair(300, 250, 24)
     with pytest.raises(ValueError, match=r"layer 2: of its covariances no root can be taken \(too large\)"):
