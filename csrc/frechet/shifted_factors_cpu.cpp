@@ -8,9 +8,10 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// A term of any entry of L L^T, of T C or of C^T A C passes through this many roundings: the sums of kRun products in
-// registers, then one for each such sum that is added, and what is done within a tile (divisions, roots, a strip).
-int64_t roundings(int64_t d) { return kRun + 2 * ((d + kRun - 1) / kRun + kTile / kRun + 2 * kTall + 12); }
+// A term of any entry of L L^T, of T C or of C^T A C passes through no more roundings than this: a sum in registers, of
+// kRun products or of a tile's, then one for each such sum that is added (twice the runs of a depth in Z + Z^T), and what
+// is done within a tile: divisions, a root, a strip, a shift.
+int64_t roundings(int64_t d) { return larger(kRun, kTile) + 2 * ((d + kRun - 1) / kRun + kTile / kRun + 2 * kTall + 12); }
 
 int64_t workspace(int64_t d) {
   const int64_t n = whole_blocks(d), tiles = tiles_of(n);

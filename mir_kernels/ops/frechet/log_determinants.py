@@ -17,6 +17,7 @@ from mir_kernels.ops.frechet.band_reduction import RootSums, nodes
 from mir_kernels.ops.sqrtm.factor import UNIT
 from mir_kernels.ops.sqrtm.rounding import gamma
 
+_LEAST = 2.0**-900  # of entries: half a diagonal entry is exact far above it
 _MARGIN = 1 + 1e-6  # for the roundings in bounds of errors, which are sums of positive numbers
 
 
@@ -29,10 +30,12 @@ def form_error(a: Tensor, b: Tensor, exponent: float) -> float:
     where |T|_F <= |A|_F / sqrt(2) and |C|_F^2 <= (1 + 2 gamma) Tr B.
     """
     g = gamma(native.roundings(a.shape[-1]))
-    size_a, size_b = torch.linalg.vector_norm(a).item(), b.trace().item()
-    if not (math.isfinite(size_a) and math.isfinite(size_b)):
+    largest, trace = torch.linalg.vector_norm(a, math.inf).item(), b.trace().item()
+    if not (_LEAST <= largest < math.inf and math.isfinite(trace)):
         return math.inf
-    (mantissa_a, power_a), (mantissa_b, power_b) = math.frexp(size_a), math.frexp(size_b)
+    power_a = math.frexp(largest)[1]
+    mantissa_a = torch.linalg.vector_norm(a * 2.0**-power_a).item()  # squares of the entries may leave the range
+    mantissa_b, power_b = math.frexp(trace)
     both = math.ldexp(mantissa_a * mantissa_b, power_a + power_b - 2 * int(exponent))
     return g * (1 + 2 * math.sqrt(2) * (1 + g)) * (1 + 2 * g) * both * (1 + gamma(a.numel())) * _MARGIN
 
@@ -50,6 +53,8 @@ def root_bounds(m: Tensor, d: int, moved: float, sums: RootSums, tolerance: floa
     largest = torch.linalg.vector_norm(m).item() * (1 + gamma(m.numel()))
     # Below half of 1 / (sum of 1/l) there is no eigenvalue: to be proved by a factor of m less that.
     lowest = 0.5 / sums.inverse
+    if not 0.9 * lowest >= 1e-13 * largest:  # below, the rounding of the nodes counts
+        return None
     least, quadrature = 0.9 * lowest, tolerance / (6 if tolerance > 1e-7 else 20)
     shifts, weights = nodes(least, largest, quadrature)
     shifts, order = shifts.sort()

@@ -144,3 +144,19 @@ def test_an_indefinite_matrix_is_refused_though_only_the_other_is_factored(which
     pair = (bad, good) if which == "a" else (good, bad)
     with pytest.raises(ValueError, match=f"{which}: takes positive semi-definite matrices, got one with an eigenvalue"):
         trace_sqrt_product(*pair)
+
+
+@NATIVE
+@pytest.mark.parametrize("d", [1, 12, 95, 97, 200, 300])
+def test_pivots_and_norms_are_those_of_the_factors_of_the_shifted_matrix(d):
+    m = covariance("i^-1", d, 0)
+    padded = torch.zeros(-(-d // 48) * 48, -(-d // 48) * 48, dtype=torch.float64)
+    padded[:d, :d] = m
+    shifts = torch.tensor([0.0, 1e-3, 10.0], dtype=torch.float64)
+    pivots, size, spectral = native.shifted_factors(padded, d, shifts)
+    for i, s in enumerate(shifts.tolist()):
+        lower = torch.linalg.cholesky(m + s * torch.eye(d, dtype=torch.float64))
+        assert torch.allclose(pivots[i], lower.diagonal(), rtol=1e-9)
+        assert size[i].item() == pytest.approx(lower.norm().item(), rel=1e-9)
+        assert spectral[i] * (1 + 1e-9) >= torch.linalg.matrix_norm(lower.abs(), 2)
+    assert not native.shifted_factors(padded, d, shifts - 20)[1].isfinite().any()
