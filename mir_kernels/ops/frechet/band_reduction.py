@@ -16,17 +16,20 @@ from torch import Tensor
 from mir_kernels.ops.frechet import native
 
 QUADRATURE = 1e-11  # largest relative error of a root by `nodes`, before rounding
+_LANES = 8  # a multiple of the shifts that a vector takes
 
 
 class RootSums(NamedTuple):
-    """Sums over the eigenvalues l of a matrix; NaN and infinity where it is not positive definite.
+    """Sums over the eigenvalues l of a matrix; NaN and infinity where it is not positive definite, and least 0.
 
     total: of sqrt(l).  inverse: of 1/l.  norm: the root of the sum of l^2.
+    least: no l is below it, and it is not below 1 / inverse.
     """
 
     total: float
     inverse: float
     norm: float
+    least: float
 
 
 def root_sums_(m: Tensor, d: int) -> RootSums:
@@ -34,18 +37,29 @@ def root_sums_(m: Tensor, d: int) -> RootSums:
     exponent = math.frexp(m.diagonal().amax().item())[1] // 2
     if abs(exponent) > 100:  # squares of the entries would leave float64's range
         sums = root_sums_(m.mul_(4.0**-exponent), d)
-        return RootSums(*(x * 4.0 ** (p * exponent) for x, p in zip(sums, (0.5, -1, 1), strict=True)))
+        return RootSums(*(x * 4.0 ** (p * exponent) for x, p in zip(sums, (0.5, -1, 1, 1), strict=True)))
     band = native.band(m, d)
     squares = band.square().sum(0)
     norm = (squares[0] + 2 * squares[1:].sum()).sqrt().item()
     inverse = native.inverse_traces(band, torch.zeros(1, dtype=torch.float64)).item()
     if not inverse > 0:  # NaN where it is not definite
-        return RootSums(math.nan, math.inf, norm)
-    # Every eigenvalue lies between 1 / inverse and norm.
-    shifts, weights = nodes(1 / inverse, norm, QUADRATURE, lanes=8)
+        return RootSums(math.nan, math.inf, norm, 0.0)
+    least = _least(band, inverse)
+    shifts, weights = nodes(least, norm, QUADRATURE, lanes=_LANES)
     # Tr(T (T + s)^-1) = d - s Tr((T + s)^-1).
     total = (weights * (d - shifts * native.inverse_traces(band, shifts))).sum().item()
-    return RootSums(total, inverse, norm)
+    return RootSums(total, inverse, norm, least)
+
+
+def _least(band: Tensor, inverse: float) -> float:
+    """The largest of nine candidates below which `band` has no eigenvalue; `inverse`: the trace of its inverse.
+
+    They lie between 1 / inverse and d / inverse, as the smallest eigenvalue does, each d^(1/8) times the one before.
+    """
+    factors = torch.linspace(0, math.log(band.shape[0]), _LANES + 1, dtype=torch.float64).exp()
+    candidates = factors / inverse
+    definite = native.inverse_traces(band, -candidates[1:]) > 0
+    return candidates[int(definite.cumprod(0).sum())].item()
 
 
 def nodes(low: float, high: float, error: float, lanes: int = 2) -> tuple[Tensor, Tensor]:

@@ -48,53 +48,51 @@ def root_bounds(m: Tensor, d: int, moved: float, sums: RootSums, tolerance: floa
     """
     if not (math.isfinite(moved) and math.isfinite(sums.total) and 0 < sums.inverse < math.inf):
         return None
-    if not 1.08 * moved * math.sqrt(sums.inverse) <= tolerance * sums.total:  # wide before anything is factored
-        return None
     largest = torch.linalg.vector_norm(m).item() * (1 + gamma(m.numel()))
-    # Below half of 1 / (sum of 1/l) there is no eigenvalue: to be proved by a factor of m less that.
-    lowest = 0.5 / sums.inverse
-    if not 0.9 * lowest >= 1e-13 * largest:  # below, the rounding of the nodes counts
+    # There is no eigenvalue below `least`: to be proved by a factor of m less `lowest`.
+    lowest = 0.9 * sums.least
+    least = 0.9 * lowest
+    if not (least >= 1e-13 * largest and moved <= 0.99 * least):  # below, the rounding of the nodes counts
         return None
-    least, quadrature = 0.9 * lowest, tolerance / (6 if tolerance > 1e-7 else 20)
+    slope_of_roots = _MARGIN / (1 + math.sqrt(1 - moved / least))
+    left = tolerance - 2.4 * slope_of_roots * moved * math.sqrt(sums.inverse) / sums.total
+    if not left >= tolerance / 8:  # wide before anything is factored
+        return None
+    quadrature = left / 4.2  # which takes four times itself
     shifts, weights = nodes(least, largest, quadrature)
     shifts, order = shifts.sort()
     weights = weights[order] / 2
     centre = min(max((sums.total / d) ** 2, least), largest)
-    pivots, size, spectral = native.shifted_factors(m, d, torch.cat((shifts.new_tensor([-lowest]), shifts)))
+    at = [-lowest, *shifts.tolist()]
+    pivots, size, spectral = native.shifted_factors(m, d, shifts.new_tensor(at))
     if bool(size.isnan().any()):
         return None
     # L L^T = m + s + E with |E| <= gamma |L| |L^T|.
     backward = (gamma(native.roundings(d)) * size * torch.minimum(size, spectral) * _MARGIN).tolist()
     if not lowest - backward[0] >= least:
         return None
-    pivots, backward = pivots[1:], backward[1:]
-    logs = (pivots.square() / (centre + shifts)[:, None]).log()
-    sizes = logs.abs().sum(-1).tolist()
-    found, at = logs.sum(-1).tolist(), shifts.tolist()
-    errors = []
-    for e, s, total in zip(backward, at, sizes, strict=True):
-        share = e / (least + s)
-        if not share <= 0.25:
-            return None
-        # A trace norm of (m + s)^(-1/2) E (m + s)^(-1/2), then the roundings of the logarithms and of their sum.
-        errors.append((share * math.sqrt(d) / (1 - share) + 4 * UNIT * d + gamma(d + 8) * total) * _MARGIN)
-    # sum 1/l <= (1 + s / least) sum 1/(l + s), and a log determinant is concave in its shift.
-    slope = (found[1] - found[0] + errors[0] + errors[1] + d * _log_ratio(centre, at)) / (at[1] - at[0])
-    inverse = (1 + at[1] / least) * slope * _MARGIN
-    if not 4 * moved * inverse <= 1:
+    shares = [0.0] + [e / (least + s) for e, s in zip(backward[1:], at[1:], strict=True)]
+    if not max(shares) <= 0.25:
         return None
-    terms = [w * f for w, f in zip(weights.tolist(), found, strict=True)]
+    references = [centre + max(s, 0.0) for s in at]
+    logs = (pivots.square() / shifts.new_tensor(references)[:, None]).log()
+    found, sizes = logs.sum(-1).tolist(), logs.abs().sum(-1).tolist()
+    # A trace norm of (m + s)^(-1/2) E (m + s)^(-1/2), then the roundings of the logarithms and of their sum.
+    errors = [
+        (share * math.sqrt(d) / (1 - share) + 4 * UNIT * d + gamma(d + 8) * size) * _MARGIN
+        for share, size in zip(shares, sizes, strict=True)
+    ]
+    # sum 1/l <= (1 + s / least) sum 1/(l + s), and a log determinant is concave in its shift. The first one found is no
+    # more than that of m - lowest + backward[0], because E is not.
+    change = found[1] - found[0] + errors[1] + errors[0] + d * math.log1p(at[1] / centre) * _MARGIN
+    inverse = (1 + at[1] / least) * change / (at[1] + lowest - backward[0]) * _MARGIN
+    terms = [w * f for w, f in zip(weights.tolist(), found[1:], strict=True)]
     middle = d * math.sqrt(centre) + math.fsum(terms)
     slack = (
         quadrature * (1.01 * middle + d * math.sqrt(centre))
-        + math.fsum(w * e for w, e in zip(weights.tolist(), errors, strict=True))
-        + 0.54 * moved * math.sqrt(inverse)
+        + math.fsum(w * e for w, e in zip(weights.tolist(), errors[1:], strict=True))
+        + slope_of_roots * moved * math.sqrt(inverse)
         + gamma(8) * (d * math.sqrt(centre) + math.fsum(map(abs, terms)))
     ) * _MARGIN
     lower, upper = middle - slack, middle + slack
     return (lower, upper) if upper - lower <= tolerance * upper else None
-
-
-def _log_ratio(centre: float, shifts: list[float]) -> float:
-    """What a logarithm over centre + s loses from the first shift to the second, an upper end."""
-    return math.log1p((shifts[1] - shifts[0]) / (centre + shifts[0])) * _MARGIN

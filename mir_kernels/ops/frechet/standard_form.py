@@ -59,7 +59,7 @@ def roots_(form: StandardForm) -> tuple[list[RootSums], list[float], str]:
     d, rounding = form.d, form.rounding.tolist()
     if form.banded:
         sums = [
-            band_reduction.root_sums_(m, d) if math.isfinite(r) else RootSums(math.nan, math.inf, math.nan)
+            band_reduction.root_sums_(m, d) if math.isfinite(r) else RootSums(math.nan, math.inf, math.nan, 0.0)
             for m, r in zip(form.m, rounding, strict=True)
         ]
         quadrature = 2 * band_reduction.QUADRATURE
@@ -76,8 +76,8 @@ def roots_(form: StandardForm) -> tuple[list[RootSums], list[float], str]:
 def _root_sums(values: list[float]) -> RootSums:
     """Of ascending eigenvalues."""
     if not values[0] > 0:
-        return RootSums(sum(math.sqrt(max(x, 0.0)) for x in values), math.inf, math.hypot(*values))
-    return RootSums(sum(map(math.sqrt, values)), sum([1 / x for x in values]), math.hypot(*values))
+        return RootSums(sum(math.sqrt(max(x, 0.0)) for x in values), math.inf, math.hypot(*values), 0.0)
+    return RootSums(sum(map(math.sqrt, values)), sum([1 / x for x in values]), math.hypot(*values), values[0])
 
 
 def relative_error(sums: RootSums, rounding: float, d: int) -> float:
@@ -85,11 +85,11 @@ def relative_error(sums: RootSums, rounding: float, d: int) -> float:
 
     The eigenvalues move by D_i with sum D_i^2 <= eta^2, eta the Frobenius norm of all perturbations (Hoffman and
     Wielandt), so their roots by at most sum |D_i| / (sqrt(l_i) + sqrt(l_i - |D_i|)). With 4 eta below the smallest
-    eigenvalue, which is at least 1 / sums.inverse, that is below 0.536 eta sqrt(sums.inverse) by Cauchy-Schwarz. Then
-    C^T A C is definite too, and so is A by Sylvester's law of inertia: it need not be factored to know.
+    eigenvalue that is below 0.536 eta sqrt(sums.inverse) by Cauchy-Schwarz. Then C^T A C is definite too, and so is A
+    by Sylvester's law of inertia: it need not be factored to know.
     eta: twice the measured rounding, for the backward error of C; sqrt(d) u |m|_F for the eigenvalues.
     """
     eta = 2 * rounding + d**0.5 * factor.UNIT * sums.norm
-    if not 4 * eta * sums.inverse <= 1:  # infinite or NaN among them
+    if not (sums.total > 0 and 4 * eta <= sums.least):  # infinite or NaN among them
         return math.inf
     return 0.54 * eta * math.sqrt(sums.inverse) / sums.total

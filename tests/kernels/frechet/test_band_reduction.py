@@ -78,6 +78,8 @@ def test_sums_over_eigenvalues_without_eigenvalues(power, scale, d):
     assert found.total == pytest.approx(values.sqrt().sum().item() * math.sqrt(scale), rel=1e-10)
     assert found.inverse == pytest.approx((1 / values).sum().item() / scale, rel=1e-6)
     assert found.norm == pytest.approx(values.norm().item() * scale, rel=1e-12)
+    lowest = values.min().item() * scale
+    assert lowest / d**0.125 * (1 - 1e-6) <= found.least <= lowest * (1 + 1e-6)
 
 
 @NATIVE
@@ -88,6 +90,7 @@ def test_sums_of_a_matrix_that_is_not_definite_are_not_numbers(lowest):
     found = band_reduction.root_sums_(padded(torch.diag(values)), 100)
     assert math.isnan(found.total)
     assert found.inverse == math.inf
+    assert found.least == 0
 
 
 @pytest.mark.parametrize("error", [1e-2, 3e-4, 1.7e-7, 1.7e-9, 1e-11])

@@ -55,15 +55,15 @@ def test_they_hold_for_perturbations_as_large_as_were_announced():
     m = native.standard_form(values, torch.eye(D, dtype=torch.float64)[None], banded=True)[0][0]
     values = m.diagonal()[:D].clone()
     sums = band_reduction.root_sums_(m.clone(), D)
-    inverse = (1 / values).sum()
-    for share in (0.01, 0.1, 0.25):
-        moved = share / (4 * inverse.item())
-        ends = log_determinants.root_bounds(m, D, moved, sums, 3e-5)
+    among_all, to_the_smallest = values.rsqrt() / (1 / values).sum().sqrt(), torch.zeros_like(values)
+    to_the_smallest[values.argmin()] = 1
+    for share in (0.01, 0.1, 0.5, 0.8):
+        moved = share * sums.least
+        ends = log_determinants.root_bounds(m, D, moved, sums, 1e-3)
         assert ends is not None
-        for sign in (-1, 1):
-            there = (values + sign * moved * values.rsqrt() / inverse.sqrt()).sqrt().sum().item()
-            assert ends[0] <= there <= ends[1]
-    assert log_determinants.root_bounds(m, D, 1 / (2 * inverse.item()), sums, 3e-5) is None
+        for direction in (among_all, to_the_smallest, -among_all, -to_the_smallest):
+            assert ends[0] <= (values + moved * direction).sqrt().sum().item() <= ends[1]
+    assert log_determinants.root_bounds(m, D, sums.least, sums, 1e-3) is None
 
 
 @pytest.mark.parametrize("power", [-890, -600, -200, 600])
@@ -103,11 +103,14 @@ def test_wrong_estimates_give_wide_bounds_or_none_but_no_wrong_ones():
     proved = 0
     for total in (0.1, 1.0, 10.0):
         for inverse in (1e-3, 0.1, 1.0, 10.0, 1e3):
-            wrong = sums._replace(total=sums.total * total, inverse=sums.inverse * inverse)
-            ends = log_determinants.root_bounds(form.m[0], D, moved, wrong, 1e-3)
-            proved += ends is not None
-            assert ends is None or ends[0] <= expected <= ends[1]
-    assert proved >= 6
+            for least in (1e-3, 0.1, 1.0, 1.3, 10.0):
+                wrong = sums._replace(
+                    total=sums.total * total, inverse=sums.inverse * inverse, least=sums.least * least
+                )
+                ends = log_determinants.root_bounds(form.m[0], D, moved, wrong, 1e-3)
+                proved += ends is not None
+                assert ends is None or ends[0] <= expected <= ends[1]
+    assert proved >= 20
     for field in sums._fields:
         assert log_determinants.root_bounds(form.m[0], D, moved, sums._replace(**{field: math.nan}), 1e-3) is None or (
             field == "norm"
