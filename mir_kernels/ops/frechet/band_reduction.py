@@ -16,7 +16,7 @@ from torch import Tensor
 from mir_kernels.ops.frechet import native
 
 QUADRATURE = 1e-11  # largest relative error of a root by `nodes`, before rounding
-_LANES = 8  # a multiple of the shifts that a vector takes
+_LANES = 8  # shifts that a vector takes, or a multiple of them
 
 
 class RootSums(NamedTuple):
