@@ -40,9 +40,12 @@ def form_error(a: Tensor, b: Tensor, exponent: float) -> float:
     return g * (1 + 2 * math.sqrt(2) * (1 + g)) * (1 + 2 * g) * both * (1 + gamma(a.numel())) * _MARGIN
 
 
-def root_bounds(m: Tensor, d: int, moved: float, sums: RootSums, tolerance: float) -> tuple[float, float] | None:
-    """lower <= sum of the roots of l_1 to l_d <= upper, upper - lower <= tolerance * upper; None where not proved.
+def root_bounds(
+    m: Tensor, d: int, moved: float, sums: RootSums, tolerance: float, widest: float
+) -> tuple[float, float] | None:
+    """lower <= sum of the roots of l_1 to l_d <= upper, or None where that is not proved.
 
+    upper - lower is about tolerance * upper, but more where `moved` leaves no less, up to widest * upper.
     m: (n, n) float64 as `native.standard_form` makes it. The l_i are what its eigenvalues are up to perturbations with
     a sum of squares of at most moved^2. sums: estimates of what is to be proved.
     """
@@ -55,10 +58,11 @@ def root_bounds(m: Tensor, d: int, moved: float, sums: RootSums, tolerance: floa
     if not (least >= 1e-13 * largest and moved <= 0.99 * least):  # below, the rounding of the nodes counts
         return None
     slope_of_roots = _MARGIN / (1 + math.sqrt(1 - moved / least))
-    left = tolerance - 2.4 * slope_of_roots * moved * math.sqrt(sums.inverse) / sums.total
-    if not left >= tolerance / 8:  # wide before anything is factored
+    rounded = 2.4 * slope_of_roots * moved * math.sqrt(sums.inverse) / sums.total
+    width = min(max(tolerance, 2 * rounded), widest)
+    if not rounded <= 0.875 * width:  # too wide before anything is factored
         return None
-    quadrature = left / 4.2  # which takes four times itself
+    quadrature = (width - rounded) / 4.2  # which takes four times itself
     shifts, weights = nodes(least, largest, quadrature)
     shifts, order = shifts.sort()
     weights = weights[order] / 2
@@ -77,22 +81,29 @@ def root_bounds(m: Tensor, d: int, moved: float, sums: RootSums, tolerance: floa
     references = [centre + max(s, 0.0) for s in at]
     logs = (pivots.square() / shifts.new_tensor(references)[:, None]).log()
     found, sizes = logs.sum(-1).tolist(), logs.abs().sum(-1).tolist()
-    # A trace norm of (m + s)^(-1/2) E (m + s)^(-1/2), then the roundings of the logarithms and of their sum.
+    # Of the logarithms and of their sum; and of E, to begin with for all eigenvalues as small as the smallest.
+    summed = [(4 * UNIT * d + gamma(d + 8) * size) * _MARGIN for size in sizes]
+    errors = [n + share * math.sqrt(d) / (1 - share) * _MARGIN for n, share in zip(summed, shares, strict=True)]
+    # A log determinant is concave in its shift: the trace of (m + s)^-1 is no more than the slope up to s. The first
+    # one found is no more than that of m - lowest + backward[0], because E is not.
+    traces, before = [], backward[0] - lowest
+    for j in range(1, len(at)):
+        further = d * math.log1p((at[j] - max(at[j - 1], 0.0)) / references[j - 1])
+        change = found[j] - found[j - 1] + errors[j] + errors[j - 1] + further * _MARGIN
+        traces.append(change / (at[j] - before) * _MARGIN)
+        before = at[j]
     errors = [
-        (share * math.sqrt(d) / (1 - share) + 4 * UNIT * d + gamma(d + 8) * size) * _MARGIN
-        for share, size in zip(shares, sizes, strict=True)
+        n + e * math.sqrt(trace / (least + s)) / (1 - share) * _MARGIN
+        for n, e, trace, s, share in zip(summed[1:], backward[1:], traces, at[1:], shares[1:], strict=True)
     ]
-    # sum 1/l <= (1 + s / least) sum 1/(l + s), and a log determinant is concave in its shift. The first one found is no
-    # more than that of m - lowest + backward[0], because E is not.
-    change = found[1] - found[0] + errors[1] + errors[0] + d * math.log1p(at[1] / centre) * _MARGIN
-    inverse = (1 + at[1] / least) * change / (at[1] + lowest - backward[0]) * _MARGIN
+    inverse = (1 + at[1] / least) * traces[0] * _MARGIN  # 1/l <= (1 + s / least) / (l + s)
     terms = [w * f for w, f in zip(weights.tolist(), found[1:], strict=True)]
     middle = d * math.sqrt(centre) + math.fsum(terms)
     slack = (
         quadrature * (1.01 * middle + d * math.sqrt(centre))
-        + math.fsum(w * e for w, e in zip(weights.tolist(), errors[1:], strict=True))
+        + math.fsum(w * e for w, e in zip(weights.tolist(), errors, strict=True))
         + slope_of_roots * moved * math.sqrt(inverse)
         + gamma(8) * (d * math.sqrt(centre) + math.fsum(map(abs, terms)))
     ) * _MARGIN
     lower, upper = middle - slack, middle + slack
-    return (lower, upper) if upper - lower <= tolerance * upper else None
+    return (lower, upper) if upper - lower <= widest * upper else None

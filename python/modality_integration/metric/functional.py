@@ -36,7 +36,7 @@ def mir(
     normalize: multiply by alpha_k = s / sum_j ||t_kj|| (Eq. 2), over all text tokens, outliers included.
     bounds: also give `lower` and `upper`, between which MIR lies provably.
     sqrt_precision: of Tr((Sigma_v Sigma_t)^(1/2)), see `mir_kernels.trace_sqrt_product`; "float32" promises 1e-6 of the
-    root, by tensor cores on a GPU and checked against a dual bound, and 1e-8 comes of float64 decompositions on a CPU.
+    root, by tensor cores on a GPU and checked against a dual bound, by float64 decompositions on a CPU.
     Means and covariances are float64 throughout. backend: of the kernels, and of the root where it has that one.
     sinks: "report" counts attention sinks as the paper does, and says in `notes` what they make of the value, with the
     distances without them in `without_sinks`; "leave out" takes them out of every layer, before anything else is

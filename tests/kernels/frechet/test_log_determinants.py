@@ -59,11 +59,11 @@ def test_they_hold_for_perturbations_as_large_as_were_announced():
     to_the_smallest[values.argmin()] = 1
     for share in (0.01, 0.1, 0.5, 0.8):
         moved = share * sums.least
-        ends = log_determinants.root_bounds(m, D, moved, sums, 1e-3)
+        ends = log_determinants.root_bounds(m, D, moved, sums, 1e-3, 1e-3)
         assert ends is not None
         for direction in (among_all, to_the_smallest, -among_all, -to_the_smallest):
             assert ends[0] <= (values + moved * direction).sqrt().sum().item() <= ends[1]
-    assert log_determinants.root_bounds(m, D, sums.least, sums, 1e-3) is None
+    assert log_determinants.root_bounds(m, D, sums.least, sums, 1e-3, 1e-3) is None
 
 
 @pytest.mark.parametrize("power", [-890, -600, -200, 600])
@@ -94,6 +94,22 @@ def test_pairs_of_inverses_are_bounded_or_refused_at_every_scale(power, conditio
     assert (ends is not None) or condition > 1e4
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_where_rounding_leaves_no_less_they_are_wider_and_float64_has_the_certificate(rotated):
+    values = torch.logspace(0, -11, D, dtype=torch.float64)
+    q, _ = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    a, b = torch.diag(values), torch.eye(D, dtype=torch.float64)
+    a = q @ a @ q.T if rotated else a
+    a = (a + a.T) / 2
+    _, ((lower, upper),) = linalg.trace_with_bounds(a[None], b[None], "float32", 1e-6)
+    assert float(lower) <= exactly(a, b) <= float(upper)
+    assert TOLERANCE["float32"] < (upper - lower) / upper <= 10 * TOLERANCE["float32"]
+    assert linalg.trace_with_bounds(a[None], b[None], "float64", 1e-6)[1] == [None]
+    bounded = trace_sqrt_product(a, b, precision="float64", bounds=True)
+    assert float(bounded.lower) <= exactly(a, b) <= float(bounded.upper)
+    assert bounded.upper - bounded.lower <= (upper - lower) / 10
+
+
 def test_wrong_estimates_give_wide_bounds_or_none_but_no_wrong_ones():
     a, b = covariance("i^-1", D, 0), covariance("i^-1", D, 1)
     form = standard_form.reduce(a[None], b[None])
@@ -107,14 +123,14 @@ def test_wrong_estimates_give_wide_bounds_or_none_but_no_wrong_ones():
                 wrong = sums._replace(
                     total=sums.total * total, inverse=sums.inverse * inverse, least=sums.least * least
                 )
-                ends = log_determinants.root_bounds(form.m[0], D, moved, wrong, 1e-3)
+                ends = log_determinants.root_bounds(form.m[0], D, moved, wrong, 1e-3, 1e-3)
                 proved += ends is not None
                 assert ends is None or ends[0] <= expected <= ends[1]
     assert proved >= 20
     for field in sums._fields:
-        assert log_determinants.root_bounds(form.m[0], D, moved, sums._replace(**{field: math.nan}), 1e-3) is None or (
-            field == "norm"
-        )
+        assert log_determinants.root_bounds(
+            form.m[0], D, moved, sums._replace(**{field: math.nan}), 1e-3, 1e-3
+        ) is None or (field == "norm")
 
 
 @pytest.mark.parametrize("kind", ["rank d/4", "one direction 1e6", "i^-3"])
