@@ -31,12 +31,15 @@ def form_error(a: Tensor, b: Tensor, exponent: float) -> float:
     """
     g = gamma(native.roundings(a.shape[-1]))
     largest, trace = torch.linalg.vector_norm(a, math.inf).item(), b.trace().item()
-    if not (_LEAST <= largest < math.inf and math.isfinite(trace)):
+    if not (_LEAST <= largest < math.inf and 0 <= trace < math.inf):
         return math.inf
     power_a = math.frexp(largest)[1]
     mantissa_a = torch.linalg.vector_norm(a * 2.0**-power_a).item()  # squares of the entries may leave the range
     mantissa_b, power_b = math.frexp(trace)
-    both = math.ldexp(mantissa_a * mantissa_b, power_a + power_b - 2 * int(exponent))
+    power = power_a + power_b - 2 * int(exponent)
+    if power > 900:
+        return math.inf
+    both = math.ldexp(mantissa_a * mantissa_b, power)
     return g * (1 + 2 * math.sqrt(2) * (1 + g)) * (1 + 2 * g) * both * (1 + gamma(a.numel())) * _MARGIN
 
 
@@ -47,15 +50,17 @@ def root_bounds(
 
     upper - lower is about tolerance * upper, but more where `moved` leaves no less, up to widest * upper.
     m: (n, n) float64 as `native.standard_form` makes it. The l_i are what its eigenvalues are up to perturbations with
-    a sum of squares of at most moved^2. sums: estimates of what is to be proved.
+    a sum of squares of at most moved^2. sums: estimates of what is to be proved. 1e-8 <= tolerance <= widest <= 1e-2:
+    the nodes are rounded, and of the quadrature's error one part in a hundred is left for all other errors.
     """
-    if not (math.isfinite(moved) and math.isfinite(sums.total) and 0 < sums.inverse < math.inf):
+    if not (0 <= moved < math.inf and 0 < sums.total < math.inf and 0 < sums.inverse < math.inf):
         return None
     largest = torch.linalg.vector_norm(m).item() * (1 + gamma(m.numel()))
     # There is no eigenvalue below `least`: to be proved by a factor of m less `lowest`.
     lowest = 0.9 * sums.least
     least = 0.9 * lowest
-    if not (least >= 1e-13 * largest and moved <= 0.99 * least):  # below, the rounding of the nodes counts
+    # Below 1e-13 the rounding of the nodes counts, and above `largest` there is nothing.
+    if not (0 < 1e-13 * largest <= least <= largest and moved <= 0.99 * least):
         return None
     slope_of_roots = _MARGIN / (1 + math.sqrt(1 - moved / least))
     rounded = 2.4 * slope_of_roots * moved * math.sqrt(sums.inverse) / sums.total
@@ -66,7 +71,7 @@ def root_bounds(
     shifts, weights = nodes(least, largest, quadrature)
     shifts, order = shifts.sort()
     weights = weights[order] / 2
-    centre = min(max((sums.total / d) ** 2, least), largest)
+    centre = min(max(min(sums.total / d, math.sqrt(largest)) ** 2, least), largest)
     at = [-lowest, *shifts.tolist()]
     pivots, size, spectral = native.shifted_factors(m, d, shifts.new_tensor(at))
     if bool(size.isnan().any()):

@@ -1,5 +1,6 @@
 """Bounds from log determinants: against 40 digits, and that they are refused where they do not hold."""
 
+import itertools
 import math
 
 import mpmath
@@ -127,6 +128,14 @@ def test_wrong_estimates_give_wide_bounds_or_none_but_no_wrong_ones():
                 proved += ends is not None
                 assert ends is None or ends[0] <= expected <= ends[1]
     assert proved >= 20
+    for field, value in itertools.product(
+        ("total", "inverse", "least"), (0.0, -1e-300, -1.0, 1e200, math.inf, -math.inf)
+    ):
+        ends = log_determinants.root_bounds(form.m[0], D, moved, sums._replace(**{field: value}), 1e-3, 1e-3)
+        assert ends is None or (field == "inverse" and value == 1e200 and ends[0] <= expected <= ends[1])
+    for wrong in (-1e-3, math.nan, math.inf):
+        assert log_determinants.root_bounds(form.m[0], D, wrong, sums, 1e-3, 1e-3) is None
+    assert log_determinants.root_bounds(torch.zeros_like(form.m[0]), D, 0.0, sums, 1e-3, 1e-3) is None
     for field in sums._fields:
         assert log_determinants.root_bounds(
             form.m[0], D, moved, sums._replace(**{field: math.nan}), 1e-3, 1e-3
