@@ -209,7 +209,7 @@ def main() -> int:
     if cuda:
         peaks = {name: cuda_peak_mb(name, data) for name in chosen}
     tokens = counts.mir_tokens(flags.layers, flags.samples * (flags.vision + flags.text), flags.hidden)
-    roots = (counts.trace_sqrt if cuda else counts.trace_sqrt_cpu)(flags.hidden).times(flags.layers)
+    roots = counts.trace_sqrt_on(flags.device, flags.hidden).times(flags.layers)
     rows = harness.compare(
         "mir",
         f"{flags.layers} layers, d {flags.hidden}, {flags.samples} x ({flags.vision} vision + {flags.text} text)",

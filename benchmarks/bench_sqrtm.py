@@ -143,9 +143,7 @@ def trace_rows(flags: argparse.Namespace, d: int, batch: int, lapack: lapack_roo
         rivals = trace_rivals(a, b, truth)
         if cpu:
             rivals.insert(2, lapack.rival(a, b, functools.partial(worst, truth=truth), GATE))
-            least = counts.trace_sqrt_cpu(d).times(batch)
-        else:
-            least = counts.trace_sqrt(d).times(batch)
+        least = counts.trace_sqrt_on(flags.device, d).times(batch)
         work = {"float64_flops" if cpu else "flops": least.flops}
         rows = harness.compare(
             "trace_sqrt_product", case, harness.without(rivals, flags.skip), bytes_moved=least.bytes, **work,

@@ -74,6 +74,11 @@ def trace_sqrt_cpu(d: int) -> Count:
     return Count(16 * d * d, 8 * d**3 // 3)
 
 
+def trace_sqrt_on(device: str, d: int) -> Count:
+    """Of the two the one that is the least on a "cpu" or a GPU."""
+    return trace_sqrt_cpu(d) if device == "cpu" else trace_sqrt(d)
+
+
 def trace_factors(d: int) -> Count:
     """Read two float64 matrices, write N; a Cholesky factor of each and the product of the triangles, d^3/3 twice."""
     return Count(24 * d * d, 4 * d**3 // 3)

@@ -195,8 +195,7 @@ def _row(shape: Shape, rival: str, ms: float | None, error: float | None, ceilin
         ms = None
     n = shape.tokens.n
     tokens = counts.mir_tokens(shape.layers, n, shape.hidden)
-    of_root = counts.trace_sqrt_cpu if shape.device == "cpu" else counts.trace_sqrt
-    roots = of_root(shape.hidden).times(shape.layers)
+    roots = counts.trace_sqrt_on(shape.device, shape.hidden).times(shape.layers)
     moved = (tokens.bytes + roots.bytes) / ceilings["copy_gbs"] / 1e6
     work = tokens.flops / ceilings["matmul_gflops"] / 1e6 + roots.flops / ceilings["float64_gflops"] / 1e6
     floor = max(moved, work)

@@ -52,7 +52,7 @@ def trace_sqrt_product(
     1e-8 ("float64"), whatever the backend; a RuntimeWarning says what was reached where that could not be met.
     bounds: return `TraceSqrt(value, lower, upper)` with lower <= truth <= upper proved in float64; of a matrix that
     rounding left indefinite, the positive part is meant, taken with the diagonal scaled alike. On a CPU, from d = 384
-    on, they are no closer than `precision` asks, up to ten times as far apart where rounding leaves no less.
+    on, they are no closer than `precision` asks, with "float32" up to 1e-5 apart where rounding leaves no less.
     backend: "linalg" (float64 singular values), "eager" or "triton" (polar factor by Newton-Schulz).
     Returns float64 of the batch's shape, without gradient. Raises ValueError for matrices that are not finite,
     symmetric and positive semi-definite up to rounding, TypeError for other dtypes.

@@ -15,7 +15,7 @@ from mir_kernels.ops.frechet.report import TOLERANCE, TraceReport
 from mir_kernels.ops.frechet.standard_form import StandardForm
 from mir_kernels.ops.sqrtm import factor
 
-_WIDER = 10.0  # the certificate, which is closer, takes four times as long
+_WIDEST = 1e-5  # of an interval for "float32": the certificate, which is closer, takes four times as long
 
 
 def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
@@ -31,13 +31,13 @@ def trace_with_bounds(
 ) -> tuple[TraceReport, list[tuple[Tensor, Tensor] | None]]:
     """The same, with proved bounds of each where the standard form is large and gives them.
 
-    They are as close as `precision` asks; _WIDER times that will do where rounding leaves no more, but for "float64".
+    They are as close as `precision` asks; _WIDEST will do for "float32" where rounding leaves no less.
     """
     form = standard_form.reduce(a, b)
     if not form.banded:
         return _trace(a, b, form, precision, indefinite)[0], [None] * a.shape[0]
     tolerance = TOLERANCE[precision]
-    widest = tolerance * (1 if precision == "float64" else _WIDER)
+    widest = _WIDEST if precision == "float32" else tolerance
     kept = form.m.clone()
     found, sums = _trace(a, b, form, precision, indefinite)
     ends: list[tuple[Tensor, Tensor] | None] = []

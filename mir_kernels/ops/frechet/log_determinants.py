@@ -72,6 +72,28 @@ def root_bounds(
     shifts, order = shifts.sort()
     weights = weights[order] / 2
     centre = min(max(min(sums.total / d, math.sqrt(largest)) ** 2, least), largest)
+    known = _log_determinants(m, d, lowest, shifts, centre, least)
+    if known is None:
+        return None
+    found, errors, inverse = known
+    terms = [w * f for w, f in zip(weights.tolist(), found, strict=True)]
+    middle = d * math.sqrt(centre) + math.fsum(terms)
+    slack = (
+        quadrature * (1.01 * middle + d * math.sqrt(centre))
+        + math.fsum(w * e for w, e in zip(weights.tolist(), errors, strict=True))
+        + slope_of_roots * moved * math.sqrt(inverse)
+        + gamma(8) * (d * math.sqrt(centre) + math.fsum(map(abs, terms)))
+    ) * _MARGIN
+    lower, upper = middle - slack, middle + slack
+    return (lower, upper) if upper - lower <= widest * upper else None
+
+
+def _log_determinants(
+    m: Tensor, d: int, lowest: float, shifts: Tensor, centre: float, least: float
+) -> tuple[list[float], list[float], float] | None:
+    """log det((m + s) / (centre + s)) for each of the ascending shifts, what each may be off by, and no less than the
+    sum of 1/l over the eigenvalues l of m; None where it is not proved that none of them is below `least` < lowest.
+    """
     at = [-lowest, *shifts.tolist()]
     pivots, size, spectral = native.shifted_factors(m, d, shifts.new_tensor(at))
     if bool(size.isnan().any()):
@@ -102,13 +124,4 @@ def root_bounds(
         for n, e, trace, s, share in zip(summed[1:], backward[1:], traces, at[1:], shares[1:], strict=True)
     ]
     inverse = (1 + at[1] / least) * traces[0] * _MARGIN  # 1/l <= (1 + s / least) / (l + s)
-    terms = [w * f for w, f in zip(weights.tolist(), found[1:], strict=True)]
-    middle = d * math.sqrt(centre) + math.fsum(terms)
-    slack = (
-        quadrature * (1.01 * middle + d * math.sqrt(centre))
-        + math.fsum(w * e for w, e in zip(weights.tolist(), errors, strict=True))
-        + slope_of_roots * moved * math.sqrt(inverse)
-        + gamma(8) * (d * math.sqrt(centre) + math.fsum(map(abs, terms)))
-    ) * _MARGIN
-    lower, upper = middle - slack, middle + slack
-    return (lower, upper) if upper - lower <= widest * upper else None
+    return found[1:], errors, inverse

@@ -58,9 +58,9 @@ def test_they_hold_for_perturbations_as_large_as_were_announced():
     sums = band_reduction.root_sums_(m.clone(), D)
     among_all, to_the_smallest = values.rsqrt() / (1 / values).sum().sqrt(), torch.zeros_like(values)
     to_the_smallest[values.argmin()] = 1
-    for share in (0.01, 0.1, 0.5, 0.8):
-        moved = share * sums.least
-        ends = log_determinants.root_bounds(m, D, moved, sums, 1e-3, 1e-3)
+    small = [(share / (4 * sums.inverse), 3e-5) for share in (0.01, 0.1, 0.25)]
+    for moved, width in small + [(share * sums.least, 1e-3) for share in (0.01, 0.1, 0.5, 0.8)]:
+        ends = log_determinants.root_bounds(m, D, moved, sums, width, width)
         assert ends is not None
         for direction in (among_all, to_the_smallest, -among_all, -to_the_smallest):
             assert ends[0] <= (values + moved * direction).sqrt().sum().item() <= ends[1]
