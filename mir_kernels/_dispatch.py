@@ -6,7 +6,9 @@ asked for by name either runs or raises with the reason. Nothing falls back in s
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +17,7 @@ import torch
 from mir_kernels import _native
 
 Reason = Callable[[torch.device], "str | None"]
+OLDEST_TRITON = (3, 4)  # of torch 2.8; `make test-versions` runs the kernels' tests with it
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,27 @@ class Operation:
 
 def _triton_reason(device: torch.device) -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"triton is not installed ({error})"
+    if (why := _too_old(getattr(triton, "__version__", ""))) is not None:
+        return why
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         return None
     if not (torch.cuda.is_initialized() or torch.cuda.is_available()):  # the second asks the driver on every call
         return "torch sees no CUDA device"
+    return None
+
+
+@functools.cache
+def _too_old(version: str) -> str | None:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None:  # a folder of that name, say
+        return f"triton is not installed (what is imported as triton has the version {version!r})"
+    if (int(numbers[1]), int(numbers[2])) < OLDEST_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}, which the kernels need"
     return None
 
 

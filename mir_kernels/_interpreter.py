@@ -1,6 +1,6 @@
-"""What Triton 3.6's interpreter lacks and later versions have: scalars as loop bounds, products added in one rounding.
+"""What the interpreter of Triton 3.4 to 3.6 lacks and later ones have: loop bounds, products added in one rounding.
 
-Private names of one version of Triton are replaced, and only where kernels are interpreted: on a GPU nothing is.
+Private names of these versions are replaced, and only where kernels are interpreted: on a GPU nothing is.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def mend() -> None:
         return
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
+    def patched(tensor: type, *scope: Any) -> None:  # the scope that takes it back came with 3.6
+        patch(tensor, *scope)
         # A scalar is an array of one entry there, which numpy 2.4 and later no longer convert to int.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        (scope[0].set_attr if scope else setattr)(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         return interpreter.TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)

@@ -60,6 +60,7 @@ def calls(rows, d):
     ]
 
 
+@pytest.mark.skipif(not hasattr(jit.JITFunction, "_do_compile"), reason="this Triton has no such step to listen at")
 @pytest.mark.parametrize(("rows", "d"), [(64, 256), (1, 577), (37, 4097)])
 def test_a_recorded_launch_has_the_cache_key_of_the_launch_itself(rows, d, monkeypatch):
     """Recorded on tensors without memory, launched on those of a GPU: what was compiled ahead is found in the cache."""
@@ -70,7 +71,7 @@ def test_a_recorded_launch_has_the_cache_key_of_the_launch_itself(rows, d, monke
 
     launches = [launch for launcher, given in calls(rows, d) for launch in aot.record(launcher, *given, target="sm_90")]
     assert len(launches) >= 12
-    monkeypatch.setattr(driver, "_active", aot._Device("sm_90"))
+    monkeypatch.setattr(driver, aot.ACTIVE, aot._Device("sm_90"))
     monkeypatch.setattr(jit.JITFunction, "_do_compile", compiled)
     monkeypatch.setattr(aot._Device, "get_current_device", lambda self: rows)  # where nothing is compiled yet
     for launch in launches:
