@@ -4,6 +4,7 @@
 // mir_kernels/*/native.py own the tensors and their shapes. The interpreter lock is released during every call.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -108,6 +109,42 @@ int64_t symmetry(Address x, Address workspace, int64_t count, int64_t d, double 
   return MIR_AT_ISA(symmetry_cpu).check(params, threads);
 }
 
+// Numbers that `checked_standard_form` takes to work in: both matrices in float64, and what its kernels take in turn.
+int64_t checked_standard_form_workspace(int64_t count, int64_t d, int64_t rows, int threads) {
+  return 2 * count * d * d +
+         std::max(count * kSymmetryNumbers * symmetry_tiles(d), standard_form_workspace(count, rows, threads));
+}
+
+// Checks a and b (count, d, d) and computes their standard form (count, rows, rows), all in one call: for a small pair
+// the calls would take longer than the arithmetic. Returns the flags of `Symmetric` but kNotMirrored of both; if there
+// are any, there is no form.
+int64_t checked_standard_form(Address a, Address b, Address form, Address rounding, Address exponent,
+                              Address workspace, int64_t count, int64_t d, int64_t rows, double allowed_a,
+                              double allowed_b, int dtype_a, int dtype_b, int threads) {
+  double* const copies = static_cast<double*>(at(workspace));
+  double* const rest = copies + 2 * count * d * d;
+  const Symmetry checks[] = {{at(a), rest, count, d, allowed_a, dtype_of(dtype_a)},
+                             {at(b), rest, count, d, allowed_b, dtype_of(dtype_b)}};
+  const double* symmetric[2];
+  py::gil_scoped_release release;
+  for (int i = 0; i < 2; ++i) {
+    const Symmetry& given = checks[i];
+    const int64_t flags = MIR_AT_ISA(symmetry_cpu).check(given, threads);
+    if (flags & ~static_cast<int64_t>(kNotMirrored)) return flags & ~static_cast<int64_t>(kNotMirrored);
+    symmetric[i] = static_cast<const double*>(given.x);
+    if (flags != 0 || given.dtype != DType::kFloat64) {
+      double* const copy = copies + i * count * d * d;
+      MIR_AT_ISA(symmetry_cpu).symmetrize({given.x, copy, count, d, given.dtype}, threads);
+      symmetric[i] = copy;
+    }
+  }
+  MIR_AT_ISA(standard_form_cpu)
+      .run({symmetric[0], symmetric[1], static_cast<double*>(at(form)), static_cast<double*>(at(rounding)),
+            static_cast<double*>(at(exponent)), rest, count, d, rows, rows},
+           threads);
+  return 0;
+}
+
 Symmetrize symmetrize(Address x, Address out, int64_t count, int64_t d, int dtype) {
   return {at(x), static_cast<double*>(at(out)), count, d, dtype_of(dtype)};
 }
@@ -185,6 +222,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NOT_MIRRORED") = static_cast<int64_t>(kNotMirrored);
   m.def("standard_form", unlocked(standard_form, MIR_AT_ISA(standard_form_cpu).run));
   m.def("standard_form_workspace", standard_form_workspace);
+  m.def("checked_standard_form", checked_standard_form);
+  m.def("checked_standard_form_workspace", checked_standard_form_workspace);
   m.attr("STANDARD_FORM_BLOCK") = MIR_AT_ISA(standard_form_cpu).block;
   m.def("shifted_factors", unlocked(shifted_factors, MIR_AT_ISA(shifted_factors_cpu).run));
   m.def("shifted_factors_workspace", MIR_AT_ISA(shifted_factors_cpu).workspace);

@@ -140,6 +140,24 @@ def standard_form(
     threads: int,
     /,
 ) -> None: ...
+def checked_standard_form(
+    a: int,
+    b: int,
+    form: int,
+    rounding: int,
+    exponent: int,
+    workspace: int,
+    count: int,
+    d: int,
+    rows: int,
+    allowed_a: float,
+    allowed_b: float,
+    dtype_a: int,
+    dtype_b: int,
+    threads: int,
+    /,
+) -> int: ...
+def checked_standard_form_workspace(count: int, d: int, rows: int, threads: int, /) -> int: ...
 def standard_form_workspace(count: int, rows: int, threads: int, /) -> int: ...
 def shifted_factors(
     form: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,9 @@ def tensor(name: str, value: object) -> None:
     """`value` is a torch.Tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: takes a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: takes a dense tensor, got {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{name}: takes a dense tensor, got {got}")
 
 
 def floating(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
@@ -80,8 +83,8 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def finite(name: str, value: Tensor) -> None:
-    """No entry of `value` is NaN or infinite. Reads the device; not asked while torch.compile traces."""
-    if torch.compiler.is_compiling() or value.numel() == 0:
+    """No entry of `value` is NaN or infinite. Reads the device, so it is asked inside operators alone."""
+    if value.numel() == 0:
         return
     # Both are NaN where an entry is; four times faster than the maximum norm.
     lowest, highest = torch.aminmax(value.detach())
@@ -90,14 +93,22 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: takes finite values, got {bad} that are NaN or infinite")
 
 
+@functools.cache
+def asymmetry_allowed(dtype: torch.dtype) -> float:
+    """|a - a^T| that rounding may leave, relative to the largest entry of a matrix."""
+    return min(max(1e-8, 64 * torch.finfo(dtype).eps), 1 / 32)
+
+
 def symmetric(name: str, value: Tensor) -> None:
-    """`value` is square, finite, symmetric up to the rounding of its dtype and has no negative diagonal entry."""
-    square(name, value)
-    allowed = min(max(1e-8, 64 * torch.finfo(value.dtype).eps), 1 / 32)
+    """The square `value` is finite, symmetric up to the rounding of its dtype and has no negative diagonal entry.
+
+    Reads the device, so it is asked inside operators alone: there it is asked whoever calls, compiled code too.
+    """
+    allowed = asymmetry_allowed(value.dtype)
     if surely_semidefinite_like(value, allowed):
         return
     finite(name, value)
-    if torch.compiler.is_compiling() or value.numel() == 0:
+    if value.numel() == 0:
         return
     # Few passes over the entries: at d = 2048 each costs as much as a percent of the square root itself.
     x = value.detach()

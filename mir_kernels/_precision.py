@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from mir_kernels._matmul_switch import full_float32
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -20,34 +22,29 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Around matrix products of torch: no autocast, no tf32 or bf16 passes."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
-            return
-        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        found = [switch.fp32_precision for switch in switches]
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for switch, precision in zip(switches, found, strict=True):
-                switch.fp32_precision = precision
+def float32_products(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Around matrix products of torch on `device`: no autocast, no tf32 or bf16 passes.
+
+    dtype: what is asked for. Products of float64 are what they are, so "float64" sets nothing.
+    """
+    if dtype == torch.float64:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_float32(device))
+        yield
 
 
 def with_float32_products(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run in `float32_products`."""
+    """The function, run in `float32_products` of the device of its first tensor."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with float32_products():
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with float32_products(device):
             return function(*args, **kwargs)
 
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mir_kernels._gate import is_memory
 from mir_kernels._native import DTYPE_CODES, MISSING, C
 
 
@@ -43,17 +44,16 @@ def _native(x: Tensor) -> bool:
     return (
         MISSING is None
         and x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and is_memory(x)
         and x.dtype in (torch.float64, torch.float32)
         and x.is_contiguous()
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
     )
 
 
 def _flags(x: Tensor, allowed: float) -> int:
     d = x.shape[-1]
     count = x.numel() // (d * d)
-    workspace = torch.empty(C.symmetry_workspace(count, d), dtype=torch.float64)
+    workspace = torch.empty(C.symmetry_workspace(count, d), dtype=torch.float64, device=x.device)
     arguments = (x.data_ptr(), workspace.data_ptr(), count, d, allowed, DTYPE_CODES[x.dtype], torch.get_num_threads())
     return C.symmetry(*arguments)

@@ -14,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fuzz.edges import EDGES
 from fuzz.targets import D, metric, same, sample, told, unchanged
 from mir_kernels import moca, trace_sqrt_product
 from mir_kernels.ops.moments import StreamingMoments, reference
@@ -287,4 +288,5 @@ INPUTS = {
     "moments-update": moments_update,
     "metric-edits": metric_state,
     "moments-edits": moments_state,
+    **EDGES,
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 FILES = ("states", "metric-state", "signed-metric-state", "run-checkpoint", "result", "moca", "moca-torch")
 INPUTS = ("moca-inputs", "trace-inputs", "update", "moments-update", "metric-edits", "moments-edits")
+INPUTS += ("layouts", "rewritten-masks", "not-finite")
 SLOWEST = 60  # seconds for one execution: more is a hang
 MEMORY_MB = 4096
 

@@ -12,9 +12,9 @@ NAMES = {node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign)
 
 
 def signature(text):
-    """The kinds of the arguments of a function that pybind11 documents, and of its result."""
+    """The kinds of the arguments of a function that pybind11 documents (SupportsFloat since 3), and of its result."""
     arguments, result = re.fullmatch(r"\w+\((.*)\) -> (\w+)", text.strip()).groups()
-    return ["float" if "Float" in kind else "int" for kind in re.split(r", arg\d+", arguments)], result
+    return ["float" if "float" in kind.lower() else "int" for kind in re.split(r", arg\d+", arguments)], result
 
 
 def test_the_stub_has_every_name_of_the_module():

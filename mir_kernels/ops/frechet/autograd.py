@@ -1,23 +1,76 @@
-"""The registered operator of `trace_sqrt_product`. Nothing here has a gradient."""
+"""What eager code calls and the registered operators: they check values, too. Nothing here has a gradient."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mir_kernels._registration import register
-from mir_kernels.ops.frechet import launch
+from mir_kernels import _checks
+from mir_kernels._registration import Sharding, register
+from mir_kernels.ops.frechet import distance, launch, small
+from mir_kernels.ops.frechet.cross_factor import NotSemidefinite
+
+Ends = tuple[Tensor, Tensor, Tensor]  # a value, its lower and its upper end, which mean nothing if none were wanted
 
 
-def _like(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    value = a.new_empty(a.shape[:-2], dtype=torch.float64)
-    lower, upper = (a.new_empty(a.shape[:-2] if bounds else (0,), dtype=torch.float64) for _ in range(2))
+def checked_trace_sqrt_product(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> Ends:
+    """Tr((AB)^(1/2)) of square matrices of one shape. ValueError where one is no covariance."""
+    if not bounds and backend == "linalg":
+        found = small.trace(a, b)
+        if found is not None:
+            return found, found, found
+    with torch.no_grad():
+        _checks.symmetric("a", a)
+        _checks.symmetric("b", b)
+        return launch.trace_sqrt_product(a, b, precision, bounds, backend)
+
+
+@torch.no_grad()
+def checked_frechet_distance(
+    mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor, precision: str, bounds: bool, backend: str
+) -> Ends:
+    """The squared Frechet distance. ValueError where something is not finite or no covariance."""
+    for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
+        _checks.finite(name, mean)
+    for name, covariance in (("cov_x", cov_x), ("cov_y", cov_y)):
+        _checks.symmetric(name, covariance)
+    try:
+        found = distance.frechet(mean_x, cov_x, mean_y, cov_y, precision, bounds, backend)
+    except NotSemidefinite as error:
+        raise error.named({"a": "cov_x", "b": "cov_y"}[error.name]) from None
+    return found
+
+
+def _with_ends(function: Callable[..., Ends], bounds_at: int) -> Callable[..., Ends]:
+    """An operator's results are of one shape, and share no memory: infinite ends where none were wanted."""
+
+    def run(*arguments: Any) -> Ends:
+        value, lower, upper = function(*arguments)
+        if arguments[bounds_at]:
+            return value, lower, upper
+        return value, torch.full_like(value, -torch.inf), torch.full_like(value, torch.inf)
+
+    return run
+
+
+def _like(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> Ends:
+    value, lower, upper = (a.new_empty(a.shape[:-2], dtype=torch.float64) for _ in range(3))
     return value, lower, upper
 
 
 register(
     "trace_sqrt_product(Tensor a, Tensor b, str precision, bool bounds, str backend) -> (Tensor, Tensor, Tensor)",
-    launch.trace_sqrt_product,
+    _with_ends(checked_trace_sqrt_product, 3),
     _like,
+    sharding=Sharding("xx---", "xxx", 2),
 )
-trace_sqrt_product = torch.ops.mir_kernels.trace_sqrt_product
+register(
+    "frechet_distance(Tensor mean_x, Tensor cov_x, Tensor mean_y, Tensor cov_y, str precision, bool bounds,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    _with_ends(checked_frechet_distance, 5),
+    lambda mean_x, cov_x, mean_y, cov_y, *others: _like(cov_x, cov_y, *others),
+    sharding=Sharding("xxxx---", "xxx", 1),
+)

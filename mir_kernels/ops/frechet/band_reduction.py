@@ -8,6 +8,7 @@ of traces of inverses of the band plus shifts.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def root_sums_(m: Tensor, d: int) -> RootSums:
     band = native.band(m, d)
     squares = band.square().sum(0)
     norm = (squares[0] + 2 * squares[1:].sum()).sqrt().item()
-    inverse = native.inverse_traces(band, torch.zeros(1, dtype=torch.float64)).item()
+    inverse = native.inverse_traces(band, torch.zeros(1, dtype=torch.float64, device="cpu")).item()
     if not inverse > 0:  # NaN where it is not definite
         return RootSums(math.nan, math.inf, norm, 0.0)
     least = _least(band, inverse)
@@ -56,7 +57,7 @@ def _least(band: Tensor, inverse: float) -> float:
 
     They lie between 1 / inverse and d / inverse, as the smallest eigenvalue does, each d^(1/8) times the one before.
     """
-    factors = torch.linspace(0, math.log(band.shape[0]), _LANES + 1, dtype=torch.float64).exp()
+    factors = torch.linspace(0, math.log(band.shape[0]), _LANES + 1, dtype=torch.float64, device="cpu").exp()
     candidates = factors / inverse
     definite = native.inverse_traces(band, -candidates[1:]) > 0
     return candidates[int(definite.cumprod(0).sum())].item()
@@ -88,4 +89,5 @@ def nodes(low: float, high: float, error: float, lanes: int = 2) -> tuple[Tensor
         mirror = math.sqrt(low) * math.sqrt(high) / t
         shifts += [t * t, mirror * mirror]
         weights += [step, step * mirror / t]
-    return torch.tensor(shifts, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
+    as_tensor = partial(torch.tensor, dtype=torch.float64, device="cpu")
+    return as_tensor(shifts), as_tensor(weights)

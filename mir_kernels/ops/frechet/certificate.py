@@ -58,7 +58,11 @@ def trace_bounds(a: Tensor, b: Tensor, witness: Callable[[Tensor], Witness]) -> 
     n_outer = cross_product(x.outer, y.outer, triangular=triangular)
     n_inner = cross_product(x.inner, y.inner, triangular=triangular)
     found = witness(n_outer)
-    lower = nuclear_lower(n_inner, found) - product_error(x.inner, y.inner)
+    lower = nuclear_lower(n_inner, found)
+    # Next to singular, factors of neighbouring matrices may be rotations of one another, and U fits only one of them.
+    if bool((lower < (1 - 1e-7) * nuclear_lower(n_outer, found)).any()):
+        lower = torch.maximum(lower, nuclear_lower(n_inner, witness(n_inner)))
+    lower = lower - product_error(x.inner, y.inner)
     upper = nuclear_upper(n_outer, found) + product_error(x.outer, y.outer)
     # f(A + s D^2, B) <= f(A, B) + sqrt(s) |D B^(1/2)|_*, and a nuclear norm is at most the sum of the row norms.
     scales = (x.scale * y.scale).sum(-1)

@@ -11,6 +11,21 @@ from mir_kernels.ops.sqrtm import factor, float64
 from mir_kernels.ops.sqrtm.factor import Factor, blocks
 
 
+class NotSemidefinite(ValueError):
+    """Of the matrix `name`, with the smallest eigenvalue relative to its equilibrated diagonal."""
+
+    def __init__(self, name: str, lowest: float) -> None:
+        super().__init__(
+            f"{name}: takes positive semi-definite matrices, got one with an eigenvalue of {lowest:.3g} relative to "
+            "its diagonal"
+        )
+        self.name, self.lowest = name, lowest
+
+    def named(self, name: str) -> NotSemidefinite:
+        """The same of an argument that its caller knows by another name."""
+        return NotSemidefinite(name, self.lowest)
+
+
 class CrossFactor(NamedTuple):
     """Tr((AB)^(1/2)) = 2^exponent |N|_*, to within `rounding` of |N|_*.
 
@@ -34,15 +49,13 @@ class CrossFactor(NamedTuple):
 def cross_factor(a: Tensor, b: Tensor, indefinite: float) -> CrossFactor:
     """The cross factor of symmetric float64 a, b (batch, d, d).
 
-    ValueError for an eigenvalue below -`indefinite`, relative to the equilibrated diagonal: no covariance's rounding.
+    NotSemidefinite for an eigenvalue below -`indefinite`, relative to the equilibrated diagonal: no rounding of a
+    covariance.
     """
     x, y = factor.factor(a), factor.factor(b)
     for name, c in (("a", x), ("b", y)):
         if bool((c.lowest < -indefinite).any()):
-            raise ValueError(
-                f"{name}: takes positive semi-definite matrices, got one with an eigenvalue of "
-                f"{float(c.lowest.amin()):.3g} relative to its diagonal"
-            )
+            raise NotSemidefinite(name, float(c.lowest.amin()))
     singular = (x.singular | y.singular).tolist()
     n = cross_product(x.columns, y.columns, triangular=not any(singular))
     split = "split " * float64.in_blocks(a)

@@ -6,39 +6,72 @@ import torch
 from torch import Tensor
 
 from mir_kernels.ops.frechet import certificate, launch
+from mir_kernels.ops.frechet.centring import Centred, centre, covariance, widened
 from mir_kernels.ops.frechet.report import warn_if_missed
 from mir_kernels.ops.sqrtm import factor, rounding
+
+_FLOOR = 2.0**-960  # more than underflow takes from a sum of products, also where subnormal numbers are flushed
 
 
 def trace_sqrt(
     x: Tensor, y: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The value and, with `bounds`, its lower and upper end, of features x (n, d), y (m, d) with n, m >= 2."""
-    if min(x.shape[0], y.shape[0]) > x.shape[1]:
+    tall = min(x.shape[0], y.shape[0]) > x.shape[1]
+    if bounds:
+        take = _tall_bounds if tall else _short_bounds
+        value, lower, upper, exponent = take(x, y, precision, backend)
+        lower, upper = certificate.outward(lower, exponent, -1), certificate.outward(upper, exponent, 1)
+        return (value * torch.exp2(exponent)).clamp(lower, upper), lower, upper
+    if tall:
         (cov_x, exponent_x), (cov_y, exponent_y) = _covariance(x), _covariance(y)
-        value, lower, upper = launch.trace_sqrt_product(cov_x, cov_y, precision, bounds, backend)
-        power = torch.exp2(exponent_x + exponent_y)
-        return value * power, lower * power if bounds else None, upper * power if bounds else None
+        value = launch.trace_sqrt_product(cov_x, cov_y, precision, False, backend)[0]
+        return value * torch.exp2(exponent_x + exponent_y), None, None
     (cx, exponent_x), (cy, exponent_y) = _centred(x), _centred(y)
     power = torch.exp2(exponent_x + exponent_y) / ((x.shape[0] - 1) * (y.shape[0] - 1)) ** 0.5
-    if not bounds:
-        cx, cy = (c if c.shape[0] <= c.shape[1] else torch.linalg.qr(c, mode="r").R for c in (cx, cy))
-    n = (cx @ cy.mT if cx.shape[0] >= cy.shape[0] else cy @ cx.mT)[None]
-    solver = launch.solver(backend)
+    cx, cy = (c if c.shape[0] <= c.shape[1] else torch.linalg.qr(c, mode="r").R for c in (cx, cy))
+    norms, gap = launch.solver(backend).nuclear_norm(_product(cx, cy), precision, backend)
+    warn_if_missed("trace_sqrt_from_features", gap, precision)
+    return norms[0] * power, None, None
+
+
+def _tall_bounds(x: Tensor, y: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value, lower and upper end and their exponent, by covariances."""
+    sx, sy = (covariance(one, centre(one)) for one in (x, y))
+    value, lower, upper = launch.trace_sqrt_product(sx.matrix, sy.matrix, precision, True, backend)
+    return value, *widened(lower, upper, sx, sy), sx.exponent + sy.exponent
+
+
+def _short_bounds(x: Tensor, y: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value, lower and upper end and their exponent, by the singular values of Zx Zy^T, Z the deviations."""
+    known_x, known_y = centre(x), centre(y)
+    zx, zy = (torch.cat(list(known.deviations(f, len(f)))) for known, f in ((known_x, x), (known_y, y)))
+    n, solver = _product(zx, zy), launch.solver(backend)
     norms, gap = solver.nuclear_norm(n, precision, backend)
-    warn_if_missed("trace_sqrt_from_features", gap, precision, stacklevel=5)  # whoever called the public function
-    value = norms[0] * power
-    if not bounds:
-        return value, None, None
+    warn_if_missed("trace_sqrt_from_features", gap, precision)
     witness = solver.witness(precision, backend)(n)
-    # Centring: the subtraction, and the rounding of the mean of what was centred once already.
-    rows = max(x.shape[0], y.shape[0])
-    slack = certificate.product_error(cx.mT, cy.mT) + 3 * rounding.gamma(rows + 4) * (
-        rounding.frobenius(cx) * rounding.frobenius(cy)
-    )
-    lower = (certificate.nuclear_lower(n, witness)[0] - slack).clamp(min=0.0) * power * (1 - 8 * factor.UNIT)
-    upper = (certificate.nuclear_upper(n, witness)[0] + slack) * power * (1 + 8 * factor.UNIT)
-    return value.clamp(lower, upper), lower, upper
+    slack = _apart(known_x, known_y)
+    degrees = ((x.shape[0] - 1) * (y.shape[0] - 1)) ** 0.5
+    lower = (certificate.nuclear_lower(n, witness)[0] - slack).clamp(min=0.0) / degrees * (1 - 8 * factor.UNIT)
+    upper = (certificate.nuclear_upper(n, witness)[0] + slack) / degrees * (1 + 8 * factor.UNIT)
+    return norms[0] / degrees, lower, upper, known_x.exponent + known_y.exponent
+
+
+def _apart(x: Centred, y: Centred) -> Tensor:
+    """At least what the nuclear norm of the product of Zx and Zy^T as computed differs by from that of the features.
+
+    Products of columns, one of them an error, for the centring. And the rounding of the product: of an entry gamma_d
+    times the product of absolute values, which is a sum of d matrices of Frobenius norm |Zx_j| |Zy_j|.
+    """
+    length_x, length_y = (one.norm * (1 + one.rounding) for one in (x, y))
+    centring = x.error * (length_y + y.error) + length_x * y.error
+    product = (rounding.gamma(len(x.norm) + 4) * min(x.rows, y.rows) ** 0.5) * (length_x * length_y)
+    return (centring + product).sum() * (1 + 1e-6) + _FLOOR
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """X Y^T or its transpose, (1, k, l) with k >= l."""
+    return (x @ y.mT if x.shape[0] >= y.shape[0] else y @ x.mT)[None]
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks
+from mir_kernels._gate import by_operator, outside_compilation, with_memory
 from mir_kernels.ops.frechet import autograd, features, launch
 from mir_kernels.ops.frechet.launch import TRACE_SQRT_PRODUCT
 from mir_kernels.ops.frechet.report import PRECISIONS, Precision, TraceReport
-from mir_kernels.ops.sqrtm import rounding
 
 
 class TraceSqrt(NamedTuple):
@@ -55,15 +55,19 @@ def trace_sqrt_product(
     on, they are no closer than `precision` asks, with "float32" up to 1e-5 apart where rounding leaves no less.
     backend: "linalg" (float64 singular values), "eager" or "triton" (polar factor by Newton-Schulz).
     Returns float64 of the batch's shape, without gradient. Raises ValueError for matrices that are not finite,
-    symmetric and positive semi-definite up to rounding, TypeError for other dtypes.
+    symmetric and positive semi-definite up to rounding, TypeError for other dtypes. Compiled code refuses the same,
+    when it runs.
     """
     _check_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
     backend = TRACE_SQRT_PRODUCT.choose(backend, a.device)
-    value, lower, upper = _call(a, b, precision, bounds, backend)
+    registered = by_operator("trace_sqrt_product", a, b)
+    run = torch.ops.mir_kernels.trace_sqrt_product if registered else autograd.checked_trace_sqrt_product
+    value, lower, upper = run(a.detach(), b.detach(), precision, bounds, backend)
     return TraceSqrt(value, lower, upper) if bounds else value
 
 
+@outside_compilation
 @torch.no_grad()
 def trace_sqrt_report(
     a: Tensor, b: Tensor, *, precision: Precision = "float32", backend: str | None = None
@@ -71,10 +75,13 @@ def trace_sqrt_report(
     """`trace_sqrt_product` and how it came about: the error each value was accepted with, and the path that ran."""
     _check_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
-    backend = TRACE_SQRT_PRODUCT.choose(backend, a.device)
-    return launch.report(a, b, precision, backend)
+    a, b = with_memory("trace_sqrt_report", "a", a), with_memory("trace_sqrt_report", "b", b)
+    _checks.symmetric("a", a)
+    _checks.symmetric("b", b)
+    return launch.report(a, b, precision, TRACE_SQRT_PRODUCT.choose(backend, a.device))
 
 
+@outside_compilation
 @torch.no_grad()
 def trace_sqrt_from_features(
     x: Tensor, y: Tensor, *, precision: Precision = "float32", bounds: bool = False, backend: str | None = None
@@ -83,19 +90,21 @@ def trace_sqrt_from_features(
 
     The nuclear norm of Xc Yc^T / sqrt((n-1)(m-1)), without a covariance, where one of them has no more rows than
     columns: by singular values ("linalg", exact to rounding) or a polar factor to `precision`. Otherwise
-    `trace_sqrt_product` of the two covariances, and then bounds are those of the covariances as rounded to float64.
-    The features need not be centred. A scalar, or `TraceSqrt` with `bounds`.
+    `trace_sqrt_product` of the two covariances. The features need not be centred: `bounds` hold for them as they are,
+    whatever their mean, with what rounds in means, deviations and covariances. A scalar, or `TraceSqrt` with `bounds`.
     """
     _checks.tokens("x", x)
     _checks.tokens("y", y)
     for name, value in (("x", x), ("y", y)):
         if value.dim() != 2 or value.shape[0] < 2:
             raise ValueError(f"{name}: takes features (n, d) with n >= 2, got {tuple(value.shape)}")
-        _checks.finite(name, value)
     _checks.same_device("y", y, "x", x)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: takes {x.shape[1]} columns as x has, got {y.shape[1]}")
     _checks.choice("precision", precision, PRECISIONS)
+    x, y = with_memory("trace_sqrt_from_features", "x", x), with_memory("trace_sqrt_from_features", "y", y)
+    _checks.finite("x", x)
+    _checks.finite("y", y)
     backend = TRACE_SQRT_PRODUCT.choose(backend, x.device)
     value, lower, upper = features.trace_sqrt(x, y, precision, bounds, backend)
     return value if lower is None or upper is None else TraceSqrt(value, lower, upper)
@@ -134,7 +143,6 @@ def frechet_distance(
     bounds: bool,
     backend: str | None = ...,
 ) -> Tensor | FrechetDistance: ...
-@torch.no_grad()
 def frechet_distance(
     mean_x: Tensor,
     cov_x: Tensor,
@@ -150,48 +158,27 @@ def frechet_distance(
     mean_x, mean_y: (..., d).  cov_x, cov_y: (..., d, d).  precision, bounds, backend and errors as for
     `trace_sqrt_product`; the error of the root is relative to the root, so where the distance is far smaller than the
     traces it holds fewer digits: `bounds=True` returns `FrechetDistance(value, lower, upper)` and says how many.
-    Never negative, and zero for equal Gaussians. float64, of the batch's shape, without gradient.
+    Never less than |mean_x - mean_y|^2, and just that for equal covariances. float64, of the batch's shape, without
+    gradient.
     """
-    for name, mean, cov in (("mean_x", mean_x, cov_x), ("mean_y", mean_y, cov_y)):
-        _checks.tokens(name, mean)
-        _checks.finite(name, mean)
-        if mean.shape != cov.shape[:-1]:
-            raise ValueError(f"{name}: takes shape {tuple(cov.shape[:-1])}, got {tuple(mean.shape)}")
-        _checks.same_device(name, mean, "cov_x", cov_x)
     _check_pair("cov_x", cov_x, "cov_y", cov_y)
+    for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
+        _checks.tokens(name, mean)
+        if mean.shape != cov_x.shape[:-1]:
+            raise ValueError(f"{name}: takes shape {tuple(cov_x.shape[:-1])}, got {tuple(mean.shape)}")
+        _checks.same_device(name, mean, "cov_x", cov_x)
     _checks.choice("precision", precision, PRECISIONS)
     backend = TRACE_SQRT_PRODUCT.choose(backend, cov_x.device)
-    traces = _trace(cov_x), _trace(cov_y)
-    rest = (mean_x.double() - mean_y.double()).square().sum(-1) + traces[0] + traces[1]
-    # (AA)^(1/2) = A: equal covariances are at no distance in any precision.
-    same = (cov_x == cov_y).all(-1).all(-1)
-    if not bounds and not torch.compiler.is_compiling() and bool(same.all()):
-        return (rest - 2 * traces[0]).clamp(min=0.0)
-    value, lower, upper = _call(cov_x, cov_y, precision, bounds, backend)
-    value = (rest - 2 * torch.where(same, traces[0], value)).clamp(min=0.0)
-    if not bounds:
-        return value
-    slack = rest * rounding.gamma(4 * cov_x.shape[-1])
-    # Where the means' distance leaves float64's range, so does the upper end.
-    lower, upper = (rest - 2 * upper - slack).clamp(min=0.0), rest - 2 * lower + slack
-    lower = lower.nan_to_num(0.0).clamp(max=torch.finfo(rest.dtype).max)
-    return FrechetDistance(value.clamp(lower, upper), lower, upper.clamp(min=0.0))
-
-
-def _call(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad():
-        if torch.compiler.is_compiling():
-            return autograd.trace_sqrt_product(a, b, precision, bounds, backend)
-        return launch.trace_sqrt_product(a, b, precision, bounds, backend)
+    mean_x, cov_x, mean_y, cov_y = (tensor.detach() for tensor in (mean_x, cov_x, mean_y, cov_y))
+    registered = by_operator("frechet_distance", mean_x, cov_x, mean_y, cov_y)
+    run = torch.ops.mir_kernels.frechet_distance if registered else autograd.checked_frechet_distance
+    value, lower, upper = run(mean_x, cov_x, mean_y, cov_y, precision, bounds, backend)
+    return FrechetDistance(value, lower, upper) if bounds else value
 
 
 def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    _checks.symmetric(name_a, a)
-    _checks.symmetric(name_b, b)
+    _checks.square(name_a, a)
+    _checks.square(name_b, b)
     _checks.same_device(name_b, b, name_a, a)
     if a.shape != b.shape:
         raise ValueError(f"{name_b}: takes shape {tuple(a.shape)} as {name_a} has, got {tuple(b.shape)}")
-
-
-def _trace(a: Tensor) -> Tensor:
-    return a.diagonal(dim1=-2, dim2=-1).double().sum(-1)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mir_kernels._precision import with_float32_products
 from mir_kernels.ops.frechet import certificate
 from mir_kernels.ops.frechet.cross_factor import cross_factor
 from mir_kernels.ops.frechet.report import TOLERANCE, TraceReport
@@ -21,7 +20,6 @@ RUNGS = {
 }
 
 
-@with_float32_products
 def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
     """Tr((AB)^(1/2)) of symmetric float64 a, b (batch, d, d).
 
@@ -33,7 +31,6 @@ def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float)
     return TraceReport(pair.trace(value), gap + pair.relative_rounding(value), tuple(path))
 
 
-@with_float32_products
 def nuclear_norm(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
     """|N|_* of float64 (batch, m, k), m >= k, and the relative gap of its dual bounds."""
     value, gap, _ = _certified(n, precision, backend)
@@ -43,7 +40,6 @@ def nuclear_norm(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tenso
 def witness(precision: str, backend: str) -> Callable[[Tensor], certificate.Witness]:
     """What the bounds of a batch of N are read from: a polar factor as fine as `precision` wants."""
 
-    @with_float32_products
     def polar_witness(n: Tensor) -> certificate.Witness:
         for rung in RUNGS[precision if precision == "float64" else "float32"]:
             found = certificate.polar_witness(n, *polished_polar(n, rung, backend), TOLERANCE[precision])

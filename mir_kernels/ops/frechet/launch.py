@@ -31,10 +31,10 @@ def trace_sqrt_product(
     """The value and, with `bounds`, its lower and upper end; those are empty without."""
     if not bounds:
         found = report(a, b, precision, backend)
-        warn_if_missed("trace_sqrt_product", found.error, precision, stacklevel=5)
+        warn_if_missed("trace_sqrt_product", found.error, precision)
         return found.value, found.value.new_empty(0), found.value.new_empty(0)
     found, lower, upper = _with_bounds(a, b, precision, backend)
-    warn_if_missed("trace_sqrt_product", found.error, precision, stacklevel=5)
+    warn_if_missed("trace_sqrt_product", found.error, precision)
     # The value comes from another computation than the bounds: inside them it is never further from the truth.
     return torch.minimum(torch.maximum(found.value, lower), upper), lower, upper
 

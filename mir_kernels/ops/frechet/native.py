@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mir_kernels._native import MISSING, C
+from mir_kernels._native import DTYPE_CODES, MISSING, C
 
-__all__ = ["MISSING", "band", "inverse_traces", "roundings", "shifted_factors", "standard_form"]
+__all__ = [
+    "MISSING",
+    "band",
+    "checked_standard_form",
+    "inverse_traces",
+    "roundings",
+    "shifted_factors",
+    "standard_form",
+]
 
 
 def standard_form(a: Tensor, b: Tensor, *, banded: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +38,34 @@ def standard_form(a: Tensor, b: Tensor, *, banded: bool) -> tuple[Tensor, Tensor
         *(workspace.data_ptr(), count, d, rows, stride, threads),
     )
     return m[:, :, :rows], numbers[0], numbers[1]
+
+
+def checked_standard_form(
+    a: Tensor, b: Tensor, allowed_a: float, allowed_b: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`standard_form` of a, b (..., d, d), float32 or float64, contiguous; None where one of them is no covariance.
+
+    allowed_a, allowed_b: asymmetry relative to the largest entry, as `_checks.symmetric` has it.
+    """
+    d = a.shape[-1]
+    count, threads = a.numel() // (d * d), torch.get_num_threads()
+    rows = -(-d // C.STANDARD_FORM_BLOCK) * C.STANDARD_FORM_BLOCK
+    room = C.checked_standard_form_workspace(count, d, rows, threads)
+    size = count * rows * rows
+    numbers = torch.empty(size + 2 * count + room, dtype=torch.float64, device="cpu")  # one allocation for all
+    start = numbers.data_ptr()
+    rounding, exponent, workspace = (start + 8 * at for at in (size, size + count, size + 2 * count))
+    flags = C.checked_standard_form(
+        *(a.data_ptr(), b.data_ptr(), start, rounding, exponent, workspace, count, d, rows),
+        *(allowed_a, allowed_b, DTYPE_CODES[a.dtype], DTYPE_CODES[b.dtype], threads),
+    )
+    if flags:
+        return None
+    return (
+        numbers[:size].view(count, rows, rows),
+        numbers[size : size + count],
+        numbers[size + count : size + 2 * count],
+    )
 
 
 def shifted_factors(m: Tensor, d: int, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +106,7 @@ def inverse_traces(band: Tensor, shifts: Tensor) -> Tensor:
     """
     rows, width = band.shape[0], band.shape[1] - 1
     traces = torch.empty_like(shifts)
-    workspace = torch.empty(C.band_inverse_traces_workspace(width, shifts.numel()), dtype=torch.float64)
+    workspace = torch.empty(C.band_inverse_traces_workspace(width, shifts.numel()), dtype=torch.float64, device="cpu")
     C.band_inverse_traces(
         *(band.data_ptr(), shifts.data_ptr(), traces.data_ptr(), workspace.data_ptr(), rows, width, shifts.numel()),
         torch.get_num_threads(),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
+
+from mir_kernels._warnings import warn
 
 Precision = Literal["bfloat16", "float32", "float64"]
 PRECISIONS = get_args(Precision)
@@ -26,13 +27,11 @@ class TraceReport:
     path: tuple[str, ...]
 
 
-def warn_if_missed(name: str, error: Tensor, precision: str, *, stacklevel: int) -> None:
-    """A RuntimeWarning where an error is above what `precision` promises. stacklevel: as warnings.warn takes it."""
+def warn_if_missed(name: str, error: Tensor, precision: str) -> None:
+    """A RuntimeWarning where an error is above what `precision` promises."""
     missed = error.amax().item() if error.numel() else 0.0
     if missed > TOLERANCE[precision]:
-        warnings.warn(
+        warn(
             f"{name}: reached a relative error of {missed:.2g}, precision={precision!r} asks for "
-            f"{TOLERANCE[precision]:.0e}",
-            RuntimeWarning,
-            stacklevel=stacklevel,
+            f"{TOLERANCE[precision]:.0e}"
         )

@@ -12,7 +12,7 @@ from mir_kernels.ops.frechet import band_reduction, native
 from mir_kernels.ops.frechet.band_reduction import RootSums
 from mir_kernels.ops.sqrtm import factor
 
-_BANDED = 384  # from here on `band_reduction` is faster than the eigenvalues of LAPACK
+BANDED = 384  # from here on `band_reduction` is faster than the eigenvalues of LAPACK
 _PROBES = 8
 
 
@@ -36,7 +36,7 @@ def reduce(a: Tensor, b: Tensor) -> StandardForm:
     """The standard form of symmetric float64 a, b (batch, d, d); a is not factored, nor is it known to be definite."""
     d = a.shape[-1]
     if a.device.type == "cpu" and native.MISSING is None:
-        banded = d >= _BANDED
+        banded = d >= BANDED
         m, rounding, exponent = native.standard_form(a, b, banded=banded)
         return StandardForm(m, d, rounding, exponent, banded)
     h, scale, exponent = factor.equilibrate(b)

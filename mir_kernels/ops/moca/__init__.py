@@ -3,5 +3,6 @@
 from mir_kernels.ops.moca.functional import add_moca_rms_norm, moca
 from mir_kernels.ops.moca.launch import OPERATIONS
 from mir_kernels.ops.moca.module import MoCa
+from mir_kernels.ops.moca.vision_mask import VisionMask
 
-__all__ = ["OPERATIONS", "MoCa", "add_moca_rms_norm", "moca"]
+__all__ = ["OPERATIONS", "MoCa", "VisionMask", "add_moca_rms_norm", "moca"]

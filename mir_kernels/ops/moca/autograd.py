@@ -6,52 +6,62 @@ Saved for backward: x (and residual) only where dscale is wanted, and in place a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mir_kernels._gate import is_memory
 from mir_kernels._precision import accumulator
-from mir_kernels._registration import register
+from mir_kernels._registration import Sharding, register
 from mir_kernels.ops.moca import launch
+from mir_kernels.ops.moca.vision_mask import VisionMask, own_mask
 
 
 class Moca(torch.autograd.Function):
-    """moca where a tensor requires grad."""
+    """moca where a tensor requires grad. shared: the mask, if it came as one that layers share."""
 
     @staticmethod
-    def forward(ctx, x, scale, shift, mask, inplace: bool, backend: str | None) -> Tensor:
+    def forward(ctx, x, scale, shift, mask, inplace: bool, backend: str | None, shared: VisionMask | None) -> Tensor:
         # No setup_context: with one, torch inspects this signature on every call, longer than a small kernel takes.
         ctx.backend = backend
         if not inplace:
+            mask = own_mask(mask) if shared is None else mask
             ctx.save_for_backward(x if scale.requires_grad else None, None, scale, shift, mask)
             return launch.forward(x, scale, shift, mask, backend)
         ctx.mark_dirty(x)
-        kept, x_rows = launch.vision_rows(x, mask) if scale.requires_grad else (None, None)
-        ctx.save_for_backward(kept, x_rows, scale, shift, mask)
-        launch.forward_(x, scale, shift, mask, backend)
+        vision = VisionMask(mask) if shared is None else shared
+        kept, x_rows = (launch.vision_rows(x, vision), vision.row_of) if scale.requires_grad else (None, None)
+        ctx.kept = None if kept is None else kept.shape
+        ctx.save_for_backward(kept, x_rows, scale, shift, vision.mask)
+        launch.forward_(x, scale, shift, vision.mask, backend)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, x_rows, scale, shift, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if _plain(grad):
-            calls = launch.forward, functools.partial(launch.backward, x_rows=x_rows)
+        raw = _raw(grad, x, x_rows, scale, mask)
+        if x is not None:
+            x = _as_saved("x", x, grad.dtype, grad.shape if x_rows is None else ctx.kept)
+        if x_rows is not None:
+            x_rows = _as_saved("x_rows", x_rows, torch.int64, torch.Size([grad.numel() // grad.shape[-1]])).contiguous()
+        if raw:
+            calls = launch.forward, partial(launch.backward, x_rows=x_rows)
         else:
-            calls = torch.ops.mir_kernels.moca, functools.partial(_moca_backward_op, x_rows=x_rows)
-        gradients = _moca_gradients(*calls, needs, grad, x, scale, shift, mask, ctx.backend)
-        return *gradients, None, None, None
+            calls = torch.ops.mir_kernels.moca, partial(_moca_backward_op, x_rows=x_rows)
+        gradients = _moca_gradients(*calls, ctx.needs_input_grad, grad, x, scale, shift, mask, ctx.backend)
+        return *gradients, None, None, None, None
 
 
 class AddMocaRmsNorm(torch.autograd.Function):
     """add_moca_rms_norm where a tensor requires grad; also returns rstd, which is not differentiable."""
 
     @staticmethod
-    def forward(ctx, x, residual, scale, shift, mask, weight, eps: float, backend: str | None):
+    def forward(ctx, x, residual, scale, shift, mask, weight, eps: float, backend: str | None, shared: bool):
+        mask = mask if shared else own_mask(mask)
         out, h, rstd = launch.add_rms_forward(x, residual, scale, shift, mask, weight, eps, backend)
         ctx.backend = backend
         ctx.mark_non_differentiable(rstd)
@@ -63,13 +73,29 @@ class AddMocaRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor | None, grad_h: Tensor | None, _: None):
-        raw = _plain(grad_out) and _plain(grad_h)
-        return _add_rms_gradients(launch.add_rms_backward if raw else _add_rms_backward_op, ctx, grad_out, grad_h)
+        saved = ctx.saved_tensors
+        backward = launch.add_rms_backward if _raw(grad_out, grad_h, *saved) else _add_rms_backward_op
+        return *_add_rms_gradients(backward, ctx, saved, grad_out, grad_h), None
 
 
-def _plain(grad: Tensor | None) -> bool:
-    """Whether a gradient has an address to read it at: no subclass, no negative view, no zero without memory."""
-    return grad is None or (type(grad) is Tensor and not grad.is_neg() and not grad._is_zerotensor())
+# What backward gets was not checked by anyone: gradients come as autograd made them, and what was saved as the hooks of
+# others (torch.autograd.graph.saved_tensors_hooks) give it back.
+
+
+def _raw(*tensors: Tensor | None) -> bool:
+    """Whether all can be read at their addresses, where the first one lies."""
+    place = next((t.get_device() for t in tensors if t is not None), -1)
+    return all(t is None or (is_memory(t) and t.get_device() == place) for t in tensors)
+
+
+def _as_saved(name: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """`tensor`, which was saved in this dtype and shape."""
+    if tensor.shape != shape:
+        raise RuntimeError(
+            f"{name}: was saved for backward with shape {tuple(shape)}, and a hook on saved tensors gave back "
+            f"{tuple(tensor.shape)}"
+        )
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _moca_gradients(
@@ -86,14 +112,20 @@ def _moca_gradients(
     )
 
 
-def _add_rms_gradients(backward: Callable, ctx, grad_out: Tensor | None, grad_h: Tensor | None) -> tuple:
+def _add_rms_gradients(backward: Callable, ctx, saved: tuple, grad_out: Tensor | None, grad_h: Tensor | None) -> tuple:
     """One entry for each input of add_rms_forward; dx is dresidual."""
-    h, x, residual, scale, shift, mask, weight, rstd = ctx.saved_tensors
+    h, x, residual, scale, shift, mask, weight, rstd = saved
+    like = next((grad for grad in (grad_out, grad_h) if grad is not None), h)
+    dtype, shape = like.dtype, like.shape
+    h, rstd = _as_saved("h", h, dtype, shape), _as_saved("rstd", rstd, accumulator(like), shape[:-1])
+    if x is None:
+        x, residual = h, h
+    else:
+        x, residual = _as_saved("x", x, dtype, shape), _as_saved("residual", residual, dtype, shape)
     grad_out = torch.zeros_like(h) if grad_out is None else grad_out
-    x, residual = (h, h) if x is None else (x, residual)
     dx, dscale, dshift, dweight = backward(grad_out, grad_h, h, x, residual, scale, mask, weight, rstd, ctx.backend)
     grads = (dx, dx, dscale.to(scale.dtype), dshift.to(shift.dtype), None, dweight.to(weight.dtype), None, None)
-    return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=True))
+    return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[: len(grads)], strict=True))
 
 
 # The registered operations. They call the same row kernels; the column sums of one backward call come as one tensor,
@@ -141,7 +173,7 @@ def _add_rms_setup(ctx, inputs, output) -> None:
 
 
 def _add_rms_op_backward(ctx, grad_out, grad_h, _):
-    return _add_rms_gradients(_add_rms_backward_op, ctx, grad_out, grad_h)
+    return _add_rms_gradients(_add_rms_backward_op, ctx, ctx.saved_tensors, grad_out, grad_h)
 
 
 register(
@@ -151,11 +183,13 @@ register(
         grad.new_empty(grad.shape),
         grad.new_empty((2, grad.shape[-1]), dtype=accumulator(grad)),
     ),
+    sharding=Sharding("xxwx-", "x+", 1),
 )
 register(
     "moca(Tensor x, Tensor scale, Tensor shift, Tensor mask, str? backend) -> Tensor",
     launch.forward,
     lambda x, scale, shift, mask, backend: x.new_empty(x.shape),
+    sharding=Sharding("xwwx-", "x", 1),
     backward=_moca_op_backward,
     setup_context=_moca_setup,
 )
@@ -164,6 +198,7 @@ register(
     " Tensor mask, Tensor weight, Tensor rstd, str? backend) -> (Tensor, Tensor)",
     _add_rms_backward,
     lambda grad_out, grad_h, h, *others: (h.new_empty(h.shape), h.new_empty((3, h.shape[-1]), dtype=accumulator(h))),
+    sharding=Sharding("xxxxxwxwx-", "x+", 1),
 )
 register(
     "add_moca_rms_norm(Tensor x, Tensor residual, Tensor scale, Tensor shift, Tensor mask, Tensor weight, float eps,"
@@ -173,6 +208,7 @@ register(
         *(x.new_empty(x.shape), x.new_empty(x.shape)),
         x.new_empty(x.shape[:-1], dtype=accumulator(x)),
     ),
+    sharding=Sharding("xxwwxw--", "xxx", 1),
     backward=_add_rms_op_backward,
     setup_context=_add_rms_setup,
 )

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._autograd import CreationMeta, _get_creation_meta
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
 
 from mir_kernels import _checks
+from mir_kernels._gate import by_operator
 from mir_kernels.ops.moca import autograd, launch
+from mir_kernels.ops.moca.vision_mask import VisionMask
 
 MASKS = (torch.bool, torch.uint8, *_checks.FLOATS)
-PLAIN = (Tensor, torch.nn.Parameter)  # other subclasses go through the dispatcher, where they can say what they do
 
 
 def moca(
-    x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, *, inplace: bool = False, backend: str | None = None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mask: Tensor | VisionMask,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """Scale and shift vision tokens (Eq. 5 of the MIR paper): `scale * x + shift` where mask, x bit for bit elsewhere.
 
     x: (..., d), float32, bfloat16, float16 or float64, any strides, any number of tokens including none.
     scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token.
     inplace: change x and return it; text rows are then neither read nor written. Where scale requires grad, the vision
-    rows are copied first, which waits for the device to count them.
+    rows are copied first, which waits for the device to count them; a `VisionMask` is counted once for many calls.
+    Backward goes by the mask as it was at the call, whatever has been written to it since.
     Returns a tensor of x's shape and dtype; a new one is contiguous. Arithmetic in float32 (float64 for float64),
     rounded once. Differentiable once, for x, scale and shift; column sums in float32, the same bits on every run.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run here.
     """
+    shared = None
+    if isinstance(mask, VisionMask):
+        shared, mask = mask, mask.mask
     _check(x, scale, shift, mask)
-    if _by_dispatcher("moca", x, scale, shift, mask):
+    if by_operator("moca", x, scale, shift, mask):
         # In place, what backward keeps must not be the tensor that changes.
         source = x.clone() if inplace and torch.is_grad_enabled() and scale.requires_grad else x
         out = torch.ops.mir_kernels.moca(source, scale, shift, mask, backend)
@@ -39,7 +47,7 @@ def moca(
     if inplace:
         _check_writable(x, gradient)
     if gradient:
-        return autograd.Moca.apply(x, scale, shift, mask, inplace, backend)
+        return autograd.Moca.apply(x, scale, shift, mask, inplace, backend, shared)
     if not inplace:
         return launch.forward(x, scale, shift, mask, backend)
     launch.forward_(x, scale, shift, mask, backend)
@@ -53,7 +61,7 @@ def add_moca_rms_norm(
     residual: Tensor,
     scale: Tensor,
     shift: Tensor,
-    mask: Tensor,
+    mask: Tensor | VisionMask,
     weight: Tensor,
     *,
     eps: float = 1e-6,
@@ -68,23 +76,30 @@ def add_moca_rms_norm(
     Llama's RMSNorm on top of the separate operations. rsqrt, mean and all sums in float32 (float64 for float64).
     Differentiable once, for x, residual, scale, shift and weight. Errors as in `moca`.
     """
+    shared = isinstance(mask, VisionMask)
+    if isinstance(mask, VisionMask):
+        mask = mask.mask
     _check(x, scale, shift, mask)
     if not _fit(x, residual, weight):
         _explain_addition(x, residual, weight)
     arguments = (x, residual, scale, shift, mask, weight, float(eps), backend)
     tensors = (x, residual, scale, shift, weight)
-    if _by_dispatcher("add_moca_rms_norm", *tensors, mask):
+    if by_operator("add_moca_rms_norm", *tensors, mask):
         out, h, _ = torch.ops.mir_kernels.add_moca_rms_norm(*arguments)
         return out, h
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments)
+        out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments, shared)
     else:
         out, h, _ = launch.add_rms_forward(*arguments)
     return out, h
 
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
-    if not _sound(x, scale, shift, mask):
+    try:
+        sound = _sound(x, scale, shift, mask)
+    except RuntimeError:  # of a nested tensor's shape
+        sound = False
+    if not sound:
         _explain(x, scale, shift, mask)
 
 
@@ -119,6 +134,7 @@ def _fit(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
     return (
         isinstance(residual, Tensor)
         and isinstance(weight, Tensor)
+        and not (residual.is_nested or weight.is_nested)
         and residual.layout == weight.layout == torch.strided
         and residual.shape == x.shape
         and residual.dtype == x.dtype
@@ -174,31 +190,3 @@ def _may_overlap(x: Tensor) -> bool:
             return True
         span += stride * (size - 1)
     return False
-
-
-def _by_dispatcher(name: str, *tensors: Tensor) -> bool:
-    """Whether the registered operation is called: someone traces, listens, or has a say in what a tensor is.
-
-    Raw calls write to addresses, which a trace does not see, a subclass may not have and a negative view does not mean.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
-        _refuse_transforms(name, *tensors)
-    if _len_torch_dispatch_stack() or _get_tracing_state() is not None:
-        return True
-    for tensor in tensors:  # noqa: SIM110, a generator takes twice as long
-        if type(tensor) not in PLAIN or tensor.is_neg():
-            return True
-    return False
-
-
-def _refuse_transforms(name: str, *tensors: Tensor) -> None:
-    """No tensor is a torch.func wrapper, which has no memory, or has a tangent, which would be dropped."""
-    dual = forward_ad._current_level >= 0
-    for tensor in tensors:
-        if is_functorch_wrapped_tensor(tensor) or (dual and forward_ad.unpack_dual(tensor).tangent is not None):
-            raise RuntimeError(
-                f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode derivatives are not supported; "
-                "autograd is, and a batch needs no vmap: x may have any number of leading axes, with the mask"
-            )

@@ -12,18 +12,15 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mir_kernels._dispatch import Operation
 from mir_kernels._precision import accumulator
+from mir_kernels.ops.moca.vision_mask import VisionMask
 
 MOCA = Operation("moca", orders={"cuda": ("cuda", "triton", "eager"), "cpu": ("native", "eager")})
 ADD_MOCA_RMS_NORM = Operation("add_moca_rms_norm", orders={"cuda": ("triton", "eager"), "cpu": ("native", "eager")})
 OPERATIONS = (MOCA, ADD_MOCA_RMS_NORM)
 
-# {mask: (its version, where its vision rows lie, which of them a row is)}: the layers of a model share one mask, and to
-# count its rows is to wait for the device.
-_PLACES = WeakTensorKeyDictionary()
 _MODULES = {"cuda": "native"}  # one module calls the compiled kernels of both devices
 
 
@@ -45,14 +42,9 @@ def forward_(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, backend: str
         x.copy_(rows.view(x.shape))
 
 
-def vision_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of x's vision rows and, for each row of x, where in the copy it lies (only vision rows do)."""
-    version = None if mask.is_inference() else mask._version
-    if mask not in _PLACES or _PLACES[mask][0] != version:
-        vision = _flags(mask).ne(0)
-        _PLACES[mask] = version, vision.nonzero().view(-1), vision.cumsum(0) - 1
-    _, places, x_rows = _PLACES[mask]
-    return _rows(x).index_select(0, places), x_rows
+def vision_rows(x: Tensor, vision: VisionMask) -> Tensor:
+    """A copy of x's vision rows, (count, d)."""
+    return _rows(x).index_select(0, vision.places)
 
 
 def backward(
@@ -60,7 +52,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dshift), the last two float32 (float64 for float64). Only x's vision rows are read.
 
-    x_rows: of `vision_rows`, where x is their copy.
+    x_rows: where row i of x lies in x, where that holds vision rows alone (`VisionMask.row_of`).
     """
     dx = _like(grad)
     if not grad.numel():
@@ -110,7 +102,7 @@ def add_rms_backward(
     upstream = None if grad_h is None else _rows(grad_h)
     dscale, dshift, dweight = _module(1, backend, dx.device).add_rms_backward(
         *(_rows(grad_out), upstream, _rows(h), _rows(x), _rows(residual)),
-        *(scale, _flags(mask), weight, rstd.reshape(-1), _rows(dx)),
+        *(scale, _flags(mask), weight, rstd.reshape(-1).contiguous(), _rows(dx)),
     )
     return dx, dscale, dshift, dweight
 

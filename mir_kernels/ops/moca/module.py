@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mir_kernels.ops.moca.functional import moca
+from mir_kernels.ops.moca.vision_mask import VisionMask
 
 
 class MoCa(nn.Module):
@@ -39,7 +40,7 @@ class MoCa(nn.Module):
             self.scale.normal_(1.0, self.std) if self.std else self.scale.fill_(1.0)
             self.shift.normal_(0.0, self.std) if self.std else self.shift.zero_()
 
-    def forward(self, x: Tensor, mask: Tensor, *, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | VisionMask, *, inplace: bool = False) -> Tensor:
         """`moca` with this module's scale and shift. x (..., d); mask (...), nonzero for vision tokens."""
         return moca(x, self.scale, self.shift, mask, inplace=inplace)
 

@@ -34,7 +34,7 @@ def accumulate(
     shift = centre.to(dtype)
     y = _shifted(x, mask, shift)
     add_outer(second, d, vectors, weights)
-    with float32_products():
+    with float32_products(x.device, dtype):
         for start, stop, panel in panels(second, d):
             if dtype == torch.float64:
                 panel.addmm_(y[:, start:stop].T, y[:, :stop])

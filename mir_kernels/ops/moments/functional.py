@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mir_kernels import _checks
+from mir_kernels._gate import by_operator
 from mir_kernels.ops.moments import autograd, launch
 
 __all__ = ["token_norms"]
@@ -19,5 +19,5 @@ def token_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
     """
     _checks.tokens("x", x)
     name = launch.TOKEN_NORMS.choose(backend, x.device)
-    run = autograd.token_norms if torch.compiler.is_compiling() else launch.token_norms
+    run = autograd.token_norms if by_operator("token_norms", x) else launch.token_norms
     return run(x.detach(), name)

@@ -16,7 +16,7 @@ def token_norms(x: Tensor) -> Tensor:
     """
     if x.stride(1) != 1 and x.shape[1] > 1 and x.shape[0]:
         raise ValueError(f"x: takes a matrix whose rows are contiguous, got strides {x.stride()}")
-    out = torch.empty(x.shape[0], dtype=torch.float32)
+    out = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     C.token_norms(
         *(x.data_ptr(), x.stride(0), out.data_ptr(), x.shape[0], x.shape[1], DTYPE_CODES[x.dtype]),
         torch.get_num_threads(),
@@ -38,8 +38,8 @@ def accumulate(
     if x.stride(1) != 1 and d > 1:
         x = x.contiguous()
     shift = centre.float()
-    sums = torch.empty(d, dtype=torch.float64)
-    packed = torch.empty(C.second_moment_workspace(rows, d), dtype=torch.float32)
+    sums = torch.empty(d, dtype=torch.float64, device="cpu")
+    packed = torch.empty(C.second_moment_workspace(rows, d), dtype=torch.float32, device="cpu")
     C.second_moment(
         *(x.data_ptr(), x.stride(0), shift.data_ptr(), vectors.data_ptr(), weights.data_ptr()),
         *(second.data_ptr(), PANEL, sums.data_ptr(), packed.data_ptr(), rows, d, DTYPE_CODES[x.dtype]),

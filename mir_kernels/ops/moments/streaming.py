@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from functools import partial
 from typing import Literal, get_args
 
@@ -11,12 +10,14 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks
+from mir_kernels._gate import outside_compilation, with_memory
 from mir_kernels.ops.moments import packed
+from mir_kernels.ops.moments.finite import require_finite
 from mir_kernels.ops.moments.launch import STREAMING_MOMENTS, block_update
+from mir_kernels.ops.moments.state import OWN, REDUCED, VERSION, check, number
 
 Precision = Literal["fast", "auto", "exact"]
 PRECISIONS = get_args(Precision)
-VERSION = 1  # of the state's layout
 
 # Rows gathered before a product, by device type: where more no longer makes the product faster per row.
 ROWS = {"cpu": 1024, "cuda": 4096}
@@ -41,8 +42,11 @@ class StreamingMoments:
     grows with the square of mean / deviation; "auto" elsewhere.
     backend: "triton", "native" or "eager" (`mir_kernels.backends()`), or "reference".
 
-    A refused update leaves the state as it was. Non-finite tokens are not looked for: they make the results non-finite.
+    A refused update leaves the state as it was. Tokens are not asked whether they are finite, which would wait for the
+    device: reading a mean or covariance that is not finite raises ValueError.
     """
+
+    _reduced: frozenset[int] = frozenset()  # names of the sums over ranks whose totals are in it
 
     def __init__(
         self,
@@ -56,15 +60,16 @@ class StreamingMoments:
             raise ValueError(f"hidden_size: takes an integer of at least 1, got {hidden_size!r}")
         _checks.choice("precision", precision, PRECISIONS)
         self.hidden_size, self.precision = hidden_size, precision
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.empty(0, dtype=torch.float32, device=device).device
         self._asked = backend
         self.backend = STREAMING_MOMENTS.choose(backend, self.device)
         self.reset()
 
     @torch.inference_mode(False)
     def reset(self) -> None:
-        """Back to no rows."""
+        """Back to no rows, and to none that other ranks hold as well."""
         d = self.hidden_size
+        self._reduced = frozenset()
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         self._count = torch.zeros((), dtype=torch.int64, device=self.device)  # of the rows folded in
         self._mean = zeros(d)
@@ -78,6 +83,7 @@ class StreamingMoments:
         self._filled = torch.zeros((), dtype=torch.int64, device=self.device)  # and this is how many
         self._whole = True  # no mask dropped any: it is known here, too
 
+    @outside_compilation
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -93,7 +99,8 @@ class StreamingMoments:
         if mask is not None:
             _checks.mask("mask", mask, tuple(x.shape[:-1]))
             _checks.same_device("mask", mask, "x", x)
-        rows = x.detach().reshape(-1, self.hidden_size)
+            mask = with_memory("StreamingMoments.update", "mask", mask)
+        rows = with_memory("StreamingMoments.update", "x", x).detach().reshape(-1, self.hidden_size)
         keep = None if mask is None else mask.reshape(-1) != 0
         if rows.shape[0] == 0:
             return
@@ -106,32 +113,42 @@ class StreamingMoments:
             self._gather_known(rows, keep)
 
     @property
+    @outside_compilation
     def count(self) -> int:
         """Rows so far. Waits for the device."""
         return int(self._count + self._filled)
 
     @property
+    @outside_compilation
     def mean(self) -> Tensor:
-        """mu `(d,)`, float64; zeros while there are no rows."""
+        """mu `(d,)`, float64; zeros while there are no rows. ValueError where it is not finite."""
         self._fold_pending()
+        require_finite("mean", self._mean, None, self.precision)
         return self._mean.clone()
 
+    @outside_compilation
     @torch.inference_mode(False)
     @torch.no_grad()
     def covariance(self, ddof: int = 1) -> Tensor:
-        """C `(d, d)`, float64, symmetric. ValueError where count <= ddof."""
+        """C `(d, d)`, float64, symmetric. ValueError where count <= ddof, or where it is not finite."""
         self._settle()
         count = self.count
         if count <= ddof:
             raise ValueError(f"count: a covariance with ddof {ddof} takes more than {ddof} rows, got {count}")
+        variances = packed.diagonal(self._second, self.hidden_size)
+        require_finite("covariance", self._mean, variances, self.precision)
         out = packed.unpack(self._second, self.hidden_size).div_(count - ddof)
         out.diagonal().clamp_(min=0.0)
         return out
 
+    @outside_compilation
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, other: StreamingMoments) -> None:
-        """Adds everything `other` has seen; `other` stays as it is."""
+        """Adds everything `other` has seen; `other` stays as it is.
+
+        ValueError where both hold the total of the same all_reduce.
+        """
         if not isinstance(other, StreamingMoments):
             raise TypeError(f"other: takes a StreamingMoments, got {type(other).__name__}")
         if other is self:
@@ -140,6 +157,9 @@ class StreamingMoments:
             raise ValueError(f"other: takes hidden_size {self.hidden_size}, got {other.hidden_size}")
         if other.device != self.device:
             raise ValueError(f"other: lies on {other.device}, but the moments lie on {self.device}; move it with .to()")
+        if self._reduced & other._reduced:
+            raise ValueError("other: holds the total of an all_reduce that these moments hold too")
+        self._reduced |= other._reduced
         n, m = self._count.double(), other._count.double()
         total = (n + m).clamp(min=1)
         delta = other._mean - self._mean
@@ -154,74 +174,74 @@ class StreamingMoments:
         if other._pending is not None and other._bound:
             self.update(other._pending[: other._bound], other._kept())
 
+    @outside_compilation
     @torch.inference_mode(False)
     @torch.no_grad()
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Puts into every rank of `group` what all ranks have seen together. Ranks without rows are fine.
 
         Counts and sums first, then the second moments around the common mean: two sums over the ranks.
+        Raises RuntimeError on every rank where two of them hold the total of the same earlier all_reduce, and then
+        nothing has changed: `copy.deepcopy(moments).all_reduce()` gives totals on the way. Totals of groups without a
+        common rank may be reduced again, as those of the machines after those of the cards in each.
         """
         from torch import distributed
+
+        from mir_kernels.ops.moments.reduction import add_up
 
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
                 "all_reduce: takes an initialised process group; call torch.distributed.init_process_group"
             )
+        if distributed.get_rank(group) < 0:
+            distributed.all_reduce(torch.zeros_like(self._mean), group=group)  # nothing, of which torch warns
+            return
+        n = (self._count + self._filled).double()
+        rows_sum = self._count.double() * self._mean
+        if self._pending is not None and self._bound:
+            rows, kept = self._pending[: self._bound], self._kept()
+            rows_sum += (rows if kept is None else torch.where(kept[:, None], rows, 0)).sum(0, dtype=torch.float64)
+        sums, reduced = add_up(torch.cat([n[None], rows_sum]), self._reduced, group)
         self._settle()
-        n = self._count.double()
-        sums = torch.cat([n[None], n * self._mean])
-        distributed.all_reduce(sums, group=group)
         mean = sums[1:] / sums[0].clamp(min=1)
         packed.add_outer(self._second, self.hidden_size, (self._mean - mean)[None], n[None])
         distributed.all_reduce(self._second, group=group)
-        self._mean, self._count = mean, sums[0].to(torch.int64)
+        self._mean, self._count, self._reduced = mean, sums[0].to(torch.int64), reduced
 
+    @outside_compilation
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors, gathered rows as they are: loading them and going on gives the bits of never having stopped.
+        """A copy as plain tensors, gathered rows as they are: loading them and going on gives the bits of never having
+        stopped. Neither changes with the other.
 
-        The tensors are the state's own where they can be; copy them to keep them through further updates.
+        Entries: version, count, mean, second, owed, weights, pending, bound; and reduced, after an all_reduce.
         """
-        kept = self._bound if self._whole else int(self._filled)  # where it is known, nothing waits for the device
-        pending = torch.empty(0, self.hidden_size) if self._pending is None else self._pending[:kept]
-        return {
-            "version": torch.tensor(VERSION),
-            "count": self._count,
-            "mean": self._mean,
-            "second": self._second,
-            "owed": self._owed,
-            "weights": self._weights,
-            "pending": pending,
-            "bound": torch.tensor(self._bound),
-        }
+        return {name: value.clone() for name, value in self._live_state().items()}
 
+    def _live_state(self) -> dict[str, Tensor]:
+        """The same without copying: for who reads or copies it before anything goes on."""
+        kept = self._bound if self._whole else int(self._filled)  # where it is known, nothing waits for the device
+        own = {name: getattr(self, f"_{name}") for name in OWN}
+        if self._pending is None:
+            pending = torch.empty(0, self.hidden_size, dtype=torch.float32, device=self.device)
+        else:
+            pending = self._pending[:kept]
+        state = {"version": number(VERSION), **own, "pending": pending, "bound": number(self._bound)}
+        if self._reduced:
+            state[REDUCED] = torch.tensor(sorted(self._reduced), dtype=torch.int64, device="cpu")
+        return state
+
+    @outside_compilation
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over a copy of what `state_dict` gave, from any device. A refused state changes nothing."""
-        mine = self.state_dict()
-        if not isinstance(state, Mapping) or set(state) != set(mine):
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state: takes the keys {sorted(mine)}, got {got}")
-        for name, value in state.items():
-            _checks.tensor(f"state[{name!r}]", value)
-        version, bound = (_checks.whole_number(f"state[{name!r}]", state[name]) for name in ("version", "bound"))
-        if version != VERSION:
-            raise ValueError(f"state: takes version {VERSION}, got {version}")
-        for name in ("count", "mean", "second", "owed", "weights"):
-            if state[name].shape != mine[name].shape or state[name].dtype != mine[name].dtype:
-                raise ValueError(
-                    f"state[{name!r}]: takes {mine[name].dtype} of shape {tuple(mine[name].shape)} "
-                    f"(hidden_size {self.hidden_size}), got {state[name].dtype} of shape {tuple(state[name].shape)}"
-                )
-        pending = state["pending"]
-        _checks.floating("state['pending']", pending)
-        if pending.dim() != 2 or pending.shape[1] != self.hidden_size:
-            raise ValueError(f"state['pending']: takes shape (rows, {self.hidden_size}), got {tuple(pending.shape)}")
-        _checks.whole_number("state['count']", state["count"])
-        if bound > max(pending.shape[0], *ROWS.values()):
-            raise ValueError(f"state['bound']: takes at most {max(ROWS.values())} rows, got {bound}")
+        check(state, self._live_state(), self.hidden_size, max(ROWS.values()))
+        pending, bound = state["pending"], int(state["bound"])
         self.reset()
-        for name in ("count", "mean", "second", "owed", "weights"):
+        self._reduced = frozenset(state[REDUCED].tolist()) if REDUCED in state else frozenset()
+        for name in OWN:
             setattr(self, f"_{name}", state[name].to(self.device, copy=True))
         if pending.shape[0]:
             # A state from another device may hold more rows than are gathered here: then they are folded in at once.
@@ -237,9 +257,9 @@ class StreamingMoments:
     def to(self, device: torch.device | str) -> StreamingMoments:
         """Moves the state, chooses the backend anew, and returns self. Where that fails, nothing has changed."""
         moved = copy.copy(self)
-        moved.device = torch.empty(0, device=device).device
+        moved.device = torch.empty(0, dtype=torch.float32, device=device).device
         moved.backend = STREAMING_MOMENTS.choose(self._asked, moved.device)
-        moved.load_state_dict(self.state_dict())
+        moved.load_state_dict(self._live_state())
         vars(self).update(vars(moved))
         return self
 

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from mir_kernels.ops.sqrtm.coefficients import SCHULZ, Step, schedule
+from mir_kernels._precision import float32_products
+from mir_kernels.ops.sqrtm.coefficients import PURGE, SCHULZ, Step, schedule
+from mir_kernels.ops.sqrtm.float64 import times_power
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -32,20 +34,25 @@ def polar(
 ) -> Tensor:
     """The orthogonal polar factor of (batch, m, n), m >= n, in the dtype of `precision`.
 
-    Singular values below `lower` times the largest come out below 1.
+    Singular values below `lower` times the bound that `normalize` divides by come out below 1.
     """
-    steps = steps_for(precision, iterations, lower)
-    x = normalize(m, DTYPES[precision])
-    for coefficients in steps:
-        x = polynomial_step(x, coefficients)
+    dtype = DTYPES[precision]
+    x = normalize(m, dtype)
+    with float32_products(m.device, dtype):
+        for coefficients in steps_for(precision, iterations, lower):
+            x = polynomial_step(x, coefficients)
     return x
 
 
 def steps_for(precision: str, iterations: int | None = None, lower: float | None = None) -> tuple[Step, ...]:
-    """The schedule of `precision`, cut or continued with `SCHULZ` to `iterations` steps."""
+    """The schedule of `precision`, cut or continued with `SCHULZ` to `iterations` steps.
+
+    In float64, rounding lifts a zero singular value to 1e-2 at most, and `PURGE` lets it fall again. Other precisions
+    cannot: what rounding makes of a zero there is as large as what they make of the smallest that they bring home.
+    """
     steps = schedule(lower or LOWER[precision], SAFETY[precision], TARGET[precision])
     if iterations is None:
-        return steps
+        return (*steps[:-1], PURGE, steps[-1]) if precision == "float64" else steps
     return (*steps[:iterations], *(SCHULZ,) * (iterations - len(steps)))
 
 
@@ -71,15 +78,24 @@ def product(x: Tensor, y: Tensor, *, add: Tensor | None = None, alpha: float = 1
 
 
 def normalize(m: Tensor, dtype: torch.dtype) -> Tensor:
-    """M divided by a bound of its spectral norm, between 1 and 1.02 n^(1/4) times it; zero matrices stay zero."""
-    working = m if m.dtype == torch.float64 else m.float()
-    largest = working.abs().amax((-2, -1), keepdim=True)
-    # Two factors, so that neither overflows for an entry near the end of the range.
-    x = working / torch.where(largest > 0, largest, 1.0)
-    x = x / frobenius(x).clamp(min=1.0)
+    """M divided by a bound of its spectral norm; zero matrices stay zero.
+
+    The bound is between 1 and 1.02 n^(1/4) times the norm, for float64 between 1 and 1.001 n^(1/8) times it. All that
+    is rounded is the last division, in float64 for a matrix or an iteration in float64 and in float32 for others.
+    """
+    working = torch.float64 if torch.float64 in (m.dtype, dtype) else torch.float32
+    x = m.to(working)
+    # Powers of two, in two steps: neither overflows for an entry near the end of the range.
+    x = times_power(x, -torch.frexp(x.abs().amax((-2, -1), keepdim=True)).exponent.to(working))
+    x = times_power(x, -torch.frexp(frobenius(x)).exponent.clamp(min=0).to(working))
     # |X|_2^4 <= |X^T X|_F^2, the sum of the fourth powers of the singular values; to a percent in 16 bits.
     rough = x if dtype == torch.float64 else x.bfloat16()
-    bound = frobenius(product(rough.mT, rough).to(x.dtype)).sqrt() * (1.001 if dtype == torch.float64 else 1.02)
+    with float32_products(m.device, dtype):
+        g = product(rough.mT, rough)
+        if dtype == torch.float64:  # of the eighth powers: what is added to 22 steps is less than one
+            bound = frobenius(product(g, g)).sqrt().sqrt() * 1.001
+        else:
+            bound = frobenius(g.to(working)).sqrt() * 1.02
     return (x / torch.where(bound > 0, bound, 1.0)).to(dtype)
 
 
@@ -102,7 +118,8 @@ def coupled(a: Tensor, precision: str, iterations: int) -> tuple[Tensor, Tensor,
     best = (y, z, torch.full_like(rows, float("inf")))
     alive = torch.ones_like(rows, dtype=torch.bool)
     for i in range(iterations + 1):
-        t = product(z, y)
+        with float32_products(a.device, dtype):
+            t = product(z, y)
         residual = (frobenius(eye.to(working) - t.to(working)) / d**0.5).nan_to_num(float("inf"))
         better = alive & (residual < best[2])
         alive = alive & (residual < 10 * best[2])
@@ -113,7 +130,8 @@ def coupled(a: Tensor, precision: str, iterations: int) -> tuple[Tensor, Tensor,
         if i == iterations:
             break
         t = (1.5 * eye - 0.5 * t).to(dtype)
-        y, z = product(y, t), product(t, z)
+        with float32_products(a.device, dtype):
+            y, z = product(y, t), product(t, z)
     y, z, residual = best
     root = largest.sqrt() * scale.sqrt()
     return y.double() * root, z.double() / root, residual[..., 0, 0]

@@ -136,8 +136,9 @@ def backward_error(d: int) -> float:
 
 def signs_like(x: Tensor, columns: int = 8) -> Tensor:
     """Fixed columns g of +1 and -1, (d, columns) for x (..., d, d): E |X g|^2 = |X|_F^2 for every X."""
-    generator = torch.Generator().manual_seed(0)
-    return (2 * torch.randint(0, 2, (x.shape[-1], columns), generator=generator) - 1).to(x)
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = (x.shape[-1], columns)
+    return (2 * torch.randint(0, 2, size, generator=generator, dtype=torch.int64, device="cpu") - 1).to(x)
 
 
 def half_exponent(x: Tensor) -> Tensor:

@@ -18,12 +18,14 @@ import contextlib
 import functools
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from mir_kernels._warnings import warn
 
 PARTS = 9  # digits of 7 bits, 63 in all
 LONGEST = 1 << 15  # of a dot product: PARTS of it times 64^2 fit int32
@@ -31,17 +33,17 @@ SMALLEST = 256  # edge below which a product is left to float64
 BLOCK = 256  # columns of a factor or of a solution that are left to float64
 VARIABLE = "MIR_FLOAT64"  # "native", "split", or "measured", the default
 PROBE = 2048  # edge of the product that is timed
-_forced: list[bool] = []
+_forced: ContextVar[bool | None] = ContextVar("split_products", default=None)
 
 
 @contextlib.contextmanager
 def split_products(wanted: bool = True) -> Iterator[None]:
-    """Split products on every device, or nowhere, whatever was measured and whatever their size."""
-    _forced.append(wanted)
+    """Split products in this thread on every device, or nowhere, whatever was measured and whatever their size."""
+    before = _forced.set(wanted)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(before)
 
 
 def is_split(device: torch.device) -> bool:
@@ -50,8 +52,9 @@ def is_split(device: torch.device) -> bool:
     Raises:
         ValueError: MIR_FLOAT64 is none of its values.
     """
-    if _forced:
-        return _forced[-1]
+    forced = _forced.get()
+    if forced is not None:
+        return forced
     chosen = os.environ.get(VARIABLE, "measured")
     if chosen not in ("native", "split", "measured"):
         raise ValueError(f"{VARIABLE}: takes 'native', 'split' or 'measured', got {chosen!r}")
@@ -59,7 +62,10 @@ def is_split(device: torch.device) -> bool:
         return chosen == "split"
     if torch.cuda.is_current_stream_capturing():  # nothing can be timed now
         return False
-    return _split_is_faster(device)
+    try:
+        return _split_is_faster(device)
+    except torch.OutOfMemoryError:  # of the probe: measured again once there is room
+        return False
 
 
 @functools.cache
@@ -69,12 +75,10 @@ def _split_is_faster(device: torch.device) -> bool:
     native = _seconds(torch.matmul, x)
     try:
         return _seconds(split_matmul, x) < native
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as problem:  # a device or a build of torch without products of int8
-        warnings.warn(
-            f"float64 products are not split on {device}, where float64 may be slow: {problem}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        warn(f"float64 products are not split on {device}, where float64 may be slow: {problem}")
         return False
 
 
@@ -91,7 +95,7 @@ def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> float:
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """X Y for float64 (..., m, k) and (..., k, n); see the module for what its error is at most."""
     large = min(*x.shape[-2:], y.shape[-1]) >= SMALLEST
-    if x.dtype == torch.float64 and (large or _forced) and is_split(x.device):
+    if x.dtype == torch.float64 and (large or _forced.get() is not None) and is_split(x.device):
         return split_matmul(x, y)
     return x @ y
 

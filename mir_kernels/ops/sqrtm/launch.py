@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
+from mir_kernels import _checks
 from mir_kernels._dispatch import Operation
-from mir_kernels._precision import with_float32_products
 from mir_kernels._symmetry import symmetrize
+from mir_kernels._warnings import warn
 from mir_kernels.ops.sqrtm import eager, factor, float64, reference, rounding
 
 _ORDERS = {"cuda": ("triton", "eager"), "cpu": ("eager", "triton")}
@@ -24,9 +23,14 @@ _COUPLED = {"bfloat16": 12, "float16": 14, "float32": 24, "float64": 40}
 _DIVERGED = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-8}
 
 
-@with_float32_products
-def root(a: Tensor, kind: str, method: str, precision: str, iterations: int | None, backend: str) -> Tensor:
-    """A^(1/2) (kind "sqrt") or A^(-1/2) ("inverse") of symmetric a (..., d, d), new, contiguous, of its dtype."""
+def root(
+    a: Tensor, kind: str, method: str, precision: str, iterations: int | None, tol: float | None, backend: str
+) -> Tensor:
+    """A^(1/2) (kind "sqrt") or A^(-1/2) ("inverse") of square a (..., d, d), new, contiguous, of its dtype.
+
+    ValueError where a is not finite, symmetric and positive (semi-)definite; a warning where `tol` was not reached.
+    """
+    _checks.symmetric("a", a)
     d = a.shape[-1]
     flat = a.reshape(-1, d, d)
     if flat.shape[0] == 0:
@@ -40,12 +44,15 @@ def root(a: Tensor, kind: str, method: str, precision: str, iterations: int | No
     else:
         steps = _COUPLED[precision] if iterations is None else iterations
         x = eager.coupled(symmetrize(flat), precision, steps)[0 if kind == "sqrt" else 1]
-    return x.to(a.dtype).reshape(a.shape).contiguous()
+    x = x.to(a.dtype)
+    if tol is not None:
+        _warn_if_above(tol, kind, flat, x)
+    return x.reshape(a.shape).contiguous()
 
 
-@with_float32_products
 def polar(m: Tensor, precision: str, iterations: int | None, backend: str) -> Tensor:
-    """The orthogonal polar factor of m (..., m, n), new, contiguous, of its dtype."""
+    """The orthogonal polar factor of m (..., m, n), new, contiguous, of its dtype. ValueError where m is not finite."""
+    _checks.finite("m", m)
     wide = m.shape[-2] < m.shape[-1]
     x = (m.mT if wide else m).reshape(-1, max(m.shape[-2:]), min(m.shape[-2:]))
     if x.shape[0] == 0:
@@ -55,22 +62,20 @@ def polar(m: Tensor, precision: str, iterations: int | None, backend: str) -> Te
     return u.to(m.dtype).reshape(m.shape).contiguous()
 
 
-@with_float32_products
 def newton_schulz(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """A^(1/2), A^(-1/2) and the residual (...) of the coupled iteration, with a warning where it has not converged."""
+    _checks.symmetric("a", a)
     d = a.shape[-1]
     flat = symmetrize(a.reshape(-1, d, d))
     if flat.shape[0] == 0:
         return a.clone(), a.clone(), a.new_zeros(a.shape[:-2], dtype=residual_dtype(precision))
-    y, z, residual = eager.coupled(flat, precision, iterations)
+    y, z, residual = eager.coupled(flat, "float64" if backend == "reference" else precision, iterations)
     diverged = residual > _DIVERGED[precision]
     if bool(diverged.any()):
-        warnings.warn(
+        warn(
             f"newton_schulz: {int(diverged.sum())} of {flat.shape[0]} matrices have not converged after {iterations} "
             f"iterations in {precision}, with a residual of up to {residual.amax().item():.2g}; more iterations, a "
-            "higher precision or sqrtm(), which cannot diverge, may help",
-            RuntimeWarning,
-            stacklevel=2,
+            "higher precision or sqrtm(), which cannot diverge, may help"
         )
     root, inverse = (t.to(a.dtype).reshape(a.shape).contiguous() for t in (y, z))
     return root, inverse, residual.to(residual_dtype(precision)).reshape(a.shape[:-2])
@@ -127,6 +132,23 @@ def _by_polar(kind: str, a: Tensor, precision: str, iterations: int | None, back
 def symmetric_part(x: Tensor) -> Tensor:
     """(X + X^T) / 2."""
     return (x + x.mT) / 2
+
+
+def _warn_if_above(tol: float, kind: str, a: Tensor, x: Tensor) -> None:
+    """A RuntimeWarning where |XX - A|_F / |A|_F, or |X A X - I|_F / sqrt(d) of an inverse root, is above `tol`."""
+    a, x = a.double(), x.double()
+    if kind == "sqrt":
+        size = eager.frobenius(a)
+        reached = (eager.frobenius(x @ x - a) / torch.where(size > 0, size, 1.0)).amax().item()
+    else:
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        reached = eager.frobenius(x @ a @ x - eye).amax().item() / a.shape[-1] ** 0.5
+    if not reached <= tol:
+        name = (SQRTM if kind == "sqrt" else INVERSE_SQRTM).name
+        warn(
+            f"{name}: reached a relative residual of {reached:.2g}, tol={tol:.2g}; "
+            'a higher precision or method="eigh" gets closer'
+        )
 
 
 def _check_positive(positive: Tensor) -> None:

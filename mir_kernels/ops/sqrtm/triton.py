@@ -106,7 +106,7 @@ def small_polar(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _step_table(steps: tuple[Step, ...], device: torch.device) -> Tensor:
     """The coefficients on the device. Kept: a CUDA graph cannot capture a copy from the host."""
-    return torch.tensor(steps, dtype=torch.float32).to(device)
+    return torch.tensor(steps, dtype=torch.float32, device="cpu").to(device)
 
 
 def _edge(x: Tensor) -> int:

@@ -19,7 +19,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device

@@ -18,7 +18,7 @@ from modality_integration.metric.layer import CountedTokens, LayerResult, layer_
 from modality_integration.metric.options import MetricOptions, Precision
 from modality_integration.metric.outliers import KEEP_ALL, Decision, Limits
 from modality_integration.metric.sinks import ModalityTokens, SinkMarks
-from modality_integration.metric.tokens import alpha_of, require_tokens, sent, sum_of_norms
+from modality_integration.metric.tokens import alpha_of, require_tokens, roundings_of_norms, sent, sum_of_norms
 
 # Rows held back in a stream while they might turn out to be outliers; at least one more than the hidden size, so that
 # a covariance short of rank is never formed: its root is taken from the features instead.
@@ -100,7 +100,7 @@ class LayerAccumulator:
         """
         rows = rows.to(self.device)
         if groups is None:
-            groups = torch.zeros(len(norms), dtype=torch.uint8)
+            groups = torch.zeros(len(norms), dtype=torch.uint8, device="cpu")
         rows, norms, groups = self.tokens[modality].split(rows, norms, groups, marks)
         if modality == "text":
             added = torch.zeros_like(self.text_norms)
@@ -178,11 +178,11 @@ class LayerAccumulator:
 
         text_norms: the sum of the norms of all text tokens, for alpha. without: a group that is left out.
         """
-        alpha = 1.0
+        alpha, count = 1.0, decisions["text"].kept + decisions["text"].removed
         if self.options.normalize:
-            alpha = alpha_of(text_norms, decisions["text"].kept + decisions["text"].removed, self.layer)
+            alpha = alpha_of(text_norms, count, self.layer)
         vision, text = (self._token_moments(m, decisions[m], moments, without) for m in MODALITIES)
-        return GaussianPair(self.layer, vision, text, alpha)
+        return GaussianPair(self.layer, vision, text, alpha, roundings_of_norms(count, self.hidden_size, streamed=True))
 
     def merge(self, other: LayerAccumulator) -> None:
         """Take over another accumulator of the same layer."""
@@ -359,7 +359,7 @@ class WithoutGroup:
         self._settled = accumulator.accumulators(precision, accumulator.moments.another_host())
         for slot in accumulator.moments.slots():
             self._settled.load(slot, accumulator.moments.state(slot))
-            _ = self._settled.on_device(slot).mean  # folds the gathered rows in, once for all that follows
+            self._settled.on_device(slot)._fold_pending()  # once for all that follows
             self._settled.put_away(slot)  # where there is room for all of them, if not here
 
     def pair(self, group: int) -> GaussianPair | None:

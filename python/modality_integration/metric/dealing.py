@@ -16,7 +16,7 @@ def dealt(
     is number n = i P + p of all, as processes share a list that each takes every P-th of, and goes to group
     n groups / samples, rounded down. ValueError for a sample beyond that number.
     """
-    numbers = torch.arange(first, first + count)
+    numbers = torch.arange(first, first + count, dtype=torch.int64, device="cpu")
     if samples is None:
         return ((numbers + process) % max(groups, 1)).to(torch.uint8)
     numbers = numbers * processes + process

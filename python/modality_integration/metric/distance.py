@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,11 +15,27 @@ from torch import Tensor
 
 from mir_kernels import StreamingMoments
 from mir_kernels.ops.frechet import TraceSqrt, trace_sqrt_from_features, trace_sqrt_product, trace_sqrt_report
+from mir_kernels.ops.frechet.centring import exactly, moments, variances
 from mir_kernels.ops.frechet.launch import CHUNK, TRACE_SQRT_PRODUCT
 from mir_kernels.ops.frechet.report import warn_if_missed
-from modality_integration.metric import MODALITIES
+from modality_integration.metric import MODALITIES, proved_terms
 from modality_integration.metric.options import MetricOptions
+from modality_integration.metric.proved_terms import ProvedRoot, ProvedSide
 from modality_integration.metric.result import LayerTerms
+
+
+class Side(NamedTuple):
+    """One modality: its mean as coarse + fine, which is not evaluated, and its variances, (d,) float64 each.
+
+    matrix: the covariance (d, d) to take a root of, up to a power of two; None where the root is taken of the features.
+    proved: what is proved of all that, if bounds were asked for.
+    """
+
+    coarse: Tensor
+    fine: Tensor
+    variance: Tensor
+    matrix: Tensor | None
+    proved: ProvedSide | None = None
 
 
 class TokenMoments:
@@ -32,14 +47,11 @@ class TokenMoments:
     def __init__(self, moments: StreamingMoments, rounded: bool = False) -> None:
         self._moments, self._rounded = moments, rounded
 
-    @property
-    def moments(self) -> StreamingMoments:
-        """Count, mean and second moment."""
-        return self._moments
-
-    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
-        """(d,) and (d, d)."""
-        return self.moments.mean, self.moments.covariance(ddof=1)
+    def side(self, bounds: bool, short: bool) -> Side:
+        """bounds: with what is proved. short: without a covariance; of features alone."""
+        mean, matrix = self._moments.mean, self._moments.covariance(ddof=1)
+        proved = proved_terms.of_moments(mean, matrix) if bounds else None
+        return Side(mean, torch.zeros_like(mean), matrix.diagonal(), matrix, proved)
 
     def semidefinite(self, covariance: Tensor) -> tuple[Tensor, bool]:
         """The covariance, positive semi-definite to float64's rounding; and whether it had to be made so."""
@@ -49,7 +61,7 @@ class TokenMoments:
 
 
 class FeatureMoments(TokenMoments):
-    """The same with the features (n, d) themselves at hand; accumulated only if the covariance is asked for."""
+    """The same with the features (n, d) themselves at hand."""
 
     def __init__(self, features: Tensor) -> None:
         self.features, self._rounded = features, False
@@ -59,54 +71,55 @@ class FeatureMoments(TokenMoments):
         """Whether there are too few tokens for a covariance of full rank."""
         return len(self.features) <= self.features.shape[-1]
 
-    @cached_property
-    def moments(self) -> StreamingMoments:
-        """Accumulated in float64."""
-        moments = StreamingMoments(self.features.shape[-1], device=self.features.device, precision="exact")
-        moments.update(self.features)
-        return moments
-
-    def mean_and_trace(self) -> tuple[Tensor, float]:
-        """The mean (d,) and the trace of the covariance."""
-        if not self.short:
-            mean, covariance = self.mean_and_covariance()
-            return mean, covariance.trace().item()
-        mean = self.features.double().mean(dim=0)
-        return mean, (self.features.double() - mean).square().sum().item() / (len(self.features) - 1)
+    def side(self, bounds: bool, short: bool) -> Side:
+        """As of `TokenMoments`."""
+        if bounds:
+            proved = proved_terms.of_features(self.features, short)
+            matrix = None if proved.covariance is None else proved.covariance.matrix
+            return Side(*proved_terms.means_and_variances(proved), matrix, proved)
+        if short:
+            return Side(*variances(self.features), None)
+        coarse, fine, matrix = moments(self.features)
+        return Side(coarse, fine, matrix.diagonal(), matrix)
 
 
 class GaussianPair(NamedTuple):
-    """Both modalities of a layer, with the scale alpha of Eq. 2; `layer` (1..K) is for messages."""
+    """Both modalities of a layer, with the scale alpha of Eq. 2; `layer` (1..K) is for messages.
+
+    roundings: of the sum of norms behind alpha, as `roundings_of_norms` has them.
+    """
 
     layer: int
     vision: TokenMoments
     text: TokenMoments
     alpha: float
-
-
-class _Root(NamedTuple):
-    """Tr((Sigma_v Sigma_t)^(1/2)), with its bounds if asked for."""
-
-    value: float
-    lower: float | None = None
-    upper: float | None = None
+    roundings: int = 0
 
 
 class _Prepared(NamedTuple):
-    """A pair with everything but its root, or the root already; `covariances` are vision's and text's, (d, d)."""
+    """A pair with everything but its root, or the root already."""
 
     pair: GaussianPair
-    mean: float
-    traces: tuple[float, float]
-    covariances: tuple[Tensor, Tensor] | None
-    root: _Root | None
+    sides: tuple[Side, Side]
+    root: ProvedRoot | float | None
     notes: list[str]
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """Vision's and text's; empty where the root is known without."""
+        return [side.matrix for side in self.sides if side.matrix is not None]
+
+    @property
+    def proved(self) -> tuple[ProvedSide, ProvedSide] | None:
+        """What is proved of both sides, if bounds were asked for."""
+        vision, text = (side.proved for side in self.sides)
+        return None if vision is None or text is None else (vision, text)
 
 
 def distances(pairs: Sequence[GaussianPair], options: MetricOptions) -> list[tuple[LayerTerms, list[str]]]:
     """For each pair the terms of Eq. 3, scaled by its alpha, and notes on what was not exact in them."""
     prepared = [_prepare(pair, options) for pair in pairs]
-    return [_terms(one, root) for one, root in zip(prepared, _roots(prepared, options), strict=True)]
+    return [_terms(one, root, options) for one, root in zip(prepared, _roots(prepared, options), strict=True)]
 
 
 def layers_together(hidden_size: int, device: torch.device) -> int:
@@ -126,34 +139,36 @@ def nearest_semidefinite(covariance: Tensor) -> Tensor:
 
 def _prepare(pair: GaussianPair, options: MetricOptions) -> _Prepared:
     vision, text = pair.vision, pair.text
-    covariances: tuple[Tensor, Tensor] | None
-    root: _Root | None
+    short, root = False, None
     if isinstance(vision, FeatureMoments) and isinstance(text, FeatureMoments) and (vision.short or text.short):
-        (mean_vision, trace_vision), (mean_text, trace_text) = vision.mean_and_trace(), text.mean_and_trace()
-        root = _root_of_features(pair.layer, vision.features, text.features, options)
-        covariances = None
-    else:
-        (mean_vision, cov_vision), (mean_text, cov_text) = vision.mean_and_covariance(), text.mean_and_covariance()
-        trace_vision, trace_text = cov_vision.trace().item(), cov_text.trace().item()
-        covariances, root = (cov_vision, cov_text), None
-    mean = (mean_vision - mean_text).square().sum().item()
-    return _Prepared(pair, mean, (trace_vision, trace_text), covariances, root, notes=[])
+        short, root = True, _root_of_features(pair.layer, vision.features, text.features, options)
+    sides = (_side(pair, "vision", options.bounds, short), _side(pair, "text", options.bounds, short))
+    return _Prepared(pair, sides, root, notes=[])
 
 
-def _roots(prepared: Sequence[_Prepared], options: MetricOptions) -> list[_Root]:
+def _side(pair: GaussianPair, modality: str, bounds: bool, short: bool) -> Side:
+    """ValueError that names layer and modality where its moments are not finite."""
+    try:
+        return getattr(pair, modality).side(bounds, short)
+    except ValueError as error:
+        raise ValueError(f"layer {pair.layer}, {modality}: {error}") from error
+
+
+def _roots(prepared: Sequence[_Prepared], options: MetricOptions) -> list[ProvedRoot | float]:
     """The root of each; those of one size on one device by one call."""
     roots = [one.root for one in prepared]
     alike: dict[tuple[int, torch.device], list[int]] = {}
     for i, one in enumerate(prepared):
-        if one.covariances is not None:
-            alike.setdefault((one.covariances[0].shape[0], one.covariances[0].device), []).append(i)
+        if one.matrices:
+            matrix = one.matrices[0]
+            alike.setdefault((matrix.shape[0], matrix.device), []).append(i)
     for places in alike.values():
         for i, root in zip(places, _roots_of_one_size([prepared[i] for i in places], options), strict=True):
             roots[i] = root
     return [root for root in roots if root is not None]
 
 
-def _roots_of_one_size(prepared: Sequence[_Prepared], options: MetricOptions) -> list[_Root]:
+def _roots_of_one_size(prepared: Sequence[_Prepared], options: MetricOptions) -> list[ProvedRoot | float]:
     """Their roots. A covariance that its accumulation left short of rank is mended first, with a note.
 
     That is looked for before roots with bounds. A root alone says whether its Cholesky factors ran through, which is
@@ -161,13 +176,16 @@ def _roots_of_one_size(prepared: Sequence[_Prepared], options: MetricOptions) ->
     """
     if options.bounds:
         prepared = [_mended(one) for one in prepared]
-    vision, text = zip(*(one.covariances for one in prepared if one.covariances is not None), strict=True)
+    vision, text = zip(*(one.matrices for one in prepared), strict=True)
     together, backend = len(prepared) > 1, _root_backend(options)
     pair = (torch.stack(vision), torch.stack(text)) if together else (vision[0], text[0])
     try:
         if options.bounds:
-            return _as_roots(trace_sqrt_product(*pair, precision=options.sqrt_precision, bounds=True, backend=backend))
-        found = trace_sqrt_report(*pair, precision=options.sqrt_precision, backend=backend)
+            found = trace_sqrt_product(*pair, precision=options.sqrt_precision, bounds=True, backend=backend)
+            ends = zip(*(column.reshape(-1) for column in found), strict=True)
+            sides = [one.proved for one in prepared if one.proved is not None]
+            return [proved_terms.proved_root(both, *three) for both, three in zip(sides, ends, strict=True)]
+        report = trace_sqrt_report(*pair, precision=options.sqrt_precision, backend=backend)
     except (ValueError, torch.linalg.LinAlgError) as error:
         if together:  # of one of them: of which?
             return [root for one in prepared for root in _roots_of_one_size([one], options)]
@@ -175,48 +193,47 @@ def _roots_of_one_size(prepared: Sequence[_Prepared], options: MetricOptions) ->
         if mended is not prepared[0]:
             return _roots_of_one_size([mended], options)
         raise _no_root(prepared[0].pair.layer, error) from error
-    roots = _as_roots(found.value)
-    for i, (one, path) in enumerate(zip(prepared, found.path, strict=True)):
+    roots: list[ProvedRoot | float] = report.value.reshape(-1).tolist()
+    for i, (one, path) in enumerate(zip(prepared, report.path, strict=True)):
         if "cholesky" not in path and (mended := _mended(one)) is not one:
             (roots[i],) = _roots_of_one_size([mended], options)
-    warn_if_missed("trace_sqrt_product", found.error, options.sqrt_precision, stacklevel=2)
+    warn_if_missed("trace_sqrt_product", report.error, options.sqrt_precision)
     return roots
 
 
 def _mended(prepared: _Prepared) -> _Prepared:
     """With covariances that are positive semi-definite to float64's rounding; itself where they are."""
-    if prepared.covariances is None:
-        return prepared
     sides = []
-    for modality, moments, covariance in zip(MODALITIES, prepared.pair[1:3], prepared.covariances, strict=True):
+    for modality, tokens, side in zip(MODALITIES, prepared.pair[1:3], prepared.sides, strict=True):
+        if side.matrix is None:
+            return prepared
         try:
-            side, mended = moments.semidefinite(covariance)
+            matrix, mended = tokens.semidefinite(side.matrix)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise _no_root(prepared.pair.layer, error) from error
-        sides.append(side)
         if mended:
+            proved = side.proved and side.proved._replace(covariance=exactly(matrix))
+            side = side._replace(matrix=matrix, proved=proved)
             prepared.notes.append(
                 f"layer {prepared.pair.layer}, {modality}: the covariance lacks rank to the precision it was "
                 'accumulated in, so its smallest directions are rounding; precision="exact" resolves them'
             )
-    if all(side is covariance for side, covariance in zip(sides, prepared.covariances, strict=True)):
+        sides.append(side)
+    if all(side is before for side, before in zip(sides, prepared.sides, strict=True)):
         return prepared
-    return prepared._replace(covariances=(sides[0], sides[1]))
+    return prepared._replace(sides=(sides[0], sides[1]))
 
 
-def _root_of_features(layer: int, vision: Tensor, text: Tensor, options: MetricOptions) -> _Root:
+def _root_of_features(layer: int, vision: Tensor, text: Tensor, options: MetricOptions) -> ProvedRoot | float:
     try:
         found = trace_sqrt_from_features(
             vision, text, precision=options.sqrt_precision, bounds=options.bounds, backend=_root_backend(options)
         )
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise _no_root(layer, error) from error
-    return _as_roots(found)[0]
-
-
-def _as_roots(found: Tensor | TraceSqrt) -> list[_Root]:
-    columns = found if isinstance(found, TraceSqrt) else (found,)
-    return [_Root(*entry) for entry in zip(*(column.reshape(-1).tolist() for column in columns), strict=True)]
+    if isinstance(found, TraceSqrt):
+        return ProvedRoot(found.value.item(), found.lower.item(), found.upper.item(), 0.0)
+    return found.item()
 
 
 def _root_backend(options: MetricOptions) -> str | None:
@@ -229,12 +246,23 @@ def _no_root(layer: int, error: Exception) -> ValueError:
     return ValueError(f"layer {layer}: of its covariances no root can be taken ({error})")
 
 
-def _terms(prepared: _Prepared, root: _Root) -> tuple[LayerTerms, list[str]]:
-    square = prepared.pair.alpha * prepared.pair.alpha
-    terms = LayerTerms(
-        *(square * entry for entry in (prepared.mean, *prepared.traces, root.value)),
-        *(None if entry is None else square * entry for entry in (root.lower, root.upper)),
-    )
+def _terms(prepared: _Prepared, root: ProvedRoot | float, options: MetricOptions) -> tuple[LayerTerms, list[str]]:
+    pair, (vision, text) = prepared.pair, prepared.sides
+    means = (vision.coarse - text.coarse) + (vision.fine - text.fine)
+    deviations = vision.variance.sqrt() - text.variance.sqrt()
+    # Covariances as accumulated need not be semi-definite.
+    definite = isinstance(pair.vision, FeatureMoments) and isinstance(pair.text, FeatureMoments)
+    scalars = {
+        "mean": torch.dot(means, means).item(),
+        "trace_vision": vision.variance.sum().item(),
+        "trace_text": text.variance.sum().item(),
+        "trace_root": root.value if isinstance(root, ProvedRoot) else root,
+        "deviations": torch.dot(deviations, deviations).item() if definite else 0.0,
+    }
+    terms = LayerTerms(**{name: pair.alpha * scalar * pair.alpha for name, scalar in scalars.items()})
+    if isinstance(root, ProvedRoot) and prepared.proved is not None:
+        scale = proved_terms.scale_of(pair.alpha, pair.roundings if options.normalize else None)
+        proved_terms.prove(terms, prepared.proved, root, scale)
     if not math.isfinite(terms.distance):
-        raise ValueError(f"layer {prepared.pair.layer}: the distance is not finite ({terms})")
+        raise ValueError(f"layer {pair.layer}: the distance is not finite ({terms})")
     return terms, prepared.notes

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks, token_norms
+from mir_kernels._gate import with_memory
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.distance import FeatureMoments, GaussianPair
 from modality_integration.metric.layer import CountedTokens, LayerResult, layer_results
 from modality_integration.metric.options import MetricOptions
 from modality_integration.metric.outliers import replace_by_column_medians, three_sigma
 from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens, tally
-from modality_integration.metric.tokens import alpha_of, require_finite, require_tokens, sum_of_norms
+from modality_integration.metric.tokens import (
+    alpha_of,
+    require_finite,
+    require_tokens,
+    roundings_of_norms,
+    sum_of_norms,
+)
 
 
 class FeatureLayer:
@@ -78,7 +85,8 @@ class FeatureLayer:
         alpha, text = 1.0, features["text"]
         if self.options.normalize:
             alpha = alpha_of(sum_of_norms(text), len(text), self.layer)
-        pair = GaussianPair(self.layer, moments["vision"], moments["text"], alpha)
+        roundings = roundings_of_norms(*text.shape)
+        pair = GaussianPair(self.layer, moments["vision"], moments["text"], alpha, roundings)
         return CountedTokens(pair, kept, removed), outliers
 
     def leave_group_out(self) -> None:
@@ -93,6 +101,7 @@ class FeatureLayer:
             if features.dim() != 2:
                 raise ValueError(f"layer {layer}: {modality} takes shape (tokens, d), got {tuple(features.shape)}")
             require_tokens(len(features), layer, modality)
+            self.features[modality] = with_memory("mir", f"{modality}, layer {layer}", features)
         if vision.shape[1] != text.shape[1]:
             raise ValueError(f"layer {layer}: vision has d = {vision.shape[1]}, text has d = {text.shape[1]}")
         _checks.same_device(f"vision, layer {layer}", vision, "text", text)
@@ -119,8 +128,8 @@ class FeatureLayer:
     def _without_outliers(self, features: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """The features that count, and which rows (n,) were outliers, on the CPU."""
         if self.options.outliers == "none":
-            return features, torch.zeros(len(norms), dtype=torch.bool)
-        outlier = ~three_sigma(norms).keep(norms)
+            return features, torch.zeros(len(norms), dtype=torch.bool, device="cpu")
+        outlier = three_sigma(norms).beyond(norms)
         if self.options.outliers == "median":
             return replace_by_column_medians(features, outlier.to(features.device)), outlier
         return features[~outlier.to(features.device)] if outlier.any() else features, outlier
@@ -152,12 +161,12 @@ def with_sinks_marked(layers: Sequence[FeatureLayer]) -> Sequence[FeatureLayer]:
 def _mark(layers: Sequence[FeatureLayer]) -> None:
     """Layers of the same tokens."""
     sizes = [len(layers[0].features[m]) for m in MODALITIES]
-    is_text = torch.arange(sum(sizes)) >= sizes[0]
+    is_text = torch.arange(sum(sizes), dtype=torch.int64, device="cpu") >= sizes[0]
     masks = {"vision": ~is_text, "text": is_text}
     norms = torch.stack([torch.cat([layer.norms[m] for m in MODALITIES]) for layer in layers])
     massive = massive_tokens(norms, masks, lambda k, places: layers[k].concentrated(places))
     if massive is None:
         return
-    sink, nowhere = massive.any(0), torch.zeros(0, dtype=torch.int32)
+    sink, nowhere = massive.any(0), torch.zeros(0, dtype=torch.int32, device="cpu")
     for layer, own in zip(layers, massive, strict=True):
         layer.marks = {m: SinkMarks(sink[mask], own[mask], nowhere) for m, mask in masks.items()}

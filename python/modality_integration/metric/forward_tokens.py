@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks, token_norms
+from mir_kernels._gate import with_memory
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens
 from modality_integration.metric.tokens import one_tensor_a_layer, require_finite, sent
@@ -93,6 +94,7 @@ def _marks(massive: Tensor, indices: Mapping[str, Tensor]) -> dict[str, list[Sin
 def _require_data(name: str, value: Tensor) -> None:
     if value.is_meta:
         raise ValueError(f"{name}: takes a tensor with data, got one on the meta device")
+    with_memory("ModalityIntegrationRate", name, value)
 
 
 def _place(indices: Tensor, i: int) -> int | tuple[int, ...]:

@@ -34,7 +34,7 @@ def mir(
     outliers: what happens to tokens with |norm - median| > 3 std (ddof 1), a modality and layer at a time: "remove"
     (the paper's text), "median" (replaced by the column medians, as the published code has it), "none".
     normalize: multiply by alpha_k = s / sum_j ||t_kj|| (Eq. 2), over all text tokens, outliers included.
-    bounds: also give `lower` and `upper`, between which MIR lies provably.
+    bounds: also give `lower` and `upper`, between which MIR of the features as they are lies provably.
     sqrt_precision: of Tr((Sigma_v Sigma_t)^(1/2)), see `mir_kernels.trace_sqrt_product`; "float32" promises 1e-6 of the
     root, by tensor cores on a GPU and checked against a dual bound, by float64 decompositions on a CPU.
     Means and covariances are float64 throughout. backend: of the kernels, and of the root where it has that one.

@@ -135,7 +135,7 @@ class GroupMoments:
     def state(self, slot: Slot) -> dict[str, Tensor]:
         """The `state_dict` of one that has seen rows, its tensors where it is."""
         if slot in self._here:
-            return self._here[slot].state_dict()
+            return self._here[slot]._live_state()
         away = self._away[slot]
         self._memory.wait()
         waiting = [] if away.state is None else [away.state["pending"]]
@@ -146,7 +146,7 @@ class GroupMoments:
         if away.state is None or not away.late:
             return dict(away.state or {})
         pending = torch.cat(rows)
-        return {**away.state, "pending": pending, "bound": torch.tensor(len(pending))}
+        return {**away.state, "pending": pending, "bound": torch.tensor(len(pending), dtype=torch.int64, device="cpu")}
 
     def load(self, slot: Slot, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave, on the device. ValueError or TypeError if it does not fit."""
@@ -164,14 +164,14 @@ class GroupMoments:
         return self._here[slot]
 
     def _stored(self, moments: StreamingMoments) -> dict[str, Tensor]:
-        return {name: self._memory.store(value) for name, value in moments.state_dict().items()}
+        return {name: self._memory.store(value) for name, value in moments._live_state().items()}
 
     def _replace(self, away: _Away, moments: StreamingMoments) -> None:
         """In the same memory, but for the gathered rows: holes would keep blocks from being given back."""
         if away.state is None:
             away.state = self._stored(moments)
         else:
-            for name, value in moments.state_dict().items():
+            for name, value in moments._live_state().items():
                 if value.shape == away.state[name].shape and value.dtype == away.state[name].dtype:
                     away.state[name].copy_(value)
                 else:

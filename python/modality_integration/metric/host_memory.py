@@ -55,7 +55,7 @@ class HostMemory:
         if self._block is None or start + tensor.nbytes > len(self._block):
             start, before = 0, 0 if self._block is None else len(self._block)
             size = max(SMALLEST, min(2 * before, LARGEST), 1 << max(tensor.nbytes - 1, 0).bit_length())
-            self._block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            self._block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned, device="cpu")
         self._used = start + tensor.nbytes
         return self._block[start : self._used].view(tensor.dtype).view(tensor.shape)
 

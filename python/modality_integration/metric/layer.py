@@ -11,8 +11,9 @@ from typing import Protocol
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.distance import GaussianPair, distances
 from modality_integration.metric.options import MetricOptions, SqrtPrecision
-from modality_integration.metric.result import LayerTerms, MIRResult
+from modality_integration.metric.result import LayerTerms
 from modality_integration.metric.sink_notes import notes_on_sinks
+from modality_integration.metric.tensor_result import MIRTensor
 
 # Of the roots with a group left out, relative: far below what leaving out a group of samples changes.
 LEFT_OUT_PRECISION: SqrtPrecision = "float32"
@@ -111,7 +112,7 @@ def layer_results(layers: Iterable[Layer], options: MetricOptions, together: int
     return results
 
 
-def mir_result(layers: Sequence[LayerResult], options: MetricOptions) -> MIRResult:
+def mir_result(layers: Sequence[LayerResult], options: MetricOptions) -> MIRTensor:
     """The layers' shares, in order, as one MIRResult."""
     notes = [note for layer in layers for note in layer.notes]
     left_out = [layer.left_out for layer in layers if layer.left_out is not None]
@@ -120,7 +121,7 @@ def mir_result(layers: Sequence[LayerResult], options: MetricOptions) -> MIRResu
             "no standard error: it takes samples in two groups or more, and without any one of them at least 2 tokens "
             "of each modality"
         )
-    result = MIRResult(
+    result = MIRTensor(
         terms=[layer.terms for layer in layers],
         alpha=[layer.alpha for layer in layers],
         kept={m: [layer.kept[m] for layer in layers] for m in MODALITIES},

@@ -20,8 +20,12 @@ _PLACE = re.compile(r"0|[1-9]\d{0,5}", re.ASCII)  # a layer in the keys of a sta
 
 
 def to_tensors(layers: Sequence[LayerAccumulator], samples: int) -> dict[str, Tensor]:
-    """`version`, `samples`, and under `layers.<k>.` the state of each layer (see `LayerAccumulator`)."""
-    state = {"version": torch.tensor(VERSION), "samples": torch.tensor(samples)}
+    """`version`, `samples`, and under `layers.<k>.` the state of each layer (see `LayerAccumulator`).
+
+    The layers' own tensors, where they can be: copy them to keep them through what comes next.
+    """
+    numbers = {"version": VERSION, "samples": samples}
+    state = {name: torch.tensor(number, dtype=torch.int64, device="cpu") for name, number in numbers.items()}
     for k, layer in enumerate(layers):
         state |= {f"layers.{k}.{key}": value for key, value in layer.state_dict().items()}
     return state

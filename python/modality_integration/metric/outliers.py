@@ -36,6 +36,10 @@ class Limits(NamedTuple):
         """Bool (n,): which of the norms (n,) lie within."""
         return (norms.double() - self.center).abs() <= self.radius
 
+    def beyond(self, norms: Tensor) -> Tensor:
+        """Bool (n,): which lie outside. Where norm, center or radius is NaN, a token is neither kept nor beyond."""
+        return (norms.double() - self.center).abs() > self.radius
+
     def close_to(self, other: Limits) -> bool:
         """Whether both come from the same norms: sums in another order differ by rounding."""
         return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(self, other, strict=True))
@@ -79,7 +83,7 @@ class Marks(NamedTuple):
     @classmethod
     def cat(cls, parts: Iterable[Marks]) -> Marks:
         """One after the other."""
-        none = Marks(torch.empty(0), torch.empty(0, dtype=torch.uint8))
+        none = Marks(torch.empty(0, dtype=torch.float32, device="cpu"), torch.empty(0, dtype=torch.uint8, device="cpu"))
         return cls(*(torch.cat(tensors) for tensors in zip(none, *parts, strict=True)))
 
 
@@ -164,7 +168,7 @@ class OnePass:
 
         groups: of each row's sample, all 0 if None. Returns the rows that may be counted now, or None.
         """
-        marks = Marks(norms, torch.zeros(len(norms), dtype=torch.uint8) if groups is None else groups)
+        marks = Marks(norms, torch.zeros(len(norms), dtype=torch.uint8, device="cpu") if groups is None else groups)
         if self.limits is not None:
             keep = self.limits.keep(norms)
             if not keep.all():
@@ -185,7 +189,7 @@ class OnePass:
         others').
         """
         seen, held, released = self._seen(), Marks.cat(self._held), Marks.cat(self._released)
-        others = torch.ones(len(held.norms), dtype=torch.bool)
+        others = torch.ones(len(held.norms), dtype=torch.bool, device="cpu")
         if without is not None:
             others = held.groups != without
             seen, released = (marks.where(marks.groups != without) for marks in (seen, released))
@@ -214,7 +218,8 @@ class OnePass:
         """Plain tensors: `held` (h, d); norms and groups as `held_norms`, `held_groups` (h,), and so with `released`
         and `dropped`; `limits` (2,) or (0,).
         """
-        state = {"held": self._rows().clone(), "limits": torch.tensor(self.limits or (), dtype=torch.float64)}
+        limits = torch.tensor(self.limits or (), dtype=torch.float64, device="cpu")
+        state = {"held": self._rows().clone(), "limits": limits}
         for name in _MARKS:
             marks = Marks.cat(getattr(self, f"_{name}"))
             state |= {f"{name}_norms": marks.norms, f"{name}_groups": marks.groups}
@@ -245,7 +250,7 @@ class OnePass:
             center = self.limits.center
         # Stable, so that equal norms are released in the order they came in, on every machine.
         order = torch.argsort((marks.norms.double() - center).abs(), stable=True)
-        released = torch.ones(len(order), dtype=torch.bool)
+        released = torch.ones(len(order), dtype=torch.bool, device="cpu")
         if self.limits != KEEP_ALL:  # under given limits too: `decide` may be asked for narrower ones
             released[order[len(order) - self.hold // 2 :]] = False
         parts, split = (self._rows() if self.held else rows[:0], rows), (self.held, len(rows))
@@ -264,7 +269,7 @@ class OnePass:
 
     def _rows(self) -> Tensor:
         if self._buffer is None:
-            return torch.empty(0, self.hidden_size, dtype=self.dtype)
+            return torch.empty(0, self.hidden_size, dtype=self.dtype, device="cpu")
         return self._buffer[: self.held]
 
     def _append(self, rows: Tensor) -> None:

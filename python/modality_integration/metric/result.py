@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +22,11 @@ if TYPE_CHECKING:
 class LayerTerms:
     """The terms of one layer's Fréchet distance (Eq. 3), after scaling by alpha.
 
-    mean: |mu_v - mu_t|^2; trace_vision, trace_text: Tr Sigma; trace_root: Tr((Sigma_v Sigma_t)^(1/2)), with
-    root_lower <= truth <= root_upper where bounds were asked for, None otherwise.
+    mean: |mu_v - mu_t|^2; trace_vision, trace_text: Tr Sigma; trace_root: Tr((Sigma_v Sigma_t)^(1/2)).
+    Where bounds were asked for, mean_lower <= |mu_v - mu_t|^2 <= mean_upper, and root_lower <= Tr(...) <= root_upper
+    with what the traces as given here are off by in them; None otherwise.
+    deviations: at most sum_i (sigma_vi - sigma_ti)^2 over the coordinates, which Tr(Sigma_v + Sigma_t) less twice the
+    root is no less than; 0 where it is not known that both Sigma, of a stream, are semi-definite.
     """
 
     mean: float
@@ -29,38 +35,52 @@ class LayerTerms:
     trace_root: float
     root_lower: float | None = None
     root_upper: float | None = None
+    mean_lower: float | None = None
+    mean_upper: float | None = None
+    deviations: float = 0.0
 
     @property
     def distance(self) -> float:
-        """mean + trace_vision + trace_text - 2 trace_root, never negative: below what float64 resolves it is 0."""
-        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.trace_root
-        return value if value > self._resolution else 0.0
+        """mean + trace_vision + trace_text - 2 trace_root.
+
+        Never less than the mean's term: what the covariances add is no less than `deviations`, nor than 0, and below
+        what float64 resolves of it that is what is known.
+        """
+        traces = self.trace_vision + self.trace_text
+        covariances = traces - 2.0 * self.trace_root
+        value = self.mean + max(covariances if covariances > 1e-12 * traces else 0.0, self.deviations)
+        lower, upper = self.lower, self.upper
+        return value if lower is None or upper is None else min(max(value, lower), upper)
 
     @property
     def lower(self) -> float | None:
-        """A lower bound of the distance, from the upper bound of the root, rounded outward."""
+        """A lower bound of the distance: of the mean's term, and what the covariances add; rounded outward."""
         if self.root_upper is None:
             return None
-        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.root_upper
-        return max(value - self._resolution, 0.0)
+        mean = self.mean if self.mean_lower is None else self.mean_lower
+        covariances = max(self._covariances(self.root_upper, -1.0), self.deviations, 0.0)
+        return max(math.nextafter(mean + covariances, -math.inf), mean)
 
     @property
     def upper(self) -> float | None:
-        """An upper bound of the distance, from the lower bound of the root, rounded outward."""
+        """An upper bound of the distance, likewise."""
         if self.root_lower is None:
             return None
-        value = self.mean + self.trace_vision + self.trace_text - 2.0 * self.root_lower
-        return max(value, 0.0) + self._resolution
+        mean = self.mean if self.mean_upper is None else self.mean_upper
+        return math.nextafter(mean + max(self._covariances(self.root_lower, 1.0), 0.0), math.inf)
 
-    @property
-    def _resolution(self) -> float:
-        # The terms are sums over d of float64 numbers and cancel: what is left of them below this is rounding.
-        return 1e-12 * (self.mean + self.trace_vision + self.trace_text)
+    def _covariances(self, root: float, outward: float) -> float:
+        """The traces less twice a root, with the rounding of these three operations."""
+        traces = self.trace_vision + self.trace_text
+        return traces - 2.0 * root + outward * 2.0**-50 * (traces + 2.0 * abs(root))
 
 
-@dataclass
+@dataclass(eq=False)
 class MIRResult:
     """The Modality Integration Rate (Eq. 3): log10 of the sum over layers of the Fréchet distances.
+
+    Equal is what agrees in every field; <, <=, > and >= go by the value, against results and numbers. What is computed
+    here is a `MIRTensor`, which is a torch.Tensor as well; what is read from JSON needs no torch.
 
     Every list has one entry per layer, in order; {"vision": [...], "text": [...]} is a count of tokens.
 
@@ -77,12 +97,13 @@ class MIRResult:
     settings: what else the value depends on, as `mir compute` writes it (model, data, prompt): by name a word, number,
     True, False or None; may be empty.
 
-    As JSON, version 4: {"schema": "modality-integration-rate", "version": 4, "mir": number, "error", "lower", "upper",
+    As JSON, version 5: {"schema": "modality-integration-rate", "version": 5, "mir": number, "error", "lower", "upper",
     "mir_without_sinks": number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "sinks":
     "report" | "leave out", "sink_positions": {"vision": {position: int}, "text": likewise}, "notes": [string],
     "settings": object, "layers": [{"layer": 1.., "distance", "alpha", "mean", "trace_vision", "trace_text",
-    "trace_root": number, "error", "root_lower", "root_upper", "without_sinks": number or null, "kept": {"vision": int,
-    "text": int}, "removed", "missed", "massive": likewise, "left_out": [number] or null}]}.
+    "trace_root", "deviations": number, "error", "mean_lower", "mean_upper", "root_lower", "root_upper",
+    "without_sinks": number or null, "kept": {"vision": int, "text": int}, "removed", "missed", "massive": likewise,
+    "left_out": [number] or null}]}.
     A number that is not finite is the string "inf" or "-inf". "mir", "error", "lower", "upper", "mir_without_sinks" and
     "distance" follow from the rest and are written for readers. Readers refuse any other version; a new version is one
     whose keys change.
@@ -116,7 +137,7 @@ class MIRResult:
     @property
     def value(self) -> float:
         """MIR; -inf where every layer's distance is 0."""
-        return _log10(math.fsum(self.per_layer))
+        return mir_value(self.per_layer)
 
     @property
     def error(self) -> float | None:
@@ -128,7 +149,7 @@ class MIRResult:
     @property
     def left_out_values(self) -> list[float]:
         """MIR with each group of samples left out; empty without groups."""
-        return [_log10(math.fsum(layers)) for layers in zip(*(self.left_out or []), strict=True)]
+        return [mir_value(layers) for layers in zip(*(self.left_out or []), strict=True)]
 
     @property
     def layer_errors(self) -> list[float] | None:
@@ -137,25 +158,53 @@ class MIRResult:
 
     @property
     def lower(self) -> float | None:
-        """MIR is at least this (of the covariances as accumulated); None unless bounds were asked for."""
+        """MIR is at least this; None unless bounds were asked for.
+
+        Of features in memory as they are; of a stream, of its means, covariances and norms as accumulated.
+        """
         bounds = [terms.lower for terms in self.terms]
-        return None if None in bounds else _outward(_log10(math.fsum(bounds)), -math.inf)  # type: ignore[arg-type]
+        return None if None in bounds else _outward(bounds, -math.inf)  # type: ignore[arg-type]
 
     @property
     def upper(self) -> float | None:
-        """MIR is at most this (of the covariances as accumulated); None unless bounds were asked for."""
+        """MIR is at most this, as `lower`."""
         bounds = [terms.upper for terms in self.terms]
-        return None if None in bounds else _outward(_log10(math.fsum(bounds)), math.inf)  # type: ignore[arg-type]
+        return None if None in bounds else _outward(bounds, math.inf)  # type: ignore[arg-type]
 
     @property
     def value_without_sinks(self) -> float | None:
         """MIR without attention sinks, as sinks="leave out" has it; None as `without_sinks`."""
-        return None if self.without_sinks is None else _log10(math.fsum(self.without_sinks))
+        return None if self.without_sinks is None else mir_value(self.without_sinks)
 
     @property
     def total_missed(self) -> int:
         """`missed` over all layers and both modalities; 0 is exact."""
         return sum(map(sum, self.missed.values()))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MIRResult):
+            return NotImplemented
+        return all(getattr(self, part.name) == getattr(other, part.name) for part in fields(self))
+
+    def __hash__(self) -> int:
+        return hash(self.value)  # equal results have equal terms
+
+    def __lt__(self, other: object) -> bool:
+        return self._by_value(operator.lt, other)
+
+    def __le__(self, other: object) -> bool:
+        return self._by_value(operator.le, other)
+
+    def __gt__(self, other: object) -> bool:
+        return self._by_value(operator.gt, other)
+
+    def __ge__(self, other: object) -> bool:
+        return self._by_value(operator.ge, other)
+
+    def _by_value(self, compare: Callable[[float, Any], Any], other: object) -> Any:
+        if isinstance(other, MIRResult):
+            return compare(self.value, other.value)
+        return compare(self.value, other) if isinstance(other, Real) else NotImplemented
 
     def __float__(self) -> float:
         return self.value
@@ -246,10 +295,15 @@ class MIRResult:
         return display.layer_curves({f"MIR {self.value:.3f}": self}, path)
 
 
-def _log10(total: float) -> float:
+def mir_value(distances: Iterable[float]) -> float:
+    """log10 of the sum of the layers' distances (Eq. 3); -inf where all are 0."""
+    total = math.fsum(distances)
     return math.log10(total) if total > 0.0 else -math.inf
 
 
-def _outward(value: float, towards: float) -> float:
-    # Two steps: the sum is rounded once and log10 is right to a unit in the last place.
+def _outward(distances: Iterable[float], towards: float) -> float:
+    """`mir_value`, rounded towards -inf or inf."""
+    # The sum is rounded once, and where it is next to 1 its logarithm is far smaller than that. log10 itself is right
+    # to a unit in the last place, or to two.
+    value = mir_value([math.nextafter(math.fsum(distances), towards)])
     return math.nextafter(math.nextafter(value, towards), towards)

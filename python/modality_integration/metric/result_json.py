@@ -12,10 +12,10 @@ from modality_integration.metric import MODALITIES
 from modality_integration.metric.options import Sinks
 
 SCHEMA = "modality-integration-rate"
-VERSION = 4
+VERSION = 5
 COUNTS = ("kept", "removed", "missed", "massive")
-TERMS = ("mean", "trace_vision", "trace_text", "trace_root")
-BOUNDS = ("root_lower", "root_upper")
+TERMS = ("mean", "trace_vision", "trace_text", "trace_root", "deviations")
+BOUNDS = ("root_lower", "root_upper", "mean_lower", "mean_upper")
 
 
 def encode(document: dict[str, Any]) -> str:

@@ -86,8 +86,8 @@ class SinkMarks(NamedTuple):
 
 def no_sinks(count: int) -> SinkMarks:
     """Of `count` tokens none; their positions do not matter."""
-    none = torch.zeros(count, dtype=torch.bool)
-    return SinkMarks(none, none, torch.zeros(count, dtype=torch.int32))
+    none = torch.zeros(count, dtype=torch.bool, device="cpu")
+    return SinkMarks(none, none, torch.zeros(count, dtype=torch.int32, device="cpu"))
 
 
 def tally(positions: Tensor) -> dict[int, int]:
@@ -112,8 +112,10 @@ class SinkTokens:
 
     def __init__(self, hidden_size: int, dtype: torch.dtype, *, hold: int) -> None:
         self.hidden_size, self.dtype, self.hold = hidden_size, dtype, hold
-        self.rows = torch.empty(0, hidden_size, dtype=dtype)
-        self.norms, self.groups, self.positions, self.massive = (torch.empty(0, dtype=kind) for kind in self._DTYPES)
+        self.rows = torch.empty(0, hidden_size, dtype=dtype, device="cpu")
+        self.norms, self.groups, self.positions, self.massive = (
+            torch.empty(0, dtype=kind, device="cpu") for kind in self._DTYPES
+        )
         self.beyond = 0
 
     def __len__(self) -> int:
@@ -133,7 +135,7 @@ class SinkTokens:
             parts = (norms, groups, marks.positions, marks.massive.byte())
             for name, part in zip(self._FIELDS, parts, strict=True):
                 setattr(self, name, torch.cat([getattr(self, name), part[index]]))
-        others = torch.ones(len(norms), dtype=torch.bool)
+        others = torch.ones(len(norms), dtype=torch.bool, device="cpu")
         others[index] = False
         return others
 
@@ -165,7 +167,8 @@ class SinkTokens:
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors: `held` (h, d), and (n,) each `norms`, `groups`, `positions`, `massive`; `beyond`, a number."""
         state = {name: getattr(self, name) for name in self._FIELDS}
-        return {"held": self.rows.clone(), **state, "beyond": torch.tensor(self.beyond)}
+        beyond = torch.tensor(self.beyond, dtype=torch.int64, device="cpu")
+        return {"held": self.rows.clone(), **state, "beyond": beyond}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

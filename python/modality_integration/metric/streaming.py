@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
-from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from modality_integration.metric import metric_state, state_file
 from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.dealing import dealt, share
 from modality_integration.metric.distance import layers_together
 from modality_integration.metric.forward_tokens import ForwardTokens, check_hidden_states
+from modality_integration.metric.guarded_metric import GuardedMetric
 from modality_integration.metric.host_memory import HostMemory
 from modality_integration.metric.layer import layer_results, mir_result
 from modality_integration.metric.memory import MemoryToCome, memory_to_come
 from modality_integration.metric.options import MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
 from modality_integration.metric.outliers import Limits
-from modality_integration.metric.result import MIRResult
-from modality_integration.metric.sync import gathered
+from modality_integration.metric.sync import gathered, transport_device
+from modality_integration.metric.tensor_result import MIRTensor
 
 __all__ = ["ModalityIntegrationRate"]
 
@@ -40,7 +40,7 @@ _OF_TORCHMETRICS = (
 )
 
 
-class ModalityIntegrationRate(Metric):
+class ModalityIntegrationRate(GuardedMetric):
     """MIR (Eq. 3) of hidden states that pass by once, as a torchmetrics.Metric; no features are kept beyond `hold`.
 
     The norms of all tokens are kept (5 bytes a token and layer), so the 3-sigma limits are exact at the end. Per layer
@@ -50,7 +50,7 @@ class ModalityIntegrationRate(Metric):
     that makes it exact. With fewer tokens than `hold`, everything is decided and computed from the features themselves.
 
     outliers: "remove" or "none", as for `mir`; "median" needs all features at once and is refused. normalize, bounds,
-    sqrt_precision: as for `mir`; bounds hold for the covariances as accumulated.
+    sqrt_precision: as for `mir`; bounds hold for the means and covariances as accumulated.
     precision: of the accumulation, "fast", "auto" or "exact"; see `mir_kernels.StreamingMoments`.
     hold: rows held back per layer and modality at most; 2048, or hidden size + 1 if that is more (also the least).
     groups: 0, or the number of groups that samples (rows of a batch) are dealt into, for the standard error of the
@@ -69,6 +69,11 @@ class ModalityIntegrationRate(Metric):
     one update.
     backend: of the kernels. The rest goes to torchmetrics.Metric (process_group, sync_on_compute, ...).
 
+    As a part of a model, the metric adds its state to the model's `state_dict` after `persistent(True)` and not before;
+    a state that is there is loaded in any case. The wrappers of torchmetrics take it as any metric. BootStrapper takes
+    the length of its first argument for the number of samples, so name a mask first: `boot.update(vision_mask=...,
+    text_mask=..., hidden_states=[...])`. It holds a metric for each draw of samples; `groups` is the better error.
+
     Memory: 2K accumulators of d (d + 1) / 2 float64 numbers at most (times `groups`; but see `samples`), 2K hold rows
     in the features' dtype, on the device where a layer's hidden states lie; `held_bytes` tells the latter, and
     `memory_to_come` what is still to be expected. `compute()` gives a MIRResult, repeatably, and changes nothing; under
@@ -81,6 +86,10 @@ class ModalityIntegrationRate(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = True
+
+    STATE = ("_layers", "_samples")
+
+    _strict = True  # whether keys beside those of a state are refused
 
     def __init__(
         self,
@@ -98,6 +107,7 @@ class ModalityIntegrationRate(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._device = torch.device("cpu")  # where a state is loaded to, whatever the process's default device is
         if outliers == "median":
             raise ValueError(
                 'outliers: "median" takes the column medians of all tokens, which one pass cannot have; use mir() with '
@@ -116,16 +126,13 @@ class ModalityIntegrationRate(Metric):
 
         hidden_states: one tensor (B, T, d) or (T, d) per decoder layer 1..K, f32/bf16/f16/f64, any strides, each on any
         device. vision_mask, text_mask: bool or uint8 (B, T) or (T,), no token in both; either may be empty.
-        Raises ValueError or TypeError if anything does not fit, or a masked token is not finite; then nothing changes.
+        Raises ValueError or TypeError if anything does not fit, or a masked token is not finite, TorchMetricsUserError
+        between `sync` and `unsync`; then nothing changes.
         """
-        try:
-            check_hidden_states(hidden_states)
-            self._check_shapes("hidden_states", [(hidden.shape[-1], hidden.dtype) for hidden in hidden_states])
-            tokens = ForwardTokens.of(hidden_states, vision_mask, text_mask, self.options.backend)
-            groups = self._deal(hidden_states[0])
-        except Exception:
-            self._update_count -= 1  # the wrapper of torchmetrics has counted this call already
-            raise
+        check_hidden_states(hidden_states)
+        self._check_shapes("hidden_states", [(hidden.shape[-1], hidden.dtype) for hidden in hidden_states])
+        tokens = ForwardTokens.of(hidden_states, vision_mask, text_mask, self.options.backend)
+        groups = self._deal(hidden_states[0])
         # Not in inference mode even if the model ran in it: the accumulators outlive it.
         with torch.inference_mode(False), torch.no_grad():
             self._samples += _sample_count(hidden_states[0])
@@ -142,8 +149,8 @@ class ModalityIntegrationRate(Metric):
                     marks = None if tokens.sinks is None else tokens.sinks[modality][k]
                     layer.push(modality, rows, tokens.norms[modality][k], of_samples, marks)
 
-    def compute(self) -> MIRResult:
-        """MIR of all tokens so far, as a MIRResult.
+    def compute(self) -> MIRTensor:
+        """MIR of all tokens so far: a `MIRResult` that is a tensor too (`MIRTensor`).
 
         Raises ValueError that names the layer and modality where a covariance is undefined (fewer than two tokens).
         """
@@ -151,17 +158,16 @@ class ModalityIntegrationRate(Metric):
             raise ValueError("no hidden states yet: MIR takes at least one update")
         together = layers_together(self._layers[0].hidden_size, self._layers[0].device)
         result = mir_result(layer_results(self._layers, self.options, together), self.options)
-        if result.left_out and self.options.samples and self._samples < (due := share(self.options.samples, *self._of)):
+        samples = self.own("_samples")
+        if result.left_out and self.options.samples and samples < (due := share(self.options.samples, *self._of)):
             result.notes.append(
-                f"{self._samples} of {due} announced samples came, so the groups of the standard error are not of one "
-                "size"
+                f"{samples} of {due} announced samples came, so the groups of the standard error are not of one size"
             )
         return result
 
-    def forward(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> MIRResult:
+    def forward(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> MIRTensor:
         """Update, and give the MIR of this call's tokens alone. If they have none (too few tokens), nothing changes."""
-        if self._is_synced:
-            raise TorchMetricsUserError("the metric is synced: call unsync() before forward()")
+        self.require_unsynced("forward()")
         check_hidden_states(hidden_states)
         batch = self._sibling()
         batch.sync_on_compute = batch._to_sync = self.dist_sync_on_step
@@ -203,7 +209,7 @@ class ModalityIntegrationRate(Metric):
 
     def save(self, path: str | Path) -> None:
         """Write the whole state to one safetensors file, in one step: the old file or the new is there, never half."""
-        state_file.write(Path(path), self.state_dict(), self.options)
+        state_file.write(Path(path), metric_state.to_tensors(self._layers, self._samples), self.options)
 
     def load(self, path: str | Path) -> ModalityIntegrationRate:
         """Take over, in place, the state that `save` wrote; goes on with the same bits. Gives the metric itself.
@@ -222,19 +228,38 @@ class ModalityIntegrationRate(Metric):
         """A metric with the options and the state that `save` wrote; keyword arguments replace options."""
         return cls(**{**asdict(state_file.read_options(path)), **kwargs}).load(path)
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take over, in place, what `state_dict` gave. RuntimeError, and nothing changes, for the state of something
+        else, and for keys beside it unless strict is False.
+        """
+        self._strict = strict  # torch tells a module nothing of it
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._strict = True
+
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
-        """Plain tensors: `version`, `samples`, and under `layers.<k>.` the state of each layer."""
+        """Plain tensors: `version`, `samples`, and under `layers.<k>.` the state of each layer. A copy: neither changes
+        with the other.
+
+        Of a model that the metric is a part of, only after `persistent(True)`; after `persistent(False)` nowhere.
+        """
         destination = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        destination |= {f"{prefix}{key}": value for key, value in self.metric_state.items()}
+        if self.belongs_into(prefix):
+            destination.update({f"{prefix}{key}": value for key, value in self.metric_state.items()})
         return destination
 
     @property
+    @torch.inference_mode(False)  # the copy outlives it
     def metric_state(self) -> dict[str, Any]:
-        """The state as plain tensors."""
-        return metric_state.to_tensors(self._layers, self._samples)
+        """A copy of the state as plain tensors."""
+        return {key: value.clone() for key, value in metric_state.to_tensors(self._layers, self._samples).items()}
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Count another metric's tokens too: the metric, or its `state_dict()`."""
+        self.require_unsynced("merge_state()")
+        if incoming_state is self:
+            raise ValueError("incoming_state: takes another metric, got the same one")
         if isinstance(incoming_state, Metric):
             if (
                 not isinstance(incoming_state, ModalityIntegrationRate)
@@ -252,11 +277,11 @@ class ModalityIntegrationRate(Metric):
             other.load_state_dict(incoming_state)
         if not other._layers:
             return
+        self._check_shapes("incoming_state", [(layer.hidden_size, layer.dtype) for layer in other._layers])
         if not self._layers:
             self._layers = [
                 self._layer(k, layer.hidden_size, layer.dtype, layer.device) for k, layer in enumerate(other._layers)
             ]
-        self._check_shapes("incoming_state", [(layer.hidden_size, layer.dtype) for layer in other._layers])
         for layer, incoming in zip(self._layers, other._layers, strict=True):
             layer.merge(incoming)
         self._samples += other._samples
@@ -304,6 +329,7 @@ class ModalityIntegrationRate(Metric):
         other = type(self)(**asdict(self.options), **{name: getattr(self, name) for name in _OF_TORCHMETRICS})
         other._host = self._host.another()
         other._limits = self._limits
+        other._in_state_dict = self._in_state_dict
         return other
 
     def _load_from_state_dict(
@@ -317,31 +343,34 @@ class ModalityIntegrationRate(Metric):
         errors: list,
     ) -> None:
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if prefix and not own:
+            return  # a model's state without the metric's, which it keeps
+        self.require_unsynced("load_state_dict()")
+        strict = self._strict
         read = metric_state.from_tensors(own, self.options, self._device, self._host, strict=strict)
         missing += [prefix + key for key in read.missing]
         unexpected += [prefix + key for key in read.unexpected]
         errors += [] if read.error is None else [prefix + read.error]
+        if prefix and read.unexpected:  # whether the model was loaded strictly is not known here
+            errors.append(f"{prefix}: none of it was loaded, for keys that are not of its state: {read.unexpected[:5]}")
         if not read.whole or (strict and read.unexpected):
             return  # it is refused: nothing may change
         self._layers, self._samples, self._computed = read.layers, read.samples, None
         self._update_count = max(self._update_count, 1)
 
-    def _copy_state_dict(self) -> dict[str, Any]:
-        return {"_layers": self._layers}  # what replaces them, in sync, is made anew
-
     def _sync_dist(self, dist_sync_fn: Callable = gather_all_tensors, process_group: Any = None) -> None:
         group = process_group or self.process_group
-        device = _transport_device(group)
+        device = transport_device(group)
 
         def gather(tensor: Tensor) -> list[Tensor]:
             return dist_sync_fn(tensor, group=group)
 
-        self._layers = gathered(self._layers, self.options, gather, device, self._host)
+        self._layers, self._samples = gathered(self._layers, self._samples, self.options, gather, device, self._host)
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> torch.nn.Module:
         this = super()._apply(fn, exclude_state)
-        for layer in self._layers:
-            device = fn(torch.empty(0, device=layer.device)).device
+        for layer in (*self._layers, *(self._cache or {}).get("_layers", ())):
+            device = fn(torch.empty(0, dtype=torch.float32, device=layer.device)).device
             if device != layer.device:
                 layer.to(device)
         return this
@@ -350,14 +379,3 @@ class ModalityIntegrationRate(Metric):
 def _sample_count(hidden: Tensor) -> int:
     """Of (B, T, d) B, of (T, d) one."""
     return len(hidden) if hidden.dim() == 3 else 1
-
-
-def _transport_device(group: Any) -> torch.device:
-    """Where tensors travel from: the CPU if the group has a backend for it, else (NCCL) this process's GPU.
-
-    Not where the data lie: the processes must agree, and one without data has none.
-    """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or "cpu:" in torch.distributed.get_backend_config(group):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())

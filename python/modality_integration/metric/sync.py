@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,33 +18,53 @@ from modality_integration.metric.options import MetricOptions
 Gather = Callable[[Tensor], "list[Tensor]"]
 
 
+def transport_device(group: Any) -> torch.device:
+    """Where tensors travel from: the CPU if the group has a backend for it, else (NCCL) this process's GPU.
+
+    Not where the data lie: the processes must agree, and one without data has none.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or "cpu:" in torch.distributed.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def gathered(
-    layers: list[LayerAccumulator], options: MetricOptions, gather: Gather, device: torch.device, host: HostMemory
-) -> list[LayerAccumulator]:
-    """New layers that hold the tokens of all processes; `layers` stay as they are and may be empty on some.
+    layers: list[LayerAccumulator],
+    samples: int,
+    options: MetricOptions,
+    gather: Gather,
+    device: torch.device,
+    host: HostMemory,
+) -> tuple[list[LayerAccumulator], int]:
+    """New layers that hold the tokens of all processes, and how many samples they are of. `layers` stay as they are and
+    may be empty on some.
 
     Finished groups' accumulators go into `host` where it is for the layers' device.
     gather(tensor): the tensors of all processes, in rank order; sizes may differ, the number of dimensions may not.
     ValueError, on every process alike, where the processes' layers do not match.
     """
     places = slots(options)
-    # One row a layer: d, dtype, and whether each slot has an accumulator yet; before them one of the settings.
+    # One row a layer: d, dtype, and whether each slot has an accumulator yet; before them one of settings and samples.
     about = [
         [layer.hidden_size, FLOATS.index(layer.dtype), *(int(slot in layer.moments) for slot in places)]
         for layer in layers
     ]
-    settings = [int(options.counts_sinks), *[0] * (1 + len(places))]
-    rows = torch.tensor([settings, *about], dtype=torch.int64, device=device)
+    first = [int(options.counts_sinks), int(options.outliers == "none"), samples]
+    first += [0] * (2 + len(places) - len(first))
+    rows = torch.tensor([first, *about], dtype=torch.int64, device=device)
     everyone = [rows.cpu() for rows in gather(rows)]
     for rank, rows in enumerate(everyone):
         if rows.shape[1] != 2 + len(places):
             raise ValueError(f"groups: takes the same number on all processes, process {rank} has another one")
-        if rows[0, 0] != everyone[0][0, 0]:
-            raise ValueError(f"sinks: takes the same setting on all processes, process {rank} has another one")
+        for column, name in enumerate(("sinks", "outliers")):
+            if rows[0, column] != everyone[0][0, column]:
+                raise ValueError(f"{name}: takes the same setting on all processes, process {rank} has another one")
+    samples = sum(int(rows[0, 2]) for rows in everyone)
     everyone = [rows[1:] for rows in everyone]
     present = [rank for rank, rows in enumerate(everyone) if len(rows)]
     if not present:
-        return []
+        return [], samples
     layout = everyone[present[0]]
     for rank in present:
         if everyone[rank][:, :2].tolist() != layout[:, :2].tolist():
@@ -73,7 +94,7 @@ def gathered(
                 for m in MODALITIES:
                     merged.tokens[m].others.limits = part.tokens[m].limits
         result.append(merged)
-    return result
+    return result, samples
 
 
 def _gather_state(
@@ -83,7 +104,7 @@ def _gather_state(
     state = mine.state_dict()
     for slot in accumulated:
         if slot not in mine.moments:
-            empty = blank.accumulator(blank.options.precision).state_dict()
+            empty = blank.accumulator(blank.options.precision)._live_state()
             state |= {f"{prefix_of(slot)}{key}": value for key, value in empty.items()}
     parts: list[dict[str, Tensor]] = []
     for key in sorted(state):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+NORMS_TOGETHER = 4096  # rows of `sum_of_norms`
+
 
 def one_tensor_a_layer(name: str, value: Sequence[Tensor]) -> Sequence[Tensor]:
     """`value`, a list of one layer or more."""
@@ -36,8 +38,16 @@ def require_finite(norms: Tensor, layer: int, modality: str, where: Callable[[in
 
 def sum_of_norms(rows: Tensor) -> Tensor:
     """Sum of the l2 norms of rows (n, d), a float64 scalar: alpha is as exact as the distances it scales."""
-    parts = [part.double().norm(dim=-1).sum() for part in rows.split(4096)]
+    parts = [part.double().norm(dim=-1).sum() for part in rows.split(NORMS_TOGETHER)]
     return torch.stack(parts).sum()
+
+
+def roundings_of_norms(count: int, d: int, *, streamed: bool = False) -> int:
+    """How many roundings a term of the sum of `count` norms goes through at most: its square, the sum over d, the root;
+    the sums of `sum_of_norms`, or of a stream, in which rows come in any portions, groups and processes.
+    """
+    sums = count + 1024 if streamed else min(count, NORMS_TOGETHER) + -(-count // NORMS_TOGETHER)
+    return d + 8 + sums
 
 
 def alpha_of(text_norms: Tensor, count: int, layer: int) -> float:

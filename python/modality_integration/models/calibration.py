@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 
+from mir_kernels.ops.moca import VisionMask
 from modality_integration.models.decoder import LayerOutput
 from modality_integration.models.forward_watch import ForwardPass, ForwardWatch
 
@@ -63,7 +64,7 @@ class Calibration:
         moca = getattr(layer, self.name)
         # A module sharded on its own is handed views of its inputs by FSDP, which autograd does not let it overwrite.
         inplace = not moca._forward_pre_hooks and self._sees_first(layer) and _may_overwrite(state, args)
-        state = moca(state, mask, inplace=inplace)
+        state = moca(state, self.shared(mask), inplace=inplace)
         return (state, *output[1:]) if isinstance(output, tuple) else state
 
     def mask(self, layer: nn.Module, state: Tensor) -> Tensor | None:
@@ -79,9 +80,14 @@ class Calibration:
             self._remember(running, vision)
         if moca.idle and not _needed_by_other_processes(getattr(layer, self.name)):
             return None
-        if moca.vision.device != state.device:
-            moca.vision = moca.vision.to(state.device)
-        return moca.vision
+        return moca.mask_for(state)
+
+    def shared(self, mask: Tensor) -> Tensor | VisionMask:
+        """The mask that `mask` gave, as all layers of the pass share it; itself outside a pass and in compiled code."""
+        running = self.watch.running
+        if running is None or running.moca.vision is not mask or torch.compiler.is_compiling():
+            return mask
+        return running.moca.shared_mask()
 
     def _sees_first(self, layer: nn.Module) -> bool:
         """Whether no hook of others has seen the layer's output: it may have kept it."""
@@ -94,7 +100,7 @@ class Calibration:
         if self._replayed:
             self._replayable.clear()
             self._replayed = False
-        self._replayable.append(vision.clone())  # what is known of a mask, 16 bytes a token, goes with the pass
+        self._replayable.append(vision)
 
     def _mask_outside(self, shape: tuple[int, int]) -> Tensor:
         """The mask of a layer that runs outside a pass: the caller's, or that of the pass that backward recomputes."""

@@ -170,7 +170,8 @@ class _Roles:
         self._shape, self._text = shape, text
         self._vision_mask, self._text_mask = vision_mask, text_mask
         self._masks: tuple[Tensor, Tensor] | None = None
-        self.first = torch.zeros(0)  # (B, 1), once there are masks: the column of each row's first token
+        # (B, 1), once there are masks: the column of each row's first token
+        self.first = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def masks(self) -> tuple[Tensor, Tensor]:
         if self._masks is None:
@@ -203,7 +204,7 @@ def _first_kept(running: ForwardPass, shape: tuple[int, int]) -> Tensor:
     """(B, 1) int64: the first column that is no padding; 0 where nothing shows padding."""
     mask = running.inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
-        return torch.zeros(shape[0], 1, dtype=torch.int64)
+        return torch.zeros(shape[0], 1, dtype=torch.int64, device="cpu")
     return (mask[:, -shape[1] :] != 0).int().argmax(-1, keepdim=True)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from mir_kernels.ops.moca import MoCa, add_moca_rms_norm
+from mir_kernels.ops.moca import MoCa, VisionMask, add_moca_rms_norm
 from modality_integration.models.calibration import Calibration
 from modality_integration.models.capture import Capture
 from modality_integration.models.decoder import Decoder, unwrap
@@ -50,7 +50,7 @@ class FusedNorm:
             return fused.normed
         return type(self.norm).forward(self.norm, hidden_states)
 
-    def fuse(self, x: Tensor, residual: Tensor, moca: MoCa, mask: Tensor) -> FusedOutput:
+    def fuse(self, x: Tensor, residual: Tensor, moca: MoCa, mask: Tensor | VisionMask) -> FusedOutput:
         """h, MoCa of x + residual on the vision tokens, and the norm of h; x, residual (B, T, d), mask (B, T) bool."""
         weight, eps = cast(nn.Parameter, self.norm.weight), cast(float, self.norm.variance_epsilon)
         normed, h = add_moca_rms_norm(x, residual, moca.scale, moca.shift, mask, weight, eps=eps)
@@ -102,7 +102,7 @@ class FusedLayer:
         x, residual = mlp_and_residual(cast(LlamaLayer, self.layer), hidden_states, **arguments)
         if type(x) is not Tensor or type(residual) is not Tensor or x.dtype != residual.dtype:
             return residual + x  # MoCa follows in its hook
-        running.moca.fused = self.norm.fuse(x, residual, moca, mask)
+        running.moca.fused = self.norm.fuse(x, residual, moca, self.calibration.shared(mask))
         return running.moca.fused.h
 
     def remove(self) -> None:
@@ -116,13 +116,15 @@ class FusedLayer:
         if x.shape[-2] == 1 or torch.is_inference_mode_enabled():
             return None
         layer = self.layer
+        seen = _seen_by_others(layer, self.calibration)
         if torch.is_grad_enabled():
             checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
-            seen = running.inputs.get("output_hidden_states") or _seen_by_others(layer, self.calibration)
-            if seen or checkpointed or _saves_elsewhere():
-                # The layer's first norm then reads x itself, through which x gets all of its gradient.
-                running.moca.fused = None
-                return None
+            seen = seen or running.inputs.get("output_hidden_states") or checkpointed or _saves_elsewhere()
+        if seen:
+            # The layer's first norm then reads x itself: what others write to it, through .data or NumPy, is in no
+            # version; and through that norm x gets all of its gradient.
+            running.moca.fused = None
+            return None
         if self.norm is None or type(x) is not Tensor or x.dtype not in DTYPES or not self.norm.takes(x):
             return None
         moca = layer._modules.get(self.calibration.name)
@@ -193,9 +195,7 @@ def _restore(module: nn.Module, stand_in: FusedLayer | FusedNorm) -> None:
 
 
 def _seen_by_others(module: nn.Module, calibration: Calibration) -> bool:
-    """Whether hooks that are not ours see what goes into or out of `module` in a pass that autograd records."""
-    if not torch.is_grad_enabled():
-        return False
+    """Whether hooks that are not ours see what goes into or out of `module`."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

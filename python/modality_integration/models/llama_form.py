@@ -73,7 +73,7 @@ def is_llama_layer(kind: type[nn.Module]) -> bool:
 @functools.cache
 def is_llama_norm(kind: type[nn.Module]) -> bool:
     """Whether the class's forward gives the bits of Llama's RMSNorm, in its order of rounding."""
-    drawn = torch.randn(9, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    drawn = torch.randn(9, 64, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
     x, weight = drawn.bfloat16().split((8, 1))
     parts = {"weight": weight[0], "variance_epsilon": 0.5}
     nothing = torch.zeros_like(x)

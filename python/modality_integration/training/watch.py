@@ -90,6 +90,6 @@ def first_process_says(stop: bool, device: torch.device) -> bool:
     """What the first process decides, on every process: all stop, or none does."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return stop
-    decision = torch.tensor(float(stop), device=device)
+    decision = torch.tensor(float(stop), device=device, dtype=torch.float32)
     torch.distributed.broadcast(decision, src=0)
     return bool(decision.item())

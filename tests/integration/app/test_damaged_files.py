@@ -155,8 +155,8 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_checkpoint_a
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"version": 4', '"version": true'),
-        ('"version": 4', '"version": 0'),
+        ('"version": 5', '"version": true'),
+        ('"version": 5', '"version": 0'),
         ('"mean": ', '"mean": NaN, "_": '),
         ('"mean": ', '"mean": "nan", "_": '),
         ('"trace_root": ', '"trace_root": 1e999, "_": '),

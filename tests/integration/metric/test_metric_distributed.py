@@ -11,7 +11,8 @@ from torch import distributed
 from integration.metric.streams import D, sample
 from integration.metric.test_sinks import sample as sink_sample
 from modality_integration import ModalityIntegrationRate
-from modality_integration.metric.streaming import _transport_device
+from modality_integration.metric import streaming
+from modality_integration.metric.sync import transport_device
 
 SAMPLES = 12
 
@@ -104,10 +105,37 @@ def odd_sinks(rank):
     return {"error": refusal(ModalityIntegrationRate() if rank else fed([rank], sinks="leave out"))}
 
 
-def refusal(metric):
+def after_failures(rank):
+    """A compute that fails on both, one that fails on process 1 alone, an update while synced; then on as if nothing
+    had been.
+    """
+    hidden, vision, text = sample(200 + rank, dtype=torch.bfloat16)
+    metric = ModalityIntegrationRate(precision="exact", hold=60)
+    metric.update(hidden, torch.zeros_like(vision), text)
+    errors = [refusal(metric)]
+    for seed in range(rank, SAMPLES, 2):
+        metric.update(*sample(seed, dtype=torch.bfloat16))
+    if rank == 1:
+        computing, streaming.mir_result = streaming.mir_result, raising
+    errors.append(refusal(metric))
+    if rank == 1:
+        streaming.mir_result = computing
+    first = answer_of(metric)
+    metric.sync()
+    errors.append(refusal(metric, lambda: metric.update(*sample(0))))
+    metric.unsync()
+    metric.update(*sample(100 + rank, dtype=torch.bfloat16))
+    return {"errors": errors, "first": first, "second": answer_of(metric)}
+
+
+def raising(*args):
+    raise MemoryError("no more")
+
+
+def refusal(metric, call=None):
     try:
-        metric.compute()
-    except ValueError as error:
+        (call or metric.compute)()
+    except Exception as error:
         return str(error)
     return "was not refused"
 
@@ -131,6 +159,7 @@ SCENARIOS = {
     "sinks on one, nothing on the other": lambda rank: with_sinks(rank, only=(1,)),
     "sinks on both, little held": lambda rank: with_sinks(rank, hold=2),
     "sinks that differ": odd_sinks,
+    "after failures": after_failures,
 }
 
 
@@ -202,6 +231,24 @@ def test_sync_by_hand_shows_all_tokens_and_then_its_own(two_processes):
     assert answers[0]["after"] != answers[1]["after"]
 
 
+def test_after_failures_on_both_and_on_one_every_process_goes_on_with_its_own_tokens(two_processes):
+    answers = two_processes("after failures")
+    for answer, failed in zip(answers, ("compute: failed on process 1", "no more"), strict=True):
+        assert "no token of vision" in answer["errors"][0]
+        assert failed in answer["errors"][1]
+        assert "call unsync() first" in answer["errors"][2]
+    expected = ModalityIntegrationRate(precision="exact", hold=60)
+    for rank in range(2):
+        hidden, vision, text = sample(200 + rank, dtype=torch.bfloat16)
+        expected.update(hidden, torch.zeros_like(vision), text)
+    for seed in range(SAMPLES):
+        expected.update(*sample(seed, dtype=torch.bfloat16))
+    assert_same(answers, "first", answer_of(expected))
+    for seed in (100, 101):
+        expected.update(*sample(seed, dtype=torch.bfloat16))
+    assert_same(answers, "second", answer_of(expected))
+
+
 def test_no_tokens_anywhere_is_said_on_every_process(two_processes):
     assert [a["error"] for a in two_processes("nobody")] == ["no hidden states yet: MIR takes at least one update"] * 2
 
@@ -251,4 +298,4 @@ def test_tensors_travel_where_the_group_has_a_backend(backends, device, monkeypa
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert _transport_device(None) == torch.device(device)
+    assert transport_device(None) == torch.device(device)

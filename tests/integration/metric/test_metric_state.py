@@ -55,6 +55,7 @@ def test_state_of_another_rule_and_strange_keys_are_refused():
 def test_state_travels_inside_a_module():
     holder = torch.nn.Module()
     holder.metric, holder.linear = fed([sample(0)]), torch.nn.Linear(2, 2)
+    holder.metric.persistent(True)
     other = torch.nn.Module()
     other.metric, other.linear = ModalityIntegrationRate(), torch.nn.Linear(2, 2)
     other.load_state_dict(holder.state_dict())

@@ -51,6 +51,7 @@ def test_one_layer_without_bounds_leaves_the_value_without():
         result(LayerTerms(0.1, 1 / 3, 2 / 3, 0.4), LayerTerms(1e-9, 3.0, 4.0, 1.0), notes=["a note"], normalize=False),
         result(LayerTerms(0.0, 1.0, 1.0, 1.0, 0.9, 1.1), outliers="median"),
         result(LayerTerms(0.0, 1.0, 1.0, 1.0, 1.0, 1.0)),
+        result(LayerTerms(0.3, 1.0, 1.0, 1.0, -1e-17, math.inf, 0.1, 0.4, 1e-3)),
         result(LayerTerms(0.1, 1.0, 1.0, 0.5), missed={"vision": [3], "text": [0]}, left_out=[[1.0, 1 / 3, 1e-9]]),
         result(LayerTerms(0.1, 1.0, 1.0, 0.5), settings={"model": "a", "text_tokens": None, "in_order": False}),
     ],
@@ -67,7 +68,7 @@ def test_json_comes_back_as_it_was(made, tmp_path):
 def test_json_has_the_documented_keys():
     document = json.loads(result(LayerTerms(0.0, 1.0, 1.0, 1.0)).to_json())
     assert document["schema"] == "modality-integration-rate"
-    assert document["version"] == 4
+    assert document["version"] == 5
     assert document["mir"] == "-inf"
     assert document["lower"] is None
     assert set(document) == {
@@ -89,7 +90,8 @@ def test_json_has_the_documented_keys():
         ),
     }
     assert set(document["layers"][0]) == {
-        *("layer", "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root", "root_lower", "root_upper"),
+        *("layer", "distance", "alpha", "mean", "trace_vision", "trace_text", "trace_root", "deviations"),
+        *("root_lower", "root_upper", "mean_lower", "mean_upper"),
         *("kept", "removed", "missed", "massive", "error", "left_out", "without_sinks"),
     }
     assert document["layers"][0]["removed"] == {"vision": 1, "text": 0}
@@ -98,9 +100,9 @@ def test_json_has_the_documented_keys():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=5), "version 5 of the schema, this reader takes 4"),
-        (lambda d: d.update(version=3), "version 3 of the schema, this reader takes 4"),
-        (lambda d: d.update(version=True), "version True of the schema, this reader takes 4"),
+        (lambda d: d.update(version=6), "version 6 of the schema, this reader takes 5"),
+        (lambda d: d.update(version=4), "version 4 of the schema, this reader takes 5"),
+        (lambda d: d.update(version=True), "version True of the schema, this reader takes 5"),
         (lambda d: d.update(schema="other"), "is no MIR result"),
         (lambda d: d.update(sinks="forget"), "incomplete.*sinks: takes one of"),
         (lambda d: d["sink_positions"].update(vision={"-1": 2}), "incomplete.*sink_positions: takes counts"),

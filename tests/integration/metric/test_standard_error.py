@@ -50,14 +50,11 @@ def test_the_value_is_that_without_groups():
 
 
 def correlated(rng, count, d=6):
-    """Samples whose tokens share an offset: the samples, not the tokens, are what is independent."""
-    out = []
-    for _ in range(count):
-        hidden = rng.normal(size=(24, d)) * np.linspace(1, 0.3, d) + 0.7 * rng.normal(size=d)
-        mask = np.arange(24) < 12
-        hidden[mask] += 0.5 + 0.4 * rng.normal()
-        out.append(([torch.from_numpy(hidden)], torch.from_numpy(mask), torch.from_numpy(~mask)))
-    return out
+    """A batch of samples whose tokens share an offset: the samples, not the tokens, are what is independent."""
+    hidden = rng.normal(size=(count, 24, d)) * np.linspace(1, 0.3, d) + 0.7 * rng.normal(size=(count, 1, d))
+    mask = np.broadcast_to(np.arange(24) < 12, (count, 24)).copy()
+    hidden[:, :12] += 0.5 + 0.4 * rng.normal(size=(count, 1, 1))
+    return [([torch.from_numpy(hidden)], torch.from_numpy(mask), torch.from_numpy(~mask))]
 
 
 @pytest.mark.parametrize("groups", [5, 10])

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -179,15 +180,39 @@ def test_whoever_asks_for_the_gradient_of_the_stream_gets_all_of_it(how):
     assert_close(results[1], results[0], factor=20)
 
 
-def test_a_state_that_is_changed_between_the_layers_is_normed_anew(calls):
-    results = []
+def behind_autograd(h):
+    h.data.add_(1)
+
+
+def through_numpy(h):
+    np.add(h.numpy(), 1, out=h.numpy())
+
+
+CHANGES = {
+    "another tensor": lambda h: h * 2,
+    "in place": lambda h: h.add_(1),
+    "behind autograd's back": behind_autograd,
+    "through NumPy": through_numpy,
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("where", ["after a layer", "before the next", "before the norm"])
+def test_a_state_that_is_changed_between_the_layers_is_normed_anew(how, where):
+    change, results = CHANGES[how], []
+
+    def before(_, args):
+        changed = change(args[0])
+        return None if changed is None else (changed, *args[1:])
+
     for model in pair_of():
         layers, _ = decoder_of(model, "llava")
-        layers[0].register_forward_hook(lambda _, __, h: h * 2)
-        layers[1].register_forward_hook(lambda _, __, h: h.add_(1))
+        if where == "after a layer":
+            layers[1].register_forward_hook(lambda _, __, h: change(h))
+        else:
+            (layers[2] if where == "before the next" else layers[2].input_layernorm).register_forward_pre_hook(before)
         with torch.no_grad():
             results.append(model(**tiny_batch(model, "llava", ROWS).inputs).logits)
-    assert len(calls) == LAYERS  # without gradients hooks of others do not forbid it
     assert_close(results[1], results[0])
 
 

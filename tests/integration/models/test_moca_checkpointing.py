@@ -1,6 +1,8 @@
 """MoCa under gradient checkpointing: the same gradients, and little memory more."""
 
 import gc
+import weakref
+from functools import cached_property
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from integration.calibrated_models import ROWS, calibrated, gradients, loss_of
 from integration.tiny_models import HIDDEN, LAYERS, tiny_batch, tiny_model
-from mir_kernels.ops.moca import launch
+from mir_kernels.ops.moca import VisionMask
 from modality_integration.models.moca import NAME
 from tolerances import assert_close
 
@@ -31,15 +33,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     assert all(name in gradients(model) for name in expected if NAME in name)
 
 
-def test_nothing_of_a_pass_is_kept_after_its_backward_but_its_mask():
-    gc.collect()
-    before, model = len(launch._PLACES), calibrated()
-    loss = loss_of(model, tiny_batch(model, "llava", ROWS))
-    assert len(launch._PLACES) == before + 1
-    loss.backward()
-    del loss
-    gc.collect()
-    assert len(launch._PLACES) == before
+def test_the_vision_rows_of_a_pass_are_counted_once_and_forgotten_after_its_backward(monkeypatch):
+    counted = []
+    of = VisionMask.places.func
+    places = cached_property(lambda self: counted.append(weakref.ref(self)) or of(self))
+    places.__set_name__(VisionMask, "places")
+    monkeypatch.setattr(VisionMask, "places", places)
+    model = calibrated()
+    for passes in (1, 2):
+        loss = loss_of(model, tiny_batch(model, "llava", ROWS))
+        assert len(counted) == passes
+        loss.backward()
+        del loss
+        gc.collect()
+        assert counted[-1]() is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

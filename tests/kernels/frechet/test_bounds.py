@@ -115,3 +115,14 @@ def test_bounds_hold_where_products_are_cut_into_blocks(kind):
 def test_bounds_of_singular_pairs_are_as_close_as_the_root_of_rounding(kind):
     value, lower, upper = trace_sqrt_product(*pair(kind), bounds=True)
     assert (upper - lower) <= 2e-5 * value
+
+
+@pytest.mark.parametrize("noise", [1e-8, 1e-7, 1e-6])
+def test_bounds_are_close_where_two_coordinates_are_nearly_one(noise):
+    """Cholesky factors of two neighbours of such a covariance may differ by a rotation of what follows."""
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (15, 50))
+        x[:, 1] = x[:, 0] + noise * x[:, 1]
+        value, lower, upper = trace_sqrt_product(x.mT @ x, y.mT @ y, bounds=True)
+        assert (upper - lower) <= 1e-6 * value

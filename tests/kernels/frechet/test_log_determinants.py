@@ -19,7 +19,7 @@ D = 48
 @pytest.fixture(autouse=True)
 def banded(monkeypatch):
     """The path of large matrices for small ones."""
-    monkeypatch.setattr(standard_form, "_BANDED", 1)
+    monkeypatch.setattr(standard_form, "BANDED", 1)
 
 
 def exactly(a: torch.Tensor, b: torch.Tensor) -> mpmath.mpf:

@@ -15,7 +15,7 @@ D = 97
 @pytest.fixture
 def banded(monkeypatch):
     """The path of large matrices for small ones, where the native module is there to take it."""
-    monkeypatch.setattr(standard_form, "_BANDED", 1)
+    monkeypatch.setattr(standard_form, "BANDED", 1)
 
 
 @pytest.fixture(params=[pytest.param("native", marks=NATIVE), "torch"])

@@ -1,5 +1,7 @@
 """Calls of moca and add_moca_rms_norm on the tensors of the fixture `t`, and a subclass that sees what they call."""
 
+from typing import ClassVar
+
 import torch
 
 from mir_kernels.ops.moca import add_moca_rms_norm, moca
@@ -19,6 +21,8 @@ FORWARD = {
 
 class Wrapped(torch.Tensor):
     """A tensor without memory of its own, as DTensor is; counts the registered operations that it is asked for."""
+
+    seen: ClassVar[list[str]] = []
 
     @staticmethod
     def __new__(cls, inner):

@@ -31,6 +31,14 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 @pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend for CPU tensors, by `indirect`; skipped where it cannot run."""
+    if reason := STREAMING_MOMENTS.reason(request.param, torch.device("cpu")):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """A block is 16 rows, so that a few dozen rows go through gathering, whole blocks and a remainder."""
     monkeypatch.setattr(streaming, "ROWS", {"cpu": 16, "cuda": 16})

@@ -43,8 +43,10 @@ def test_one_launch_does_what_its_steps_do(dtype, shape, steps):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("shape", [(2, 3, 9, 4), (4, 9), (0, 5, 5), (1, 130, 20)])
-def test_polar_factor_of_every_shape(precision, shape):
+@pytest.mark.parametrize("shape", [(2, 3, 9, 4), (4, 9), (0, 5, 5), (1, 37, 20) if INTERPRETED else (1, 130, 20)])
+def test_polar_factor_of_every_shape(precision, shape, monkeypatch):
+    if INTERPRETED:  # the last shape is too large for one program there, too, with fewer tiles
+        monkeypatch.setattr(triton, "SMALL", 32)
     m = random(*shape, dtype=torch.float32)
     if m.numel():
         w, s, vt = torch.linalg.svd(m, full_matrices=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ def caption_loss(model: Any, processor: Any, batch: Sequence[Captioned]) -> tupl
     # Every prompt has the same length: logits are computed only where a caption's token comes next.
     prompt = int((labels != -100).float().argmax(1).min())
     length = labels.shape[1]
-    logits = model(**inputs, use_cache=False, logits_to_keep=torch.arange(prompt - 1, length - 1)).logits
+    kept = torch.arange(prompt - 1, length - 1, dtype=torch.int64, device=labels.device)
+    logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
     wanted = labels[:, prompt:]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
     return loss, int((wanted != -100).sum())
@@ -96,8 +98,9 @@ def caption_inputs(processor: Any, batch: Sequence[Captioned]) -> tuple[dict[str
     captions = [tokenizer(item.caption + end, add_special_tokens=False)["input_ids"] for item in batch]
     longest = max(map(len, captions))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.tensor([caption + [padding] * (longest - len(caption)) for caption in captions])
-    real = torch.tensor([[1] * len(caption) + [0] * (longest - len(caption)) for caption in captions])
+    integers = partial(torch.tensor, dtype=torch.int64, device="cpu")
+    ids = integers([caption + [padding] * (longest - len(caption)) for caption in captions])
+    real = integers([[1] * len(caption) + [0] * (longest - len(caption)) for caption in captions])
     before = inputs["input_ids"]
     labels = torch.cat([torch.full_like(before, -100), ids.masked_fill(real == 0, -100)], 1)
     inputs["input_ids"] = torch.cat([before, ids], 1)

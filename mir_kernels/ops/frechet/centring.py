@@ -1,0 +1,241 @@
+"""Features as a mean and deviations from it, and covariances of them, also with every rounding on the way proved.
+
+A mean in float64 is off by u times the mean, and deviations from it by as much, however small they are. So a mean is
+kept as a sum that is not evaluated, coarse + fine, and what is left of the mean of the deviations is measured: then
+all errors are u times the deviations (README.md, "Bounds of features").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mir_kernels.ops.sqrtm import factor, float64
+from mir_kernels.ops.sqrtm.factor import UNIT
+from mir_kernels.ops.sqrtm.rounding import at_least, frobenius, gamma
+
+_ROWS = 256  # summed at a time, then added up: a term of a sum over n rows passes through _ROWS + n / _ROWS roundings
+_PRODUCT_ROWS, _PRODUCT_COLUMNS = 1024, 256  # multiplied at a time
+_SAMPLE = 512  # rows of a rough mean, about
+_LEAST = 2.0**-450  # of a column, relative to the largest entry: products of what is smaller may underflow
+_FLOOR = 2.0**-1000  # more than underflow takes from an entry, also where subnormal numbers are flushed to zero
+_MARGIN = 1 + 1e-6  # for the roundings in bounds of errors, which are sums of positive numbers
+# Of |G - C| in C, most wanted first: what is proved is relative to it. A bound that is not costs the root of `shift`.
+_SHARES = (2.0**-46, 2.0**-40, 2.0**-34, 2.0**-30, 2.0**-27, 2.0**-24)
+
+
+class Centred(NamedTuple):
+    """Features X (rows, d) times 2^-exponent: their mean, and deviations Z, whose columns are Z_j.
+
+    coarse, fine, mean_error: (d,), the mean is coarse + fine, each entry to within mean_error.
+    norm: (d,), |Z_j| to within the share `rounding` of it.  error: (d,), at least |(X - mean)_j - Z_j|. A column of
+    which hardly more is known than how large it is at most has Z_j = 0, and all of it is error.
+    """
+
+    rows: int
+    exponent: Tensor
+    coarse: Tensor
+    fine: Tensor
+    mean_error: Tensor
+    norm: Tensor
+    rounding: float
+    error: Tensor
+
+    def deviations(self, x: Tensor, rows: int) -> Iterator[Tensor]:
+        """Z of the x that this is of, `rows` rows at a time."""
+        known = self.norm > 0
+        for part in _scaled(x, self.exponent, rows):
+            yield part.sub_(self.coarse).sub_(self.fine).mul_(known)
+
+
+class Covariance(NamedTuple):
+    """A covariance S (ddof 1) as a matrix C, and how close to it that is, all times 4^-exponent.
+
+    S is of deviations whose columns are within `error` (d,) of those of some Z, G = Z^T Z is close to C, and no column
+    of Z is longer than `deviation` (d,); both over the root of n - 1.
+    shift: -shift D^2 <= G - C <= shift D^2 in the Loewner order, D = diag(scale), scale (d,) at least the roots of C's
+    diagonal.  share: where it is below 1, -share C <= G - C <= share C as well, and C is definite.
+    """
+
+    matrix: Tensor
+    exponent: Tensor
+    deviation: Tensor
+    error: Tensor
+    scale: Tensor
+    shift: float
+    share: float
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of x (n, d) as coarse + fine, and its covariance (ddof 1), in float64 alone: (d,), (d,) and (d, d)."""
+    n, d = x.shape
+    coarse = _rough_mean(x)
+    product, total = x.new_zeros(d, d, dtype=torch.float64), torch.zeros_like(coarse)
+    shifted = x.new_empty(min(n, _PRODUCT_ROWS), d, dtype=torch.float64)
+    for part in x.split(_PRODUCT_ROWS):
+        y = shifted[: len(part)].copy_(part).sub_(coarse)
+        total += y.sum(0)
+        _add_lower_gram(product, y)
+    fine = total / n
+    product.addr_(total, fine, alpha=-1.0)
+    product.diagonal().clamp_(min=0.0)
+    return coarse, fine, _mirror_lower(product).div_(n - 1)
+
+
+def variances(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of x (n, d) as coarse + fine, and its variances (ddof 1), in float64 alone: (d,) each."""
+    n, coarse = x.shape[0], _rough_mean(x)
+    total, squares = torch.zeros_like(coarse), torch.zeros_like(coarse)
+    for part in x.split(_PRODUCT_ROWS):
+        y = part.double() - coarse
+        total += y.sum(0)
+        squares += y.square_().sum(0)
+    fine = total / n
+    return coarse, fine, (squares - total * fine).clamp_(min=0.0).div_(n - 1)
+
+
+def centre(x: Tensor) -> Centred:
+    """The mean of x (n, d), any floating dtype, and what is known of the deviations from it."""
+    n = x.shape[0]
+    lowest, highest = torch.aminmax(x)
+    size = torch.maximum(-lowest.double(), highest.double())
+    exponent = torch.where(size > 0, torch.frexp(size).exponent.double(), 0.0)
+    coarse = _column_sums(_scaled(x, exponent, _ROWS)) / n
+    fine = _column_sums(part.sub_(coarse) for part in _scaled(x, exponent, _ROWS)) / n
+    total, squares = torch.zeros_like(fine), torch.zeros_like(fine)
+    for part in _scaled(x, exponent, _ROWS):
+        z = part.sub_(coarse).sub_(fine)
+        total += z.sum(0)
+        squares += z.square_().sum(0)
+    g, root = gamma(_ROWS + n // _ROWS + 8), n**0.5
+    norm = squares.sqrt()
+    most = norm * (1 + g) + torch.zeros_like(norm).masked_fill(norm < _LEAST, root * 2.0**-510)
+    # With y = x - coarse and z = y - fine as rounded, each subtraction is off by at most u times its result, and
+    # |Y_j| <= (1 + u) |Z_j| + sqrt(n) |fine|. What the columns of Z still have of a mean is sqrt(n) |mean z| of their
+    # length: as computed, and the rounding of that sum, whose terms add up to at most sqrt(n) |Z_j|.
+    subtracted = UNIT * (2.1 * most + root * fine.abs()) + root * _FLOOR
+    drift = total.abs() / root + g * most
+    error = (subtracted + drift) * _MARGIN
+    known = (norm >= _LEAST) & (norm > 4 * error)
+    return Centred(
+        *(n, exponent, coarse, fine, error / root * _MARGIN, torch.where(known, norm, 0.0), g),
+        torch.where(known, error, (error + most) * _MARGIN),
+    )
+
+
+def covariance(x: Tensor, centred: Centred) -> Covariance:
+    """The covariance of x, with the sums over its rows in twice float64's precision.
+
+    With its columns scaled by powers of two to a length of at most about 1, W = T + R, T on a grid of 2^-26. Products
+    of T are multiples of 2^-52, and by Cauchy and Schwarz no partial sum of T^T T reaches 2: an ordinary product gives
+    it without rounding (as `certificate._residual`). Entries of R are at most 2^-27, and so are the roundings in
+    (T + R/2)^T R, which with its transpose is all the rest.
+    """
+    n, d = x.shape
+    power = torch.where(centred.norm > 0, torch.frexp(centred.norm).exponent.double(), 0.0)
+    upscale, grid = torch.exp2(-power), 2.0**26
+    exact, cross = (x.new_zeros(d, d, dtype=torch.float64) for _ in range(2))
+    for z in centred.deviations(x, _PRODUCT_ROWS):
+        w = z.mul_(upscale)
+        top = (w * grid).round_().div_(grid)
+        rest = w.sub_(top)
+        _add_lower_gram(exact, top)
+        cross.addmm_(top.add_(rest, alpha=0.5).mT, rest)
+    exact = _mirror_lower(exact)
+    # Of an entry, to columns of length 1; of the sums, of C itself and of its division by n - 1 each entry's own u.
+    small = n**0.5 * 2.0**-27
+    entry = (2.1 * gamma(_PRODUCT_ROWS + n // _PRODUCT_ROWS + 8) + 8 * UNIT) * small
+    matrix = exact.add_(cross + cross.mT)
+    matrix = matrix.mul_(torch.exp2(power)[:, None]).mul_(torch.exp2(power)).div_(n - 1)
+    h, scale, exponent = factor.equilibrate(matrix)
+    # The roots of C's diagonal are at least half of 2^power / sqrt(n - 1), and `scale` is no less than they are.
+    shift = (2.5 * UNIT * frobenius(h) + 4.5 * d * entry).item() * _MARGIN
+    degrees = (n - 1) ** 0.5
+    return Covariance(
+        matrix,
+        centred.exponent,
+        centred.norm * ((1 + centred.rounding) * _MARGIN / degrees),
+        centred.error * (_MARGIN / degrees),
+        float64.times_power(scale, exponent),
+        shift,
+        _share(h, shift),
+    )
+
+
+def exactly(matrix: Tensor) -> Covariance:
+    """A covariance (d, d), symmetric float64, that is what it is."""
+    deviation = matrix.diagonal().clamp(min=0.0).sqrt() * _MARGIN
+    zero = torch.zeros_like(deviation)
+    return Covariance(matrix, zero.new_zeros(()), deviation, zero, deviation, 0.0, 0.0)
+
+
+def widened(lower: Tensor, upper: Tensor, x: Covariance, y: Covariance) -> tuple[Tensor, Tensor]:
+    """Bounds of f(Sx, Sy) from lower <= f(Cx, Cy) <= upper, f(A, B) = Tr((A+ B+)^(1/2)); scalars, exponents left out.
+
+    (1 - e) C <= G <= (1 + e) C moves f by the root of that; G <= C+ + s D^2 and C+ <= G + 2 s D^2 by at most
+    sqrt(2 s) times the nuclear norm of D B^(1/2) (`certificate`). And |f(S, .) - f(G, .)| is at most the nuclear norm
+    of a sum of products of columns, one of them an error.
+    """
+    apart, below, above = 0.0, 1.0, 1.0
+    for one in (x, y):
+        if one.share < 1:
+            below, above = below * (1 - one.share), above * (1 + one.share)
+        else:
+            apart += (2 * one.shift) ** 0.5 * (1 + 2 * one.shift)
+    both = (x.scale * y.scale).sum() * ((1 + 2 * max(x.shift, y.shift)) * _MARGIN * apart)
+    centring = (x.error * (y.deviation + y.error) + x.deviation * y.error).sum() * _MARGIN
+    lower = (lower * (below**0.5 * (1 - 8 * UNIT)) - both - centring - _FLOOR).clamp(min=0.0) * (1 - 8 * UNIT)
+    return lower, ((upper + both) * (above**0.5 * (1 + 8 * UNIT)) + centring) * (1 + 8 * UNIT) + _FLOOR
+
+
+def _share(h: Tensor, shift: float) -> float:
+    """The least of a few e for which -e H <= E <= e H is proved of every E with |E|_2 <= shift, 1 if none is.
+
+    H >= (shift / e) I is enough.
+    """
+    for share in _SHARES:
+        least = shift / share
+        if least < 0.25 and bool(at_least(h, h.new_tensor(least))):
+            return share * _MARGIN
+    return 1.0
+
+
+def _scaled(x: Tensor, exponent: Tensor, rows: int) -> Iterator[Tensor]:
+    """New tensors: x 2^-exponent in float64, `rows` rows at a time."""
+    for part in x.split(rows):
+        yield float64.times_power(part.double(), -exponent)
+
+
+def _add_lower_gram(product: Tensor, y: Tensor) -> None:
+    """product += Y^T Y on and below the diagonal; above it no meaning is left."""
+    for start in range(0, y.shape[1], _PRODUCT_COLUMNS):
+        stop = start + _PRODUCT_COLUMNS
+        product[start:stop, :stop].addmm_(y[:, start:stop].mT, y[:, :stop])
+
+
+def _mirror_lower(product: Tensor) -> Tensor:
+    """Its lower triangle above the diagonal as well, in place."""
+    for start in range(0, product.shape[1], _PRODUCT_COLUMNS):
+        stop = start + _PRODUCT_COLUMNS
+        product[:start, start:stop] = product[start:stop, :start].mT
+        block = product[start:stop, start:stop].tril_()
+        block.add_(block.tril(-1).mT)
+    return product
+
+
+def _rough_mean(x: Tensor) -> Tensor:
+    """The mean of a sample of s rows of x (n, d). It is less than sqrt(n / s) standard deviations from that of all,
+    for the squares of s deviations are no more than those of all n: a sum of squares around it loses n / s roundings.
+    """
+    return x[:: -(-x.shape[0] // _SAMPLE)].mean(0, dtype=torch.float64)
+
+
+def _column_sums(parts: Iterator[Tensor]) -> Tensor:
+    total = None
+    for part in parts:
+        total = part.sum(0) if total is None else total.add_(part.sum(0))
+    assert total is not None
+    return total

@@ -1,0 +1,158 @@
+"""What is proved of the terms of a layer's distance (Eq. 3): intervals that hold for the features as they are.
+
+Of a stream that no longer has its features, for its means and covariances as accumulated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mir_kernels.ops.frechet.centring import Covariance, centre, covariance, exactly, widened
+from mir_kernels.ops.frechet.distance import (
+    Marginals,
+    Term,
+    deviation_term,
+    exact_marginals,
+    largest_root,
+    marginals_of,
+    mean_term,
+    negative_part,
+    trace_term,
+)
+from mir_kernels.ops.sqrtm import float64
+from mir_kernels.ops.sqrtm.rounding import gamma
+from modality_integration.metric.result import LayerTerms
+
+_MARGIN = 1 + 1e-6  # for the roundings in bounds of errors
+_LARGEST_ALPHA = 2.0**400  # above it squares of the tokens may have underflown in their norms
+
+
+class ProvedSide(NamedTuple):
+    """One modality: its means and deviations, and its covariance unless tokens are few, each between bounds.
+
+    accumulated: they are those of a stream, whose covariance may be indefinite by rounding.
+    """
+
+    marginals: Marginals
+    covariance: Covariance | None
+    accumulated: bool
+
+
+class ProvedRoot(NamedTuple):
+    """Tr((Sigma_v Sigma_t)^(1/2)): lower 2^exponent <= root <= upper 2^exponent."""
+
+    value: float
+    lower: float
+    upper: float
+    exponent: float
+
+
+class Scale(NamedTuple):
+    """alpha (Eq. 2) lies between `least` and `most`."""
+
+    least: float
+    most: float
+
+
+def of_features(features: Tensor, short: bool) -> ProvedSide:
+    """short: without the covariance."""
+    centred = centre(features)
+    return ProvedSide(marginals_of(centred), None if short else covariance(features, centred), accumulated=False)
+
+
+def of_moments(mean: Tensor, matrix: Tensor) -> ProvedSide:
+    """Of a mean (d,) and a covariance (d, d) that are taken as they are."""
+    return ProvedSide(exact_marginals(mean, matrix.diagonal()), exactly(matrix), accumulated=True)
+
+
+def means_and_variances(side: ProvedSide) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean as coarse + fine, and variances, in the middle of what is proved: (d,) each."""
+    marginals = side.marginals
+    coarse, fine, middle = (
+        float64.times_power(entry, marginals.exponent)
+        for entry in (marginals.coarse, marginals.fine, marginals.lower / 2 + marginals.upper / 2)
+    )
+    if side.covariance is not None and not side.accumulated:  # the root is taken of this matrix
+        diagonal = side.covariance.matrix.diagonal()
+        return coarse, fine, float64.times_power(diagonal, 2 * side.covariance.exponent)
+    return coarse, fine, middle.square()
+
+
+def scale_of(alpha: float, roundings: int | None) -> Scale:
+    """roundings: in the sum of norms that alpha is the inverse mean of; None where it is 1 by definition."""
+    if roundings is None:
+        return Scale(alpha, alpha)
+    if not alpha < _LARGEST_ALPHA:
+        return Scale(0.0, math.inf)
+    share = gamma(roundings + 8)
+    return Scale(alpha * (1 - share), alpha * (1 + share))
+
+
+def proved_root(sides: tuple[ProvedSide, ProvedSide], value: Tensor, lower: Tensor, upper: Tensor) -> ProvedRoot:
+    """From what `trace_sqrt_product` proves of the sides' matrices.
+
+    Where rounding left an accumulated one indefinite, its positive part is meant, whose trace is larger than its own: a
+    lower end of the root gives an upper one of the distance.
+    """
+    vision, text = (side.covariance for side in sides)
+    assert vision is not None and text is not None  # noqa: PT018
+    lower, upper = widened(lower, upper, vision, text)
+    for side, known in zip(sides, (vision, text), strict=True):
+        if side.accumulated:
+            mended = (known.matrix.diagonal() - side.marginals.lower.square()).clamp(min=0.0).sum()
+            lower = lower - (negative_part(known.matrix[None])[0] + mended) / 2
+    exponent = vision.exponent + text.exponent
+    return ProvedRoot(float64.times_power(value, exponent).item(), lower.item(), upper.item(), exponent.item())
+
+
+def prove(terms: LayerTerms, sides: tuple[ProvedSide, ProvedSide], root: ProvedRoot, scale: Scale) -> None:
+    """Puts the bounds into `terms`, and its values between them."""
+    vision, text = (side.marginals for side in sides)
+    mean = mean_term(vision, text)
+    terms.mean_lower, terms.mean_upper = _ends(mean, scale)
+    terms.mean = _between(terms.mean, terms.mean_lower, terms.mean_upper)
+    traces = [_ends(trace_term(marginals), scale) for marginals in (vision, text)]
+    terms.trace_vision, terms.trace_text = (
+        _between(value, *ends) for value, ends in zip((terms.trace_vision, terms.trace_text), traces, strict=True)
+    )
+    lower = _scaled(root.lower, root.exponent, scale.least, -math.inf)
+    upper = _scaled(root.upper, root.exponent, scale.most, math.inf)
+    if any(side.accumulated for side in sides):
+        terms.deviations = 0.0  # such covariances need not be semi-definite
+    else:
+        terms.deviations = _ends(deviation_term(vision, text), scale)[0]
+        most, exponent = largest_root(vision, text)
+        upper = min(upper, _scaled(most.item(), exponent.item(), scale.most, math.inf))
+    # What the traces are off by goes into the root's: what counts is the traces less twice the root.
+    below = (terms.trace_vision - traces[0][0]) + (terms.trace_text - traces[1][0])
+    above = (traces[0][1] - terms.trace_vision) + (traces[1][1] - terms.trace_text)
+    terms.root_lower = math.nextafter(lower - 0.5 * _MARGIN * above, -math.inf)
+    terms.root_upper = math.nextafter(upper + 0.5 * _MARGIN * below, math.inf)
+    terms.trace_root = _between(terms.trace_root, terms.root_lower, terms.root_upper)
+
+
+def _between(value: float, lower: float, upper: float) -> float:
+    return min(max(value, lower), upper)
+
+
+def _ends(term: Term, scale: Scale) -> tuple[float, float]:
+    """Of a term times the square of alpha."""
+    lower, upper, exponent = term.lower.item(), term.upper.item(), term.exponent.item()
+    return _scaled(lower, exponent, scale.least, -math.inf), _scaled(upper, exponent, scale.most, math.inf)
+
+
+def _scaled(entry: float, exponent: float, alpha: float, towards: float) -> float:
+    """entry alpha^2 2^exponent, rounded towards -inf, but not below 0, or towards inf."""
+    if math.isinf(alpha):
+        return math.inf
+    mantissa, power = math.frexp(alpha)
+    try:
+        product = math.ldexp(entry * mantissa * mantissa, int(exponent) + 2 * power)
+    except OverflowError:
+        product = math.inf
+    for _ in range(4):  # two products, and the last place of a number below the normal range
+        product = math.nextafter(product, towards)
+    return max(product, 0.0)

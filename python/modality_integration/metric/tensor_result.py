@@ -1,0 +1,95 @@
+"""`MIRTensor`: a `MIRResult` that is a torch.Tensor as well, which is what wrappers and loggers take for a metric."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modality_integration.metric.result import LayerTerms, MIRResult, mir_value
+
+
+def _not_in_place(self: Any, other: Any) -> Any:
+    return NotImplemented  # so that `result += 1` is `result = result + 1`
+
+
+class MIRTensor(MIRResult, Tensor):
+    """A `MIRResult` that is also its value as a tensor: of no dimensions, float64, on the CPU, without gradient.
+
+    Operations give plain tensors, in-place operators too; `clone`, `squeeze`, copies and pickles stay results. What
+    asks for a result gets that: ==, hash and text are those of `MIRResult`, and there is one, so it is True, also where
+    MIR is 0. Against a tensor or a number, == is a tensor's.
+    """
+
+    # What comes out of an operation is no result.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(cls, terms: Sequence[LayerTerms], *args: Any, **fields: Any) -> MIRTensor:
+        with torch.inference_mode(False):  # it outlives the pass that it was computed in
+            value = torch.tensor(mir_value(layer.distance for layer in terms), dtype=torch.float64, device="cpu")
+            return Tensor._make_subclass(cls, value)
+
+    def clone(self, **options: Any) -> MIRTensor:
+        """A result of its own; torchmetrics clones what `compute` returns."""
+        return copy.deepcopy(self)
+
+    def squeeze(self, *dim: Any) -> Tensor:
+        """Itself, without a dimension to take away; torchmetrics squeezes what `compute` returns."""
+        return Tensor.squeeze(self, *dim) if dim else self
+
+    def detach(self) -> Tensor:
+        """The value as a plain tensor of its own: changing that one leaves the result as it is."""
+        return super().detach().clone()
+
+    def __bool__(self) -> bool:
+        return True
+
+    __hash__ = MIRResult.__hash__
+
+    def __eq__(self, other: object) -> Any:
+        return MIRResult.__eq__(self, other) if isinstance(other, MIRResult) else Tensor.__eq__(self, other)
+
+    def __ne__(self, other: object) -> Any:
+        return not MIRResult.__eq__(self, other) if isinstance(other, MIRResult) else Tensor.__ne__(self, other)
+
+    def __lt__(self, other: object) -> Any:
+        return Tensor.__lt__(self, _as_operand(other))
+
+    def __le__(self, other: object) -> Any:
+        return Tensor.__le__(self, _as_operand(other))
+
+    def __gt__(self, other: object) -> Any:
+        return Tensor.__gt__(self, _as_operand(other))
+
+    def __ge__(self, other: object) -> Any:
+        return Tensor.__ge__(self, _as_operand(other))
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = __imod__ = _not_in_place
+    __ipow__ = _not_in_place  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MIRTensor:
+        made = memo[id(self)] = _with_attributes(type(self), copy.deepcopy(vars(self), memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _with_attributes, (type(self), dict(vars(self)))
+
+
+def as_tensor(result: MIRResult) -> Tensor:
+    """The result itself where it is a tensor, else its value as one."""
+    if isinstance(result, Tensor):
+        return result
+    return torch.tensor(result.value, dtype=torch.float64, device="cpu")
+
+
+def _with_attributes(cls: type[MIRTensor], attributes: dict[str, Any]) -> MIRTensor:
+    made = cls.__new__(cls, attributes["terms"])
+    vars(made).update(attributes)
+    return made
+
+
+def _as_operand(other: Any) -> Any:
+    return other if isinstance(other, Tensor) or not isinstance(other, MIRResult) else other.value
