@@ -24,6 +24,7 @@ import harness
 
 METRIC = "modality_integration.metric"
 MOMENTS = "mir_kernels.ops.moments.streaming:StreamingMoments"
+CENTRING = "mir_kernels.ops.frechet.centring"
 REST = "rest"
 SHOWN = 0.05  # share of a run's time from which a stage stands in a page's table
 COLUMNS = (
@@ -84,7 +85,8 @@ STAGES = {
         (f"{METRIC}.tokens:sum_of_norms",), _bytes(lambda t: 2 * t.text * t.d * t.layers), "text tokens read"
     ),
     "covariance update": Stage(
-        (f"{MOMENTS}.update", f"{MOMENTS}._fold_pending"),
+        # of a stream, and of features that are all in memory, without bounds and with them
+        (f"{MOMENTS}.update", f"{MOMENTS}._fold_pending", f"{CENTRING}:moments", f"{CENTRING}:covariance"),
         lambda t: counts.Count(0, t.n * t.d * (t.d + 1) * t.layers),
         "one triangle of the products",
     ),

@@ -287,7 +287,7 @@ class StreamingMoments:
 
     def _kept(self) -> Tensor | None:
         """Which of the gathered rows in use are rows, (_bound,) bool; None where all are."""
-        return None if self._whole else torch.arange(self._bound, device=self.device) < self._filled
+        return None if self._whole else torch.arange(self._bound, device=self.device, dtype=torch.int64) < self._filled
 
     def _gather_known(self, rows: Tensor, keep: Tensor | None) -> None:
         """Blocks of exactly _rows() rows, in order: the bits do not depend on how the rows were split into updates."""

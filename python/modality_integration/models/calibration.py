@@ -64,7 +64,8 @@ class Calibration:
         moca = getattr(layer, self.name)
         # A module sharded on its own is handed views of its inputs by FSDP, which autograd does not let it overwrite.
         inplace = not moca._forward_pre_hooks and self._sees_first(layer) and _may_overwrite(state, args)
-        state = moca(state, self.shared(mask), inplace=inplace)
+        seen = moca._forward_pre_hooks or moca._forward_hooks  # by others, who know a mask as a tensor
+        state = moca(state, mask if seen else self.shared(mask), inplace=inplace)
         return (state, *output[1:]) if isinstance(output, tuple) else state
 
     def mask(self, layer: nn.Module, state: Tensor) -> Tensor | None:
