@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from kernels import quick_interpreter
-
-    quick_interpreter.replace_once_a_launch()
 
 GUARD = 256  # elements before and after, a multiple of 16 bytes in every dtype
 BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
