@@ -118,7 +118,8 @@ def prove(terms: LayerTerms, sides: tuple[ProvedSide, ProvedSide], root: ProvedR
     terms.trace_vision, terms.trace_text = (
         _between(value, *ends) for value, ends in zip((terms.trace_vision, terms.trace_text), traces, strict=True)
     )
-    lower = _scaled(root.lower, root.exponent, scale.least, -math.inf)
+    # Below 0 it stands for a trace that is larger than its own matrix's.
+    lower = _scaled(root.lower, root.exponent, scale.most if root.lower < 0 else scale.least, -math.inf)
     upper = _scaled(root.upper, root.exponent, scale.most, math.inf)
     if any(side.accumulated for side in sides):
         terms.deviations = 0.0  # such covariances need not be semi-definite
@@ -141,18 +142,18 @@ def _between(value: float, lower: float, upper: float) -> float:
 def _ends(term: Term, scale: Scale) -> tuple[float, float]:
     """Of a term times the square of alpha."""
     lower, upper, exponent = term.lower.item(), term.upper.item(), term.exponent.item()
-    return _scaled(lower, exponent, scale.least, -math.inf), _scaled(upper, exponent, scale.most, math.inf)
+    return max(_scaled(lower, exponent, scale.least, -math.inf), 0.0), _scaled(upper, exponent, scale.most, math.inf)
 
 
 def _scaled(entry: float, exponent: float, alpha: float, towards: float) -> float:
-    """entry alpha^2 2^exponent, rounded towards -inf, but not below 0, or towards inf."""
+    """entry alpha^2 2^exponent, rounded towards -inf or inf."""
     if math.isinf(alpha):
-        return math.inf
+        return math.copysign(math.inf, entry)
     mantissa, power = math.frexp(alpha)
     try:
         product = math.ldexp(entry * mantissa * mantissa, int(exponent) + 2 * power)
     except OverflowError:
-        product = math.inf
+        product = math.copysign(math.inf, entry)
     for _ in range(4):  # two products, and the last place of a number below the normal range
         product = math.nextafter(product, towards)
-    return max(product, 0.0)
+    return product

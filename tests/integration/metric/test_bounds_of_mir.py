@@ -108,6 +108,28 @@ def test_bounds_of_accumulated_moments_hold_for_those(ratio):
     assert checked > 30
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_upper_end_has_room_for_what_an_indefinite_covariance_lacks(rounded):
+    """Its eigenvalues are 2 + 1e-11 and -1e-11, so its positive part has the larger trace."""
+    above = 1 + 1e-11
+
+    class Accumulated:
+        mean = torch.zeros(2, dtype=torch.float64)
+
+        def __init__(self, *rows):
+            self.rows = torch.tensor(rows, dtype=torch.float64)
+
+        def covariance(self, ddof):
+            return self.rows
+
+    sides = TokenMoments(Accumulated([1, above], [above, 1]), rounded), TokenMoments(Accumulated([0, 0], [0, 0]))
+    options = MetricOptions("none", False, True, "exact", "float32")
+    ((terms, notes),) = distances([GaussianPair(1, *sides, 1.0)], options)
+    assert terms.lower <= 2
+    assert 2 + 1e-11 <= terms.upper <= 2 + 1e-7
+    assert bool(notes) == rounded
+
+
 @pytest.mark.parametrize("bounds", [False, True])
 @pytest.mark.parametrize("tokens", [500, 12])
 def test_a_moved_mean_is_not_lost_next_to_a_massive_coordinate(tokens, bounds):

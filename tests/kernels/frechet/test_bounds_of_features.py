@@ -86,6 +86,17 @@ def test_covariances_are_within_their_bounds_of_what_they_are_of(n, ratio):
     assert 0 < found.share < 1e-9
 
 
+@pytest.mark.parametrize("noise", [1.0, 1e-3, 1e-5, 1e-7, 0.0])
+def test_a_share_is_proved_only_where_the_covariance_is_definite_enough(noise):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 1] = x[:, 0] + noise * x[:, 1]
+    found = centring.covariance(x, centring.centre(x))
+    h = found.matrix / found.scale / found.scale[:, None]
+    smallest = torch.linalg.eigvalsh(h)[0].item()
+    assert found.share == 1.0 or found.share * smallest >= found.shift
+    assert (found.share < 1e-6) == (noise > 1e-4)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1e6])
 def test_moments_without_proofs_are_exact_to_rounding_of_the_deviations(ratio):
     for rows in (40, 1500):
