@@ -43,8 +43,7 @@ def by_operator(name: str, *tensors: Tensor | None) -> bool:
         return True
     for tensor in tensors:
         if not is_memory(tensor):
-            if tensor is not None and type(tensor) not in PLAIN:
-                _look_at_subclasses(name, *tensors)
+            _look_for_dtensors(name, *tensors)
             return True
     return False
 
@@ -64,12 +63,8 @@ def with_memory(name: str, argument: str, tensor: Tensor) -> Tensor:
         RuntimeError: in a trace, under a torch.func transform, or of a fake tensor: there are no numbers.
         TypeError: of another subclass that has no plain memory, as a DTensor.
     """
-    if (
-        type(tensor) in PLAIN
-        and not (tensor.is_neg() or tensor._is_zerotensor())
-        and not (_len_torch_dispatch_stack() or _are_functorch_transforms_active())
-        and _get_tracing_state() is None
-    ):
+    watched = _len_torch_dispatch_stack() or _are_functorch_transforms_active() or _get_tracing_state() is not None
+    if is_memory(tensor) and not watched:
         return tensor
     modes = _python_dispatch._get_current_dispatch_mode_stack()
     fake = _is_fake(tensor) or any(mode.is_infra_mode() for mode in modes)
@@ -119,7 +114,7 @@ def _refuse(name: str) -> NoReturn:
     )
 
 
-def _look_at_subclasses(name: str, *tensors: Tensor | None) -> None:
+def _look_for_dtensors(name: str, *tensors: Tensor | None) -> None:
     """DTensors stand beside DTensors alone; once there are some, the operators know how they may be sharded."""
     kinds = [type(tensor).__name__ for tensor in tensors if tensor is not None]
     if "DTensor" not in kinds:

@@ -224,7 +224,6 @@ def _after_fork_in_child() -> None:
         switch.keep(get_ident(), *SWITCHES.values())
 
 
-if hasattr(
-    os, "register_at_fork"
-):  # nobody is midway then, and the threads that are inside do not live on in the child
+if hasattr(os, "register_at_fork"):
+    # Nobody is midway then, and the threads that are inside do not live on in the child.
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_after_fork_in_child)

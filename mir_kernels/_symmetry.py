@@ -11,7 +11,7 @@ from mir_kernels._native import DTYPE_CODES, MISSING, C
 
 def mirrored(x: Tensor) -> bool:
     """Whether x (..., d, d) is its own transpose, entry for entry."""
-    if _native(x):
+    if native_reads(x):
         return not _flags(x, 1.0) & C.NOT_MIRRORED
     # Panels stay in cache while they are read across: on a CPU four times faster than one comparison at d = 2048.
     block = 128 if x.device.type == "cpu" else x.shape[-1]
@@ -24,14 +24,14 @@ def surely_semidefinite_like(x: Tensor, allowed: float) -> bool:
     """Whether x (..., d, d) is known to be finite and, up to `allowed` of its largest entry, symmetric with a diagonal
     of no negative entry and no entry beside a diagonal one of zero. False where that was not looked at.
     """
-    return _native(x) and not _flags(x, allowed) & ~C.NOT_MIRRORED
+    return native_reads(x) and not _flags(x, allowed) & ~C.NOT_MIRRORED
 
 
 def symmetrize(a: Tensor) -> Tensor:
     """(A + A^T) / 2 in float64, without overflow; A itself where it is symmetric."""
     if mirrored(a):
         return a.double()
-    if not _native(a):
+    if not native_reads(a):
         half = a.double() / 2
         return half + half.mT
     out = torch.empty_like(a, dtype=torch.float64)
@@ -40,7 +40,8 @@ def symmetrize(a: Tensor) -> Tensor:
     return out
 
 
-def _native(x: Tensor) -> bool:
+def native_reads(x: Tensor) -> bool:
+    """Whether the compiled kernels take x (..., d, d) as it lies in memory."""
     return (
         MISSING is None
         and x.device.type == "cpu"

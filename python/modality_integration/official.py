@@ -41,7 +41,7 @@ def matrix_sqrt(input: Tensor) -> Tensor:
     if input.dim() != 2:
         raise ValueError(f"input: takes one matrix (d, d), got {tuple(input.shape)}")
     _checks.finite("input", input)
-    rounding = min(max(1e-8, 64 * torch.finfo(input.dtype).eps), 1 / 32)
+    rounding = _checks.asymmetry_allowed(input.dtype)
     matrix = input.double()
     largest = matrix.detach().abs().max()
     scaled = matrix / torch.where(largest > 0, largest, 1.0)

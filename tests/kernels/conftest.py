@@ -62,5 +62,17 @@ class Guards:
 
 
 @pytest.fixture
+def default_settings() -> Iterator[None]:
+    """torch's own settings for float32 products before and after, and nobody left who has set them."""
+    from kernels.matmul_settings import start
+    from mir_kernels import _matmul_switch
+
+    start()
+    yield
+    start()
+    assert not any(switch.users for switch in _matmul_switch.SWITCHES.values())
+
+
+@pytest.fixture
 def guards(monkeypatch: pytest.MonkeyPatch) -> Guards:
     return Guards(monkeypatch)

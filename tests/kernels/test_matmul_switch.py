@@ -26,13 +26,7 @@ from kernels.matmul_settings import (
 from mir_kernels import _matmul_switch
 from mir_kernels._matmul_switch import OneValue, full_float32, own_value
 
-
-@pytest.fixture(autouse=True)
-def _default_settings():
-    start()
-    yield
-    start()
-    assert not any(switch.users for switch in _matmul_switch.SWITCHES.values())
+pytestmark = pytest.mark.usefixtures("default_settings")
 
 
 @tree
@@ -110,6 +104,10 @@ def test_an_interrupt_on_the_way_in_restores_too(backend, settings):
             return True
         finally:
             sys.settrace(None)
+            # A trace function can raise where `with` is about to give the lock back, which a signal's handler cannot:
+            # it runs after a call. Kept, the lock would stop the threads of later tests.
+            while _matmul_switch._LOCK._is_owned():
+                _matmul_switch._LOCK.release()
 
     start(**settings)
     before = observe()

@@ -25,13 +25,7 @@ from mir_kernels._matmul_switch import full_float32, own_value
 from mir_kernels._precision import float32_products
 from mir_kernels.ops.sqrtm import eager, float64
 
-
-@pytest.fixture(autouse=True)
-def _default_settings():
-    start()
-    yield
-    start()
-    assert not any(switch.users for switch in _matmul_switch.SWITCHES.values())
+pytestmark = pytest.mark.usefixtures("default_settings")
 
 
 def test_a_product_on_the_cpu_leaves_the_gpu_its_setting():

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from mir_kernels.ops.sqrtm import factor, float64
 from mir_kernels.ops.sqrtm.factor import UNIT
-from mir_kernels.ops.sqrtm.rounding import at_least, frobenius, gamma
+from mir_kernels.ops.sqrtm.rounding import FLOOR, MARGIN, at_least, frobenius, gamma
 
 _ROWS = 256  # summed at a time, then added up: a term of a sum over n rows passes through _ROWS + n / _ROWS roundings
 _PRODUCT_ROWS, _PRODUCT_COLUMNS = 1024, 256  # multiplied at a time
 _SAMPLE = 512  # rows of a rough mean, about
 _LEAST = 2.0**-450  # of a column, relative to the largest entry: products of what is smaller may underflow
-_FLOOR = 2.0**-1000  # more than underflow takes from an entry, also where subnormal numbers are flushed to zero
-_MARGIN = 1 + 1e-6  # for the roundings in bounds of errors, which are sums of positive numbers
 # Of |G - C| in C, most wanted first: what is proved is relative to it. A bound that is not costs the root of `shift`.
 _SHARES = (2.0**-46, 2.0**-40, 2.0**-34, 2.0**-30, 2.0**-27, 2.0**-24)
 
@@ -116,13 +114,13 @@ def centre(x: Tensor) -> Centred:
     # With y = x - coarse and z = y - fine as rounded, each subtraction is off by at most u times its result, and
     # |Y_j| <= (1 + u) |Z_j| + sqrt(n) |fine|. What the columns of Z still have of a mean is sqrt(n) |mean z| of their
     # length: as computed, and the rounding of that sum, whose terms add up to at most sqrt(n) |Z_j|.
-    subtracted = UNIT * (2.1 * most + root * fine.abs()) + root * _FLOOR
+    subtracted = UNIT * (2.1 * most + root * fine.abs()) + root * FLOOR
     drift = total.abs() / root + g * most
-    error = (subtracted + drift) * _MARGIN
+    error = (subtracted + drift) * MARGIN
     known = (norm >= _LEAST) & (norm > 4 * error)
     return Centred(
-        *(n, exponent, coarse, fine, error / root * _MARGIN, torch.where(known, norm, 0.0), g),
-        torch.where(known, error, (error + most) * _MARGIN),
+        *(n, exponent, coarse, fine, error / root * MARGIN, torch.where(known, norm, 0.0), g),
+        torch.where(known, error, (error + most) * MARGIN),
     )
 
 
@@ -152,13 +150,13 @@ def covariance(x: Tensor, centred: Centred) -> Covariance:
     matrix = matrix.mul_(torch.exp2(power)[:, None]).mul_(torch.exp2(power)).div_(n - 1)
     h, scale, exponent = factor.equilibrate(matrix)
     # The roots of C's diagonal are at least half of 2^power / sqrt(n - 1), and `scale` is no less than they are.
-    shift = (2.5 * UNIT * frobenius(h) + 4.5 * d * entry).item() * _MARGIN
+    shift = (2.5 * UNIT * frobenius(h) + 4.5 * d * entry).item() * MARGIN
     degrees = (n - 1) ** 0.5
     return Covariance(
         matrix,
         centred.exponent,
-        centred.norm * ((1 + centred.rounding) * _MARGIN / degrees),
-        centred.error * (_MARGIN / degrees),
+        centred.norm * ((1 + centred.rounding) * MARGIN / degrees),
+        centred.error * (MARGIN / degrees),
         float64.times_power(scale, exponent),
         shift,
         _share(h, shift),
@@ -167,7 +165,7 @@ def covariance(x: Tensor, centred: Centred) -> Covariance:
 
 def exactly(matrix: Tensor) -> Covariance:
     """A covariance (d, d), symmetric float64, that is what it is."""
-    deviation = matrix.diagonal().clamp(min=0.0).sqrt() * _MARGIN
+    deviation = matrix.diagonal().clamp(min=0.0).sqrt() * MARGIN
     zero = torch.zeros_like(deviation)
     return Covariance(matrix, zero.new_zeros(()), deviation, zero, deviation, 0.0, 0.0)
 
@@ -185,10 +183,10 @@ def widened(lower: Tensor, upper: Tensor, x: Covariance, y: Covariance) -> tuple
             below, above = below * (1 - one.share), above * (1 + one.share)
         else:
             apart += (2 * one.shift) ** 0.5 * (1 + 2 * one.shift)
-    both = (x.scale * y.scale).sum() * ((1 + 2 * max(x.shift, y.shift)) * _MARGIN * apart)
-    centring = (x.error * (y.deviation + y.error) + x.deviation * y.error).sum() * _MARGIN
-    lower = (lower * (below**0.5 * (1 - 8 * UNIT)) - both - centring - _FLOOR).clamp(min=0.0) * (1 - 8 * UNIT)
-    return lower, ((upper + both) * (above**0.5 * (1 + 8 * UNIT)) + centring) * (1 + 8 * UNIT) + _FLOOR
+    both = (x.scale * y.scale).sum() * ((1 + 2 * max(x.shift, y.shift)) * MARGIN * apart)
+    centring = (x.error * (y.deviation + y.error) + x.deviation * y.error).sum() * MARGIN
+    lower = (lower * (below**0.5 * (1 - 8 * UNIT)) - both - centring - FLOOR).clamp(min=0.0) * (1 - 8 * UNIT)
+    return lower, ((upper + both) * (above**0.5 * (1 + 8 * UNIT)) + centring) * (1 + 8 * UNIT) + FLOOR
 
 
 def _share(h: Tensor, shift: float) -> float:
@@ -199,7 +197,7 @@ def _share(h: Tensor, shift: float) -> float:
     for share in _SHARES:
         least = shift / share
         if least < 0.25 and bool(at_least(h, h.new_tensor(least))):
-            return share * _MARGIN
+            return share * MARGIN
     return 1.0
 
 

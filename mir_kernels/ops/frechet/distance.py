@@ -17,10 +17,7 @@ from mir_kernels.ops.frechet.centring import Centred
 from mir_kernels.ops.frechet.certificate import outward
 from mir_kernels.ops.sqrtm import factor, float64
 from mir_kernels.ops.sqrtm.factor import UNIT
-from mir_kernels.ops.sqrtm.rounding import at_least, gamma
-
-_FLOOR = 2.0**-1000  # more than underflow takes from an entry, also where subnormal numbers are flushed to zero
-_MARGIN = 1 + 1e-6  # for the roundings in bounds of errors, which are sums of positive numbers
+from mir_kernels.ops.sqrtm.rounding import FLOOR, MARGIN, at_least, gamma
 
 
 class Marginals(NamedTuple):
@@ -78,7 +75,7 @@ def mean_term(x: Marginals, y: Marginals) -> Term:
     difference = coarse + fine
     known = float64.times_power(x.mean_error, ours) + float64.times_power(y.mean_error, other)
     rounded = UNIT * (coarse.abs() + fine.abs() + difference.abs())
-    term = _sum_of_squares(difference, (known + rounded) * _MARGIN + _FLOOR)
+    term = _sum_of_squares(difference, (known + rounded) * MARGIN + FLOOR)
     return term._replace(exponent=term.exponent + 2 * exponent)
 
 
@@ -95,21 +92,21 @@ def deviation_term(x: Marginals, y: Marginals) -> Term:
     middles = [below / 2 + above / 2 for below, above in zip(lower, upper, strict=True)]
     difference = middles[0] - middles[1]
     halves = sum((above - below) / 2 for below, above in zip(lower, upper, strict=True))
-    term = _sum_of_squares(difference, (halves + 4 * UNIT * (middles[0] + middles[1])) * _MARGIN)
+    term = _sum_of_squares(difference, (halves + 4 * UNIT * (middles[0] + middles[1])) * MARGIN)
     return term._replace(exponent=term.exponent + 2 * exponent)
 
 
 def trace_term(x: Marginals) -> Term:
     """The trace of the covariance: the sum of the squares of the deviations."""
     middle = x.lower / 2 + x.upper / 2
-    term = _sum_of_squares(middle, ((x.upper - x.lower) / 2 + 4 * UNIT * middle) * _MARGIN)
+    term = _sum_of_squares(middle, ((x.upper - x.lower) / 2 + 4 * UNIT * middle) * MARGIN)
     return term._replace(exponent=term.exponent + 2 * x.exponent)
 
 
 def largest_root(x: Marginals, y: Marginals) -> tuple[Tensor, Tensor]:
     """At least Tr((AB)^(1/2)) for semi-definite A and B, by their diagonals alone, and the exponent left out of it."""
     d = x.upper.shape[-1]
-    return (x.upper * y.upper).sum(-1) * (1 + gamma(d + 8)) + _FLOOR, x.exponent + y.exponent
+    return (x.upper * y.upper).sum(-1) * (1 + gamma(d + 8)) + FLOOR, x.exponent + y.exponent
 
 
 def frechet(
@@ -137,9 +134,9 @@ def frechet(
     upper, lower = (float64.times_power(end, -exponent) for end in (upper, lower))
     sizes, g = scaled[0].abs().sum(-1) + scaled[1].abs().sum(-1), gamma(2 * cov_x.shape[-1] + 16)
     excess = [float64.times_power(_negative_parts(cov), -exponent) for cov in (cov_x, cov_y)]
-    indefinite = (excess[0] + excess[1]) * _MARGIN
-    least = outward(traces - 2 * upper - g * (sizes + 2 * upper) - _FLOOR, exponent, -1)
-    most = outward(traces - 2 * lower + g * (sizes + 2 * lower) + indefinite + _FLOOR, exponent, 1)
+    indefinite = (excess[0] + excess[1]) * MARGIN
+    least = outward(traces - 2 * upper - g * (sizes + 2 * upper) - FLOOR, exponent, -1)
+    most = outward(traces - 2 * lower + g * (sizes + 2 * lower) + indefinite + FLOOR, exponent, 1)
     least = torch.maximum(least, deviation_term(x, y).unscaled()[1].masked_fill(indefinite > 0, 0.0))
     least, most = least.masked_fill(equal, 0.0), most.masked_fill(equal, 0.0)
     infinite = torch.full_like(mean, torch.inf)
@@ -174,7 +171,7 @@ def negative_part(a: Tensor) -> Tensor:
         if not bool(unknown.any()):
             break
     dropped = (-a.diagonal(dim1=-2, dim2=-1)).clamp(min=0.0).sum(-1)
-    return float64.times_power(below * scale.square().sum(-1), 2 * exponent) * _MARGIN + dropped * _MARGIN
+    return float64.times_power(below * scale.square().sum(-1), 2 * exponent) * MARGIN + dropped * MARGIN
 
 
 def _sum_of_squares(v: Tensor, error: Tensor) -> Term:
@@ -182,8 +179,8 @@ def _sum_of_squares(v: Tensor, error: Tensor) -> Term:
     d = v.shape[-1]
     exponent = torch.frexp((v.abs() + error).amax(-1)).exponent.double()
     v, error = (float64.times_power(one, -exponent[..., None]) for one in (v, error))
-    error = error * (1 + 4 * UNIT) + _FLOOR
+    error = error * (1 + 4 * UNIT) + FLOOR
     value = v.square().sum(-1)
     lower = (v.abs() - error).clamp(min=0.0).square().sum(-1) * (1 - gamma(d + 8))
-    upper = (v.abs() + error).square().sum(-1) * (1 + gamma(d + 8)) + _FLOOR
+    upper = (v.abs() + error).square().sum(-1) * (1 + gamma(d + 8)) + FLOOR
     return Term(value, lower.clamp(max=value), upper.clamp(min=value), 2 * exponent)

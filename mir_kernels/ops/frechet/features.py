@@ -66,7 +66,7 @@ def _apart(x: Centred, y: Centred) -> Tensor:
     length_x, length_y = (one.norm * (1 + one.rounding) for one in (x, y))
     centring = x.error * (length_y + y.error) + length_x * y.error
     product = (rounding.gamma(len(x.norm) + 4) * min(x.rows, y.rows) ** 0.5) * (length_x * length_y)
-    return (centring + product).sum() * (1 + 1e-6) + _FLOOR
+    return (centring + product).sum() * rounding.MARGIN + _FLOOR
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:

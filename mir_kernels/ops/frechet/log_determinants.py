@@ -15,10 +15,9 @@ from torch import Tensor
 from mir_kernels.ops.frechet import native
 from mir_kernels.ops.frechet.band_reduction import RootSums, nodes
 from mir_kernels.ops.sqrtm.factor import UNIT
-from mir_kernels.ops.sqrtm.rounding import gamma
+from mir_kernels.ops.sqrtm.rounding import MARGIN, gamma
 
 _LEAST = 2.0**-900  # of entries: half a diagonal entry is exact far above it
-_MARGIN = 1 + 1e-6  # for the roundings in bounds of errors, which are sums of positive numbers
 
 
 def form_error(a: Tensor, b: Tensor, exponent: float) -> float:
@@ -40,7 +39,7 @@ def form_error(a: Tensor, b: Tensor, exponent: float) -> float:
     if power > 900:
         return math.inf
     both = math.ldexp(mantissa_a * mantissa_b, power)
-    return g * (1 + 2 * math.sqrt(2) * (1 + g)) * (1 + 2 * g) * both * (1 + gamma(a.numel())) * _MARGIN
+    return g * (1 + 2 * math.sqrt(2) * (1 + g)) * (1 + 2 * g) * both * (1 + gamma(a.numel())) * MARGIN
 
 
 def root_bounds(
@@ -62,7 +61,7 @@ def root_bounds(
     # Below 1e-13 the rounding of the nodes counts, and above `largest` there is nothing.
     if not (0 < 1e-13 * largest <= least <= largest and moved <= 0.99 * least):
         return None
-    slope_of_roots = _MARGIN / (1 + math.sqrt(1 - moved / least))
+    slope_of_roots = MARGIN / (1 + math.sqrt(1 - moved / least))
     rounded = 2.4 * slope_of_roots * moved * math.sqrt(sums.inverse) / sums.total
     width = min(max(tolerance, 2 * rounded), widest)
     if not rounded <= 0.875 * width:  # too wide before anything is factored
@@ -83,7 +82,7 @@ def root_bounds(
         + math.fsum(w * e for w, e in zip(weights.tolist(), errors, strict=True))
         + slope_of_roots * moved * math.sqrt(inverse)
         + gamma(8) * (d * math.sqrt(centre) + math.fsum(map(abs, terms)))
-    ) * _MARGIN
+    ) * MARGIN
     lower, upper = middle - slack, middle + slack
     return (lower, upper) if upper - lower <= widest * upper else None
 
@@ -99,7 +98,7 @@ def _log_determinants(
     if bool(size.isnan().any()):
         return None
     # L L^T = m + s + E with |E| <= gamma |L| |L^T|.
-    backward = (gamma(native.roundings(d)) * size * torch.minimum(size, spectral) * _MARGIN).tolist()
+    backward = (gamma(native.roundings(d)) * size * torch.minimum(size, spectral) * MARGIN).tolist()
     if not lowest - backward[0] >= least:
         return None
     shares = [0.0] + [e / (least + s) for e, s in zip(backward[1:], at[1:], strict=True)]
@@ -109,19 +108,19 @@ def _log_determinants(
     logs = (pivots.square() / shifts.new_tensor(references)[:, None]).log()
     found, sizes = logs.sum(-1).tolist(), logs.abs().sum(-1).tolist()
     # Of the logarithms and of their sum; and of E, to begin with for all eigenvalues as small as the smallest.
-    summed = [(4 * UNIT * d + gamma(d + 8) * size) * _MARGIN for size in sizes]
-    errors = [n + share * math.sqrt(d) / (1 - share) * _MARGIN for n, share in zip(summed, shares, strict=True)]
+    summed = [(4 * UNIT * d + gamma(d + 8) * size) * MARGIN for size in sizes]
+    errors = [n + share * math.sqrt(d) / (1 - share) * MARGIN for n, share in zip(summed, shares, strict=True)]
     # A log determinant is concave in its shift: the trace of (m + s)^-1 is no more than the slope up to s. The first
     # one found is no more than that of m - lowest + backward[0], because E is not.
     traces, before = [], backward[0] - lowest
     for j in range(1, len(at)):
         further = d * math.log1p((at[j] - max(at[j - 1], 0.0)) / references[j - 1])
-        change = found[j] - found[j - 1] + errors[j] + errors[j - 1] + further * _MARGIN
-        traces.append(change / (at[j] - before) * _MARGIN)
+        change = found[j] - found[j - 1] + errors[j] + errors[j - 1] + further * MARGIN
+        traces.append(change / (at[j] - before) * MARGIN)
         before = at[j]
     errors = [
-        n + e * math.sqrt(trace / (least + s)) / (1 - share) * _MARGIN
+        n + e * math.sqrt(trace / (least + s)) / (1 - share) * MARGIN
         for n, e, trace, s, share in zip(summed[1:], backward[1:], traces, at[1:], shares[1:], strict=True)
     ]
-    inverse = (1 + at[1] / least) * traces[0] * _MARGIN  # 1/l <= (1 + s / least) / (l + s)
+    inverse = (1 + at[1] / least) * traces[0] * MARGIN  # 1/l <= (1 + s / least) / (l + s)
     return found[1:], errors, inverse

@@ -9,30 +9,17 @@ import torch
 from torch import Tensor
 
 from mir_kernels._checks import asymmetry_allowed
-from mir_kernels._gate import is_memory
+from mir_kernels._symmetry import native_reads
 from mir_kernels.ops.frechet import native, standard_form
 from mir_kernels.ops.frechet.launch import CHUNK
 from mir_kernels.ops.frechet.report import TOLERANCE
-
-_DTYPES = (torch.float64, torch.float32)
 
 
 def trace(a: Tensor, b: Tensor) -> Tensor | None:
     """Tr((AB)^(1/2)) of square matrices of one shape, accepted with 1e-8; None where the longer way has to find it, or
     to say what is wrong with them."""
     d = a.shape[-1]
-    if not (
-        native.MISSING is None
-        and a.is_cpu
-        and d < standard_form.BANDED
-        and 0 < a.numel() <= CHUNK
-        and a.dtype in _DTYPES
-        and b.dtype in _DTYPES
-        and is_memory(a)
-        and is_memory(b)
-        and a.is_contiguous()
-        and b.is_contiguous()
-    ):
+    if not (d < standard_form.BANDED and a.numel() <= CHUNK and native_reads(a) and native_reads(b)):
         return None
     form = native.checked_standard_form(a, b, asymmetry_allowed(a.dtype), asymmetry_allowed(b.dtype))
     if form is None:

@@ -34,9 +34,7 @@ def moca(
     rounded once. Differentiable once, for x, scale and shift; column sums in float32, the same bits on every run.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run here.
     """
-    shared = None
-    if isinstance(mask, VisionMask):
-        shared, mask = mask, mask.mask
+    mask, shared = _tensor_and_shared(mask)
     _check(x, scale, shift, mask)
     if by_operator("moca", x, scale, shift, mask):
         # In place, what backward keeps must not be the tensor that changes.
@@ -76,9 +74,7 @@ def add_moca_rms_norm(
     Llama's RMSNorm on top of the separate operations. rsqrt, mean and all sums in float32 (float64 for float64).
     Differentiable once, for x, residual, scale, shift and weight. Errors as in `moca`.
     """
-    shared = isinstance(mask, VisionMask)
-    if isinstance(mask, VisionMask):
-        mask = mask.mask
+    mask, shared = _tensor_and_shared(mask)
     _check(x, scale, shift, mask)
     if not _fit(x, residual, weight):
         _explain_addition(x, residual, weight)
@@ -88,10 +84,15 @@ def add_moca_rms_norm(
         out, h, _ = torch.ops.mir_kernels.add_moca_rms_norm(*arguments)
         return out, h
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments, shared)
+        out, h, _ = autograd.AddMocaRmsNorm.apply(*arguments, shared is not None)
     else:
         out, h, _ = launch.add_rms_forward(*arguments)
     return out, h
+
+
+def _tensor_and_shared(mask: Tensor | VisionMask) -> tuple[Tensor, VisionMask | None]:
+    """The mask as a tensor, and as what layers share if it came as that."""
+    return (mask.mask, mask) if isinstance(mask, VisionMask) else (mask, None)
 
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:

@@ -15,7 +15,7 @@ REDUCED = "reduced"  # there only where something has been reduced
 
 
 def number(value: int) -> Tensor:
-    """An integer that is no tensor of the moments."""
+    """An integer in a state."""
     return torch.tensor(value, dtype=torch.int64, device="cpu")
 
 

@@ -117,20 +117,19 @@ def coupled(a: Tensor, precision: str, iterations: int) -> tuple[Tensor, Tensor,
     y, z = (a / scale).to(dtype), eye.expand_as(a).clone()
     best = (y, z, torch.full_like(rows, float("inf")))
     alive = torch.ones_like(rows, dtype=torch.bool)
-    for i in range(iterations + 1):
-        with float32_products(a.device, dtype):
+    with float32_products(a.device, dtype):
+        for i in range(iterations + 1):
             t = product(z, y)
-        residual = (frobenius(eye.to(working) - t.to(working)) / d**0.5).nan_to_num(float("inf"))
-        better = alive & (residual < best[2])
-        alive = alive & (residual < 10 * best[2])
-        # The residual starts near 1 and may stay there for a while: until it falls, the last iterate is the best.
-        better = better | (alive & (residual < 1.0 + 1e-3))
-        by, bz, br = best
-        best = torch.where(better, y, by), torch.where(better, z, bz), torch.where(better, residual, br)
-        if i == iterations:
-            break
-        t = (1.5 * eye - 0.5 * t).to(dtype)
-        with float32_products(a.device, dtype):
+            residual = (frobenius(eye.to(working) - t.to(working)) / d**0.5).nan_to_num(float("inf"))
+            better = alive & (residual < best[2])
+            alive = alive & (residual < 10 * best[2])
+            # The residual starts near 1 and may stay there for a while: until it falls, the last iterate is the best.
+            better = better | (alive & (residual < 1.0 + 1e-3))
+            by, bz, br = best
+            best = torch.where(better, y, by), torch.where(better, z, bz), torch.where(better, residual, br)
+            if i == iterations:
+                break
+            t = (1.5 * eye - 0.5 * t).to(dtype)
             y, z = product(y, t), product(t, z)
     y, z, residual = best
     root = largest.sqrt() * scale.sqrt()

@@ -12,6 +12,9 @@ from torch import Tensor
 from mir_kernels.ops.sqrtm import float64
 from mir_kernels.ops.sqrtm.factor import UNIT, gram
 
+MARGIN = 1 + 1e-6  # for the roundings in bounds of errors, which are sums of positive numbers
+FLOOR = 2.0**-1000  # more than underflow takes from an entry, also where subnormal numbers are flushed to zero
+
 
 def gamma(n: int) -> float:
     """The relative error that n roundings can make in any order (Higham, Accuracy and Stability, Lemma 3.1)."""

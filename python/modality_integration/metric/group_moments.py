@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels import StreamingMoments
+from mir_kernels.ops.moments.state import number
 from mir_kernels.ops.moments.streaming import ROWS
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.host_memory import HostMemory
@@ -146,7 +147,7 @@ class GroupMoments:
         if away.state is None or not away.late:
             return dict(away.state or {})
         pending = torch.cat(rows)
-        return {**away.state, "pending": pending, "bound": torch.tensor(len(pending), dtype=torch.int64, device="cpu")}
+        return {**away.state, "pending": pending, "bound": number(len(pending))}
 
     def load(self, slot: Slot, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave, on the device. ValueError or TypeError if it does not fit."""

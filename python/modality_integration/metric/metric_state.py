@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks
+from mir_kernels.ops.moments.state import number
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.host_memory import HostMemory
@@ -25,7 +26,7 @@ def to_tensors(layers: Sequence[LayerAccumulator], samples: int) -> dict[str, Te
     The layers' own tensors, where they can be: copy them to keep them through what comes next.
     """
     numbers = {"version": VERSION, "samples": samples}
-    state = {name: torch.tensor(number, dtype=torch.int64, device="cpu") for name, number in numbers.items()}
+    state = {name: number(value) for name, value in numbers.items()}
     for k, layer in enumerate(layers):
         state |= {f"layers.{k}.{key}": value for key, value in layer.state_dict().items()}
     return state

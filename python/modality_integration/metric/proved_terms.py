@@ -23,10 +23,9 @@ from mir_kernels.ops.frechet.distance import (
     trace_term,
 )
 from mir_kernels.ops.sqrtm import float64
-from mir_kernels.ops.sqrtm.rounding import gamma
+from mir_kernels.ops.sqrtm.rounding import MARGIN, gamma
 from modality_integration.metric.result import LayerTerms
 
-_MARGIN = 1 + 1e-6  # for the roundings in bounds of errors
 _LARGEST_ALPHA = 2.0**400  # above it squares of the tokens may have underflown in their norms
 
 
@@ -130,8 +129,8 @@ def prove(terms: LayerTerms, sides: tuple[ProvedSide, ProvedSide], root: ProvedR
     # What the traces are off by goes into the root's: what counts is the traces less twice the root.
     below = (terms.trace_vision - traces[0][0]) + (terms.trace_text - traces[1][0])
     above = (traces[0][1] - terms.trace_vision) + (traces[1][1] - terms.trace_text)
-    terms.root_lower = math.nextafter(lower - 0.5 * _MARGIN * above, -math.inf)
-    terms.root_upper = math.nextafter(upper + 0.5 * _MARGIN * below, math.inf)
+    terms.root_lower = math.nextafter(lower - 0.5 * MARGIN * above, -math.inf)
+    terms.root_upper = math.nextafter(upper + 0.5 * MARGIN * below, math.inf)
     terms.trace_root = _between(terms.trace_root, terms.root_lower, terms.root_upper)
 
 

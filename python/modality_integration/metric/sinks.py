@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mir_kernels import _checks
+from mir_kernels.ops.moments.state import number
 from modality_integration.metric.outliers import KEEP_ALL, Decision, Limits, OnePass, three_sigma
 from modality_integration.metric.tokens import sent
 
@@ -167,8 +168,7 @@ class SinkTokens:
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors: `held` (h, d), and (n,) each `norms`, `groups`, `positions`, `massive`; `beyond`, a number."""
         state = {name: getattr(self, name) for name in self._FIELDS}
-        beyond = torch.tensor(self.beyond, dtype=torch.int64, device="cpu")
-        return {"held": self.rows.clone(), **state, "beyond": beyond}
+        return {"held": self.rows.clone(), **state, "beyond": number(self.beyond)}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
