@@ -14,7 +14,7 @@ from modality_integration.app.samples import Sample, open_image
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.streaming import ModalityIntegrationRate
 from modality_integration.models.capture import capture
-from modality_integration.models.decoder import parameter_device
+from modality_integration.models.placement import parameter_device
 from modality_integration.training.measure import lean_forward
 
 

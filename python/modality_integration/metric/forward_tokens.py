@@ -12,6 +12,7 @@ from torch import Tensor
 from mir_kernels import _checks, token_norms
 from mir_kernels._gate import with_memory
 from modality_integration.metric import MODALITIES
+from modality_integration.metric.packing import Packing
 from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens
 from modality_integration.metric.tokens import one_tensor_a_layer, require_finite, sent
 
@@ -20,18 +21,27 @@ class ForwardTokens(NamedTuple):
     """Where the tokens of a modality lie in (T,) or (B, T), and their norms a layer; by modality, on the CPU.
 
     indices: int64 (n, 1 or 2).  norms: one float32 (n,) a layer.  sinks: which are attention sinks, a layer; None where
-    no token is.
+    no token is.  samples: the number of each token's sample, int64 (n,), from 0.
     """
 
     indices: dict[str, Tensor]
     norms: dict[str, list[Tensor]]
     sinks: dict[str, list[SinkMarks]] | None
+    samples: dict[str, Tensor]
 
     @classmethod
     def of(
-        cls, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor, backend: str | None
+        cls,
+        hidden_states: Sequence[Tensor],
+        vision_mask: Tensor,
+        text_mask: Tensor,
+        backend: str | None,
+        packing: Packing | None = None,
     ) -> ForwardTokens:
-        """ValueError or TypeError where the hidden states and masks do not fit, or a masked token is not finite."""
+        """ValueError or TypeError where the hidden states and masks do not fit, or a masked token is not finite.
+
+        packing: where a row is several samples; else each row of (B, T), or all of (T,), is one.
+        """
         masks = _masks(hidden_states, vision_mask, text_mask)
         indices = {modality: mask.nonzero() for modality, mask in masks.items()}
         every = [token_norms(hidden.detach(), backend=backend) for hidden in hidden_states]
@@ -42,8 +52,21 @@ class ForwardTokens(NamedTuple):
         for k in range(len(hidden_states)):
             for modality, index in indices.items():
                 require_finite(norms[modality][k], k + 1, modality, partial(_place, index))
-        massive = massive_tokens(torch.stack(every), masks, partial(_concentrated, hidden_states))
-        return cls(indices, norms, None if massive is None else _marks(massive, indices))
+        if packing is None:
+            massive = massive_tokens(torch.stack(every), masks, partial(_concentrated, hidden_states))
+            of_rows = masks["vision"].dim() == 2
+            samples = {m: i[:, 0] if of_rows else torch.zeros_like(i[:, 0]) for m, i in indices.items()}
+            return cls(indices, norms, None if massive is None else _marks(massive, indices), samples)
+        samples = {m: packing.sample[tuple(i.unbind(1))] for m, i in indices.items()}
+        if outside := sum(int((numbers < 0).sum()) for numbers in samples.values()):
+            raise ValueError(f"sample_ids: {outside} tokens of the masks are in no sample, their number is negative")
+        massive = massive_tokens(
+            torch.stack([packing.unpacked(layer) for layer in every]),
+            {m: packing.unpacked(mask) for m, mask in masks.items()},
+            lambda layer, places: _concentrated(hidden_states, layer, packing.tokens(places)),
+        )
+        marks = None if massive is None else _marks(packing.packed(massive), indices, packing.position)
+        return cls(indices, norms, marks, samples)
 
     def places_on(self, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
         """What to index a layer's hidden states on `device` with, for each modality that has tokens."""
@@ -81,12 +104,15 @@ def _concentrated(hidden_states: Sequence[Tensor], layer: int, places: Tensor) -
     return concentrated(hidden[tuple(sent(places, hidden.device).unbind(1))])
 
 
-def _marks(massive: Tensor, indices: Mapping[str, Tensor]) -> dict[str, list[SinkMarks]]:
-    """What `massive_tokens` found, by modality and layer."""
+def _marks(
+    massive: Tensor, indices: Mapping[str, Tensor], position: Tensor | None = None
+) -> dict[str, list[SinkMarks]]:
+    """What `massive_tokens` found, by modality and layer. position: (B, T), in its sample; else the column."""
     sink = massive.any(0)
     marks: dict[str, list[SinkMarks]] = {}
     for modality, index in indices.items():
-        place, positions = tuple(index.unbind(1)), index[:, -1].to(torch.int32)
+        place = tuple(index.unbind(1))
+        positions = (index[:, -1] if position is None else position[place]).to(torch.int32)
         marks[modality] = [SinkMarks(sink[place], layer[place], positions) for layer in massive]
     return marks
 

@@ -28,13 +28,27 @@ from modality_integration.metric.features import feature_layer_result
 from modality_integration.metric.layer import LayerResult, mir_result
 from modality_integration.metric.options import MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
 from modality_integration.metric.outliers import Limits
+from modality_integration.metric.packing import Packing, ids_of
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens, no_sinks
 from modality_integration.metric.tokens import require_finite, require_tokens
 
 
-def save_states(path: str | Path, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> None:
-    """Write the hidden states of decoder layers 1..K and the token roles in the layout above."""
+def save_states(
+    path: str | Path,
+    hidden_states: Sequence[Tensor],
+    vision_mask: Tensor,
+    text_mask: Tensor,
+    sample_ids: Tensor | None = None,
+) -> None:
+    """Write the hidden states of decoder layers 1..K and the token roles in the layout above.
+
+    sample_ids: as for `ModalityIntegrationRate.update`; packed samples are written a row each.
+    """
+    if (ids := ids_of(hidden_states, sample_ids)) is not None:
+        packing = Packing(ids, tuple(hidden_states[0].shape[:-1]))
+        hidden_states = [packing.unpacked(hidden.detach()) for hidden in hidden_states]
+        vision_mask, text_mask = packing.unpacked(vision_mask), packing.unpacked(text_mask)
     tensors = {f"layer.{k}": hidden.detach().contiguous() for k, hidden in enumerate(hidden_states, 1)}
     tensors |= {"vision_mask": vision_mask.contiguous(), "text_mask": text_mask.contiguous()}
     save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, path)

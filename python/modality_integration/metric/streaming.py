@@ -23,6 +23,7 @@ from modality_integration.metric.layer import layer_results, mir_result
 from modality_integration.metric.memory import MemoryToCome, memory_to_come
 from modality_integration.metric.options import MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
 from modality_integration.metric.outliers import Limits
+from modality_integration.metric.packing import Packing, ids_of
 from modality_integration.metric.sync import gathered, transport_device
 from modality_integration.metric.tensor_result import MIRTensor
 
@@ -121,21 +122,31 @@ class ModalityIntegrationRate(GuardedMetric):
         self._samples = 0  # seen by this process
         self._limits: list[dict[str, Limits]] | None = None
 
-    def update(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> None:
+    def update(
+        self,
+        hidden_states: Sequence[Tensor],
+        vision_mask: Tensor,
+        text_mask: Tensor,
+        sample_ids: Tensor | None = None,
+    ) -> None:
         """Count the tokens of one forward pass.
 
         hidden_states: one tensor (B, T, d) or (T, d) per decoder layer 1..K, f32/bf16/f16/f64, any strides, each on any
         device. vision_mask, text_mask: bool or uint8 (B, T) or (T,), no token in both; either may be empty.
+        sample_ids: where a row is several samples (packed, padding-free), whole numbers (B, T) or (T,), of each token's
+        sample in its row, negative for tokens in none. `capture` finds them, and its `hidden_states` bring them along.
         Raises ValueError or TypeError if anything does not fit, or a masked token is not finite, TorchMetricsUserError
         between `sync` and `unsync`; then nothing changes.
         """
         check_hidden_states(hidden_states)
         self._check_shapes("hidden_states", [(hidden.shape[-1], hidden.dtype) for hidden in hidden_states])
-        tokens = ForwardTokens.of(hidden_states, vision_mask, text_mask, self.options.backend)
-        groups = self._deal(hidden_states[0])
+        packing = _packing(hidden_states, sample_ids)
+        tokens = ForwardTokens.of(hidden_states, vision_mask, text_mask, self.options.backend, packing)
+        count = _sample_count(hidden_states[0], packing)
+        groups = self._deal(count)
         # Not in inference mode even if the model ran in it: the accumulators outlive it.
         with torch.inference_mode(False), torch.no_grad():
-            self._samples += _sample_count(hidden_states[0])
+            self._samples += count
             if not self._layers:
                 self._device = hidden_states[0].device
                 self._layers = [self._layer(k, h.shape[-1], h.dtype, h.device) for k, h in enumerate(hidden_states)]
@@ -145,7 +156,7 @@ class ModalityIntegrationRate(GuardedMetric):
                 if layer.device != hidden.device:
                     layer.to(hidden.device)
                 for modality, place in places[hidden.device].items():
-                    rows, of_samples = hidden.detach()[place], groups[tokens.indices[modality][:, 0]]
+                    rows, of_samples = hidden.detach()[place], groups[tokens.samples[modality]]
                     marks = None if tokens.sinks is None else tokens.sinks[modality][k]
                     layer.push(modality, rows, tokens.norms[modality][k], of_samples, marks)
 
@@ -165,18 +176,25 @@ class ModalityIntegrationRate(GuardedMetric):
             )
         return result
 
-    def forward(self, hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> MIRTensor:
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor],
+        vision_mask: Tensor,
+        text_mask: Tensor,
+        sample_ids: Tensor | None = None,
+    ) -> MIRTensor:
         """Update, and give the MIR of this call's tokens alone. If they have none (too few tokens), nothing changes."""
         self.require_unsynced("forward()")
         check_hidden_states(hidden_states)
         batch = self._sibling()
         batch.sync_on_compute = batch._to_sync = self.dist_sync_on_step
         if self.options.samples is not None:  # this call's alone, into all groups
-            samples = max(_sample_count(hidden_states[0]) * batch._of[1], 1)
+            packing = _packing(hidden_states, sample_ids)
+            samples = max(_sample_count(hidden_states[0], packing) * batch._of[1], 1)
             batch.options = replace(batch.options, samples=samples)
-        batch.update(hidden_states, vision_mask, text_mask)
+        batch.update(hidden_states, vision_mask, text_mask, sample_ids)
         result = batch.compute()
-        self.update(hidden_states, vision_mask, text_mask)
+        self.update(hidden_states, vision_mask, text_mask, sample_ids)
         self._forward_cache: Any = result
         return result
 
@@ -296,18 +314,11 @@ class ModalityIntegrationRate(GuardedMetric):
             return 0, 1
         return torch.distributed.get_rank(self.process_group), torch.distributed.get_world_size(self.process_group)
 
-    def _deal(self, hidden: Tensor) -> Tensor:
-        """The groups of the samples of (B, T, d), by sample, or of (T, d), by token: uint8."""
+    def _deal(self, count: int) -> Tensor:
+        """The groups of the next `count` samples: uint8 (count,)."""
         process, processes = self._of
-        groups = dealt(
-            self._samples,
-            _sample_count(hidden),
-            self.options.groups,
-            self.options.samples,
-            process=process,
-            processes=processes,
-        )
-        return groups if hidden.dim() == 3 else groups.expand(len(hidden))
+        options = self.options
+        return dealt(self._samples, count, options.groups, options.samples, process=process, processes=processes)
 
     def _check_shapes(self, name: str, shapes: list[tuple[int, torch.dtype]]) -> None:
         known = [(layer.hidden_size, layer.dtype) for layer in self._layers]
@@ -376,6 +387,14 @@ class ModalityIntegrationRate(GuardedMetric):
         return this
 
 
-def _sample_count(hidden: Tensor) -> int:
-    """Of (B, T, d) B, of (T, d) one."""
+def _packing(hidden_states: Sequence[Tensor], sample_ids: Tensor | None) -> Packing | None:
+    """Where samples lie in the rows of these hidden states; None where each row is one."""
+    sample_ids = ids_of(hidden_states, sample_ids)
+    return None if sample_ids is None else Packing(sample_ids, tuple(hidden_states[0].shape[:-1]))
+
+
+def _sample_count(hidden: Tensor, packing: Packing | None) -> int:
+    """Of (B, T, d) B, of (T, d) one, unless they are packed."""
+    if packing is not None:
+        return len(packing)
     return len(hidden) if hidden.dim() == 3 else 1

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 
 from mir_kernels.ops.moca import VisionMask
 from modality_integration.models.decoder import LayerOutput
 from modality_integration.models.forward_watch import ForwardPass, ForwardWatch
+from modality_integration.models.placement import gathered_by_all
 
 HELD_AS = "_moca"  # the attribute of a decoder layer that holds its calibration
 
@@ -54,8 +54,6 @@ class Calibration:
     def apply(self, layer: nn.Module, args: tuple[Any, ...], output: LayerOutput) -> LayerOutput | None:
         """Forward hook of a decoder layer: its output after MoCa, or None where the output stays as it is."""
         state: Tensor = output[0] if isinstance(output, tuple) else output
-        if state.shape[-2] == 1:  # a decoding step
-            return None
         if self.watch.running is not None and self.watch.running.moca.has_calibrated(state):
             return None
         mask = self.mask(layer, state)
@@ -75,7 +73,10 @@ class Calibration:
             return self._mask_outside(shape).to(state.device)
         moca = running.moca
         if moca.vision is None:
-            vision = running.vision(shape, self.vision)
+            if running.continues(shape[1]) and not running.is_marked(self.vision):  # a decoding step
+                vision = torch.zeros(shape, dtype=torch.bool, device=state.device)
+            else:
+                vision = running.vision(shape, self.vision)
             moca.idle = not torch.compiler.is_compiling() and not bool(vision.any())
             moca.vision = vision
             self._remember(running, vision)
@@ -140,7 +141,8 @@ def _needed_by_other_processes(moca: nn.Module) -> bool:
     if not distributed or torch.distributed.get_world_size() == 1:
         return False
     parameters = list(moca.parameters())
-    sharded = any(isinstance(p, DTensor) for p in parameters)  # by itself: with the layer it is whole by now
+    # Sharded by itself: with the layer it is whole by now.
+    sharded = hasattr(moca, "_fsdp_wrapped_module") or any(map(gathered_by_all, parameters))
     return sharded or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mir_kernels import _checks
-from modality_integration.models.decoder import Decoder, LayerOutput, Layers, find_decoder
-from modality_integration.models.forward_watch import ForwardPass, ForwardWatch
-from modality_integration.models.token_roles import Mask, text_after_vision
+from modality_integration.metric.packing import PackedStates
+from modality_integration.models.decoder import Decoder, LayerOutput, Layers, find_decoder, refuse_several_streams
+from modality_integration.models.forward_watch import ForwardPass, ForwardWatch, generation_running
+from modality_integration.models.token_roles import Mask, is_packed, text_after_vision
 
 
 @contextmanager
@@ -21,6 +22,7 @@ def capture(
     *,
     last: Literal["normed", "raw"] = "normed",
     text: Literal["after", "all"] = "after",
+    audio: Literal["leave out", "text"] = "leave out",
     vision_mask: Mask = None,
     text_mask: Mask = None,
     layers: Layers = None,
@@ -40,18 +42,29 @@ def capture(
     block, or the name of the forward argument that carries one. `layers` names the decoder layers (qualified name, or
     the modules) where they are not found by structure.
 
-    Each pass replaces the one before. Decoding steps (one token after a cache) are not passes: after `generate`, the
-    prefill is what stands. Errors: ValueError for models without vision tokens in the stream (cross-attention,
-    encoder-decoder), for compiled models, and, when masks are read, for rows without an image.
+    Audio features are neither, unless `audio="text"` counts them as text.
+
+    A row may be several samples, packed one after the other: then `sample_ids` numbers them, text is what comes after
+    the last vision token of its own sample, and `ModalityIntegrationRate.update` counts each as one, because
+    `hidden_states` bring the numbers along. They are told by `position_ids` that begin anew, by `cu_seq_lens_q`,
+    `seq_idx`, or an attention_mask that numbers samples 1, 2, ..., as the caller passes them.
+
+    Each pass replaces the one before, but for chunks of one prompt, which are put together: passes that go on with the
+    cached sequence and bring vision tokens or, outside `generate`, more than one token. Decoding steps, drafts and the
+    passes of guidance are not passes: after `generate`, the prefill is what stands.
+    Errors: ValueError for models without vision tokens in the stream (cross-attention, encoder-decoder) or with several
+    streams, for compiled models, and, when masks are read, for rows or samples without an image.
     """
     _checks.choice("last", last, ("normed", "raw"))
+    _checks.choice("audio", audio, ("leave out", "text"))
     _checks.choice("text", text, ("after", "all"))
     decoder = find_decoder(model, layers)
+    refuse_several_streams(model)
     if decoder.norm is None and last == "normed":
         raise ValueError('last: no final norm was found beside the decoder layers; take last="raw"')
     named = tuple(m for m in (vision_mask, text_mask) if isinstance(m, str))
     watch = ForwardWatch(model, decoder, named=named)
-    seen = Capture(decoder, watch, last, text, vision_mask, text_mask)
+    seen = Capture(decoder, watch, last, _Reading(text, audio, vision_mask, text_mask))
     try:
         yield seen
     finally:
@@ -64,13 +77,13 @@ class Capture:
     Hidden states are detached, share memory with the model's own tensors and stay on the device that computed them.
     """
 
-    def __init__(
-        self, decoder: Decoder, watch: ForwardWatch, last: str, text: str, vision_mask: Mask, text_mask: Mask
-    ) -> None:
+    def __init__(self, decoder: Decoder, watch: ForwardWatch, last: str, reading: _Reading) -> None:
         self.layer_names = list(decoder.names)
         self.passes = 0
-        self._watch, self._text = watch, text
-        self._given_vision, self._given_text = vision_mask, text_mask
+        self._watch, self._reading = watch, reading
+        self._extends = False  # the pass that is being recorded goes on with the one before
+        self._prompt: int | None = None  # how many of its tokens count, where not all do
+        self._read = False  # someone has had the states or masks: they are complete
         self._recording: list[Tensor] | None = None
         self._states: list[Tensor] = []
         self._versions: list[int | None] = []
@@ -87,38 +100,49 @@ class Capture:
 
     @property
     def hidden_states(self) -> list[Tensor]:
-        """Outputs of decoder layers 1..K, each (B, T, d), in the model's dtype."""
-        self._roles_of_pass()
+        """Outputs of decoder layers 1..K, each (B, T, d), in the model's dtype; PackedStates where rows are packed."""
+        roles = self._roles_of_pass()
         for name, state, version in zip(self.layer_names, self._states, self._versions, strict=True):
             if version is not None and state._version != version:
                 raise RuntimeError(
                     f"hidden_states: the output of {name} was overwritten in place after it was recorded"
                 )
-        return list(self._states)
+        ids = roles.sample_ids() if roles.may_be_packed else None
+        return list(self._states) if ids is None else PackedStates(self._states, ids)
 
     @property
     def vision_mask(self) -> Tensor:
-        """(B, T) bool: the vision tokens. ValueError if a row has none, or nothing marks them."""
-        return self._roles_of_pass().masks()[0]
+        """(B, T) bool: the vision tokens. ValueError if a row or sample has none, or nothing marks them."""
+        return self._roles_of_pass().masks().vision
 
     @property
     def text_mask(self) -> Tensor:
-        """(B, T) bool: the text tokens, padding left out. ValueError if a row has no image."""
-        return self._roles_of_pass().masks()[1]
+        """(B, T) bool: the text tokens, padding left out. ValueError if a row or sample has no image."""
+        return self._roles_of_pass().masks().text
+
+    @property
+    def sample_ids(self) -> Tensor | None:
+        """(B, T) int64: of each token the number of its sample in its row, -1 for padding; None if each row is one."""
+        return self._roles_of_pass().masks().sample_ids
+
+    @property
+    def samples(self) -> int:
+        """How many samples the pass had."""
+        return len(self._roles_of_pass().masks().first)
 
     @property
     def image_first(self) -> int:
-        """How many rows have a vision token as the first of their sequence, padding aside.
+        """How many samples have a vision token as the first of their sequence, padding aside.
 
         A decoder makes the first token an attention sink in nearly every case, whatever it is.
         """
-        roles = self._roles_of_pass()
-        vision, _ = roles.masks()
-        return int(vision.gather(-1, roles.first.to(vision.device)).sum())
+        masks = self._roles_of_pass().masks()
+        return int(masks.vision[tuple(masks.first.unbind(1))].sum())
 
     def _roles_of_pass(self) -> _Roles:
         if self._roles is None:
             raise RuntimeError("capture: no forward pass of the model has been recorded in this block")
+        self._read = True
         return self._roles
 
     def _remove(self) -> None:
@@ -131,7 +155,22 @@ class Capture:
         x = _hidden_input(args, kwargs)
         # Layers that run outside a pass of the model are a checkpoint's recomputation.
         running = self._watch.running
-        self._recording = None if running is None or running.decodes(x.shape[-2]) else []
+        self._recording = None if running is None else self._begun(running, (x.shape[0], x.shape[1]))
+
+    def _begun(self, running: ForwardPass, shape: tuple[int, int]) -> list[Tensor] | None:
+        """Where to record a pass of `shape` that begins; None for a step that no sample consists of."""
+        self._extends = False
+        continues = running.continues(shape[1])
+        generation = generation_running(continues)
+        if generation is not None and not generation.prefill:
+            return None
+        self._prompt = None if generation is None else generation.prompt
+        if continues:
+            if generation is None and shape[1] == 1 and not running.has_vision(shape, self._reading.vision_mask):
+                return None
+            before = self._states[0].shape[:2] if self._states else None
+            self._extends = not self._read and before == (shape[0], running.past)
+        return []
 
     def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recording is not None and self._watch.running is not None:
@@ -153,64 +192,141 @@ class Capture:
                 f"capture: {len(states)} of {len(self.layer_names)} decoder layers ran in this pass (layer drop?)"
             )
         running.inputs.pop("past_key_values", None)  # not to keep a cache alive
-        shape = (states[0].shape[0], states[0].shape[1])
-        roles = _Roles(running, shape, self._text, self._given_vision, self._given_text)
-        self._states, self._roles = states, roles
+        part = _Part(running, (states[0].shape[0], states[0].shape[1]), self._prompt)
+        states = [state[:, : part.length] for state in states] if part.length else states
+        if self._extends and self._roles is not None:
+            states = [torch.cat(both, 1) for both in zip(self._states, states, strict=True)]
+            parts = [*self._roles.parts, part]
+        else:
+            parts = [part]
+            self.passes += 1
+        self._states, self._roles, self._read = states, _Roles(parts, self._reading), False
         self._versions = [None if s.is_inference() else s._version for s in states]
-        self.passes += 1
+
+
+class _Part(NamedTuple):
+    """A forward pass, the (B, T) that it ran on, and how many of its T tokens count; None for all of them."""
+
+    running: ForwardPass
+    shape: tuple[int, int]
+    length: int | None
+
+
+class _Reading(NamedTuple):
+    """How the roles of a pass are read: the options of `capture`."""
+
+    text: str
+    audio: str
+    vision_mask: Mask
+    text_mask: Mask
+
+
+class _Masks(NamedTuple):
+    """Roles of the tokens (B, T) bool, and the numbers of packed samples; first: (S, 2), each sample's first token."""
+
+    vision: Tensor
+    text: Tensor
+    sample_ids: Tensor | None
+    first: Tensor
 
 
 class _Roles:
-    """The masks of one pass, worked out when first read: a pass whose masks nobody reads cannot fail over them."""
+    """The masks of one pass, worked out when first read: a pass whose masks nobody reads cannot fail over them.
 
-    def __init__(
-        self, running: ForwardPass, shape: tuple[int, int], text: str, vision_mask: Mask, text_mask: Mask
-    ) -> None:
-        self._pass: ForwardPass | None = running
-        self._shape, self._text = shape, text
-        self._vision_mask, self._text_mask = vision_mask, text_mask
-        self._masks: tuple[Tensor, Tensor] | None = None
-        # (B, 1), once there are masks: the column of each row's first token
-        self.first = torch.zeros(0, dtype=torch.int64, device="cpu")
+    parts: the forward passes that make it up, more than one where the prompt came in chunks.
+    """
 
-    def masks(self) -> tuple[Tensor, Tensor]:
+    def __init__(self, parts: list[_Part], reading: _Reading) -> None:
+        self.parts, self._reading = parts, reading
+        self._masks: _Masks | None = None
+
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether a row may be several samples, by the inputs alone."""
+        if self._masks is not None:
+            return self._masks.sample_ids is not None
+        return len(self.parts) == 1 and is_packed(self.parts[0].running.inputs)
+
+    def sample_ids(self) -> Tensor | None:
+        """The numbers of packed samples."""
+        return self.masks().sample_ids
+
+    def masks(self) -> _Masks:
         if self._masks is None:
-            assert self._pass is not None  # it is let go of only once there are masks
-            self._masks = self._work_out(self._pass)
-            self.first = _first_kept(self._pass, self._shape)
-            self._pass = None  # lets go of the inputs and the cache
+            self._masks = self._work_out()
+            self.parts = []  # lets go of the inputs
         return self._masks
 
-    def _work_out(self, running: ForwardPass) -> tuple[Tensor, Tensor]:
-        vision = running.vision(self._shape, self._vision_mask)
-        if self._vision_mask is not None and self._text_mask is not None:
-            return vision, running.given("text_mask", self._text_mask, self._shape).to(vision.device)
-        kept = running.kept(self._shape, vision.device)
-        if self._vision_mask is None:
+    def _work_out(self) -> _Masks:
+        reading = self._reading
+        visions = [p.running.vision(p.shape, reading.vision_mask)[:, : p.length] for p in self.parts]
+        device = visions[0].device
+        vision = torch.cat([v.to(device) for v in visions], 1)
+        given = None
+        if reading.text_mask is not None:
+            texts = [p.running.given("text_mask", reading.text_mask, p.shape)[:, : p.length] for p in self.parts]
+            given = torch.cat([t.to(device) for t in texts], 1)
+        both = reading.vision_mask is not None and given is not None
+        try:
+            kept = torch.cat([p.running.kept(p.shape, device)[:, : p.length] for p in self.parts], 1)
+        except ValueError:
+            if not both:  # then padding is in neither
+                raise
+            kept = torch.ones_like(vision)
+        ids = self.parts[0].running.samples(kept, vision) if len(self.parts) == 1 else None
+        if ids is not None:
+            kept = kept & (ids >= 0)
+        first = _first_of_each(kept, ids)
+        if both:
+            assert given is not None
+            return _Masks(vision, given, ids, first)
+        if reading.vision_mask is None:
             vision = vision & kept
-        bare = (~vision.any(-1)).nonzero().flatten().tolist()
-        if bare:
-            raise ValueError(
-                f"vision_mask: no vision token in row {', '.join(map(str, bare))} of the batch ({self._shape[0]} rows):"
-                " MIR compares image with text tokens, so every row takes at least one image"
-            )
-        if self._text_mask is not None:
-            return vision, running.given("text_mask", self._text_mask, self._shape).to(vision.device)
+        _require_images(vision, ids)
+        if given is not None:
+            return _Masks(vision, given, ids, first)
         text = ~vision & kept
-        return vision, text & text_after_vision(vision) if self._text == "after" else text
+        if reading.audio == "leave out":
+            for p, part in zip(self.parts, text.split([v.shape[1] for v in visions], 1), strict=True):
+                sounds = p.running.audio(p.shape, device)
+                if sounds is not None:
+                    part &= ~sounds[:, : p.length]  # a view of `text`
+        return _Masks(vision, text & text_after_vision(vision, ids) if reading.text == "after" else text, ids, first)
 
 
-def _first_kept(running: ForwardPass, shape: tuple[int, int]) -> Tensor:
-    """(B, 1) int64: the first column that is no padding; 0 where nothing shows padding."""
-    mask = running.inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
-        return torch.zeros(shape[0], 1, dtype=torch.int64, device="cpu")
-    return (mask[:, -shape[1] :] != 0).int().argmax(-1, keepdim=True)
+def _require_images(vision: Tensor, ids: Tensor | None) -> None:
+    """ValueError unless every row, or every sample of packed rows, has a vision token."""
+    if ids is None:
+        bare = (~vision.any(-1)).nonzero().flatten().tolist()
+        where = f"row {', '.join(map(str, bare))} of the batch ({len(vision)} rows)"
+    else:
+        rows = torch.arange(len(ids), device=ids.device, dtype=torch.int64)[:, None].expand(ids.shape)
+        every = {tuple(pair) for pair in torch.stack([rows, ids], -1)[ids >= 0].tolist()}
+        bare = sorted(every - {tuple(pair) for pair in torch.stack([rows, ids], -1)[vision].tolist()})
+        where = f"{', '.join(f'sample {number} of row {row}' for row, number in bare)} of the packed batch"
+    if bare:
+        raise ValueError(
+            f"vision_mask: no vision token in {where}: MIR compares image with text tokens, so every row takes at "
+            "least one image"
+        )
+
+
+def _first_of_each(kept: Tensor, ids: Tensor | None) -> Tensor:
+    """(S, 2) int64: row and column of each sample's first token that is no padding; of a row without any, column 0."""
+    if ids is None:
+        rows = torch.arange(len(kept), device=kept.device, dtype=torch.int64)
+        return torch.stack([rows, kept.int().argmax(-1)], 1)
+    begins = ids >= 0
+    begins[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    return begins.nonzero()
 
 
 def _hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     state = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(state, Tensor) or state.dim() != 3:
         got = f"shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
-        raise ValueError(f"layers: decoder layers take hidden states (B, T, d) first, but one was given {got}")
+        raise ValueError(
+            f"layers: decoder layers take hidden states (B, T, d) first, but one was given {got}; where a token has "
+            "several residual streams, there is no one state of it to take"
+        )
     return state

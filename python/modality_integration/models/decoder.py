@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from modality_integration.models.placement import is_deepspeed_engine, whole_size
 
 Layers = str | Sequence[nn.Module] | None
 # What a decoder layer returns: hidden states (B, T, d), or a tuple that begins with them.
@@ -15,6 +16,9 @@ LayerOutput = Tensor | tuple[Any, ...]
 
 # Names that the final norm goes by; looked at only where the decoder holds several norms.
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "ln_final")
+
+# How configurations name the number of residual streams a token: Gemma 3n; DeepSeek-V4, GLM-5, Hunyuan V4; Qwen4.
+STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,9 @@ def find_decoder(model: nn.Module, layers: Layers = None) -> Decoder:
     """The decoder of `model`, found by structure; `layers` names it where that is not enough.
 
     `layers` is the qualified name of the module list ("model.layers") or the layers themselves, which must be part of
-    `model`. DDP, FSDP and PEFT wrappers are looked through. Errors: ValueError where no single list of decoder layers
-    is found (with the candidates), and for models that MIR and MoCa are not defined on: those that read the image
-    through cross-attention, and encoder-decoder language models.
+    `model`. DDP, FSDP, PEFT and DeepSpeed wrappers are looked through. Errors: ValueError where no single list of
+    decoder layers is found (with the candidates), and for models that MIR and MoCa are not defined on: those that read
+    the image through cross-attention, and encoder-decoder language models.
     """
     _refuse_compiled(model)
     if isinstance(model, nn.DataParallel):
@@ -64,10 +68,11 @@ def find_decoder(model: nn.Module, layers: Layers = None) -> Decoder:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, FSDP and PEFT wrappers."""
+    """The model inside DDP, FSDP and PEFT wrappers, and inside DeepSpeed's engine."""
     inner: Any = model
     while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_fsdp_wrapped_module"):
+        wrapped = isinstance(inner, nn.parallel.DistributedDataParallel) or is_deepspeed_engine(inner)
+        if wrapped or hasattr(inner, "_fsdp_wrapped_module"):
             inner = inner.module
         elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
@@ -84,18 +89,27 @@ def text_config(model: nn.Module) -> object:
 def hidden_size(model: nn.Module, decoder: Decoder) -> int:
     """d of the hidden states (B, T, d), from the configuration or the final norm; ValueError if neither says."""
     weight = getattr(decoder.norm, "weight", None)
-    size = getattr(text_config(model), "hidden_size", None) or (weight.shape[-1] if weight is not None else None)
+    size = getattr(text_config(model), "hidden_size", None) or (whole_size(weight) if weight is not None else None)
     if size is None:
         raise ValueError("model: neither its configuration nor a final norm says the hidden size")
     return int(size)
 
 
-def parameter_device(module: nn.Module) -> torch.device:
-    """Where `module` computes: accelerate's execution device if it has one, else where its first parameter lies."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+def refuse_several_streams(model: nn.Module) -> None:
+    """ValueError for a language model that keeps several residual streams a token (AltUp, hyper-connections).
+
+    Eq. 1 and Eq. 5 of the MIR paper take a layer's output as one vector of d a token. Here the layers pass on n of
+    them, mixed anew in each layer, and what the model reads in the end is a learned mixture: none is *the* output.
+    """
+    config = text_config(model)
+    for name in STREAMS:
+        count = getattr(config, name, None)
+        if isinstance(count, int) and count > 1:
+            raise ValueError(
+                f"model: {type(unwrap(model)).__name__} keeps {count} residual streams a token ({name} of its text "
+                "configuration), mixed anew in every layer, so no layer has one output a token that MIR or MoCa could "
+                "go by"
+            )
 
 
 def _refuse_compiled(model: nn.Module) -> None:

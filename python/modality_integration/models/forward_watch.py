@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
-from typing import Any
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from modality_integration.models.decoder import Decoder, unwrap
 from modality_integration.models.moca_pass import MoCaPass
-from modality_integration.models.token_roles import TYPE_IDS, Mask, vision_token_ids
+from modality_integration.models.token_roles import (
+    PACKING,
+    TYPE_IDS,
+    Mask,
+    audio_token_ids,
+    packed_samples,
+    vision_token_ids,
+)
 
 # Families whose generate() embeds the prompt itself and calls the language model past the model's own forward.
 EMBEDS_FIRST = ("blip-2", "instructblip", "instructblipvideo")
@@ -21,27 +31,45 @@ EMBEDS_FIRST = ("blip-2", "instructblip", "instructblipvideo")
 class ForwardPass:
     """One forward pass: what it was given that marks its tokens, and what MoCa makes of that."""
 
-    def __init__(self, token_ids: tuple[int, ...], type_ids: str) -> None:
-        self.token_ids, self.type_ids = token_ids, type_ids
+    def __init__(
+        self, token_ids: tuple[int, ...], type_ids: str, virtual: int = 0, audio_ids: tuple[int, ...] = ()
+    ) -> None:
+        self.token_ids, self.audio_ids, self.type_ids = token_ids, audio_ids, type_ids
+        self.virtual = virtual  # how many trained tokens PEFT's prompt tuning may put before every row
         self.inputs: dict[str, Any] = {}  # the watched arguments by name: tensors, a cache, flags
         self.embedded = False  # input_ids are those the embedding saw before the pass began
+        self.cached = False  # there is a cache, be it empty
+        self.past = 0  # tokens in the cache when the pass began
         self.moca = MoCaPass()
         self.differentiable = torch.is_grad_enabled()
 
-    def decodes(self, length: int) -> bool:
-        """Whether this pass is a decoding step: one new token after a cache."""
-        if length != 1:
+    def continues(self, length: int) -> bool:
+        """Whether this pass, of `length` tokens a row, goes on with sequences that a cache holds."""
+        mask = self.inputs.get("attention_mask")
+        return self.past > 0 or (_is_matrix(mask) and mask.shape[1] > length)
+
+    def has_vision(self, shape: tuple[int, int], given: Mask = None) -> bool:
+        """Whether a token of this pass is a vision token; False where nothing says so."""
+        try:
+            return bool(self.vision(shape, given).any())
+        except ValueError:
             return False
-        mask, cache = self.inputs.get("attention_mask"), self.inputs.get("past_key_values")
-        if isinstance(mask, Tensor) and mask.shape[-1] > 1:
-            return True
-        return cache is not None and int(cache.get_seq_length()) > 0
+
+    def is_marked(self, given: Mask = None) -> bool:
+        """Whether anything in this pass says which tokens are vision tokens."""
+        named = self.inputs.get(given) if isinstance(given, str) else given
+        if given is not None:
+            return named is not None
+        return (self.inputs.get("input_ids") is not None and bool(self.token_ids)) or (
+            self.inputs.get(self.type_ids) is not None
+        )
 
     def vision(self, shape: tuple[int, int], given: Mask = None) -> Tensor:
         """(B, T) bool, True at vision tokens; ValueError where nothing in this pass says which those are."""
         if given is not None:
             return self.given("vision_mask", given, shape)
-        ids, types = self.inputs.get("input_ids"), self.inputs.get(self.type_ids)
+        ids = self._behind_virtual(self.inputs.get("input_ids"), shape, -1)
+        types = self._behind_virtual(self.inputs.get(self.type_ids), shape, 0)
         if ids is not None and self.token_ids:
             if self.embedded and ids.shape[0] != shape[0] and shape[0] % ids.shape[0] == 0:
                 ids = ids.repeat_interleave(shape[0] // ids.shape[0], 0)  # as generate repeats rows for its beams
@@ -54,7 +82,7 @@ class ForwardPass:
             for token_id in self.token_ids[1:]:
                 vision = vision | (ids == token_id)
             return vision
-        if types is not None and tuple(types.shape) == shape:
+        if (types := self._of_pass(types, shape)) is not None:
             return (types == 1) | (types == 2)
         why = (
             f"no input_ids or {self.type_ids} were passed, and inputs_embeds alone do not say"
@@ -63,19 +91,50 @@ class ForwardPass:
         )
         raise ValueError(f"vision_mask: nothing in this forward pass marks its vision tokens ({why}); give vision_mask")
 
+    def audio(self, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+        """(B, T) bool, True at audio features; None where nothing says that there are any."""
+        ids = self._behind_virtual(self.inputs.get("input_ids"), shape, -1)
+        if ids is not None and self.audio_ids and tuple(ids.shape) == shape:
+            found = [ids == token_id for token_id in self.audio_ids]
+            return torch.stack(found).any(0).to(device)
+        types = self._of_pass(self._behind_virtual(self.inputs.get(self.type_ids), shape, 0), shape)
+        return None if types is None or ids is not None else (types > 2).to(device)
+
+    def samples(self, kept: Tensor, vision: Tensor) -> Tensor | None:
+        """(B, T) int64: the number of each token's sample, where a row is several; see `packed_samples`."""
+        return None if self.past or self.virtual else packed_samples(self.inputs, kept, vision)
+
     def kept(self, shape: tuple[int, int], device: torch.device) -> Tensor:
         """(B, T) bool, False at padding, from attention_mask; all True where none was passed."""
-        mask = self.inputs.get("attention_mask")
+        mask = self._behind_virtual(self.inputs.get("attention_mask"), shape, 0)  # they are no text
         if mask is None:
             return torch.ones(shape, dtype=torch.bool, device=device)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+        if not _is_matrix(mask):
+            mask = _columns_seen(mask)
+        if mask is None:  # a mask of attention that hides nothing
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        if not _is_matrix(mask):
             got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
                 f"text_mask: attention_mask ({got}) does not show padding; takes (B, T), or give text_mask"
             )
         if mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
             raise ValueError(f"attention_mask: takes shape {shape}, got {tuple(mask.shape)}")
-        return mask[:, -shape[1] :].to(device).bool()  # with a cache, the columns before are the cache's
+        # With a cache, the columns before are the cache's; those after are room that a static one has left.
+        first = self.past if self.past + shape[1] <= mask.shape[1] else mask.shape[1] - shape[1]
+        return mask[:, first : first + shape[1]].to(device).bool()
+
+    def _of_pass(self, marks: object, shape: tuple[int, int]) -> Tensor | None:
+        """The columns of this pass in what marks the tokens (B, S) so far; None if there are none."""
+        if not _is_matrix(marks) or len(marks) != shape[0] or marks.shape[1] < self.past + shape[1]:
+            return marks if _is_matrix(marks) and tuple(marks.shape) == shape else None
+        return marks[:, self.past : self.past + shape[1]]
+
+    def _behind_virtual(self, marks: Tensor | None, shape: tuple[int, int], fill: int) -> Tensor | None:
+        """What marks the tokens (B, T), with `fill` for the virtual tokens where the decoder ran on those as well."""
+        if not self.virtual or not _is_matrix(marks) or marks.shape[1] + self.virtual != shape[1]:
+            return marks
+        return torch.cat([marks.new_full((marks.shape[0], self.virtual), fill), marks], 1)
 
     def given(self, name: str, mask: Tensor | str, shape: tuple[int, int]) -> Tensor:
         """The caller's own mask, or the one in the forward argument it names, as (B, T) bool."""
@@ -83,10 +142,24 @@ class ForwardPass:
             if self.inputs.get(mask) is None:
                 raise ValueError(f"{name}: no argument {mask!r} was passed to the model's forward")
             mask = self.inputs[mask]
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = self._fitted(mask, shape)
         if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
             got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{name}: takes one entry per token, shape {shape}, got {got}")
         return mask != 0
+
+    def _fitted(self, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+        """A mask of the prompt, as generate() needs it: its rows repeated for beams, the columns of this pass alone."""
+        if torch.compiler.is_compiling() or tuple(mask.shape) == shape:
+            return mask
+        rows = shape[0] // max(len(mask), 1)
+        if rows > 1 and len(mask) * rows == shape[0] and generation_running(self.past > 0) is not None:
+            mask = mask.repeat_interleave(rows, 0)
+        if not self.cached or mask.shape[0] != shape[0]:
+            return mask
+        part = mask[:, self.past : self.past + shape[1]]  # what is generated has no vision tokens
+        return torch.cat([part, part.new_zeros((shape[0], shape[1] - part.shape[1]))], 1)
 
 
 class _Running:
@@ -118,9 +191,9 @@ class ForwardWatch:
 
     def __init__(self, model: nn.Module, decoder: Decoder, *, named: tuple[str, ...] = ()) -> None:
         model_type = getattr(getattr(unwrap(model), "config", None), "model_type", "")
-        self.token_ids = vision_token_ids(model)
+        self.token_ids, self.audio_ids = vision_token_ids(model), audio_token_ids(model)
         self.type_ids = TYPE_IDS.get(model_type, "mm_token_type_ids")
-        self.watched = ("input_ids", "attention_mask", "past_key_values", self.type_ids, *named)
+        self.watched = ("input_ids", "attention_mask", "past_key_values", *PACKING, self.type_ids, *named)
         self._here, self._elsewhere = _Running(), _Elsewhere()
         self._owner: dict[str, int] = {}  # the thread that has `_here`, under one key: a dict claims it atomically
         self._arguments = {type(module): _argument_names(module) for module in decoder.path}
@@ -151,7 +224,8 @@ class ForwardWatch:
             state.inside.clear()
             state.forward = None
         if state.forward is None:
-            state.forward = ForwardPass(self.token_ids, self.type_ids)
+            virtual = _virtual_tokens(module)
+            state.forward = ForwardPass(self.token_ids, self.type_ids, virtual, self.audio_ids)
         state.inside.append(place)
         inputs = state.forward.inputs
         names = self._arguments.get(type(module)) or _argument_names(module)
@@ -160,7 +234,11 @@ class ForwardWatch:
                 continue
             if name == "attention_mask" and len(state.inside) > 1 and not _is_matrix(value):
                 continue  # the causal mask that an outer module built
+            if name in PACKING and len(state.inside) > 1:
+                continue  # what an outer module worked out
             inputs[name] = value
+            if name == "past_key_values" and not torch.compiler.is_compiling():
+                state.forward.cached, state.forward.past = True, _cached_tokens(value)
         if state.embedded is not None and "input_ids" not in inputs:
             inputs["input_ids"] = state.embedded
             state.forward.embedded = True
@@ -189,11 +267,72 @@ class ForwardWatch:
         return self._here if owner == me else elsewhere
 
     def _place(self, module: nn.Module) -> int:
-        return next(i for i, other in enumerate(self._path) if other is module)
+        for i, other in enumerate(self._path):
+            if other is module:
+                return i
+        # nn.DataParallel copies the module's attributes, its hooks among them, into the replica of each thread.
+        raise RuntimeError(
+            f"model: {type(module).__name__} runs as a copy that shares this model's hooks, as nn.DataParallel's "
+            "replicas do, and MoCa and capture follow one model; take DistributedDataParallel"
+        )
 
 
-def _is_matrix(value: object) -> bool:
+def _is_matrix(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 2
+
+
+class Generation(NamedTuple):
+    """What transformers' generate() runs the model for. prefill: for the prompt, or a part of it. prompt: how many
+    tokens of a row are the prompt's, where drafted ones may follow in the same pass; None where all are."""
+
+    prefill: bool
+    prompt: int | None = None
+
+
+def generation_running(continues: bool) -> Generation | None:
+    """The generate() that this thread is in, or None; continues: whether the running pass goes on with a cache.
+
+    Told by the functions that are running: nothing in what a forward pass is given tells a chunk of the prompt from
+    tokens that a draft proposed.
+    """
+    frame: FrameType | None = sys._getframe()
+    frames: dict[str, FrameType] = {}
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.generation.utils":
+            frames.setdefault(frame.f_code.co_name, frame)
+        frame = frame.f_back
+    if "generate" not in frames:
+        return None
+    drafting = frames.get("_assisted_decoding")  # has no step for the prompt alone: the first one brings a draft along
+    if "_prefill" not in frames and drafting is not None and not continues:
+        tokens = drafting.f_locals.get("input_ids")
+        return Generation(True, tokens.shape[1] if _is_matrix(tokens) else None)
+    return Generation("_prefill" in frames)
+
+
+def _cached_tokens(cache: Any) -> int:
+    """How many tokens a cache holds; 0 where it does not say."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        return 0
+
+
+def _columns_seen(mask: object) -> Any:
+    """(B, S) bool: the columns that an attention mask (B, 1, T, S) lets any token see, which padding is not; of masks
+    by kind of layer, that of full attention. None for none; `mask` itself where it is none of these."""
+    if isinstance(mask, Mapping):
+        return _columns_seen(mask.get("full_attention", next(iter(mask.values()), None)))
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return mask
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return seen.any(1).any(1)
+
+
+def _virtual_tokens(module: nn.Module) -> int:
+    """How many tokens PEFT's prompt tuning, P-tuning and CPT put before every row of a model that is called."""
+    config = module.active_peft_config if hasattr(module, "active_peft_config") else None
+    return getattr(config, "num_virtual_tokens", None) or 0
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from mir_kernels import _checks
 from mir_kernels.ops.moca import MoCa
 from modality_integration.models.calibration import HELD_AS, Calibration, calibration_of, is_calibrated
-from modality_integration.models.decoder import Layers, find_decoder, hidden_size, parameter_device
+from modality_integration.models.decoder import Layers, find_decoder, hidden_size, refuse_several_streams
 from modality_integration.models.forward_watch import ForwardWatch
 from modality_integration.models.fused_norm import fuse_layers, next_norm, why_not_fused
+from modality_integration.models.placement import ENGINE, ON_META, parameter_device, sharder_of, whole_size
 
 NAME = "modality_layernorm"  # the submodule's name on each decoder layer, as in the published checkpoints
 
@@ -69,9 +70,10 @@ def add_moca(
 
     The vision tokens are read from the model's own marker once a forward pass. Decoding steps and passes without an
     image do nothing; only where gradients are synchronised between processes do the latter touch the parameters, with
-    gradients of zero, because every process has to have them. Add MoCa before DDP, `fully_shard` or torch.compile, and
-    on either side of PEFT: before `get_peft_model`, name `modality_layernorm` in its `modules_to_save`, or PEFT
-    freezes it. `fully_shard` wants one dtype a group: shard each `modality_layernorm` as a group of its own.
+    gradients of zero, because every process has to have them. Add MoCa before DDP, FSDP, `deepspeed.initialize` or
+    torch.compile, and on either side of accelerate's offloading and of PEFT: before `get_peft_model`, name
+    `modality_layernorm` in its `modules_to_save`, or PEFT freezes it. `fully_shard` wants one dtype a group: shard each
+    `modality_layernorm` as a group of its own.
 
     `fused`: where a layer has Llama's form (Llama, Qwen2, Qwen3, Mistral and the decoders of Qwen-VL are), its last
     addition, MoCa and the RMSNorm that reads the sum run as one `add_moca_rms_norm`; the report says which layers do
@@ -79,14 +81,16 @@ def add_moca(
     bits either way, its norm may differ in the last place of its dtype (see add_moca_rms_norm). The plain way is taken
     in passes where the fused one would not be the same: under gradient checkpointing, torch.compile and FSDP, with
     `output_hidden_states` or hooks of others on a layer while gradients are recorded, in autocast, in inference mode.
-    Errors: ValueError for a model that has MoCa, and as `capture` has for models without vision tokens; TypeError for
-    a dtype that is not floating.
+    Errors: ValueError for a model that has MoCa, is wrapped for training already, or has a layer all on the meta device
+    that no hook of accelerate fills, and as `capture` has for models without vision tokens; TypeError for a dtype that
+    is not floating.
     """
     if not std >= 0:
         raise ValueError(f"std: takes a number >= 0, got {std!r}")
     if dtype is not None:
         _check_dtype(dtype)
     decoder = find_decoder(model, layers)
+    refuse_several_streams(model)
     _refuse_sharded(model)
     if any(hasattr(layer, NAME) for layer in decoder.layers):
         raise ValueError("model: has MoCa already; remove_moca first")
@@ -118,8 +122,15 @@ def moca_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The scale and shift of every layer, for an optimizer group with weight_decay 0.
 
     transformers' Trainer leaves them out of weight decay by itself: it does so for every name with `layernorm` in it.
+    ValueError under FSDP1 with use_orig_params=False: there they are stretches of flat parameters.
     """
-    return [p for layer in calibrated_layers(model) for p in moca_of(layer).parameters()]
+    modules = [moca_of(layer) for layer in calibrated_layers(model)]
+    if any("scale" not in moca._parameters for moca in modules):
+        raise ValueError(
+            "model: FullyShardedDataParallel with use_orig_params=False keeps scale and shift inside flat parameters, "
+            "which no optimizer group can tell apart; take use_orig_params=True"
+        )
+    return [p for moca in modules for p in moca.parameters()]
 
 
 @contextmanager
@@ -142,11 +153,15 @@ def calibrated_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def moca_of(layer: nn.Module) -> MoCa:
-    """The layer's MoCa, inside PEFT's wrapper if it is among `modules_to_save`."""
-    module = getattr(layer, NAME)
+    """The layer's MoCa, inside FSDP's wrapper and PEFT's, which it has if it is among `modules_to_save`."""
+    module = _inside_fsdp(getattr(layer, NAME))
     if hasattr(module, "modules_to_save"):
-        module = module.modules_to_save[module.active_adapter]
+        module = _inside_fsdp(module.modules_to_save[module.active_adapter])
     return module
+
+
+def _inside_fsdp(module: nn.Module) -> Any:
+    return module._modules.get("_fsdp_wrapped_module", module)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -165,15 +180,23 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _module_for(layer: nn.Module, size: int, std: float, dtype: torch.dtype | None) -> MoCa:
     wide = any(p.dtype == torch.float64 for p in layer.parameters())
     dtype = dtype or (torch.float64 if wide else torch.float32)
-    return MoCa(size, std=std, device=parameter_device(layer), dtype=dtype)
+    module = MoCa(size, std=std, device=parameter_device(layer), dtype=dtype)
+    if module.scale.is_meta:  # inside accelerate's init_empty_weights
+        raise ValueError(f"model: MoCa's scale {ON_META}")
+    assert whole_size(module.scale) == size
+    return module
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule | nn.parallel.DistributedDataParallel) or hasattr(
-            module, "_fsdp_wrapped_module"
-        ):
-            raise ValueError(
-                f"model: is wrapped by {type(module).__name__} already, which would leave MoCa's gradients "
-                "unsynchronised; add MoCa first"
-            )
+    """ValueError for a model whose parameters are prepared for training by somebody who would leave MoCa's out."""
+    sharder = sharder_of(model)
+    if sharder is None:
+        return
+    if sharder == ENGINE:
+        raise ValueError(
+            f"model: is in {ENGINE} already, whose optimizer would never update MoCa; add MoCa first, before "
+            "deepspeed.initialize"
+        )
+    raise ValueError(
+        f"model: is wrapped by {sharder} already, which would leave MoCa's gradients unsynchronised; add MoCa first"
+    )

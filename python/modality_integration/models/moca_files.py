@@ -10,12 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mir_kernels import _checks
+from mir_kernels.ops.moca import MoCa
+from modality_integration.metric.files import written_whole
+from modality_integration.models.agreement import all_or_none, from_first
 from modality_integration.models.calibration import is_calibrated
 from modality_integration.models.decoder import find_decoder, hidden_size
 from modality_integration.models.moca import NAME, add_moca, calibrated_layers, moca_of
+from modality_integration.models.placement import in_parts, is_distributed, read_whole, why_not_writable, write_whole
 
 FILE = "moca.safetensors"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # of transformers' Trainer, beside the weights
@@ -28,21 +31,24 @@ def save_moca(model: nn.Module, path: str | Path) -> Path:
     """Writes scale and shift of every layer as safetensors, under the keys of the published checkpoints.
 
     `path` is a .safetensors file, or a directory for moca.safetensors; keys are `model.layers.{i}.modality_layernorm.`
-    and `scale` or `shift`. Sharded parameters are gathered, so every process must call it; rank 0 writes. Returns the
-    file.
+    and `scale` or `shift`. Parameters are gathered from wherever FSDP, DeepSpeed or accelerate's offloading has put
+    them; where DeepSpeed trains float32 copies, those are written. Under torch.distributed every process must call it:
+    rank 0 writes, in one step, and all return the file once it is there, or all raise what went wrong in one of them.
+    ValueError where a layer's vectors are not of its length d, before anything is written.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE
-    tensors = {}
-    for i, layer in enumerate(calibrated_layers(model)):
-        for name, parameter in moca_of(layer).named_parameters():
-            value = parameter.detach()
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            tensors[f"model.layers.{i}.{NAME}.{name}"] = value.cpu().contiguous()
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, file, metadata={"format": "pt"})
+    with all_or_none():
+        modules = [moca_of(layer) for layer in calibrated_layers(model)]
+    vectors = read_whole(model, modules)
+    with all_or_none():
+        _check_whole(modules, vectors)
+    with all_or_none():
+        if not is_distributed() or torch.distributed.get_rank() == 0:
+            keys = {f"model.layers.{i}.{NAME}.{n}": v for i, named in enumerate(vectors) for n, v in named.items()}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(file) as partial:
+                save_file(keys, partial, metadata={"format": "pt"})
     return file
 
 
@@ -50,26 +56,51 @@ def load_moca(model: nn.Module, path: str | Path) -> None:
     """Reads what `save_moca` wrote, or a published checkpoint, into `model`; adds MoCa first where there is none.
 
     `path` is a .safetensors or torch file, or a directory of such. Keys that end in
-    `layers.{i}.modality_layernorm.{scale,shift}` are taken, whatever stands before. ValueError where layers are
-    missing, left over, of another size or not finite, or where a file cannot be read; then nothing is changed.
+    `layers.{i}.modality_layernorm.{scale,shift}` are taken, whatever stands before. Parameters may lie wherever
+    `save_moca` finds them, and the float32 copies in DeepSpeed's optimizer are loaded too. Where processes hold parts
+    of them, every process must call it, and rank 0 reads `path` for all. ValueError where layers are missing, left
+    over, of another size or not finite, where a file cannot be read, or where values would not stay once loaded; then
+    nothing is changed, in any process. RuntimeError where a layer, read back, does not hold what was loaded.
     """
-    values = _read(Path(path))
-    placed = any(is_calibrated(module) for module in model.modules())
-    layers = calibrated_layers(model) if placed else find_decoder(model).layers
-    _check_layers(values, len(layers))
-    if placed:
-        scale = moca_of(layers[0]).scale
-        _check_vectors(values, scale.shape[0], scale.dtype)
-    else:
+    layers = [module for module in model.modules() if is_calibrated(module)]
+    together = bool(layers) and in_parts(model, [moca_of(layer) for layer in layers])
+    values: Values = {}
+    with all_or_none(together):
+        if not together or torch.distributed.get_rank() == 0:
+            values = _read(Path(path))
+            _check_layers(values, len(layers or find_decoder(model).layers))
+    values = from_first(values) if together else values
+    if not layers:
         _check_vectors(values, hidden_size(model, find_decoder(model)), torch.float32)
         add_moca(model)
-    with torch.no_grad():
-        for i, layer in enumerate(layers):
-            for name, parameter in moca_of(layer).named_parameters():
-                value = values[i, name].to(parameter.device, parameter.dtype)
-                if isinstance(parameter, DTensor):
-                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-                parameter.copy_(value)
+        layers = calibrated_layers(model)
+    modules = [moca_of(layer) for layer in layers]
+    with all_or_none(together):
+        if reason := why_not_writable(model, modules):
+            raise ValueError(reason)
+    before = read_whole(model, modules)
+    with all_or_none(together):
+        _check_whole(modules, before)
+        _check_vectors(values, modules[0].hidden_size, before[0]["scale"].dtype)
+    failed = write_whole(model, modules, [{n: values[i, n] for n in ("scale", "shift")} for i in range(len(modules))])
+    with all_or_none(together):
+        if failed:
+            raise RuntimeError(
+                f"path: was read, but layers {', '.join(map(str, failed))} of model do not hold its values afterwards"
+            )
+
+
+def _check_whole(modules: list[MoCa], vectors: list[dict[str, Tensor]]) -> None:
+    """ValueError unless every layer's scale and shift are there, and (d,)."""
+    for i, (moca, found) in enumerate(zip(modules, vectors, strict=True)):
+        size = moca.hidden_size
+        for name in ("scale", "shift"):
+            if name not in found or tuple(found[name].shape) != (size,):
+                got = f"shape {tuple(found[name].shape)}" if name in found else "none"
+                raise ValueError(
+                    f"model: takes a {name} of shape ({size},) in every layer's MoCa, got {got} in layer {i}: it is in "
+                    "parts that cannot be gathered from here; give the outermost wrapper (FSDP's), not what it wraps"
+                )
 
 
 def _check_layers(values: Values, count: int) -> None:

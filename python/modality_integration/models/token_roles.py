@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ Mask = Tensor | str | None
 # `mm_token_type_ids` in other families. By family, because PaliGemma's token_type_ids tell prompt from answer.
 TYPE_IDS = {"gemma3": "token_type_ids"}
 
+# Names in configurations of the ids that stand for audio features.
+AUDIO_IDS = ("audio_token_id", "audio_token_index", "sound_context_token_id", "speech_token_id", "speech_token_index")
+
+# Forward arguments of attention kernels whose entries are the places where the next of several samples begins.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q")
+# What tells samples apart that share a row, as the caller gave it.
+PACKING = ("position_ids", "seq_idx", *BOUNDARIES)
+
 
 def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
     """The token ids that stand for image and video features in `input_ids`, by the model's configuration."""
@@ -27,9 +35,113 @@ def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
     return tuple(sorted(i for i in found if isinstance(i, int)))
 
 
-def text_after_vision(vision: Tensor) -> Tensor:
-    """(B, T) bool -> (B, T) bool: True after the last vision token of each row."""
-    return vision.flip(-1).cumsum(-1).flip(-1) == 0
+def audio_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """The token ids that stand for audio features in `input_ids`: neither vision nor text."""
+    config = getattr(unwrap(model), "config", None)
+    found = {getattr(config, name, None) for name in AUDIO_IDS}
+    return tuple(sorted(i for i in found if isinstance(i, int)))
+
+
+def text_after_vision(vision: Tensor, sample_ids: Tensor | None = None) -> Tensor:
+    """(B, T) bool -> (B, T) bool: True after the last vision token of each row, or of each sample in it."""
+    if sample_ids is None:
+        return vision.flip(-1).cumsum(-1).flip(-1) == 0
+    numbers = _across_rows(sample_ids)
+    columns = torch.arange(vision.shape[1], device=vision.device, dtype=torch.int64).expand(vision.shape)
+    last = torch.full((int(numbers.max()) + 1,), -1, dtype=torch.int64, device=vision.device)
+    last.scatter_reduce_(0, numbers.flatten(), columns.where(vision, -1).flatten(), "amax")
+    return columns > last[numbers]
+
+
+def packed_samples(inputs: Mapping[str, Any], kept: Tensor, vision: Tensor) -> Tensor | None:
+    """(B, T) int64: the number of each token's sample in its row, -1 for padding; None where each row is one sample.
+
+    inputs: what a forward pass was given. Samples that share a row are told by `seq_idx`, by the boundaries
+    `cu_seq_lens_q` over all rows, by an attention_mask that numbers them 1, 2, ..., or by position ids that begin anew.
+    kept, vision: (B, T) bool, no padding and the vision tokens. Where position ids do not rise, or a sample would be a
+    single token, and no vision token is there, that is filling.
+    """
+    ids = _sample_numbers(inputs, kept)
+    if ids is None:
+        return None
+    ids = ids.masked_fill(~kept, -1)
+    numbers = _across_rows(ids)
+    count = int(numbers.max()) + 1
+    size = torch.zeros(count, dtype=torch.int64, device=ids.device).scatter_add_(
+        0, numbers.flatten(), torch.ones_like(numbers).flatten()
+    )
+    rises = size > 1
+    positions = _positions(inputs, kept)
+    if positions is not None:
+        low = torch.full_like(size, torch.iinfo(torch.int64).max).scatter_reduce_(
+            0, numbers.flatten(), positions.flatten(), "amin"
+        )
+        high = torch.full_like(size, torch.iinfo(torch.int64).min).scatter_reduce_(
+            0, numbers.flatten(), positions.flatten(), "amax"
+        )
+        rises &= high > low
+    seen = torch.zeros_like(size).scatter_add_(0, numbers.flatten(), vision.long().flatten()) > 0
+    return ids.masked_fill(~(rises | seen)[numbers], -1)
+
+
+def is_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether a batch, as the model takes it, says that samples share a row."""
+    tokens = inputs.get("input_ids")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        return any(isinstance(inputs.get(name), Tensor) for name in BOUNDARIES)
+    mask = inputs.get("attention_mask")
+    kept = mask != 0 if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(tokens).bool()
+    return _sample_numbers(inputs, kept) is not None
+
+
+def _across_rows(sample_ids: Tensor) -> Tensor:
+    """Numbers >= 0 that differ between rows too; (B, T)."""
+    each = int(sample_ids.max()) + 2
+    rows = torch.arange(len(sample_ids), device=sample_ids.device, dtype=torch.int64)
+    return sample_ids + 1 + each * rows[:, None]
+
+
+def _sample_numbers(inputs: Mapping[str, Any], kept: Tensor) -> Tensor | None:
+    """(B, T) int64 on `kept`'s device, as the inputs number the samples; None where they name one a row."""
+    shape, device = tuple(kept.shape), kept.device
+    given = inputs.get("seq_idx")
+    if isinstance(given, Tensor) and tuple(given.shape) == shape:
+        return given.to(device, torch.int64)
+    for name in BOUNDARIES:
+        bounds = inputs.get(name)
+        if isinstance(bounds, Tensor) and bounds.dim() == 1 and len(bounds) > 1:
+            bounds = bounds.to(device, torch.int64)
+            if int(bounds[-1]) > kept.numel():
+                raise ValueError(f"{name}: ends at token {int(bounds[-1])}, but the decoder ran on {shape} tokens")
+            places = torch.arange(kept.numel(), device=device, dtype=torch.int64)
+            numbers = torch.bucketize(places, bounds, right=True) - 1
+            return numbers.masked_fill_(places >= bounds[-1], -1).view(shape)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and tuple(mask.shape) == shape and not mask.is_floating_point() and int(mask.max()) > 1:
+        return mask.to(device, torch.int64) - 1
+    positions = _positions(inputs, kept)
+    if positions is None:
+        return None
+    # Only tokens that are kept count: generate() gives the padding on the left positions of its own.
+    before = positions.masked_fill(~kept, torch.iinfo(torch.int64).min)
+    places = torch.arange(shape[1], device=device, dtype=torch.int64).expand(shape)
+    last = places.where(kept, -1).cummax(-1).values  # of the kept tokens up to here
+    previous = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)
+    first = kept.int().argmax(-1, keepdim=True)
+    new = kept & (previous >= 0) & (positions < before.gather(1, previous.clamp(min=0)))
+    new &= positions <= positions.gather(1, first)
+    return new.long().cumsum(-1) if bool(new.any()) else None
+
+
+def _positions(inputs: Mapping[str, Any], kept: Tensor) -> Tensor | None:
+    """(B, T) int64: position ids; of several axes (a, B, T) the first, which never falls within a sample."""
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
+        return None
+    positions = positions[0] if positions.dim() == 3 else positions
+    if positions.shape[-1] != kept.shape[1] or len(positions) not in (1, len(kept)):
+        return None
+    return positions.to(kept.device, torch.int64).expand(kept.shape)
 
 
 def expanded_placeholders(

@@ -17,7 +17,9 @@ from modality_integration.metric.result import MIRResult
 from modality_integration.metric.sink_notes import image_first
 from modality_integration.metric.streaming import ModalityIntegrationRate
 from modality_integration.models.capture import capture as capturing
-from modality_integration.models.decoder import parameter_device, unwrap
+from modality_integration.models.decoder import unwrap
+from modality_integration.models.placement import parameter_device
+from modality_integration.models.token_roles import is_packed
 
 Probe = Sequence[Mapping[str, Any]]
 
@@ -57,7 +59,7 @@ def measure_mir(
                 inputs = {name: value for name, value in inputs.items() if name != "labels"}
             model(**{**asked, **inputs})
             measured.update(seen.hidden_states, seen.vision_mask, seen.text_mask)
-            first, rows = first + seen.image_first, rows + len(seen.vision_mask)
+            first, rows = first + seen.image_first, rows + seen.samples
         if first and measured.options.counts_sinks:
             warnings.warn(f"MIR: {image_first(first, rows)}", stacklevel=2)
         result = measured.compute()
@@ -77,9 +79,9 @@ def check_probe(probe: Any) -> None:
 
 
 def _rows(batch: Mapping[str, Any]) -> int | None:
-    """Samples in a batch, None where its names do not say."""
+    """Samples in a batch, None where its names do not say, or rows are several."""
     tokens = batch.get("input_ids")
-    return len(tokens) if isinstance(tokens, Tensor) and tokens.dim() == 2 else None
+    return len(tokens) if isinstance(tokens, Tensor) and tokens.dim() == 2 and not is_packed(batch) else None
 
 
 def _processes(options: Mapping[str, Any]) -> int:

@@ -49,19 +49,36 @@ def test_text_after_vision_begins_after_the_last_vision_token_of_each_row():
     assert torch.equal(text_after_vision(vision), expected)
 
 
-def test_an_attention_mask_that_shows_no_padding_is_refused_when_roles_are_read():
+@pytest.mark.parametrize("form", ["bool", "float"])
+def test_a_mask_of_attention_shows_padding_as_the_tokens_that_nobody_sees(form):
+    model = tiny_model("llava")
+    batch = tiny_batch(model, "llava", ["titttt", "titt"], padding="left")
+    length = batch.vision.shape[1]
+    seen_by = torch.ones(length, length, dtype=torch.bool).tril() & ~batch.padding[:, None, None, :]
+    mask = seen_by
+    if form == "float":
+        mask = torch.zeros(seen_by.shape, dtype=torch.float64).masked_fill_(~seen_by, torch.finfo(torch.float64).min)
+    with torch.no_grad(), capture(model) as seen:
+        model(**{**batch.inputs, "attention_mask": mask})
+    assert torch.equal(seen.text_mask, batch.text_after)
+
+
+def test_a_mask_that_shows_no_padding_is_refused_when_roles_are_read():
     model = tiny_model("llava")
     batch = tiny_batch(model, "llava", ["titttt"])
     length = batch.vision.shape[1]
-    causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
-    inputs = {**batch.inputs, "attention_mask": causal}
+    inputs = {**batch.inputs, "attention_mask": torch.ones(1, length, length, dtype=torch.bool).tril()}
+    ignored = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+    )
     with torch.no_grad(), capture(model) as seen:
         model(**inputs)
-    with pytest.raises(ValueError, match=r"attention_mask \(shape \(1, 1, 9, 9\)\) does not show padding"):
+    with pytest.raises(ValueError, match=r"attention_mask \(shape \(1, 9, 9\)\) does not show padding"):
         _ = seen.text_mask
     with torch.no_grad(), capture(model, vision_mask=batch.vision, text_mask=batch.text_after) as seen:
         model(**inputs)
     assert torch.equal(seen.text_mask, batch.text_after)
+    ignored.remove()
 
 
 def test_a_model_that_expands_its_placeholders_asks_for_a_mask():

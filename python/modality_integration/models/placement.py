@@ -1,0 +1,313 @@
+"""Reads parameters whole and writes whole values into them, wherever a trainer has put them.
+
+They may be in parts: DTensor (FSDP2), flat parameters (FSDP1), DeepSpeed's ZeRO 1 to 3, whose optimizers hold float32
+copies. Or elsewhere: on the meta device, with values that accelerate's hooks fetch. Trainers are recognised by what
+they leave on modules and parameters, and imported only where they are in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+ENGINE = "a DeepSpeed engine"
+ON_META = (
+    "lies on the meta device, without values, and no hook of accelerate fetches them; load the weights first, or give "
+    "the model that has the hooks"
+)
+
+Chain = list[tuple[str, nn.Module]]  # from the model ("") down to one module, each by its name in the one before
+
+
+def read_whole(model: nn.Module, modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    """The own parameters of each of `modules`, which are parts of `model`: whole, in the CPU's memory.
+
+    Where DeepSpeed's optimizer has a float32 copy that rounds to the parameter, it is that copy. Parts are gathered one
+    module at a time, so every process must call this, with modules in the same order. ValueError for parameters on the
+    meta device whose values no hook fetches.
+    """
+    found = []
+    for chain in _chains(model, modules):
+        with _unsharded(chain) as parameters:
+            values = {name: _value(chain, name, parameter) for name, parameter in parameters.items()}
+        for name, copy in _optimizer_copies(chain).items():
+            if torch.equal(copy.to(values[name].dtype), values[name]):
+                values[name] = copy
+        found.append(values)
+    return found
+
+
+def write_whole(model: nn.Module, modules: Sequence[nn.Module], values: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """Writes `values`, of each module by parameter name, into `modules`; every process must give the same.
+
+    Reads all of it back, and returns the places in `modules` of those that do not hold what was written.
+    """
+    chains = _chains(model, modules)
+    with torch.no_grad():
+        for chain, given in zip(chains, values, strict=True):
+            with _unsharded(chain, writing=True) as parameters:
+                for name, parameter in parameters.items():
+                    _set_value(chain, name, parameter, given[name])
+            for name, parameter in _own(chain).items():
+                _set_optimizer_copy(parameter, given.get(name))
+    failed = []
+    for i, (chain, now) in enumerate(zip(chains, read_whole(model, modules), strict=True)):
+        held = [*now.items(), *_optimizer_copies(chain).items()]
+        if not all(torch.equal(value, values[i][name].to("cpu", value.dtype)) for name, value in held):
+            failed.append(i)
+    return failed
+
+
+def why_not_writable(model: nn.Module, modules: Sequence[nn.Module]) -> str | None:
+    """What would make `write_whole` fail, or the next training step undo it; None where nothing would."""
+    engine = deepspeed_engine(model)
+    optimizer = getattr(engine, "optimizer", None)
+    unlinked = {id(p) for group in getattr(optimizer, "fp16_groups", ()) for p in group}
+    for chain in _chains(model, modules):
+        for name, parameter in _own(chain).items():
+            if parameter.device.type == "meta":
+                try:
+                    _stored(chain, name)
+                except ValueError as error:
+                    return str(error)
+            elif id(parameter) in unlinked and not hasattr(parameter, "ds_id"):
+                return (
+                    f"{_full_name(chain, name)}: {type(optimizer).__name__} of DeepSpeed holds a float32 copy that "
+                    "nothing links to the parameter, and its next step would undo what is loaded; load before "
+                    "deepspeed.initialize, or train with ZeRO"
+                )
+    return None
+
+
+def in_parts(model: nn.Module, modules: Sequence[nn.Module]) -> bool:
+    """Whether processes hold parts of these modules' parameters, so that all have to take part in reading them."""
+    if not is_distributed():
+        return False
+    for chain in _chains(model, modules):
+        if any(isinstance(module, FullyShardedDataParallel | FSDPModule) for _, module in chain):
+            return True
+        if any(gathered_by_all(p) or hasattr(p, "_hp_mapping") for p in _own(chain).values()):
+            return True
+    return False
+
+
+def gathered_by_all(parameter: Tensor) -> bool:
+    """Whether every process has to take part in gathering this parameter: a DTensor, or ZeRO-3's."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def is_distributed() -> bool:
+    """Whether this is one of several processes."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1
+
+
+def is_deepspeed_engine(module: object) -> bool:
+    """Whether `module` is what deepspeed.initialize returns, or its engine for inference."""
+    kinds = type(module).__mro__
+    return any(kind.__module__.startswith("deepspeed.") and kind.__name__.endswith("Engine") for kind in kinds)
+
+
+def deepspeed_engine(model: nn.Module) -> nn.Module | None:
+    """The DeepSpeed engine that `model` is, holds or, by the hooks on it, is inside of."""
+    for module in model.modules():
+        if is_deepspeed_engine(module):
+            return module
+        for hook in module._forward_pre_hooks.values():
+            if getattr(hook, "__module__", "").startswith("deepspeed."):
+                for cell in getattr(hook, "__closure__", None) or ():
+                    if is_deepspeed_engine(cell.cell_contents):
+                        return cell.cell_contents
+    return None
+
+
+def sharder_of(model: nn.Module) -> str | None:
+    """Who has taken the parameters of `model` for training already, so that one added now would be left out."""
+    for module in model.modules():
+        wrapped = isinstance(module, FSDPModule | nn.parallel.DistributedDataParallel)
+        if wrapped or hasattr(module, "_fsdp_wrapped_module"):
+            return type(module).__name__
+    if deepspeed_engine(model) is not None:
+        return ENGINE
+    for parameter in model.parameters():
+        # zero.Init gives a parameter its ds_id, deepspeed.initialize links it to the optimizer.
+        if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
+            return ENGINE
+        if hasattr(parameter, "_fsdp_flattened"):
+            return "FullyShardedDataParallel"
+    return None
+
+
+def whole_size(parameter: Tensor) -> int:
+    """The last dimension of a parameter, also where ZeRO-3 has left it empty."""
+    return int(tuple(getattr(parameter, "ds_shape", parameter.shape))[-1])
+
+
+def accelerate_hooks(module: nn.Module) -> list[Any]:
+    """The hooks of accelerate on `module` itself."""
+    hook = module.__dict__.get("_hf_hook")
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+
+
+def parameter_device(module: nn.Module) -> torch.device:
+    """Where `module` computes: where accelerate's hooks send the inputs of its first part, else where its first
+    parameter lies. ValueError where all that it has lies on the meta device."""
+    empty = None
+    for name, part in module.named_modules():
+        for hook in accelerate_hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+        for own, parameter in part.named_parameters(recurse=False):
+            if parameter.device.type != "meta":
+                return parameter.device
+            empty = empty or f"{name}.{own}".lstrip(".")
+    if empty is not None:
+        raise ValueError(f"model: {empty} {ON_META}")
+    return torch.device("cpu")
+
+
+def _chains(model: nn.Module, modules: Sequence[nn.Module]) -> list[Chain]:
+    """The way from `model` to each of `modules`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    chains = []
+    for module in modules:
+        chain: Chain = [("", model)]
+        for part in filter(None, names[id(module)].split(".")):
+            inside = chain[-1][1]._modules[part]
+            assert inside is not None  # named_modules has been there
+            chain.append((part, inside))
+        chains.append(chain)
+    return chains
+
+
+def _own(chain: Chain) -> dict[str, nn.Parameter]:
+    return dict(chain[-1][1].named_parameters(recurse=False))
+
+
+def _full_name(chain: Chain, name: str) -> str:
+    return ".".join([part for part, _ in chain[1:]] + [name])
+
+
+@contextmanager
+def _unsharded(chain: Chain, *, writing: bool = False) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters of the chain's last module, as they are while FSDP1 and ZeRO-3 have them gathered."""
+    with ExitStack() as stack:
+        wrappers = [module for _, module in chain if isinstance(module, FullyShardedDataParallel)]
+        if wrappers:
+            summon = FullyShardedDataParallel.summon_full_params
+            if getattr(wrappers[0], "_is_root", None) is None:  # before the first forward: else a part becomes the root
+                with summon(wrappers[0], recurse=False, writeback=False):
+                    pass
+            stack.enter_context(summon(wrappers[-1], recurse=False, writeback=writing))
+        groups = [module for _, module in chain if isinstance(module, FSDPModule)]
+        if groups:
+            groups[-1].reshard()  # a forward may have left whole copies in place of the parameters
+        parameters = list(_own(chain).values())
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if writing else None))
+        yield _own(chain)
+
+
+def _value(chain: Chain, name: str, parameter: nn.Parameter) -> Tensor:
+    value = parameter.detach()
+    if value.device.type == "meta":
+        stored, key = _offloaded(chain, name)
+        value = stored[key].detach()
+    elif isinstance(value, DTensor):
+        mesh = value.device_mesh.device_type
+        parts: Any = value if value.device.type == mesh else value.to(mesh)  # offloaded to a CPU: no gather there
+        value = parts.full_tensor()
+    return value.to("cpu", copy=True).contiguous()
+
+
+def _set_value(chain: Chain, name: str, parameter: nn.Parameter, value: Tensor) -> None:
+    if parameter.device.type == "meta":
+        stored, key = _stored(chain, name)
+        if isinstance(stored, Path):
+            from accelerate.utils import offload_weight
+
+            offload_weight(value.to(_value(chain, name, parameter).dtype), key, stored)
+        else:
+            stored[key].copy_(value)
+    elif isinstance(parameter, DTensor):
+        whole = value.to(parameter.dtype)
+        spread = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(spread.to_local())
+    else:
+        parameter.copy_(value)
+
+
+def _offloaded(chain: Chain, name: str) -> tuple[Mapping[str, Tensor], str]:
+    """Where a hook of accelerate, on the module or around it, fetches the parameter from: a mapping and its key."""
+    for depth in range(len(chain), 0, -1):
+        key = ".".join([part for part, _ in chain[depth:]] + [name])
+        for hook in accelerate_hooks(chain[depth - 1][1]):
+            weights = getattr(hook, "weights_map", None)
+            if getattr(hook, "offload", False) and weights is not None and key in weights:
+                return weights, key
+    raise ValueError(f"model: {_full_name(chain, name)} {ON_META}")
+
+
+def _stored(chain: Chain, name: str) -> tuple[MutableMapping[str, Tensor] | Path, str]:
+    """What to write to for the hook to fetch it: tensors by name, or the folder of accelerate's own files."""
+    weights: Any
+    weights, key = _offloaded(chain, name)
+    while hasattr(weights, "dataset") and hasattr(weights, "prefix"):
+        weights, key = weights.dataset, f"{weights.prefix}{key}"
+    if isinstance(weights, dict):
+        return weights, key
+    if key in getattr(weights, "state_dict", ()):
+        return weights.state_dict, key
+    entry = getattr(weights, "index", {}).get(key)
+    if entry is None or entry.get("safetensors_file") is not None:
+        where = type(weights).__name__ if entry is None else entry["safetensors_file"]
+        raise ValueError(
+            f"model: {_full_name(chain, name)} is offloaded and fetched from {where}, which is not MoCa's to change; "
+            "load MoCa before the model is offloaded, or keep modality_layernorm on a device in the device_map"
+        )
+    return Path(weights.save_folder), key
+
+
+def _optimizer_copies(chain: Chain) -> dict[str, Tensor]:
+    """The whole float32 copies that DeepSpeed's optimizer holds of the last module's parameters."""
+    found = {}
+    for name, parameter in _own(chain).items():
+        if _linked(parameter):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            copy = safe_get_full_fp32_param(parameter)
+            if copy is not None:
+                found[name] = copy.detach().to("cpu", copy=True)
+    return found
+
+
+def _set_optimizer_copy(parameter: Any, value: Tensor | None) -> None:
+    if value is None or not _linked(parameter):
+        return
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    value = value.to(parameter.device, torch.float32)
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # Not the setter of the whole: it fails where the last process's part is padded.
+    group, size = parameter.ds_process_group, parameter.ds_tensor.numel()
+    padded = value.new_zeros(size * torch.distributed.get_world_size(group))
+    padded[: value.numel()] = value
+    safe_set_local_fp32_param(parameter, padded.narrow(0, size * torch.distributed.get_rank(group), size))
+
+
+def _linked(parameter: Any) -> bool:
+    """Whether DeepSpeed has linked the parameter to a copy in its optimizer."""
+    if hasattr(parameter, "ds_id"):
+        return hasattr(parameter, "_z3_optimizer") and parameter.requires_grad
+    return hasattr(parameter, "_hp_mapping")

@@ -1,0 +1,149 @@
+"""What is a pass and what a decoding step: by the roles of the tokens and by what generate() is at, not by lengths."""
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from integration.tiny_models import tiny_batch, tiny_model
+from modality_integration import add_moca, capture
+from modality_integration.models.moca import vision_tokens
+
+ROW = "ttittttt"
+
+
+def prefill(model, batch):
+    with torch.no_grad(), capture(model) as seen:
+        model(**batch.inputs)
+    return seen.hidden_states, seen.vision_mask, seen.text_mask
+
+
+def assert_is_prefill(seen, expected):
+    states, vision, text = expected
+    assert seen.passes == 1
+    assert torch.equal(seen.vision_mask, vision)
+    assert torch.equal(seen.text_mask, text)
+    for got, wanted in zip(seen.hidden_states, states, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llava", {}),
+        ("llava", {"use_cache": False}),
+        ("llava", {"prompt_lookup_num_tokens": 3}),
+        ("llava", {"guidance_scale": 1.5}),
+        ("llava", {"cache_implementation": "static"}),
+        ("gemma3", {"cache_implementation": "static"}),
+        ("qwen2_vl", {"cache_implementation": "static"}),
+    ],
+    ids=str,
+)
+def test_after_generate_the_prefill_is_what_stands(family, options):
+    model = tiny_model(family, dtype=torch.float32)
+    rows = [ROW] if "prompt_lookup_num_tokens" in options else [ROW, "tittttt"]
+    batch = tiny_batch(model, family, rows, padding="left")
+    if "prompt_lookup_num_tokens" in options:  # a prompt that ends as it has been before: a draft comes with it
+        batch.inputs["input_ids"][0, -2:] = batch.inputs["input_ids"][0, 6:8]
+    expected = prefill(model, batch)
+    with torch.no_grad(), capture(model) as seen:
+        model.generate(**batch.inputs, max_new_tokens=5, do_sample=False, **options)
+    assert_is_prefill(seen, expected)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_prompt_in_chunks_is_one_pass_and_moca_calibrates_all_of_its_vision_tokens(size):
+    """An image token that comes alone is a vision token, not a decoding step."""
+    model = tiny_model("llava")
+    batch = tiny_batch(model, "llava", [ROW])
+    torch.manual_seed(0)
+    add_moca(model, std=0.3)
+    ids = batch.inputs["input_ids"]
+    with torch.no_grad(), capture(model, vision_mask=batch.vision) as whole:
+        embeds = model.get_input_embeddings()(ids)
+        features = model.model.get_image_features(pixel_values=batch.inputs["pixel_values"]).pooler_output
+        embeds[batch.vision] = torch.cat(list(features))
+        with vision_tokens(model, batch.vision):
+            expected = model(inputs_embeds=embeds).logits
+    with torch.no_grad(), capture(model, vision_mask=batch.vision) as seen, vision_tokens(model, batch.vision):
+        logits, cache = [], DynamicCache()
+        for part in embeds.split(size, 1):
+            out = model(inputs_embeds=part, past_key_values=cache, use_cache=True)
+            logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-6)  # rotary angles are float32
+    if size > 1:
+        assert seen.passes == 1
+        assert torch.equal(seen.vision_mask, whole.vision_mask)
+        assert torch.equal(seen.text_mask, whole.text_mask)
+        for got, wanted in zip(seen.hidden_states, whole.hidden_states, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+
+
+def test_chunks_of_generates_own_prefill_are_one_pass():
+    model = tiny_model("llava", dtype=torch.float32).model.language_model
+    language = LlamaForCausalLM(model.config).eval()
+    ids = torch.arange(3, 14)[None]
+    vision = (ids > 4) & (ids < 9)
+    with torch.no_grad(), capture(language, vision_mask=vision) as whole:
+        language(input_ids=ids)
+    for size in (1, 3, 11):
+        with torch.no_grad(), capture(language, vision_mask=vision) as seen:
+            language.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=size)
+        assert_is_prefill(seen, (whole.hidden_states, whole.vision_mask, whole.text_mask))
+
+
+def test_a_sequence_that_was_read_is_complete():
+    """A second image in the same conversation is a pass of its own, so that no token counts twice."""
+    model = tiny_model("llava")
+    batch, more = (tiny_batch(model, "llava", [row], seed=seed) for seed, row in enumerate((ROW, "titttt")))
+    with torch.no_grad(), capture(model) as seen:
+        cache = model(**batch.inputs, use_cache=True).past_key_values
+        first = seen.vision_mask
+        more.inputs.pop("attention_mask")
+        model(**more.inputs, past_key_values=cache)
+        assert torch.equal(first, batch.vision)
+        assert torch.equal(seen.vision_mask, more.vision)
+        assert seen.passes == 2
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_mask_of_the_caller_serves_generation_from_embeddings(beams):
+    model = tiny_model("llava", dtype=torch.float32)
+    torch.manual_seed(0)
+    add_moca(model, std=0.3)
+    batch = tiny_batch(model, "llava", [ROW, "tittttt"], padding="left")
+    length = batch.vision.shape[1]
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    with torch.no_grad():
+        expected = model.generate(**batch.inputs, **options)[:, length:]
+        embeds = model.get_input_embeddings()(batch.inputs["input_ids"])
+        features = model.model.get_image_features(pixel_values=batch.inputs["pixel_values"]).pooler_output
+        embeds[batch.vision] = torch.cat(list(features))
+        with vision_tokens(model, batch.vision):
+            got = model.generate(inputs_embeds=embeds, attention_mask=batch.inputs["attention_mask"], **options)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("asked", "count"), [("leave out", 4), ("text", 9)])
+def test_audio_is_neither_vision_nor_text_unless_asked(asked, count):
+    model = tiny_model("qwen2_5_vl")
+    model.config.audio_token_id = 55
+    ids = torch.tensor([[1, 5, *[60] * 4, 6, *[55] * 5, 7, 8, 9]])
+    vision, audio = ids == 60, ids == 55
+    embeds = model.get_input_embeddings()(ids)
+    types = vision.int() + 3 * audio.int()
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds, "mm_token_type_ids": types}):
+        with torch.no_grad(), capture(model, audio=asked) as seen:
+            model(**inputs)
+        assert torch.equal(seen.vision_mask, vision)
+        assert int(seen.text_mask.sum()) == count
+        assert bool((seen.text_mask & audio).any()) == (asked == "text")
+
+
+@pytest.mark.parametrize("name", ["altup_num_inputs", "hc_mult", "hc_count"])
+def test_several_residual_streams_are_refused_when_placed(name):
+    model = tiny_model("llava")
+    setattr(model.config.text_config, name, 4)
+    for place in (add_moca, lambda m: capture(m).__enter__()):
+        with pytest.raises(ValueError, match=rf"keeps 4 residual streams a token \({name} of its text config"):
+            place(model)
