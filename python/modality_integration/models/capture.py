@@ -107,7 +107,7 @@ class Capture:
                 raise RuntimeError(
                     f"hidden_states: the output of {name} was overwritten in place after it was recorded"
                 )
-        ids = roles.sample_ids() if roles.may_be_packed else None
+        ids = roles.masks().sample_ids if roles.may_be_packed else None
         return list(self._states) if ids is None else PackedStates(self._states, ids)
 
     @property
@@ -246,10 +246,6 @@ class _Roles:
         if self._masks is not None:
             return self._masks.sample_ids is not None
         return len(self.parts) == 1 and is_packed(self.parts[0].running.inputs)
-
-    def sample_ids(self) -> Tensor | None:
-        """The numbers of packed samples."""
-        return self.masks().sample_ids
 
     def masks(self) -> _Masks:
         if self._masks is None:

@@ -18,7 +18,8 @@ Mask = Tensor | str | None
 # `mm_token_type_ids` in other families. By family, because PaliGemma's token_type_ids tell prompt from answer.
 TYPE_IDS = {"gemma3": "token_type_ids"}
 
-# Names in configurations of the ids that stand for audio features.
+# Names in configurations of the ids that stand for vision and for audio features.
+VISION_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 AUDIO_IDS = ("audio_token_id", "audio_token_index", "sound_context_token_id", "speech_token_id", "speech_token_index")
 
 # Forward arguments of attention kernels whose entries are the places where the next of several samples begins.
@@ -29,17 +30,12 @@ PACKING = ("position_ids", "seq_idx", *BOUNDARIES)
 
 def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
     """The token ids that stand for image and video features in `input_ids`, by the model's configuration."""
-    config = getattr(unwrap(model), "config", None)
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    found = {getattr(config, name, None) for name in names}
-    return tuple(sorted(i for i in found if isinstance(i, int)))
+    return _configured_ids(model, VISION_IDS)
 
 
 def audio_token_ids(model: nn.Module) -> tuple[int, ...]:
     """The token ids that stand for audio features in `input_ids`: neither vision nor text."""
-    config = getattr(unwrap(model), "config", None)
-    found = {getattr(config, name, None) for name in AUDIO_IDS}
-    return tuple(sorted(i for i in found if isinstance(i, int)))
+    return _configured_ids(model, AUDIO_IDS)
 
 
 def text_after_vision(vision: Tensor, sample_ids: Tensor | None = None) -> Tensor:
@@ -48,9 +44,7 @@ def text_after_vision(vision: Tensor, sample_ids: Tensor | None = None) -> Tenso
         return vision.flip(-1).cumsum(-1).flip(-1) == 0
     numbers = _across_rows(sample_ids)
     columns = torch.arange(vision.shape[1], device=vision.device, dtype=torch.int64).expand(vision.shape)
-    last = torch.full((int(numbers.max()) + 1,), -1, dtype=torch.int64, device=vision.device)
-    last.scatter_reduce_(0, numbers.flatten(), columns.where(vision, -1).flatten(), "amax")
-    return columns > last[numbers]
+    return columns > _of_each(numbers, columns.where(vision, -1), "amax")[numbers]
 
 
 def packed_samples(inputs: Mapping[str, Any], kept: Tensor, vision: Tensor) -> Tensor | None:
@@ -66,21 +60,11 @@ def packed_samples(inputs: Mapping[str, Any], kept: Tensor, vision: Tensor) -> T
         return None
     ids = ids.masked_fill(~kept, -1)
     numbers = _across_rows(ids)
-    count = int(numbers.max()) + 1
-    size = torch.zeros(count, dtype=torch.int64, device=ids.device).scatter_add_(
-        0, numbers.flatten(), torch.ones_like(numbers).flatten()
-    )
-    rises = size > 1
+    rises = _of_each(numbers, torch.ones_like(numbers), "sum") > 1
     positions = _positions(inputs, kept)
     if positions is not None:
-        low = torch.full_like(size, torch.iinfo(torch.int64).max).scatter_reduce_(
-            0, numbers.flatten(), positions.flatten(), "amin"
-        )
-        high = torch.full_like(size, torch.iinfo(torch.int64).min).scatter_reduce_(
-            0, numbers.flatten(), positions.flatten(), "amax"
-        )
-        rises &= high > low
-    seen = torch.zeros_like(size).scatter_add_(0, numbers.flatten(), vision.long().flatten()) > 0
+        rises &= _of_each(numbers, positions, "amax") > _of_each(numbers, positions, "amin")
+    seen = _of_each(numbers, vision.long(), "amax") > 0
     return ids.masked_fill(~(rises | seen)[numbers], -1)
 
 
@@ -92,6 +76,19 @@ def is_packed(inputs: Mapping[str, Any]) -> bool:
     mask = inputs.get("attention_mask")
     kept = mask != 0 if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(tokens).bool()
     return _sample_numbers(inputs, kept) is not None
+
+
+def _configured_ids(model: nn.Module, names: Sequence[str]) -> tuple[int, ...]:
+    """The token ids that the model's configuration has under `names`."""
+    config = getattr(unwrap(model), "config", None)
+    found = {getattr(config, name, None) for name in names}
+    return tuple(sorted(i for i in found if isinstance(i, int)))
+
+
+def _of_each(numbers: Tensor, values: Tensor, reduction: str) -> Tensor:
+    """(n,): `values` (B, T) of the tokens of one number together, for numbers 0 to the largest of `numbers`."""
+    out = values.new_zeros(int(numbers.max()) + 1)
+    return out.scatter_reduce_(0, numbers.flatten(), values.flatten(), reduction, include_self=False)
 
 
 def _across_rows(sample_ids: Tensor) -> Tensor:
@@ -123,12 +120,11 @@ def _sample_numbers(inputs: Mapping[str, Any], kept: Tensor) -> Tensor | None:
     if positions is None:
         return None
     # Only tokens that are kept count: generate() gives the padding on the left positions of its own.
-    before = positions.masked_fill(~kept, torch.iinfo(torch.int64).min)
     places = torch.arange(shape[1], device=device, dtype=torch.int64).expand(shape)
     last = places.where(kept, -1).cummax(-1).values  # of the kept tokens up to here
     previous = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)
     first = kept.int().argmax(-1, keepdim=True)
-    new = kept & (previous >= 0) & (positions < before.gather(1, previous.clamp(min=0)))
+    new = kept & (previous >= 0) & (positions < positions.gather(1, previous.clamp(min=0)))
     new &= positions <= positions.gather(1, first)
     return new.long().cumsum(-1) if bool(new.any()) else None
 
