@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modality_integration.training.watch import Watch, first_process_says
+from modality_integration.metric.result import MIRResult
+from modality_integration.training.watch import Watch, first_process_says, numbers
 
 _SAVED = "MIRHistory"  # where a checkpoint of the trainer keeps what early stopping goes by
 
@@ -29,6 +31,12 @@ class MIRCallback(Watch, TrainerCallback):
     alone counts. Groups cost memory for covariances once a probe has more tokens than are held back.
     `history` holds (step, MIRResult) of every measurement. Resumed from a checkpoint, training goes on with the
     measurements that early stopping needs, measures at the same steps, and stops where it would have without a break.
+    Where a checkpoint's weights do not come back (transformers renames those of vision-language models when it writes
+    them, and its Trainer does not rename them back), MIR is not what it was there: a warning says so at the start of
+    the resumed training, and after training with `load_best_model_at_end`.
+
+    TrainingArguments(metric_for_best_model="mir", or "mir_layer_{k}"): every evaluation has "eval_mir", measured there
+    unless the same step was; the lowest is the best. Trainer's own EarlyStoppingCallback then goes by it.
 
     The probe runs as in `measure_mir`, under the trainer's autocast: training goes on to the same bits as without it.
     Under torch.distributed every process runs the whole probe and the first one's value decides.
@@ -40,6 +48,19 @@ class MIRCallback(Watch, TrainerCallback):
         """Adds this callback to `trainer`, through which it then logs."""
         self._trainer = trainer
         trainer.add_callback(self)
+        # An evaluation gets its MIR from this one: those that read it, early stopping among them, come after it.
+        callbacks = trainer.callback_handler.callbacks
+        reading = next(i for i, callback in enumerate(callbacks) if callback is self or _reads_evaluations(callback))
+        callbacks.insert(reading, callbacks.pop())
+        args = trainer.args
+        if _chosen_by(args) and args.greater_is_better:
+            warnings.warn(
+                f"metric_for_best_model={args.metric_for_best_model!r}: takes greater_is_better=False, for the lower "
+                "MIR is the better one; got True, which TrainingArguments makes of every name that does not end in "
+                '"loss". It is set to False',
+                stacklevel=2,
+            )
+            args.greater_is_better = False
         return self
 
     def on_train_begin(
@@ -48,25 +69,115 @@ class MIRCallback(Watch, TrainerCallback):
         self.restore(_kept(state).get(_SAVED, {}).get("measurements", []), state.global_step)
         if not self.history or state.global_step == 0:
             self._measure(args, state, control, kwargs["model"])
+        else:
+            self._warn_unless_restored(state, kwargs["model"], state.global_step, "the resumed training", "CHECKPOINT")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             self._measure(args, state, control, kwargs["model"])
+        elif control.should_save:
+            self._result(state, kwargs["model"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self._result(state, kwargs["model"])
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        chosen = _chosen_by(args)
+        if not self._logs_through().is_in_train:
+            self.weights_changed()
+        if not chosen and (args.save_strategy != "best" or not self._logs_through().is_in_train):
+            return
+        measured = numbers(self._result(state, kwargs["model"]))
+        if chosen in measured and metrics is not None:
+            value = {f"eval_{chosen}": first_process_says(measured[chosen], args.device)}
+            metrics.update(value)
+            self._log(value, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = state.best_global_step
+        if args.load_best_model_at_end and best and best != state.global_step and state.best_model_checkpoint:
+            what, checkpoint = "the best model, loaded at the end,", state.best_model_checkpoint
+            self._warn_unless_restored(state, kwargs["model"], best, what, checkpoint)
+        self.weights_changed()
 
     def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        if self._trainer is None:
-            raise RuntimeError("MIRCallback: add it with .attach(trainer), not through Trainer(callbacks=...)")
-        with self._trainer.accelerator.autocast():
+        with self._logs_through().accelerator.autocast():
             logged = self.measure(model, state.global_step)
-        _kept(state)[_SAVED] = {"measurements": self.saved()}
-        due = control.should_log  # logging clears it, and the trainer's own log of this step would be lost
-        self._trainer.log(logged)
-        control.should_log = due
+        self._keep(state)
+        self._log(logged, control)
         if first_process_says(self.plateau(), args.device):
             control.should_training_stop = True
+
+    def _result(self, state: TrainerState, model: nn.Module) -> MIRResult:
+        """MIR at this step, for a checkpoint or an evaluation; neither in the history nor logged."""
+        with self._logs_through().accelerator.autocast():
+            result = self.result_at(model, state.global_step)
+        if self._logs_through().is_in_train:
+            self._keep(state)
+        return result
+
+    def _keep(self, state: TrainerState) -> None:
+        """Gives the trainer's state, which checkpoints have, what was measured."""
+        assert self._latest is not None
+        step, result = self._latest
+        values = {**_values(state), str(step): result.value}
+        _kept(state)[_SAVED] = {"measurements": self.saved(), "values": values}
+
+    def _log(self, values: dict[str, float], control: TrainerControl) -> None:
+        due = control.should_log  # logging clears it, and the trainer's own log of this step would be lost
+        self._logs_through().log(values)
+        control.should_log = due
+
+    def _warn_unless_restored(
+        self, state: TrainerState, model: nn.Module, step: int, what: str, checkpoint: str
+    ) -> None:
+        """Warns where `model` should be that of `checkpoint`, written after `step` steps, and its MIR is another."""
+        value = _values(state).get(str(step))
+        if value is not None:
+            remedy = (
+                "transformers' Trainer does not read back what from_pretrained renames, as in most vision-language "
+                f"models: take from_pretrained({checkpoint!r}), add_moca and load_moca(model, {checkpoint!r}) where it "
+                "has MoCa, and go on with that model"
+            )
+            with self._logs_through().accelerator.autocast():
+                self.warn_unless_restored(model, step, value, what, remedy)
+
+    def _logs_through(self) -> Trainer:
+        if self._trainer is None:
+            raise RuntimeError("MIRCallback: add it with .attach(trainer), not through Trainer(callbacks=...)")
+        return self._trainer
+
+
+def _chosen_by(args: TrainingArguments) -> str:
+    """What is measured here and `args` chooses the best model by, "" where it is something else."""
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    return name if name == "mir" or name.startswith("mir_layer_") else ""
+
+
+def _reads_evaluations(callback: TrainerCallback) -> bool:
+    """Whether `callback` does something of its own with what an evaluation gives; progress bars only end there."""
+    return type(callback).on_evaluate is not TrainerCallback.on_evaluate and not isinstance(callback, ProgressCallback)
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:
     """What the trainer saves with its state and gives back when it resumes, by name."""
     kept: Any = state.stateful_callbacks
     return kept
+
+
+def _values(state: TrainerState) -> dict[str, float]:
+    """MIR by the step after which it was measured, of this training and of what it was resumed from."""
+    values: dict[str, float] = _kept(state).get(_SAVED, {}).get("values", {})
+    return values

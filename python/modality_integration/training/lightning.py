@@ -21,9 +21,19 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
         from pytorch_lightning import Callback
 
     class MIRLightning(Watch, Callback):
+        _restored = False  # from a checkpoint, whose weights have not been looked at yet
+
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            step = trainer.global_step
             if not self.history:
                 self._measure(trainer, pl_module)
+            elif self._restored and step == self.history[-1][0]:
+                with _autocast(trainer):
+                    self.warn_unless_restored(
+                        getattr(pl_module, module), step, self.history[-1][1].value, "the resumed training",
+                        "See that the LightningModule's state_dict holds them, and that loading it is strict",
+                    )  # fmt: skip
+            self._restored = False
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             step = trainer.global_step
@@ -36,10 +46,10 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             measurements = state_dict["measurements"]
             self.restore(measurements, measurements[-1][0] if measurements else 0)
+            self._restored = True
 
         def _measure(self, trainer: Any, pl_module: Any) -> None:
-            autocast: AbstractContextManager = trainer.precision_plugin.forward_context()
-            with autocast:
+            with _autocast(trainer):
                 logged = self.measure(getattr(pl_module, module), trainer.global_step)
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=trainer.global_step)
@@ -47,3 +57,9 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
                 trainer.should_stop = True
 
     return MIRLightning(probe, **options)
+
+
+def _autocast(trainer: Any) -> AbstractContextManager[None]:
+    """What the trainer computes forward passes in."""
+    context: AbstractContextManager[None] = trainer.precision_plugin.forward_context()
+    return context

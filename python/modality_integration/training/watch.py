@@ -13,6 +13,7 @@ from torch import nn
 
 from modality_integration.metric.comparison import compare
 from modality_integration.metric.result import MIRResult
+from modality_integration.models.placement import is_distributed, parameter_device
 from modality_integration.training.measure import Probe, check_probe, measure_mir
 
 
@@ -37,6 +38,7 @@ class Watch:
             raise ValueError(f"min_delta: takes a number >= 0, got {min_delta!r}")
         self.probe, self.every, self.patience, self.min_delta = probe, every, patience, min_delta
         self.history: list[tuple[int, MIRResult]] = []
+        self._latest: tuple[int, MIRResult] | None = None  # of the model as it is, while it trains
         self._capture = dict(capture or {})
         self._metric = {"groups": 0 if patience is None else 5, **(metric or {})}
 
@@ -57,13 +59,38 @@ class Watch:
     def measure(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measure after `step` steps, into the history; gives what is logged."""
         start = time.perf_counter()
-        result = measure_mir(model, self.probe, capture=self._capture, metric=self._metric)
+        result = self.result_at(model, step)
         if self.patience is not None and not self.history:
             self._warn_of_few(result)
         self.history.append((step, result))
-        layers = {f"mir_layer_{k}": value for k, value in enumerate(result.per_layer, 1)}
-        error = {} if result.error is None else {"mir_error": result.error}
-        return {"mir": result.value, **error, **layers, "mir_seconds": time.perf_counter() - start}
+        return {**numbers(result), "mir_seconds": time.perf_counter() - start}
+
+    def result_at(self, model: nn.Module, step: int) -> MIRResult:
+        """MIR after `step` steps: what was measured there, if the model was measured there, else measured now."""
+        if self._latest is None or self._latest[0] != step:
+            self._latest = step, measure_mir(model, self.probe, capture=self._capture, metric=self._metric)
+        return self._latest[1]
+
+    def weights_changed(self) -> None:
+        """Whoever holds the model may have changed its weights: what was measured last says nothing of it any more."""
+        self._latest = None
+
+    def warn_unless_restored(self, model: nn.Module, step: int, value: float, what: str, remedy: str) -> None:
+        """Measure `model`, whose weights have been read from files, and warn unless MIR is `value` again, what it was
+        when these were written after `step` steps.
+
+        what: "the resumed training", say; remedy: how to have the weights. What rounding may make on another device is
+        no difference: 1e-5 where the model computes in 32 bits, 1e-3 in 16.
+        """
+        self.weights_changed()
+        now = self.result_at(model, step).value
+        slack = 1e-3 if _in_16_bits(model) else 1e-5
+        if now != value and not abs(now - value) <= slack and _is_first_process():
+            warnings.warn(
+                f"MIR: {what} has a MIR of {now:.6g}, and it was {value:.6g} when its checkpoint was written after "
+                f"{step} steps: not all weights of the checkpoint are in the model. {remedy}",
+                stacklevel=2,
+            )
 
     def saved(self) -> list[list[Any]]:
         """The measurements that `plateau` needs next time, of JSON's types."""
@@ -74,6 +101,7 @@ class Watch:
         entries = [(at, MIRResult.from_json(json.dumps(document))) for at, document in saved if at <= step]
         first = entries[0][0] if entries else step
         self.history = [entry for entry in self.history if entry[0] < first] + entries
+        self.weights_changed()
 
     def _warn_of_few(self, result: MIRResult) -> None:
         wanted, got = self._metric["groups"], len(result.left_out[0]) if result.left_out else 0
@@ -86,10 +114,26 @@ class Watch:
             )
 
 
-def first_process_says(stop: bool, device: torch.device) -> bool:
-    """What the first process decides, on every process: all stop, or none does."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return stop
-    decision = torch.tensor(float(stop), device=device, dtype=torch.float32)
-    torch.distributed.broadcast(decision, src=0)
-    return bool(decision.item())
+def numbers(result: MIRResult) -> dict[str, float]:
+    """What is logged of a measurement: "mir", "mir_error" where there is one, "mir_layer_{k}"."""
+    error = {} if result.error is None else {"mir_error": result.error}
+    return {"mir": result.value, **error, **{f"mir_layer_{k}": value for k, value in enumerate(result.per_layer, 1)}}
+
+
+def first_process_says(value: float, device: torch.device) -> float:
+    """The number that the first process has, on every process: what goes by it goes the same way on all."""
+    if not is_distributed():
+        return value
+    said = torch.tensor(value, device=device, dtype=torch.float64)
+    torch.distributed.broadcast(said, src=0)
+    return said.item()
+
+
+def _is_first_process() -> bool:
+    return not is_distributed() or torch.distributed.get_rank() == 0
+
+
+def _in_16_bits(model: nn.Module) -> bool:
+    """Whether some of the model is computed in 16 bits or fewer, by its weights or by autocast."""
+    autocast = torch.is_autocast_enabled(parameter_device(model).type)
+    return autocast or any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())

@@ -6,13 +6,14 @@ import math
 import random
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 from integration.tiny_models import LAYERS, tiny_batch, tiny_model
+from integration.tiny_trainers import ROWS, probe_of, trainer_of
 from modality_integration import (
     LayerTerms,
     MIRCallback,
@@ -23,37 +24,6 @@ from modality_integration import (
     measure_mir,
     mir,
 )
-
-ROWS = ["tittttttt", "ttitttttt"]
-
-
-class Captions(torch.utils.data.Dataset):
-    """Eight rows with an image each."""
-
-    def __init__(self, model):
-        self.batch = tiny_batch(model, "llava", ["ttitttt"] * 8)
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, i):
-        row = {name: value[i] for name, value in self.batch.inputs.items()}
-        return {**row, "labels": row["input_ids"].masked_fill(self.batch.vision[i], -100)}
-
-
-def trainer_of(tmp_path, *, learning_rate=1e-2, steps=6, **changes):
-    model = tiny_model("llava", dtype=torch.float32)
-    for layer in model.model.language_model.layers:
-        layer.self_attn.attention_dropout = 0.2  # so that the random state matters
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=2, learning_rate=learning_rate,
-        use_cpu=True, report_to=[], logging_steps=1, disable_tqdm=True, seed=3, **{"save_strategy": "no", **changes},
-    )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=Captions(model))
-
-
-def probe_of(trainer, seeds=(5, 6, 7)):
-    return [tiny_batch(trainer.model, "llava", ROWS, seed=seed).inputs for seed in seeds]
 
 
 def mir_by_hand(model, probe):
@@ -154,19 +124,6 @@ def drifting(apart, down):
     moved = [(-1) ** g * 0.1 / math.sqrt(5) + (-1) ** g * apart for g in range(6)]
     made.left_out = [[made.per_layer[0] * 10**each for each in moved]]
     return made
-
-
-def test_resumed_training_stops_where_it_would_have_without_a_break_and_logs_no_step_twice(tmp_path):
-    checkpoints = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 0.0}
-    broken = trainer_of(tmp_path / "a", steps=3, **checkpoints)
-    MIRCallback(probe_of(broken), every=1, patience=4).attach(broken)
-    broken.train()
-    resumed = trainer_of(tmp_path / "b", steps=20, learning_rate=0.0)
-    callback = MIRCallback(probe_of(resumed), every=1, patience=4).attach(resumed)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
-    assert resumed.state.global_step == 4  # the start and four measurements without a change
-    assert [step for step, _ in callback.history] == [0, 1, 2, 3, 4]
-    assert [entry["step"] for entry in resumed.state.log_history if "mir" in entry] == [0, 1, 2, 3, 4]
 
 
 def test_too_few_rows_for_the_groups_are_told_once_where_they_decide(tmp_path):
@@ -328,5 +285,24 @@ def test_lightning_logs_the_same_and_stops_on_a_plateau(lightning, tmp_path):
 
     again = lightning_callback(probe, module="network", every=2, patience=3)
     again.load_state_dict(callback.state_dict())
-    trainer = LightningTrainer(again, module, steps=20, start=4)
-    assert [step for step, _ in trainer.logged] == [6]  # step 4 is not measured again, and one more is enough
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="MIR")
+        trainer = LightningTrainer(again, module, steps=20, start=4)
+    assert [step for step, _ in trainer.logged] == [6]  # step 4 is not logged again, and one more is enough
+
+
+def test_lightning_tells_of_weights_that_did_not_come_back(lightning, tmp_path):
+    model = tiny_model("llava", dtype=torch.float32)
+    probe = [tiny_batch(model, "llava", ROWS, seed=seed).inputs for seed in range(3)]
+    module = types.SimpleNamespace(model=model, device=torch.device("cpu"))
+    callback = lightning_callback(probe, every=2, patience=2)
+    LightningTrainer(callback, module, steps=3)
+    again = lightning_callback(probe, every=2, patience=5)
+    again.load_state_dict(callback.state_dict())
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.down_proj.weight.mul_(1.1)
+    with pytest.warns(UserWarning, match="resumed training has a MIR .* after 2 steps.*loading it is strict"):
+        LightningTrainer(again, module, steps=3, start=2)
+    with warnings.catch_warnings():  # fitted again, with weights that the user has changed since: no resuming
+        warnings.filterwarnings("error", message="MIR")
+        LightningTrainer(again, module, steps=3, start=2)
