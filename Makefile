@@ -15,7 +15,7 @@ NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -typ
 # One at a time, whatever -j says: two benchmarks would time each other.
 .NOTPARALLEL: bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch
 
-.PHONY: help demo test test-slow test-gpu test-versions sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch reproduce figures docs clean
+.PHONY: help demo test test-slow families test-gpu test-versions sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch reproduce figures docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,10 @@ $(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
 	$(PIP) -e ".[dev]"
 	@touch $@
 
+$(VENV)/.trainers: $(VENV)/.test
+	$(PIP) -e ".[trainers]"
+	@touch $@
+
 # The docstrings are read from the sources: no torch is needed.
 $(VENV)/.docs: $(BIN)/python constraints.txt
 	$(PIP) mkdocs mkdocs-material mkdocstrings-python
@@ -56,8 +60,11 @@ demo: $(VENV)/.demo ## MIR of a real model before, during and after training, wi
 test: $(VENV)/.test ## every test that needs no GPU and no patience
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-test-slow: $(VENV)/.test ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+test-slow: $(VENV)/.trainers ## the tests that take minutes, those with TRL, bitsandbytes and DeepSpeed among them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+families: $(VENV)/.test ## every family of vision-language models in transformers: which tokens are vision, proved where it can be
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/families/walk.py
 
 test-gpu: $(VENV)/.test ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

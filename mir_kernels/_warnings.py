@@ -8,9 +8,9 @@ import warnings
 _OURS = ("mir_kernels", "modality_integration", "torch")
 
 
-def warn(message: str) -> None:
-    """A RuntimeWarning at the first frame outside this library and torch."""
+def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:
+    """A warning at the first frame outside this library and torch."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, RuntimeWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from mir_kernels._warnings import warn
 from mir_kernels.ops.moca import VisionMask
-from modality_integration.models.decoder import LayerOutput
+from modality_integration.models.decoder import Decoder, LayerOutput
 from modality_integration.models.forward_watch import ForwardPass, ForwardWatch
-from modality_integration.models.placement import gathered_by_all
+from modality_integration.models.placement import gathered_by_all, may_be_trained_in_float32
 
 HELD_AS = "_moca"  # the attribute of a decoder layer that holds its calibration
 
@@ -32,10 +33,14 @@ class Calibration:
     Hooks are methods of this object, so a deep copy of the model gets a calibration of its own.
     """
 
-    def __init__(self, watch: ForwardWatch, name: str, vision: Tensor | str | None) -> None:
+    def __init__(self, watch: ForwardWatch, decoder: Decoder, name: str, vision: Tensor | str | None) -> None:
         self.watch, self.name = watch, name
         self.vision = vision
-        self.placed: list[Removable] = [watch]
+        self._model = decoder.path[0]
+        # The innermost module around the layers: wrappers call some of the outer ones past their hooks.
+        looking = decoder.path[-1].register_forward_pre_hook(self._look_at_dtypes)
+        self.placed: list[Removable] = [watch, looking]
+        self.told_of_dtypes = False
         # Masks of passes that may yet be recomputed in backward, for checkpoints that wrap a layer with its hooks.
         self._replayable: deque[Tensor] = deque(maxlen=64)
         self._replayed = False
@@ -50,6 +55,23 @@ class Calibration:
         for part in self.placed:
             part.remove()
         self.placed.clear()
+
+    def _look_at_dtypes(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the decoder: before the first training pass, a warning where MoCa has become narrow."""
+        if torch.compiler.is_compiling() or self.told_of_dtypes or not torch.is_grad_enabled():
+            return
+        trained = [p for m in decoder.modules() if is_calibrated(m) for p in getattr(m, self.name).parameters()]
+        trained = [p for p in trained if p.requires_grad]
+        narrow = {p.dtype for p in trained if p.is_floating_point() and p.element_size() < 4}
+        if not trained:
+            return
+        self.told_of_dtypes = True
+        if narrow and not may_be_trained_in_float32(self._model, trained):
+            warn(
+                f"MoCa: {unmoved_by(narrow.pop())}, and the model was cast to it after add_moca. Before an optimizer is "
+                "made: for p in moca_parameters(model): p.data = p.data.float()",
+                UserWarning,
+            )
 
     def apply(self, layer: nn.Module, args: tuple[Any, ...], output: LayerOutput) -> LayerOutput | None:
         """Forward hook of a decoder layer: its output after MoCa, or None where the output stays as it is."""
@@ -123,6 +145,12 @@ class Calibration:
                 "not say which; run backward after each pass, or use the model's own gradient checkpointing"
             )
         return masks[0]
+
+
+def unmoved_by(dtype: torch.dtype) -> str:
+    """What is lost where scale and shift have `dtype`, of 16 bits."""
+    step = torch.finfo(dtype).eps / 4  # half the distance to the next number below 1
+    return f"in {str(dtype).removeprefix('torch.')} a scale of 1 stays 1 under steps smaller than {step:.1g}"
 
 
 def is_calibrated(module: nn.Module) -> bool:

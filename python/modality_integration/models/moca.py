@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mir_kernels import _checks
 from mir_kernels.ops.moca import MoCa
-from modality_integration.models.calibration import HELD_AS, Calibration, calibration_of, is_calibrated
+from modality_integration.models.calibration import HELD_AS, Calibration, calibration_of, is_calibrated, unmoved_by
 from modality_integration.models.decoder import Layers, find_decoder, hidden_size, refuse_several_streams
 from modality_integration.models.forward_watch import ForwardWatch
 from modality_integration.models.fused_norm import fuse_layers, next_norm, why_not_fused
@@ -64,9 +64,9 @@ def add_moca(
 
     Each layer gets a submodule `modality_layernorm` with `scale` and `shift`, (d,) each: ones and zeros, or drawn from
     normal(1, std) and normal(0, std). `dtype` is theirs: float32 unless given (float64 in a float64 model). Keep it so
-    in a bf16 model too: steps of 1e-3 do not move a bf16 scale of 1, hence a warning. `layers` and `vision_mask` (the
-    name of a forward argument) are as in `capture`; for a mask that the caller holds, run the model inside
-    `vision_tokens`.
+    in a bf16 model too: steps of 1e-3 do not move a bf16 scale of 1, hence a warning, here or, where the model is cast
+    later, at its first training pass. `layers` and `vision_mask` (the name of a forward argument) are as in `capture`;
+    for a mask that the caller holds, run the model inside `vision_tokens`.
 
     The vision tokens are read from the model's own marker once a forward pass. Decoding steps and passes without an
     image do nothing; only where gradients are synchronised between processes do the latter touch the parameters, with
@@ -97,7 +97,8 @@ def add_moca(
     size = hidden_size(model, decoder)
     modules = [_module_for(layer, size, std, dtype) for layer in decoder.layers]
     named = ("output_hidden_states", *((vision_mask,) if vision_mask else ()))
-    calibration = Calibration(ForwardWatch(model, decoder, named=named), NAME, vision_mask)
+    calibration = Calibration(ForwardWatch(model, decoder, named=named), decoder, NAME, vision_mask)
+    calibration.told_of_dtypes = dtype is not None
     plain = [why_not_fused(model, decoder, i) if fused else "asked for" for i in range(len(decoder.layers))]
     sites = []
     for i, (layer, name, module) in enumerate(zip(decoder.layers, decoder.names, modules, strict=True)):
@@ -169,12 +170,8 @@ def _check_dtype(dtype: torch.dtype) -> None:
         takes = ", ".join(str(d).removeprefix("torch.") for d in _checks.FLOATS)
         raise TypeError(f"dtype: takes {takes}, got {dtype}")
     if dtype.itemsize == 2:
-        step = torch.finfo(dtype).eps / 4  # half the distance to the next number below
-        warnings.warn(
-            f"dtype: in {str(dtype).removeprefix('torch.')} a scale of 1 stays 1 under steps smaller than {step:.1g}; "
-            "keep float32, in a shard group of its own under fully_shard",
-            stacklevel=3,
-        )
+        group = "in a shard group of its own under fully_shard"
+        warnings.warn(f"dtype: {unmoved_by(dtype)}; keep float32, {group}", stacklevel=3)
 
 
 def _module_for(layer: nn.Module, size: int, std: float, dtype: torch.dtype | None) -> MoCa:

@@ -145,6 +145,13 @@ def sharder_of(model: nn.Module) -> str | None:
     return None
 
 
+def may_be_trained_in_float32(model: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether `parameters` of 16 bits may be copies of float32 ones, which train: gathered by FSDP, or an optimizer's."""
+    if any(isinstance(p, DTensor) for p in parameters):
+        return False  # FSDP2's own: gathered ones are no DTensors
+    return sharder_of(model) not in (None, nn.parallel.DistributedDataParallel.__name__)
+
+
 def whole_size(parameter: Tensor) -> int:
     """The last dimension of a parameter, also where ZeRO-3 has left it empty."""
     return int(tuple(getattr(parameter, "ds_shape", parameter.shape))[-1])
@@ -203,6 +210,8 @@ def _unsharded(chain: Chain, *, writing: bool = False) -> Iterator[dict[str, nn.
         if wrappers:
             summon = FullyShardedDataParallel.summon_full_params
             if getattr(wrappers[0], "_is_root", None) is None:  # before the first forward: else a part becomes the root
+                if wrappers[0] is not chain[0][1]:
+                    stack.callback(_forget_the_root, wrappers[0])  # one around `model` may yet be it
                 with summon(wrappers[0], recurse=False, writeback=False):
                     pass
             stack.enter_context(summon(wrappers[-1], recurse=False, writeback=writing))
@@ -215,6 +224,12 @@ def _unsharded(chain: Chain, *, writing: bool = False) -> Iterator[dict[str, nn.
 
             stack.enter_context(deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if writing else None))
         yield _own(chain)
+
+
+def _forget_the_root(wrapper: FullyShardedDataParallel) -> None:
+    """Lets the next forward choose FSDP1's root anew: as FSDP1 does itself where it gathers before the first one."""
+    for module in FullyShardedDataParallel.fsdp_modules(wrapper):
+        module._is_root = None
 
 
 def _value(chain: Chain, name: str, parameter: nn.Parameter) -> Tensor:

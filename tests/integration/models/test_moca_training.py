@@ -1,5 +1,7 @@
 """Training MoCa: gradient accumulation, mixed precision, transformers' Trainer and PEFT."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -123,3 +125,69 @@ def test_peft_freezes_moca_that_is_not_named_in_modules_to_save():
     add_moca(base)
     model = peft.get_peft_model(base, lora())
     assert not any(p.requires_grad for p in moca_parameters(model))
+
+
+def told_of_dtypes(run):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in told if "stays 1 under steps" in str(warning.message)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cast_after_add_moca_is_told_at_the_first_training_pass_with_a_way_out_that_holds(dtype):
+    model = tiny_model("llava", dtype=torch.float32)
+    batch = tiny_batch(model, "llava", ["tittt"])
+    add_moca(model)
+    model.to(torch.bfloat16)
+    for parameter in moca_parameters(model):
+        parameter.data = parameter.data.to(dtype)
+    with torch.no_grad():
+        assert not told_of_dtypes(lambda: model(**batch.inputs))
+    step = {torch.bfloat16: "0.002", torch.float16: "0.0002"}[dtype]
+    said = told_of_dtypes(lambda: [model(**batch.inputs) for _ in range(3)])
+    assert len(said) == 1
+    assert f"in {str(dtype).removeprefix('torch.')} a scale of 1 stays 1 under steps smaller than {step}" in said[0]
+    moved = []
+    for cast in (False, True):
+        if cast:
+            for p in moca_parameters(model):
+                p.data = p.data.float()
+        optimizer = torch.optim.SGD(moca_parameters(model), lr=1.0)
+        for parameter in moca_parameters(model):
+            parameter.grad = torch.full_like(parameter, 1e-4)
+        optimizer.step()
+        moved.append(all((scale != 1).all() for scale in moca_parameters(model)[::2]))
+    assert moved == [False, True]
+
+
+@pytest.mark.parametrize("why", ["float32", "add_moca has told", "frozen", "trained by an optimizer's copies"])
+def test_nothing_is_told_of_dtypes_where_nothing_is_lost(why):
+    model = tiny_model("llava", dtype=torch.float32)
+    batch = tiny_batch(model, "llava", ["tittt"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        add_moca(model, dtype=torch.bfloat16 if why == "add_moca has told" else None)
+    if why != "float32":
+        model.to(torch.bfloat16)
+    if why == "frozen":
+        model.requires_grad_(False)
+    if why == "trained by an optimizer's copies":
+        for parameter in model.parameters():
+            parameter._hp_mapping = "what DeepSpeed's ZeRO leaves on what it trains"
+    assert not told_of_dtypes(lambda: model(**batch.inputs))
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["as PEFT makes it", "cast as TRL does over a quantised base"])
+def test_what_peft_trains_is_told_of_where_it_was_cast(cast):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llava", dtype=torch.bfloat16)
+    batch = tiny_batch(model, "llava", ["tittt"])
+    add_moca(model)
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["modality_layernorm"])
+    )
+    for parameter in wrapped.parameters():
+        if cast and parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert len(told_of_dtypes(lambda: [wrapped(**batch.inputs) for _ in range(2)])) == cast
