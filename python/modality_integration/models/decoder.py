@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ LayerOutput = Tensor | tuple[Any, ...]
 
 # Names that the final norm goes by; looked at only where the decoder holds several norms.
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "ln_final")
+
+# What modules that attend from text to image are called, in parts of their names: Llama 3.2 Vision, BLIP.
+CROSS_ATTENTION = ("cross_attn", "crossattention")
 
 # How configurations name the number of residual streams a token: Gemma 3n; DeepSeek-V4, GLM-5, Hunyuan V4; Qwen4.
 STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
@@ -51,6 +55,7 @@ def find_decoder(model: nn.Module, layers: Layers = None) -> Decoder:
         holder = _holder(unwrap(model))
         _refuse_cross_attention(unwrap(model), holder)
         found = _layer_list(holder, model)
+        holder = _holder_of(holder, found)
     else:
         found = _given_layers(model, layers)
         holder = _holder_of(model, found)
@@ -139,8 +144,8 @@ def _layer_list(holder: nn.Module, model: nn.Module) -> list[nn.Module]:
     depth = getattr(getattr(holder, "config", None), "num_hidden_layers", None)
     if len(lists) > 1:
         lists = [child for child in lists if len(child) == depth]
-    if not lists and not hasattr(holder, "config"):  # not a transformers model: take the only list there is
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:  # get_decoder stopped short of them (Llama 4, Kosmos-2), or is not there: take the only list there is
+        lists = list(_outermost_lists(holder))
     if len(lists) != 1:
         seen = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         raise ValueError(
@@ -148,6 +153,15 @@ def _layer_list(holder: nn.Module, model: nn.Module) -> list[nn.Module]:
             f"{', '.join(seen) or 'no module list found'}"
         )
     return list(lists[0])
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The module lists below `module` that lie in no other: a layer's own experts are no layers."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len(child):
+            yield child
+        else:
+            yield from _outermost_lists(child)
 
 
 def _given_layers(model: nn.Module, layers: str | Sequence[nn.Module]) -> list[nn.Module]:
@@ -192,15 +206,16 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _refuse_cross_attention(model: nn.Module, holder: nn.Module) -> None:
-    for part in (model, holder):
-        configs = text_config(part), getattr(part, "config", None)
-        if any(getattr(config, "is_encoder_decoder", False) for config in configs):
-            raise ValueError(
-                f"model: {type(model).__name__} has an encoder-decoder language model: its vision tokens end in the "
-                "encoder and its text in the decoder, so no layer holds both; name one stack with `layers` to insist"
-            )
+    configs = [config for part in (model, holder) for config in (text_config(part), getattr(part, "config", None))]
+    # A decoder that writes on a sequence of its own (DiffusionGemma) is told by what it takes.
+    writes = holder is not model and "decoder_input_ids" in inspect.signature(holder.forward).parameters
+    if writes or any(getattr(config, "is_encoder_decoder", False) for config in configs):
+        raise ValueError(
+            f"model: {type(model).__name__} has an encoder-decoder language model: its vision tokens end in the "
+            "encoder and its text in the decoder, so no layer holds both; name one stack with `layers` to insist"
+        )
     for name, module in holder.named_modules():
-        if "cross_attn" in name or "CrossAttention" in type(module).__name__:
+        if any(part in name for part in CROSS_ATTENTION) or "CrossAttention" in type(module).__name__:
             raise ValueError(
                 f"model: {type(model).__name__} reads the image through cross-attention ({name}): there are no vision "
                 "tokens in its residual stream to compare with text tokens"

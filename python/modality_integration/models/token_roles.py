@@ -14,9 +14,14 @@ from modality_integration.models.decoder import unwrap
 # A mask (B, T), nonzero where the role holds, or the name of the forward argument that carries one.
 Mask = Tensor | str | None
 
-# The forward argument whose token type ids are 1 (image) and 2 (video) at vision tokens, for calls without input_ids;
-# `mm_token_type_ids` in other families. By family, because PaliGemma's token_type_ids tell prompt from answer.
-TYPE_IDS = {"gemma3": "token_type_ids"}
+# The forward argument whose token type ids are 1 (image) and 2 (video) at vision tokens, for calls without input_ids
+# and models without placeholder ids; `mm_token_type_ids` in other families. By family, because PaliGemma's
+# token_type_ids tell prompt from answer.
+TYPE_IDS = {
+    "gemma3": "token_type_ids",
+    "kosmos-2": "image_embeds_position_mask",
+    "kosmos-2.5": "image_embeds_position_mask",
+}
 
 # Names in configurations of the ids that stand for vision and for audio features.
 VISION_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -79,10 +84,14 @@ def is_packed(inputs: Mapping[str, Any]) -> bool:
 
 
 def _configured_ids(model: nn.Module, names: Sequence[str]) -> tuple[int, ...]:
-    """The token ids that the model's configuration has under `names`."""
+    """The token ids that the model's configuration has under `names`, or its parts where it has none itself."""
     config = getattr(unwrap(model), "config", None)
-    found = {getattr(config, name, None) for name in names}
-    return tuple(sorted(i for i in found if isinstance(i, int)))
+    parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", {})]
+    for configs in ([config], parts):
+        found = {getattr(each, name, None) for each in configs for name in names}
+        if ids := sorted(i for i in found if isinstance(i, int)):
+            return tuple(ids)
+    return ()
 
 
 def _of_each(numbers: Tensor, values: Tensor, reduction: str) -> Tensor:

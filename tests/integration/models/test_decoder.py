@@ -103,3 +103,16 @@ def test_an_unclear_layer_list_is_refused_with_the_candidates():
         pass
     with pytest.raises(ValueError, match="no module 'bloks'"), capture(StandIn(), layers="bloks"):
         pass
+
+
+def test_lists_inside_layers_are_no_candidates():
+    def layer():
+        block = nn.Module()
+        block.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
+        return block
+
+    model = nn.Module()
+    model.trunk = nn.Module()
+    model.trunk.blocks = nn.ModuleList(layer() for _ in range(3))
+    with capture(model, last="raw") as seen:
+        assert seen.layer_names == [f"trunk.blocks.{i}" for i in range(3)]
