@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from integration.calibrated_models import calibrated
 from integration.tiny_models import tiny_batch, tiny_model
 from modality_integration.models.moca import NAME, add_moca, moca_parameters
 from modality_integration.models.moca_files import load_moca, save_moca
@@ -20,16 +21,9 @@ STEPS = 3
 LEARNING_RATE = 0.5
 
 
-def calibrated(dtype=torch.float64):
-    model = tiny_model("llava", dtype=dtype)
-    torch.manual_seed(0)
-    add_moca(model, std=0.3)
-    return model
-
-
 def loss_of(model, step, rank):
     """In step 1 the second process has no image."""
-    row = "ttttt" if (step, rank) == (1, 1) else ("ttittt", "tittit")[rank]
+    row = "ttttt" if (step, rank) == (1, 1) else ("ttittt", "tittit")[rank % 2]
     batch = tiny_batch(_plain(model), "llava", [row], seed=2 * step + rank)
     logits = model(**batch.inputs, use_cache=False).logits
     return logits.double().logsumexp(-1).square().mean()
@@ -72,7 +66,7 @@ def data_parallel(rank, folder):
 
 def data_parallel_fused(rank, folder):
     """float32, in which MoCa is one operation with the additions and norms around it; step 1 has no image in rank 1."""
-    model = nn.parallel.DistributedDataParallel(freeze_vision(calibrated(torch.float32)))
+    model = nn.parallel.DistributedDataParallel(freeze_vision(calibrated(dtype=torch.float32)))
     train_distributed(model, rank)
     plain = freeze_vision(tiny_model("llava", dtype=torch.float32))
     torch.manual_seed(0)
@@ -82,12 +76,12 @@ def data_parallel_fused(rank, folder):
 
 def fully_sharded_float32(rank, folder):
     """As data_parallel_fused, but where the norms' weights are not whole while the layer before runs."""
-    model = freeze_vision(calibrated(torch.float32))
+    model = freeze_vision(calibrated(dtype=torch.float32))
     for layer in model.model.language_model.layers:
         fully_shard(layer)
     fully_shard(model)
     train_distributed(model, rank)
-    check(model, trained(freeze_vision(calibrated(torch.float32))), factor=30)
+    check(model, trained(freeze_vision(calibrated(dtype=torch.float32))), factor=30)
     with torch.no_grad():
         loss_of(model, 0, rank)
 
@@ -116,19 +110,21 @@ def fully_sharded(rank, folder):
 
 def fully_sharded_bf16(rank, folder):
     """float32 MoCa in a bf16 model: a shard group of its own."""
-    model = freeze_vision(calibrated(torch.bfloat16))
+    model = freeze_vision(calibrated(dtype=torch.bfloat16))
     for layer in model.model.language_model.layers:
         fully_shard(layer.get_submodule(NAME), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         fully_shard(layer)
     fully_shard(model)
     train_distributed(model, rank)
     assert {p.dtype for p in moca_parameters(model)} == {torch.float32}
-    check(model, trained(freeze_vision(calibrated(torch.bfloat16))), moca_only=True, dtype=torch.bfloat16, factor=3)
+    check(
+        model, trained(freeze_vision(calibrated(dtype=torch.bfloat16))), moca_only=True, dtype=torch.bfloat16, factor=3
+    )
 
 
 def sharded_by_itself(rank, folder):
     """Where nobody trains MoCa, a process without an image still takes part in gathering its shards."""
-    model = freeze_vision(calibrated(torch.bfloat16))
+    model = freeze_vision(calibrated(dtype=torch.bfloat16))
     for parameter in moca_parameters(model):
         parameter.requires_grad_(False)
     expected = copy.deepcopy(model)
@@ -158,13 +154,15 @@ def _plain(model):
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+CASES = (
+    *(data_parallel, data_parallel_fused, fully_sharded, fully_sharded_float32, fully_sharded_bf16),
+    sharded_by_itself,
+)
+
 if __name__ == "__main__":
     rank, store, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for case in (
-        *(data_parallel, data_parallel_fused, fully_sharded, fully_sharded_float32, fully_sharded_bf16),
-        sharded_by_itself,
-    ):
+    for case in CASES:
         case(rank, folder)
         print(f"{case.__name__} ok", flush=True)
     dist.destroy_process_group()

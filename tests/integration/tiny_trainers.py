@@ -28,7 +28,8 @@ def trainer_of(tmp_path, *, model=None, learning_rate=1e-2, steps=6, evaluated=F
         layer.self_attn.attention_dropout = 0.2  # so that the random state matters
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=2, learning_rate=learning_rate,
-        use_cpu=True, report_to=[], logging_steps=1, disable_tqdm=True, seed=3, **{"save_strategy": "no", **changes},
+        report_to=[], logging_steps=1, disable_tqdm=True, seed=3,
+        **{"save_strategy": "no", "use_cpu": True, **changes},
     )  # fmt: skip
     rows = Captions(model)
     return Trainer(

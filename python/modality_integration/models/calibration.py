@@ -68,8 +68,8 @@ class Calibration:
         self.told_of_dtypes = True
         if narrow and not may_be_trained_in_float32(self._model, trained):
             warn(
-                f"MoCa: {unmoved_by(narrow.pop())}, and the model was cast to it after add_moca. Before an optimizer is "
-                "made: for p in moca_parameters(model): p.data = p.data.float()",
+                f"MoCa: {unmoved_by(narrow.pop())}, and the model was cast to it after add_moca. Before an optimizer "
+                "is made: for p in moca_parameters(model): p.data = p.data.float()",
                 UserWarning,
             )
 

@@ -132,7 +132,7 @@ class Capture:
 
     @property
     def image_first(self) -> int:
-        """How many samples have a vision token as the first of their sequence, padding aside.
+        """How many samples have a vision token as the first of their sequence, padding aside; none behind virtual ones.
 
         A decoder makes the first token an attention sink in nearly every case, whatever it is.
         """
@@ -273,6 +273,8 @@ class _Roles:
         if ids is not None:
             kept = kept & (ids >= 0)
         first = _first_of_each(kept, ids)
+        if self.parts[0].running.begins_virtual(self.parts[0].shape):
+            first[:, 1] = 0
         if both:
             assert given is not None
             return _Masks(vision, given, ids, first)

@@ -105,8 +105,20 @@ class ForwardPass:
         return None if self.past or self.virtual else packed_samples(self.inputs, kept, vision)
 
     def kept(self, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """(B, T) bool, False at padding, from attention_mask; all True where none was passed."""
-        mask = self._behind_virtual(self.inputs.get("attention_mask"), shape, 0)  # they are no text
+        """(B, T) bool, False at virtual tokens and, by attention_mask, at padding, of which is none without one."""
+        kept = self._no_padding(shape, device)
+        if self.begins_virtual(shape):
+            kept = kept.clone()
+            kept[:, : self.virtual] = False  # they are no text
+        return kept
+
+    def begins_virtual(self, shape: tuple[int, int]) -> bool:
+        """Whether the rows (B, T) that the decoder ran on begin with virtual tokens."""
+        marks = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
+        return self.virtual > 0 and any(_is_matrix(m) and m.shape[1] + self.virtual == shape[1] for m in marks)
+
+    def _no_padding(self, shape: tuple[int, int], device: torch.device) -> Tensor:
+        mask = self._behind_virtual(self.inputs.get("attention_mask"), shape, 1)
         if mask is None:
             return torch.ones(shape, dtype=torch.bool, device=device)
         if not _is_matrix(mask):
@@ -143,7 +155,9 @@ class ForwardPass:
                 raise ValueError(f"{name}: no argument {mask!r} was passed to the model's forward")
             mask = self.inputs[mask]
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            mask = self._fitted(mask, shape)
+            behind = self._behind_virtual(mask, shape, 0)
+            assert behind is not None  # a tensor, as it was
+            mask = self._fitted(behind, shape)
         if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
             got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{name}: takes one entry per token, shape {shape}, got {got}")
@@ -202,7 +216,7 @@ class ForwardWatch:
         for module in decoder.path:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-        if model_type in EMBEDS_FIRST:
+        if model_type in EMBEDS_FIRST or any(map(_virtual_tokens, self._path)):
             inner: Any = unwrap(model)
             embedding = inner.get_input_embeddings()
             self._handles.append(embedding.register_forward_pre_hook(self._embed))
@@ -224,7 +238,8 @@ class ForwardWatch:
             state.inside.clear()
             state.forward = None
         if state.forward is None:
-            virtual = _virtual_tokens(module)
+            # PEFT's generate() embeds the prompt itself and calls the base model.
+            virtual = max(map(_virtual_tokens, self._path)) if state.embedded is not None else _virtual_tokens(module)
             state.forward = ForwardPass(self.token_ids, self.type_ids, virtual, self.audio_ids)
         state.inside.append(place)
         inputs = state.forward.inputs
@@ -245,7 +260,8 @@ class ForwardWatch:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         state = self._state()
-        state.inside.pop()
+        if state.inside:  # else its beginning was refused
+            state.inside.pop()
         if not state.inside:
             state.forward = state.embedded = None
             if state is self._here:

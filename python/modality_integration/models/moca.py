@@ -83,10 +83,15 @@ def add_moca(
     `output_hidden_states` or hooks of others on a layer while gradients are recorded, in autocast, in inference mode.
     Errors: ValueError for a model that has MoCa, is wrapped for training already, or has a layer all on the meta device
     that no hook of accelerate fills, and as `capture` has for models without vision tokens; TypeError for a dtype that
-    is not floating.
+    is not floating, and a vision_mask that is no name.
     """
     if not std >= 0:
         raise ValueError(f"std: takes a number >= 0, got {std!r}")
+    if vision_mask is not None and not isinstance(vision_mask, str):
+        raise TypeError(
+            f"vision_mask: takes the name of a forward argument, got {type(vision_mask).__name__}; for a mask of your "
+            "own, run the model inside vision_tokens(model, mask)"
+        )
     if dtype is not None:
         _check_dtype(dtype)
     decoder = find_decoder(model, layers)

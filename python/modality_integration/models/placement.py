@@ -33,11 +33,11 @@ def read_whole(model: nn.Module, modules: Sequence[nn.Module]) -> list[dict[str,
     module at a time, so every process must call this, with modules in the same order. ValueError for parameters on the
     meta device whose values no hook fetches.
     """
-    found = []
+    found, unlinked = [], _unlinked_copies(model)
     for chain in _chains(model, modules):
         with _unsharded(chain) as parameters:
             values = {name: _value(chain, name, parameter) for name, parameter in parameters.items()}
-        for name, copy in _optimizer_copies(chain).items():
+        for name, copy in _optimizer_copies(chain, unlinked).items():
             if torch.equal(copy.to(values[name].dtype), values[name]):
                 values[name] = copy
         found.append(values)
@@ -49,27 +49,24 @@ def write_whole(model: nn.Module, modules: Sequence[nn.Module], values: Sequence
 
     Reads all of it back, and returns the places in `modules` of those that do not hold what was written.
     """
-    chains = _chains(model, modules)
+    chains, unlinked = _chains(model, modules), _unlinked_copies(model)
     with torch.no_grad():
         for chain, given in zip(chains, values, strict=True):
             with _unsharded(chain, writing=True) as parameters:
                 for name, parameter in parameters.items():
                     _set_value(chain, name, parameter, given[name])
             for name, parameter in _own(chain).items():
-                _set_optimizer_copy(parameter, given.get(name))
+                _set_optimizer_copy(parameter, given.get(name), unlinked)
     failed = []
     for i, (chain, now) in enumerate(zip(chains, read_whole(model, modules), strict=True)):
-        held = [*now.items(), *_optimizer_copies(chain).items()]
+        held = [*now.items(), *_optimizer_copies(chain, unlinked).items()]
         if not all(torch.equal(value, values[i][name].to("cpu", value.dtype)) for name, value in held):
             failed.append(i)
     return failed
 
 
 def why_not_writable(model: nn.Module, modules: Sequence[nn.Module]) -> str | None:
-    """What would make `write_whole` fail, or the next training step undo it; None where nothing would."""
-    engine = deepspeed_engine(model)
-    optimizer = getattr(engine, "optimizer", None)
-    unlinked = {id(p) for group in getattr(optimizer, "fp16_groups", ()) for p in group}
+    """What would make `write_whole` fail; None where nothing would."""
     for chain in _chains(model, modules):
         for name, parameter in _own(chain).items():
             if parameter.device.type == "meta":
@@ -77,12 +74,6 @@ def why_not_writable(model: nn.Module, modules: Sequence[nn.Module]) -> str | No
                     _stored(chain, name)
                 except ValueError as error:
                     return str(error)
-            elif id(parameter) in unlinked and not hasattr(parameter, "ds_id"):
-                return (
-                    f"{_full_name(chain, name)}: {type(optimizer).__name__} of DeepSpeed holds a float32 copy that "
-                    "nothing links to the parameter, and its next step would undo what is loaded; load before "
-                    "deepspeed.initialize, or train with ZeRO"
-                )
     return None
 
 
@@ -146,7 +137,7 @@ def sharder_of(model: nn.Module) -> str | None:
 
 
 def may_be_trained_in_float32(model: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether `parameters` of 16 bits may be copies of float32 ones, which train: gathered by FSDP, or an optimizer's."""
+    """Whether `parameters` of 16 bits may be copies of float32 ones that train: gathered by FSDP, or an optimizer's."""
     if any(isinstance(p, DTensor) for p in parameters):
         return False  # FSDP2's own: gathered ones are no DTensors
     return sharder_of(model) not in (None, nn.parallel.DistributedDataParallel.__name__)
@@ -292,11 +283,29 @@ def _stored(chain: Chain, name: str) -> tuple[MutableMapping[str, Tensor] | Path
     return Path(weights.save_folder), key
 
 
-def _optimizer_copies(chain: Chain) -> dict[str, Tensor]:
+def _unlinked_copies(model: nn.Module) -> dict[int, Tensor]:
+    """The float32 copies that DeepSpeed's optimizers without ZeRO hold, by the id of the parameter: they keep them in
+    groups as they have the parameters, one by one or flat, and link neither to the other."""
+    optimizer: Any = getattr(deepspeed_engine(model), "optimizer", None)
+    found: dict[int, Tensor] = {}
+    for i, group in enumerate(getattr(optimizer, "fp16_groups", ())):
+        if hasattr(optimizer, "fp32_groups"):
+            found.update(zip(map(id, group), optimizer.fp32_groups[i], strict=True))
+        elif hasattr(optimizer, "fp32_groups_flat"):
+            pieces = optimizer.fp32_groups_flat[i].detach().split([parameter.numel() for parameter in group])
+            found.update(
+                (id(parameter), piece.view_as(parameter)) for parameter, piece in zip(group, pieces, strict=True)
+            )
+    return found
+
+
+def _optimizer_copies(chain: Chain, unlinked: Mapping[int, Tensor]) -> dict[str, Tensor]:
     """The whole float32 copies that DeepSpeed's optimizer holds of the last module's parameters."""
     found = {}
     for name, parameter in _own(chain).items():
-        if _linked(parameter):
+        if id(parameter) in unlinked:
+            found[name] = unlinked[id(parameter)].detach().to("cpu", copy=True)
+        elif _linked(parameter):
             from deepspeed.utils import safe_get_full_fp32_param
 
             copy = safe_get_full_fp32_param(parameter)
@@ -305,7 +314,10 @@ def _optimizer_copies(chain: Chain) -> dict[str, Tensor]:
     return found
 
 
-def _set_optimizer_copy(parameter: Any, value: Tensor | None) -> None:
+def _set_optimizer_copy(parameter: Any, value: Tensor | None, unlinked: Mapping[int, Tensor]) -> None:
+    if value is not None and id(parameter) in unlinked:
+        unlinked[id(parameter)].copy_(value)
+        return
     if value is None or not _linked(parameter):
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param

@@ -180,6 +180,8 @@ def test_the_report_names_the_norm_that_reads_each_output():
 
 def test_what_moca_cannot_compute_in_is_refused_before_anything_is_placed():
     model = tiny_model("llava")
+    with pytest.raises(TypeError, match=r"vision_mask: takes the name of .* got Tensor; .* vision_tokens"):
+        add_moca(tiny_model("llava"), vision_mask=torch.ones(1, 3))
     with pytest.raises(TypeError, match=r"dtype: takes float32, bfloat16, float16, float64, got torch\.int32"):
         add_moca(model, dtype=torch.int32)
     assert not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, NAME) for m in model.modules())

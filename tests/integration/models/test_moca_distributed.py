@@ -1,49 +1,27 @@
-"""MoCa under DDP and FSDP2 with two gloo processes: the parameters of single-process training, saved whole."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""MoCa under DDP, FSDP2 and FSDP1 with two gloo processes: the parameters of single-process training, saved whole."""
 
 import pytest
 
-from modality_integration.models import moca
-
-SCRIPT = Path(__file__).parents[1] / "moca_processes.py"
-PACKAGES = (Path(__file__).parents[2], Path(moca.__file__).parents[2])
+from integration import moca_fsdp1_processes, moca_processes
+from integration.several_processes import outputs_of
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """What both processes printed, after both ended well."""
-    folder = tmp_path_factory.mktemp("moca")
-    paths = os.pathsep.join(map(str, (*PACKAGES, os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(folder / "store"), str(folder)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        ended = [process.communicate(timeout=240) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, (_, errors) in zip(running, ended, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return [out for out, _ in ended]
+    return outputs_of("moca_processes.py", tmp_path_factory.mktemp("moca"))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *("data_parallel", "data_parallel_fused", "fully_sharded", "fully_sharded_float32", "fully_sharded_bf16"),
-        "sharded_by_itself",
-    ],
-)
+@pytest.mark.parametrize("case", [case.__name__ for case in moca_processes.CASES])
 def test_two_processes_train_moca_as_one_does(outputs, case):
     """Text-only batches on one process included; fully_sharded also saves, loads and refuses a late add_moca."""
     for out in outputs:
-        assert f"{case} ok" in out.splitlines()
+        assert f"{case} ok" in out
+
+
+def test_two_processes_of_fsdp1_train_save_and_load_as_one_does(tmp_path):
+    """All in one, as processes take seconds to start; a case that fails is in the failure."""
+    for out in outputs_of("moca_fsdp1_processes.py", tmp_path):
+        assert [line for line in out if line.endswith(" ok")] == [
+            f"{c.__name__} ok" for c in moca_fsdp1_processes.CASES
+        ]
