@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from integration.several_processes import outputs_of
 from integration.tiny_models import tiny_model
 from integration.tiny_trainers import probe_of, trainer_of
 from modality_integration import MIRCallback, add_moca, load_moca, measure_mir, moca_parameters
@@ -185,3 +186,8 @@ def test_an_evaluation_after_training_measures_the_model_as_it_is_then(tmp_path)
     by_hand = measure_mir(trainer.model, callback.probe, metric={"groups": 0}).value
     assert trainer.evaluate()["eval_mir"] == by_hand
     assert by_hand != callback.history[-1][1].value
+
+
+def test_processes_choose_by_the_value_of_the_first_which_alone_tells(tmp_path):
+    outputs = outputs_of("trainer_processes.py", tmp_path)
+    assert all("chosen and resumed by the first one's values" in out for out in outputs)
