@@ -106,10 +106,12 @@ def test_architectures_that_nvcc_lacks_are_refused(tree, archs, message):
     assert message in done.stderr
 
 
-# Imports the installed package from `folder` alone and runs a kernel where one was built.
+# Imports the installed package from `folder` alone and runs a kernel where one was built. An editable install of the
+# package would lend it the module that it lacks.
 USE = """
 import sys
 sys.path.insert(0, sys.argv[1])
+sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
 import torch
 from mir_kernels import _native
 assert _native.__file__.startswith(sys.argv[1]), _native.__file__

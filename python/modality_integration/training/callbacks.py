@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modality_integration.metric.result import MIRResult
-from modality_integration.training.watch import Watch, first_process_says, numbers
+from modality_integration.training.watch import Watch, first_process_says
 
-_SAVED = "MIRHistory"  # where a checkpoint of the trainer keeps what early stopping goes by
+_SAVED = "MIRHistory"  # where a checkpoint of the trainer keeps what was measured, by the callbacks' names
+_STATE = "trainer_state.json"
 
 
 class MIRCallback(Watch, TrainerCallback):
@@ -29,7 +31,8 @@ class MIRCallback(Watch, TrainerCallback):
     capture, metric: options of `capture` and of `ModalityIntegrationRate`; with `patience`, samples (rows of the probe)
     are dealt into 5 groups for the standard error unless `metric` has "groups", 0 being without, where `min_delta`
     alone counts. Groups cost memory for covariances once a probe has more tokens than are held back.
-    `history` holds (step, MIRResult) of every measurement. Resumed from a checkpoint, training goes on with the
+    name: what is logged begins with it; another one for each of several callbacks of a trainer.
+    `history` holds (step, MIRResult) of every measurement of a training. Resumed from a checkpoint, it goes on with the
     measurements that early stopping needs, measures at the same steps, and stops where it would have without a break.
     Where a checkpoint's weights do not come back (transformers renames those of vision-language models when it writes
     them, and its Trainer does not rename them back), MIR is not what it was there: a warning says so at the start of
@@ -37,6 +40,8 @@ class MIRCallback(Watch, TrainerCallback):
 
     TrainingArguments(metric_for_best_model="mir", or "mir_layer_{k}"): every evaluation has "eval_mir", measured there
     unless the same step was; the lowest is the best. Trainer's own EarlyStoppingCallback then goes by it.
+    Errors: ValueError for a name that another callback of the trainer has, TypeError and ValueError for a wrong probe
+    or option, and what `capture` and the metric raise while it measures.
 
     The probe runs as in `measure_mir`, under the trainer's autocast: training goes on to the same bits as without it.
     Under torch.distributed every process runs the whole probe and the first one's value decides.
@@ -46,14 +51,18 @@ class MIRCallback(Watch, TrainerCallback):
 
     def attach(self, trainer: Trainer) -> MIRCallback:
         """Adds this callback to `trainer`, through which it then logs."""
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            return self
+        if any(isinstance(other, MIRCallback) and other.name == self.name for other in callbacks):
+            raise ValueError(f"name: takes one that no other MIRCallback of the trainer has, got {self.name!r} again")
         self._trainer = trainer
         trainer.add_callback(self)
         # An evaluation gets its MIR from this one: those that read it, early stopping among them, come after it.
-        callbacks = trainer.callback_handler.callbacks
         reading = next(i for i, callback in enumerate(callbacks) if callback is self or _reads_evaluations(callback))
         callbacks.insert(reading, callbacks.pop())
         args = trainer.args
-        if _chosen_by(args) and args.greater_is_better:
+        if self._chosen_by(args) and args.greater_is_better:
             warnings.warn(
                 f"metric_for_best_model={args.metric_for_best_model!r}: takes greater_is_better=False, for the lower "
                 "MIR is the better one; got True, which TrainingArguments makes of every name that does not end in "
@@ -66,23 +75,28 @@ class MIRCallback(Watch, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.restore(_kept(state).get(_SAVED, {}).get("measurements", []), state.global_step)
-        if not self.history or state.global_step == 0:
-            self._measure(args, state, control, kwargs["model"])
+        if state.global_step == 0:
+            self.begin()
         else:
-            self._warn_unless_restored(state, kwargs["model"], state.global_step, "the resumed training", "CHECKPOINT")
+            self.restore(_kept(state).get(self.name, {}), state.global_step)
+        if self.history:
+            self._warn_unless_restored(kwargs["model"], state.global_step, "the resumed training", "CHECKPOINT")
+        else:
+            self._measure(args, state, control, kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             self._measure(args, state, control, kwargs["model"])
-        elif control.should_save:
-            self._result(state, kwargs["model"])
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if control.should_save:
-            self._result(state, kwargs["model"])
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.value_at(state.global_step) is not None:
+            return  # the state that was written has it
+        self._result(state, kwargs["model"])
+        file = Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / _STATE
+        if state.is_world_process_zero and file.exists():
+            partial = file.with_suffix(".partial")
+            state.save_to_json(str(partial))
+            partial.replace(file)
 
     def on_evaluate(
         self,
@@ -92,13 +106,13 @@ class MIRCallback(Watch, TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        chosen = _chosen_by(args)
+        chosen = self._chosen_by(args)
+        if not chosen or metrics is None:
+            return
         if not self._logs_through().is_in_train:
             self.weights_changed()
-        if not chosen and (args.save_strategy != "best" or not self._logs_through().is_in_train):
-            return
-        measured = numbers(self._result(state, kwargs["model"]))
-        if chosen in measured and metrics is not None:
+        measured = self.numbers(self._result(state, kwargs["model"]))
+        if chosen in measured:
             value = {f"eval_{chosen}": first_process_says(measured[chosen], args.device)}
             metrics.update(value)
             self._log(value, control)
@@ -109,7 +123,7 @@ class MIRCallback(Watch, TrainerCallback):
         best = state.best_global_step
         if args.load_best_model_at_end and best and best != state.global_step and state.best_model_checkpoint:
             what, checkpoint = "the best model, loaded at the end,", state.best_model_checkpoint
-            self._warn_unless_restored(state, kwargs["model"], best, what, checkpoint)
+            self._warn_unless_restored(kwargs["model"], best, what, checkpoint)
         self.weights_changed()
 
     def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
@@ -130,21 +144,17 @@ class MIRCallback(Watch, TrainerCallback):
 
     def _keep(self, state: TrainerState) -> None:
         """Gives the trainer's state, which checkpoints have, what was measured."""
-        assert self._latest is not None
-        step, result = self._latest
-        values = {**_values(state), str(step): result.value}
-        _kept(state)[_SAVED] = {"measurements": self.saved(), "values": values}
+        self.keep()
+        _kept(state)[self.name] = self.saved()
 
     def _log(self, values: dict[str, float], control: TrainerControl) -> None:
         due = control.should_log  # logging clears it, and the trainer's own log of this step would be lost
         self._logs_through().log(values)
         control.should_log = due
 
-    def _warn_unless_restored(
-        self, state: TrainerState, model: nn.Module, step: int, what: str, checkpoint: str
-    ) -> None:
+    def _warn_unless_restored(self, model: nn.Module, step: int, what: str, checkpoint: str) -> None:
         """Warns where `model` should be that of `checkpoint`, written after `step` steps, and its MIR is another."""
-        value = _values(state).get(str(step))
+        value = self.value_at(step)
         if value is not None:
             remedy = (
                 "transformers' Trainer does not read back what from_pretrained renames, as in most vision-language "
@@ -154,16 +164,15 @@ class MIRCallback(Watch, TrainerCallback):
             with self._logs_through().accelerator.autocast():
                 self.warn_unless_restored(model, step, value, what, remedy)
 
+    def _chosen_by(self, args: TrainingArguments) -> str:
+        """What is measured here and `args` chooses the best model by, "" where it is something else."""
+        name = (args.metric_for_best_model or "").removeprefix("eval_")
+        return name if name == self.name or name.startswith(f"{self.name}_layer_") else ""
+
     def _logs_through(self) -> Trainer:
         if self._trainer is None:
             raise RuntimeError("MIRCallback: add it with .attach(trainer), not through Trainer(callbacks=...)")
         return self._trainer
-
-
-def _chosen_by(args: TrainingArguments) -> str:
-    """What is measured here and `args` chooses the best model by, "" where it is something else."""
-    name = (args.metric_for_best_model or "").removeprefix("eval_")
-    return name if name == "mir" or name.startswith("mir_layer_") else ""
 
 
 def _reads_evaluations(callback: TrainerCallback) -> bool:
@@ -172,12 +181,7 @@ def _reads_evaluations(callback: TrainerCallback) -> bool:
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:
-    """What the trainer saves with its state and gives back when it resumes, by name."""
+    """What the trainer saves with its state and gives back when it resumes, by the names of these callbacks."""
     kept: Any = state.stateful_callbacks
-    return kept
-
-
-def _values(state: TrainerState) -> dict[str, float]:
-    """MIR by the step after which it was measured, of this training and of what it was resumed from."""
-    values: dict[str, float] = _kept(state).get(_SAVED, {}).get("values", {})
-    return values
+    found: dict[str, Any] = kept.setdefault(_SAVED, {})
+    return found

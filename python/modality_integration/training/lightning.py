@@ -25,12 +25,15 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             step = trainer.global_step
+            if not self._restored and (step == 0 or (self.history and step < self.history[-1][0])):
+                self.begin()  # another training than before
+            value = self.value_at(step)
             if not self.history:
                 self._measure(trainer, pl_module)
-            elif self._restored and step == self.history[-1][0]:
+            elif self._restored and value is not None:
                 with _autocast(trainer):
                     self.warn_unless_restored(
-                        getattr(pl_module, module), step, self.history[-1][1].value, "the resumed training",
+                        getattr(pl_module, module), step, value, "the resumed training",
                         "See that the LightningModule's state_dict holds them, and that loading it is strict",
                     )  # fmt: skip
             self._restored = False
@@ -40,17 +43,22 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
             if step % self.every == 0 and step != self.history[-1][0]:  # several batches may make one step
                 self._measure(trainer, pl_module)
 
+        @property
+        def state_key(self) -> str:
+            return f"MIRLightning.{self.name}"
+
         def state_dict(self) -> dict[str, Any]:
-            return {"measurements": self.saved()}
+            return self.saved()
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             measurements = state_dict["measurements"]
-            self.restore(measurements, measurements[-1][0] if measurements else 0)
+            self.restore(state_dict, measurements[-1][0] if measurements else 0)
             self._restored = True
 
         def _measure(self, trainer: Any, pl_module: Any) -> None:
             with _autocast(trainer):
                 logged = self.measure(getattr(pl_module, module), trainer.global_step)
+            self.keep()
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=trainer.global_step)
             if first_process_says(self.plateau(), pl_module.device):

@@ -29,15 +29,20 @@ class Watch:
         min_delta: float = 0.0,
         capture: Mapping[str, Any] | None = None,
         metric: Mapping[str, Any] | None = None,
+        name: str = "mir",
     ) -> None:
         check_probe(probe)
-        for name, value in (("every", every), ("patience", patience)):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"name: takes letters, digits and underscores, got {name!r}")
+        for option, value in (("every", every), ("patience", patience)):
             if value is not None and value < 1:
-                raise ValueError(f"{name}: takes a whole number >= 1, got {value!r}")
+                raise ValueError(f"{option}: takes a whole number >= 1, got {value!r}")
         if not min_delta >= 0:
             raise ValueError(f"min_delta: takes a number >= 0, got {min_delta!r}")
         self.probe, self.every, self.patience, self.min_delta = probe, every, patience, min_delta
+        self.name = name
         self.history: list[tuple[int, MIRResult]] = []
+        self._values: dict[str, float] = {}  # MIR by the step after which it was measured, of this training
         self._latest: tuple[int, MIRResult] | None = None  # of the model as it is, while it trains
         self._capture = dict(capture or {})
         self._metric = {"groups": 0 if patience is None else 5, **(metric or {})}
@@ -63,13 +68,24 @@ class Watch:
         if self.patience is not None and not self.history:
             self._warn_of_few(result)
         self.history.append((step, result))
-        return {**numbers(result), "mir_seconds": time.perf_counter() - start}
+        return {**self.numbers(result), f"{self.name}_seconds": time.perf_counter() - start}
 
     def result_at(self, model: nn.Module, step: int) -> MIRResult:
         """MIR after `step` steps: what was measured there, if the model was measured there, else measured now."""
         if self._latest is None or self._latest[0] != step:
             self._latest = step, measure_mir(model, self.probe, capture=self._capture, metric=self._metric)
         return self._latest[1]
+
+    def numbers(self, result: MIRResult) -> dict[str, float]:
+        """What is logged of a measurement: "mir", "mir_error" where there is one, "mir_layer_{k}", after `name`."""
+        error = {} if result.error is None else {f"{self.name}_error": result.error}
+        layers = {f"{self.name}_layer_{k}": value for k, value in enumerate(result.per_layer, 1)}
+        return {self.name: result.value, **error, **layers}
+
+    def begin(self) -> None:
+        """Forget another training's measurements."""
+        self.history, self._values = [], {}
+        self.weights_changed()
 
     def weights_changed(self) -> None:
         """Whoever holds the model may have changed its weights: what was measured last says nothing of it any more."""
@@ -92,16 +108,29 @@ class Watch:
                 stacklevel=2,
             )
 
-    def saved(self) -> list[list[Any]]:
-        """The measurements that `plateau` needs next time, of JSON's types."""
-        return [[step, json.loads(result.to_json())] for step, result in self.history[-(self.patience or 1) - 1 :]]
+    def keep(self) -> None:
+        """Let `saved` have what was measured last, as the value of the weights after that step."""
+        assert self._latest is not None
+        self._values[str(self._latest[0])] = self._latest[1].value
 
-    def restore(self, saved: list[list[Any]], step: int) -> None:
-        """Go on from what `saved` gave, at `step`; what this object has seen of later steps is forgotten."""
-        entries = [(at, MIRResult.from_json(json.dumps(document))) for at, document in saved if at <= step]
+    def value_at(self, step: int) -> float | None:
+        """MIR after `step` steps of this training, or of what it was resumed from, where it was measured."""
+        return self._values.get(str(step))
+
+    def saved(self) -> dict[str, Any]:
+        """The measurements that `plateau` needs next time, and the values at all steps, of JSON's types."""
+        measured = [[step, json.loads(result.to_json())] for step, result in self.history[-(self.patience or 1) - 1 :]]
+        return {"measurements": measured, "values": dict(self._values)}
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """Go on from what `saved` gave, at `step`; of what this object has seen, that training's earlier part stays."""
+        documents = saved.get("measurements", [])
+        entries = [(at, MIRResult.from_json(json.dumps(document))) for at, document in documents if at <= step]
         first = entries[0][0] if entries else step
-        self.history = [entry for entry in self.history if entry[0] < first] + entries
-        self.weights_changed()
+        values = {str(at): result.value for at, result in entries} | dict(saved.get("values", {}))
+        own = [(at, result) for at, result in self.history if at < first and values.get(str(at)) == result.value]
+        self.begin()
+        self.history, self._values = own + entries, {at: v for at, v in values.items() if int(at) <= step}
 
     def _warn_of_few(self, result: MIRResult) -> None:
         wanted, got = self._metric["groups"], len(result.left_out[0]) if result.left_out else 0
@@ -112,12 +141,6 @@ class Watch:
                 + ": give it more rows",
                 stacklevel=2,
             )
-
-
-def numbers(result: MIRResult) -> dict[str, float]:
-    """What is logged of a measurement: "mir", "mir_error" where there is one, "mir_layer_{k}"."""
-    error = {} if result.error is None else {"mir_error": result.error}
-    return {"mir": result.value, **error, **{f"mir_layer_{k}": value for k, value in enumerate(result.per_layer, 1)}}
 
 
 def first_process_says(value: float, device: torch.device) -> float:

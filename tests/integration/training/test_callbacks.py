@@ -202,6 +202,8 @@ def test_wrong_arguments_are_named_and_a_missing_trainer_too(tmp_path):
     for options in ({"every": 0}, {"patience": 0}, {"min_delta": -1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: takes"):
             MIRCallback(probe, **options)
+    with pytest.raises(ValueError, match="name: takes letters, digits and underscores, got 'my mir'"):
+        MIRCallback(probe, name="my mir")
     for wrong in ([], probe[0], iter(probe), [probe[0], 3], "probe"):
         with pytest.raises((TypeError, ValueError), match=r"probe(\[1\])?: takes a"):
             MIRCallback(wrong)
@@ -306,3 +308,17 @@ def test_lightning_tells_of_weights_that_did_not_come_back(lightning, tmp_path):
     with warnings.catch_warnings():  # fitted again, with weights that the user has changed since: no resuming
         warnings.filterwarnings("error", message="MIR")
         LightningTrainer(again, module, steps=3, start=2)
+
+
+def test_lightning_begins_anew_with_another_training_and_goes_on_with_the_same(lightning, tmp_path):
+    model = tiny_model("llava", dtype=torch.float32)
+    probe = [tiny_batch(model, "llava", ROWS, seed=seed).inputs for seed in range(3)]
+    module = types.SimpleNamespace(model=model, device=torch.device("cpu"))
+    callback = lightning_callback(probe, every=2)
+    LightningTrainer(callback, module, steps=5)
+    assert [step for step, _ in callback.history] == [0, 2, 4]
+    LightningTrainer(callback, module, steps=7, start=5)
+    assert [step for step, _ in callback.history] == [0, 2, 4, 6]
+    LightningTrainer(callback, module, steps=3)
+    assert [step for step, _ in callback.history] == [0, 2]
+    assert callback.state_key != lightning_callback(probe, name="held_out").state_key

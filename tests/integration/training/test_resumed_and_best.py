@@ -188,6 +188,66 @@ def test_an_evaluation_after_training_measures_the_model_as_it_is_then(tmp_path)
     assert by_hand != callback.history[-1][1].value
 
 
+def test_two_callbacks_of_a_trainer_have_names_and_measurements_of_their_own(tmp_path, silent):
+    def two(trainer):
+        others = probe_of(trainer, (8, 9))
+        return watched(trainer), watched(trainer, others, every=2, name="held_out")
+
+    trainer = trainer_of(tmp_path, steps=2, learning_rate=0.0, **{**SAVING, "save_steps": 2})
+    own, others = two(trainer)
+    assert own.attach(trainer) is own  # a second time: nothing
+    with pytest.raises(ValueError, match="name: takes one that no other MIRCallback of the trainer has, got 'mir'"):
+        MIRCallback(probe_of(trainer)).attach(trainer)
+    trainer.train()
+    alone = [measure_mir(trainer.model, each.probe, metric={"groups": 0}).value for each in (own, others)]
+    assert alone[0] != alone[1]
+    assert values(own) == [(step, alone[0]) for step in (0, 1, 2)]
+    assert values(others) == [(step, alone[1]) for step in (0, 2)]
+    logged = [entry for entry in trainer.state.log_history if "held_out" in entry]
+    assert {f"held_out_layer_{k}" for k in (1, 2, 3)} | {"held_out_seconds"} < set(logged[0])
+
+    resumed = trainer_of(tmp_path / "rest", steps=3, learning_rate=0.0)
+    own, others = two(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert {value for _, value in values(own)} == {alone[0]}
+    assert {value for _, value in values(others)} == {alone[1]}
+
+
+def test_a_callback_begins_anew_with_another_training(tmp_path):
+    first = trainer_of(tmp_path / "a", steps=3, **SAVING)
+    callback = watched(first, patience=3)
+    first.train()
+    second = trainer_of(tmp_path / "b", steps=2)
+    callback.attach(second)
+    second.train()
+    assert [step for step, _ in values(callback)] == [0, 1, 2]
+
+    without = trainer_of(tmp_path / "c", steps=3, learning_rate=0.0, **SAVING)
+    without.train()
+    resumed = trainer_of(tmp_path / "d", steps=4, learning_rate=0.0)
+    callback.attach(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-3"))
+    assert [step for step, _ in values(callback)] == [3, 4]  # nothing was measured of that training before
+
+
+def test_a_checkpoint_that_somebody_else_asks_for_is_measured_too(tmp_path, measurements):
+    class Saver(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 3
+
+    trainer = trainer_of(tmp_path, steps=4)
+    callback = watched(trainer, every=100)
+    trainer.add_callback(Saver())
+    trainer.train()
+    assert [step for step, _ in values(callback)] == [0]
+    checkpoint = tmp_path / "checkpoint-3"
+    assert not list(checkpoint.glob("*.partial"))
+    resumed = trainer_of(tmp_path / "rest", steps=4)
+    watched(resumed, every=100)
+    with pytest.warns(UserWarning, match=f"it was {measurements[1].value:.6g} when .* after 3 steps"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_processes_choose_by_the_value_of_the_first_which_alone_tells(tmp_path):
     outputs = outputs_of("trainer_processes.py", tmp_path)
     assert all("chosen and resumed by the first one's values" in out for out in outputs)
