@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -11,12 +12,30 @@ from torch import Tensor
 class PackedStates(list[Tensor]):
     """Hidden states of decoder layers 1..K, (B, T, d) each, in whose rows several samples lie.
 
-    sample_ids: (B, T), the number of each token's sample in its row; negative where a token is in none.
+    sample_ids: (B, T), the number of each token's sample in its row; negative where a token is in none. Slices, copies
+    and sums have it too; a list that a comprehension makes of the states has not.
     """
 
-    def __init__(self, states: Sequence[Tensor], sample_ids: Tensor) -> None:
+    def __init__(self, states: Iterable[Tensor], sample_ids: Tensor) -> None:
         super().__init__(states)
         self.sample_ids = sample_ids
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> Tensor: ...
+    @overload
+    def __getitem__(self, key: slice) -> PackedStates: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> Tensor | PackedStates:
+        found = super().__getitem__(key)
+        return PackedStates(found, self.sample_ids) if isinstance(found, list) else found
+
+    def __add__(self, others: list[Tensor]) -> PackedStates:  # type: ignore[override]
+        return PackedStates([*self, *others], self.sample_ids)
+
+    def __radd__(self, others: list[Tensor]) -> PackedStates:
+        return PackedStates([*others, *self], self.sample_ids)
+
+    def copy(self) -> PackedStates:
+        return self[:]
 
 
 def ids_of(hidden_states: Sequence[Tensor], sample_ids: Tensor | None) -> Tensor | None:

@@ -60,7 +60,7 @@ def packed_samples(inputs: Mapping[str, Any], kept: Tensor, vision: Tensor) -> T
     kept, vision: (B, T) bool, no padding and the vision tokens. Where position ids do not rise, or a sample would be a
     single token, and no vision token is there, that is filling.
     """
-    ids = _sample_numbers(inputs, kept)
+    ids = _sample_numbers(inputs, kept, vision)
     if ids is None:
         return None
     ids = ids.masked_fill(~kept, -1)
@@ -68,19 +68,31 @@ def packed_samples(inputs: Mapping[str, Any], kept: Tensor, vision: Tensor) -> T
     rises = _of_each(numbers, torch.ones_like(numbers), "sum") > 1
     positions = _positions(inputs, kept)
     if positions is not None:
-        rises &= _of_each(numbers, positions, "amax") > _of_each(numbers, positions, "amin")
+        rises &= _of_each(numbers, positions[0], "amax") > _of_each(numbers, positions[0], "amin")
     seen = _of_each(numbers, vision.long(), "amax") > 0
     return ids.masked_fill(~(rises | seen)[numbers], -1)
 
 
 def is_packed(inputs: Mapping[str, Any]) -> bool:
-    """Whether a batch, as the model takes it, says that samples share a row."""
-    tokens = inputs.get("input_ids")
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        return any(isinstance(inputs.get(name), Tensor) for name in BOUNDARIES)
+    """Whether a batch, as the model takes it, says that samples share a row.
+
+    True also for filling that only the vision tokens, which a batch does not name, tell from samples.
+    """
+    if _boundaries(inputs) is not None:
+        return True
     mask = inputs.get("attention_mask")
-    kept = mask != 0 if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(tokens).bool()
-    return _sample_numbers(inputs, kept) is not None
+    for name in ("input_ids", "seq_idx", "position_ids"):  # what tells the shape (B, T)
+        tokens = inputs.get(name)
+        if not isinstance(tokens, Tensor) or tokens.dim() not in (2, 3):
+            continue
+        shape = tokens.shape[-2:]
+        if isinstance(given := inputs.get("seq_idx"), Tensor) and given.shape == shape:
+            return True
+        kept = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+        if isinstance(mask, Tensor) and mask.shape == shape:
+            kept = mask != 0
+        return _sample_numbers(inputs, kept) is not None
+    return False
 
 
 def _configured_ids(model: nn.Module, names: Sequence[str]) -> tuple[int, ...]:
@@ -95,58 +107,113 @@ def _configured_ids(model: nn.Module, names: Sequence[str]) -> tuple[int, ...]:
 
 
 def _of_each(numbers: Tensor, values: Tensor, reduction: str) -> Tensor:
-    """(n,): `values` (B, T) of the tokens of one number together, for numbers 0 to the largest of `numbers`."""
-    out = values.new_zeros(int(numbers.max()) + 1)
+    """`values` (B, T) of the tokens of one number together, for every number that `_across_rows` may give."""
+    rows, columns = numbers.shape
+    out = values.new_zeros(rows * (columns + 1))
     return out.scatter_reduce_(0, numbers.flatten(), values.flatten(), reduction, include_self=False)
 
 
 def _across_rows(sample_ids: Tensor) -> Tensor:
-    """Numbers >= 0 that differ between rows too; (B, T)."""
-    each = int(sample_ids.max()) + 2
+    """Numbers from 0 to B (T + 1) - 1 that differ between rows too, whatever numbers the caller gave; (B, T).
+
+    No greatest number is asked for: that would wait for the GPU, and ids of documents are too large for a table.
+    """
+    ordered, order = sample_ids.clamp(min=-1).sort(-1)
+    ranks = torch.zeros_like(ordered)
+    ranks[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long().cumsum(-1)
+    ranks += (ordered[:, :1] >= 0).long()  # 0 is for tokens that are in no sample
     rows = torch.arange(len(sample_ids), device=sample_ids.device, dtype=torch.int64)
-    return sample_ids + 1 + each * rows[:, None]
+    numbers = torch.empty_like(ranks).scatter_(-1, order, ranks)
+    return numbers + (sample_ids.shape[1] + 1) * rows[:, None]
 
 
-def _sample_numbers(inputs: Mapping[str, Any], kept: Tensor) -> Tensor | None:
-    """(B, T) int64 on `kept`'s device, as the inputs number the samples; None where they name one a row."""
+def _sample_numbers(inputs: Mapping[str, Any], kept: Tensor, vision: Tensor | None = None) -> Tensor | None:
+    """(B, T) int64 >= -1 on `kept`'s device, as the inputs number the samples; None where they name one a row."""
     shape, device = tuple(kept.shape), kept.device
     given = inputs.get("seq_idx")
     if isinstance(given, Tensor) and tuple(given.shape) == shape:
-        return given.to(device, torch.int64)
+        return given.to(device, torch.int64).clamp(min=-1)
+    if (found := _boundaries(inputs)) is not None:
+        name, bounds = found
+        bounds, end = bounds.to(device, torch.int64), int(bounds[-1])
+        if end > kept.numel():
+            raise ValueError(f"{name}: ends at token {end}, but the decoder ran on {shape} tokens")
+        places = torch.arange(kept.numel(), device=device, dtype=torch.int64)
+        numbers = torch.bucketize(places, bounds, right=True) - 1
+        return numbers.masked_fill_(places >= end, -1).view(shape)
+    mask, positions = inputs.get("attention_mask"), _positions(inputs, kept)
+    counts = isinstance(mask, Tensor) and tuple(mask.shape) == shape and mask.dtype != torch.bool
+    if positions is None and not counts:
+        return None
+    numbered = begins = torch.zeros((), dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and counts:
+        mask = mask.to(device)
+        numbered = (mask > 1).any()
+        if mask.is_floating_point():
+            numbered = numbered & ((mask >= 0) & (mask == mask.floor()) & mask.isfinite()).all()
+    if positions is not None:
+        begins = _begin_anew(positions, kept, vision, inputs.get("mm_token_type_ids"))
+    by_mask, by_positions = torch.stack([numbered, begins.any()]).tolist()  # the only wait for the GPU
+    if isinstance(mask, Tensor) and by_mask:
+        return (mask.to(torch.int64) - 1).clamp(min=-1)
+    return begins.long().cumsum(-1) if by_positions else None
+
+
+def _boundaries(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:
+    """The boundaries (n,) that attention kernels were given, and the name of the argument."""
     for name in BOUNDARIES:
         bounds = inputs.get(name)
-        if isinstance(bounds, Tensor) and bounds.dim() == 1 and len(bounds) > 1:
-            bounds = bounds.to(device, torch.int64)
-            if int(bounds[-1]) > kept.numel():
-                raise ValueError(f"{name}: ends at token {int(bounds[-1])}, but the decoder ran on {shape} tokens")
-            places = torch.arange(kept.numel(), device=device, dtype=torch.int64)
-            numbers = torch.bucketize(places, bounds, right=True) - 1
-            return numbers.masked_fill_(places >= bounds[-1], -1).view(shape)
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and tuple(mask.shape) == shape and not mask.is_floating_point() and int(mask.max()) > 1:
-        return mask.to(device, torch.int64) - 1
-    positions = _positions(inputs, kept)
-    if positions is None:
-        return None
-    # Only tokens that are kept count: generate() gives the padding on the left positions of its own.
-    places = torch.arange(shape[1], device=device, dtype=torch.int64).expand(shape)
-    last = places.where(kept, -1).cummax(-1).values  # of the kept tokens up to here
-    previous = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)
-    first = kept.int().argmax(-1, keepdim=True)
-    new = kept & (previous >= 0) & (positions < positions.gather(1, previous.clamp(min=0)))
-    new &= positions <= positions.gather(1, first)
-    return new.long().cumsum(-1) if bool(new.any()) else None
+        if isinstance(bounds, Tensor) and bounds.dim() in (1, 2) and bounds.numel() == bounds.shape[-1] > 1:
+            return name, bounds.flatten()
+    return None
 
 
 def _positions(inputs: Mapping[str, Any], kept: Tensor) -> Tensor | None:
-    """(B, T) int64: position ids; of several axes (a, B, T) the first, which never falls within a sample."""
+    """(1, B, T) int64, positions that count the tokens of a sample; or (3, B, T) where those of images have three axes.
+
+    Of four axes and more the first counts tokens.
+    """
     positions = inputs.get("position_ids")
     if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
         return None
-    positions = positions[0] if positions.dim() == 3 else positions
-    if positions.shape[-1] != kept.shape[1] or len(positions) not in (1, len(kept)):
+    if positions.dim() == 2:
+        positions = positions[None]
+    elif len(positions) != 3:
+        positions = positions[:1]
+    if positions.shape[-1] != kept.shape[1] or positions.shape[1] not in (1, len(kept)):
         return None
-    return positions.to(kept.device, torch.int64).expand(kept.shape)
+    return positions.to(kept.device, torch.int64).expand(len(positions), *kept.shape)
+
+
+def _begin_anew(positions: Tensor, kept: Tensor, vision: Tensor | None, types: Any) -> Tensor:
+    """(B, T) bool: the tokens with which another sample of the row begins, by positions (1 or 3, B, T).
+
+    A sample begins no later than its row did, where the position falls, or stands still: then the token before was a
+    sample of its own, or filling. Only tokens that are kept count: generate() gives the padding on the left positions
+    of its own.
+    """
+    places = torch.arange(kept.shape[1], device=kept.device, dtype=torch.int64).expand(kept.shape)
+    last = places.where(kept, -1).cummax(-1).values  # of the kept tokens up to here
+    previous = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)
+    inner, previous = kept & (previous >= 0), previous.clamp(min=0)
+    before = positions.gather(-1, previous.expand_as(positions))
+    start = positions[0].gather(-1, kept.int().argmax(-1, keepdim=True))
+    same, falls = (positions == before).all(0), (positions < before).any(0)
+    same &= ((positions[0] != start) & kept).any(-1, keepdim=True)  # not where positions say nothing at all
+    if len(positions) == 1:
+        if vision is not None:  # there are models whose vision tokens share a position
+            same &= ~(vision & vision.gather(-1, previous))
+        return inner & (same | falls) & (positions[0] <= start)
+    # A sample's first token is at one place on all axes, which time, height and width of an image's others are not.
+    begins = (same | falls) & (positions == positions[:1]).all(0)
+    # HunYuanVL's axes are width, height and the image's number: its first image begins at 0, 0, 0 wherever it stands,
+    # and goes on along the first axis alone.
+    following = torch.cat([positions[..., 1:], positions[..., -1:]], -1)
+    begins &= ~((following[0] > positions[0]) & (following[2] == positions[2]))
+    if isinstance(types, Tensor) and types.shape == kept.shape:  # frames of a video within one unit of time
+        video = types.to(kept.device) == 2
+        begins &= ~(video & video.gather(-1, previous) & (positions[0] == before[0]))
+    return inner & begins & (positions[0] <= start)
 
 
 def expanded_placeholders(

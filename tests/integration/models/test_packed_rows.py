@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from integration.tiny_models import tiny_batch, tiny_model
 from modality_integration import ModalityIntegrationRate, capture, measure_mir, mir_of_states, save_states
+from modality_integration.metric.packing import PackedStates
+from modality_integration.models.token_roles import is_packed, packed_samples
 
 ROWS = ("ttitttttt", "tittttt", "tttitttt")
 
 
-def alone(model):
-    return [tiny_batch(model, "llava", [row], seed=seed) for seed, row in enumerate(ROWS)]
+def alone(model, rows=ROWS):
+    return [tiny_batch(model, "llava", [row], seed=seed) for seed, row in enumerate(rows)]
 
 
 def packed(batches, how="position_ids", filling=0):
@@ -20,7 +23,7 @@ def packed(batches, how="position_ids", filling=0):
     total = sum(lengths) + filling
     inputs = {
         "input_ids": torch.cat([*(b.inputs["input_ids"] for b in batches), tail], 1),
-        "pixel_values": torch.cat([b.inputs["pixel_values"] for b in batches]),
+        "pixel_values": torch.cat([b.inputs["pixel_values"] for b in batches if "pixel_values" in b.inputs]),
         "position_ids": torch.cat([*(torch.arange(n)[None] for n in lengths), tail], 1),
     }
     numbers = torch.cat([torch.full((1, n), i) for i, n in enumerate(lengths)], 1)
@@ -32,6 +35,8 @@ def packed(batches, how="position_ids", filling=0):
     elif how == "attention_mask":
         mask = torch.cat([numbers + 1, tail], 1)
         inputs |= {"attention_mask": mask, "position_ids": torch.arange(total)[None]}
+    elif how == "four axes":  # the first counts tokens, as position_ids of two dimensions do
+        inputs["position_ids"] = torch.stack([inputs["position_ids"], *torch.zeros(3, 1, total, dtype=torch.long)])
     elif how == "three axes":  # of Qwen-VL's positions the first is time, which stands still in an image
         time = torch.cat([*(b.inputs["attention_mask"].cumsum(1) - 1 for b in batches), tail], 1)
         inputs["position_ids"] = torch.stack([time, 2 * time, 3 * time])
@@ -74,6 +79,181 @@ def test_roles_are_those_of_each_sample(how, filling):
         assert (seen.sample_ids[0, -filling:] < 0).all() or not filling
 
 
+FORMS = ["position_ids", "four axes", "three axes", "cu_seq_lens_q", "seq_idx", "attention_mask"]
+
+
+@pytest.mark.parametrize("how", FORMS)
+@pytest.mark.parametrize("rows", [("ttitttt", "t", "itttt"), ("t", "itt", "ttitt"), ("ttit", "t", "t", "it", "t")])
+def test_a_sample_of_one_token_is_joined_to_no_other(how, rows):
+    llava = tiny_model("llava")
+    batches = alone(llava, rows)
+    lone = torch.cat([torch.full((1, b.vision.shape[1]), row == "t") for b, row in zip(batches, rows, strict=True)], 1)
+    with capture(Layers(llava), layers="layers", text="all") as seen:
+        seen._watch._path[0](**packed(batches, how))
+    vision, _, every = expected(batches, 0)
+    assert torch.equal(seen.vision_mask, vision)
+    assert torch.equal(seen.text_mask, every & ~lone)
+    assert torch.equal(seen.sample_ids < 0, lone)
+    assert (seen.samples, seen.image_first) == (2, 1)
+
+
+def test_filling_on_the_left_without_a_mask_is_in_no_sample():
+    llava = tiny_model("llava")
+    inputs = packed(alone(llava))
+    inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (3, 0), value=5)
+    inputs["position_ids"] = torch.nn.functional.pad(inputs["position_ids"], (3, 0))
+    with capture(Layers(llava), layers="layers", text="all") as seen:
+        seen._watch._path[0](**inputs)
+    assert (seen.sample_ids[0, :3] < 0).all()
+    assert not seen.text_mask[0, :3].any()
+    assert seen.samples == 3
+
+
+@pytest.mark.parametrize("positions", [[0, 0, 0, 0, 1, 2, 3], [0] * 7], ids=["vision tokens alone", "all tokens"])
+def test_tokens_that_share_a_position_at_the_very_beginning_are_no_samples(positions):
+    vision = torch.tensor([[1, 1, 1, 1, 0, 0, 0]]).bool()
+    inputs = {"input_ids": torch.full((1, 7), 5), "position_ids": torch.tensor([positions])}
+    assert packed_samples(inputs, torch.ones_like(vision), vision) is None
+
+
+def time_height_width(row):
+    """(3, T) positions of a sample as Qwen-VL numbers them, and its vision tokens: `i` has 2 x 2, a video `v` two of
+    those; frames `f` are as many within one unit of time."""
+    places, vision, start = [], [], 0
+    for part in row:
+        if part == "t":
+            places.append(torch.full((3, 1), start))
+            start += 1
+        else:
+            times = {"i": [0], "v": [0, 1], "f": [0, 0]}[part]
+            places += [torch.tensor([[time] * 4, [0, 0, 1, 1], [0, 1, 0, 1]]) + start for time in times]
+            start += 2
+        vision += [part != "t"] * (sum(p.shape[1] for p in places) - len(vision))
+    return torch.cat(places, 1), torch.tensor(vision)
+
+
+def width_height_number(row):
+    """(3, T) positions of a sample as HunYuanVL numbers them, and its vision tokens: `i` has 2 x 2, with a mark before
+    and one behind."""
+    parts = [([1], part) if part == "t" else ([1, 4, 1], part) for part in row]
+    count = sum(sum(sizes) for sizes, _ in parts)
+    places, vision, column, number = torch.arange(count).expand(3, -1).clone(), torch.zeros(count).bool(), 0, 0
+    for sizes, part in parts:
+        if part == "i":
+            places[:, column + 1 : column + 5] = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1], [number] * 4])
+            vision[column : column + 6] = True
+            number += 1
+        column += sum(sizes)
+    return places, vision
+
+
+def of_three_axes(samples):
+    """The inputs of one row of samples [(3, T) positions, vision (T,)], and the vision tokens (1, T)."""
+    vision = torch.cat([v for _, v in samples])[None]
+    positions = torch.cat([p for p, _ in samples], 1)[:, None]
+    return {"input_ids": torch.where(vision, 60, 5), "position_ids": positions}, vision
+
+
+@pytest.mark.parametrize("positions", [time_height_width, width_height_number])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ("i", "tttiti"),
+        ("itttt", "i", "i", "itttt", "ttititt"),
+        ("ttitt", "ittit", "tt", "iitt"),
+        ("i", "i"),
+        ("tit", "i", "tt", "t", "i"),
+    ],
+)
+def test_samples_begin_where_all_three_axes_do(positions, rows):
+    samples = [positions(row) for row in rows]
+    inputs, vision = of_three_axes(samples)
+    names = [-1 if row == "t" else number for number, row in enumerate(rows)]
+    numbers = torch.cat([torch.full(v.shape, name) for name, (_, v) in zip(names, samples, strict=True)])
+    assert is_packed(inputs)
+    assert torch.equal(packed_samples(inputs, torch.ones_like(vision), vision), numbers[None])
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("positions", "row"),
+    [
+        *((time_height_width, row) for row in ("titt", "ittt", "iitt", "vtt", "ftt", "tftitt", "vit")),
+        *((width_height_number, row) for row in ("titt", "ittt", "iitt", "ttitittit")),
+    ],
+)
+def test_images_move_no_axis_in_a_way_that_would_begin_a_sample(positions, row, padding):
+    inputs, vision = of_three_axes([positions(row)])
+    video = vision & torch.tensor(any(part in row for part in "vf"))
+    kept = torch.nn.functional.pad(torch.ones_like(vision), (padding, 0))
+    inputs = {name: torch.nn.functional.pad(value, (padding, 0)) for name, value in inputs.items()}
+    types = torch.nn.functional.pad(vision.long() + video, (padding, 0))
+    inputs |= {"attention_mask": kept.long(), "mm_token_type_ids": types}
+    assert not is_packed(inputs)
+    assert packed_samples(inputs, kept, types > 0) is None
+
+
+@pytest.mark.parametrize(
+    ("how", "change"),
+    [
+        ("seq_idx", lambda x: {"seq_idx": x["seq_idx"].where(x["seq_idx"] >= 0, -100)}),
+        ("seq_idx", lambda x: {"seq_idx": x["seq_idx"].long() * 10**12}),
+        ("seq_idx", lambda x: {"seq_idx": x["seq_idx"].long() - (x["seq_idx"] < 0) * 2**62 + 2**61}),
+        ("cu_seq_lens_q", lambda x: {"cu_seq_lens_q": x["cu_seq_lens_q"][None]}),
+        ("attention_mask", lambda x: {"attention_mask": x["attention_mask"].float()}),
+        ("attention_mask", lambda x: {"attention_mask": x["attention_mask"].to(torch.uint8)}),
+    ],
+    ids=["-100 is padding", "large ids", "very large ids", "boundaries (1, n)", "numbers as floats", "small integers"],
+)
+def test_other_ways_to_write_the_same_numbers(how, change):
+    llava = tiny_model("llava")
+    batches = alone(llava)
+    inputs = packed(batches, how, 4)
+    inputs |= change(inputs)
+    assert is_packed(inputs)
+    vision, after, _ = expected(batches, 4)
+    with capture(Layers(llava), layers="layers") as seen:
+        seen._watch._path[0](**inputs)
+    assert isinstance(seen.hidden_states, PackedStates)
+    assert torch.equal(seen.vision_mask, vision)
+    assert torch.equal(seen.text_mask, after)
+    assert seen.samples == 3
+
+
+@pytest.mark.parametrize("mask", [[1.0, 1.0, 0.0], [0.5, 1.5, 0.0], [1.0, float("inf"), 0.0]])
+def test_a_mask_of_floats_that_are_no_numbers_of_samples_is_padding(mask):
+    assert not is_packed({"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.tensor([mask])})
+
+
+def test_embeddings_with_positions_that_begin_anew_are_packed_too():
+    model = tiny_model("llava")
+    batches = alone(model)
+    inputs = packed(batches)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with torch.no_grad(), capture(model, vision_mask=expected(batches, 0)[0]) as seen:
+        model(inputs_embeds=embeds, position_ids=inputs["position_ids"], use_cache=False)
+    assert isinstance(seen.hidden_states, PackedStates)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: values and shapes that the CPU asks for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("how", "most"), [("seq_idx", 0), ("cu_seq_lens_q", 1), ("position_ids", 1)])
+def test_samples_are_numbered_with_few_waits(how, most):
+    batches = alone(tiny_model("llava"))
+    inputs, vision = packed(batches, how, 2), expected(batches, 2)[0]
+    with Waits() as waits:
+        packed_samples(inputs, torch.ones_like(vision), vision)
+    assert waits.count <= most
+
+
 @pytest.mark.parametrize("filling", [0, 3])
 def test_mir_and_its_standard_error_are_those_of_the_samples_one_by_one(filling, tmp_path):
     model = tiny_model("llava")
@@ -92,6 +272,45 @@ def test_mir_and_its_standard_error_are_those_of_the_samples_one_by_one(filling,
     assert got.error == pytest.approx(wanted.error, rel=1e-6)
     saved = mir_of_states([tmp_path / "packed.safetensors"], groups=3)
     assert (saved.value, saved.error) == pytest.approx((wanted.value, wanted.error), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda states: states[:],
+        lambda states: states[:2],
+        lambda states: states[::-1],
+        lambda states: states.copy(),
+        lambda states: states[:1] + states[2:],
+        lambda states: states + list(states[:1]),
+        lambda states: list(states[:1]) + states,
+    ],
+    ids=["all", "first", "reversed", "copy", "sum", "list behind", "list before"],
+)
+def test_parts_of_the_states_know_the_samples(part):
+    model = tiny_model("llava")
+    with torch.no_grad(), capture(model) as seen:
+        model(**packed(alone(model)), use_cache=False)
+    of_part, by_ids = ModalityIntegrationRate(groups=3), ModalityIntegrationRate(groups=3)
+    states = part(seen.hidden_states)
+    of_part.update(states, seen.vision_mask, seen.text_mask)
+    by_ids.update(list(states), seen.vision_mask, seen.text_mask, seen.sample_ids)
+    assert of_part.compute().error is not None
+    assert of_part.compute().to_json() == by_ids.compute().to_json()
+
+
+@pytest.mark.parametrize("numbers", [(7, 10**12, 2**62), (2**62, 2**62 + 1, 2**63 - 1)])
+@pytest.mark.parametrize("outside", [-1, -100, -(2**63)])
+def test_any_whole_numbers_name_samples(numbers, outside):
+    torch.manual_seed(0)
+    states, vision = [torch.randn(1, 40, 8) for _ in range(2)], torch.arange(40)[None] % 10 < 5
+    places = torch.arange(40)[None] // 10
+    inside = places < 3
+    wanted, got = ModalityIntegrationRate(groups=3), ModalityIntegrationRate(groups=3)
+    wanted.update(states, vision & inside, ~vision & inside, places.where(inside, -1))
+    ids = torch.tensor([*numbers, outside])[places]
+    got.update(states, vision & inside, ~vision & inside, ids)
+    assert got.compute().to_json() == wanted.compute().to_json()
 
 
 def test_measure_mir_deals_the_samples_of_packed_probes():
