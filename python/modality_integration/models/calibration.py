@@ -33,14 +33,16 @@ class Calibration:
     Hooks are methods of this object, so a deep copy of the model gets a calibration of its own.
     """
 
-    def __init__(self, watch: ForwardWatch, decoder: Decoder, name: str, vision: Tensor | str | None) -> None:
-        self.watch, self.name = watch, name
+    def __init__(
+        self, watch: ForwardWatch, decoder: Decoder, name: str, size: int, vision: Tensor | str | None
+    ) -> None:
+        self.watch, self.name, self.size = watch, name, size
         self.vision = vision
-        self._model = decoder.path[0]
+        self._model, self._layers = decoder.path[0], decoder.layers
         # The innermost module around the layers: wrappers call some of the outer ones past their hooks.
         looking = decoder.path[-1].register_forward_pre_hook(self._look_at_dtypes)
         self.placed: list[Removable] = [watch, looking]
-        self.told_of_dtypes = False
+        self.told_of_dtypes = self._looked_at_dtypes = False
         # Masks of passes that may yet be recomputed in backward, for checkpoints that wrap a layer with its hooks.
         self._replayable: deque[Tensor] = deque(maxlen=64)
         self._replayed = False
@@ -57,19 +59,23 @@ class Calibration:
         self.placed.clear()
 
     def _look_at_dtypes(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the decoder: before the first training pass, a warning where MoCa has become narrow."""
+        """Forward pre-hook of the decoder: a warning, once, before a training pass with a MoCa that has become narrow.
+
+        After the first such pass it looks at the first layer alone, since a model is cast whole.
+        """
         if torch.compiler.is_compiling() or self.told_of_dtypes or not torch.is_grad_enabled():
             return
-        trained = [p for m in decoder.modules() if is_calibrated(m) for p in getattr(m, self.name).parameters()]
-        trained = [p for p in trained if p.requires_grad]
-        narrow = {p.dtype for p in trained if p.is_floating_point() and p.element_size() < 4}
-        if not trained:
+        layers = self._layers[:1] if self._looked_at_dtypes else self._layers
+        self._looked_at_dtypes = True
+        trained = [p for layer in layers for p in getattr(layer, self.name).parameters() if p.requires_grad]
+        narrow = [p for p in trained if p.is_floating_point() and p.element_size() < 4]
+        if not narrow:
             return
         self.told_of_dtypes = True
-        if narrow and not may_be_trained_in_float32(self._model, trained):
+        if not may_be_trained_in_float32(self._model, narrow):
             warn(
-                f"MoCa: {unmoved_by(narrow.pop())}, and the model was cast to it after add_moca. Before an optimizer "
-                "is made: for p in moca_parameters(model): p.data = p.data.float()",
+                f"MoCa: {unmoved_by(narrow[0].dtype)}, and the model was cast to it after add_moca. Before an "
+                "optimizer is made: for p in moca_parameters(model): p.data = p.data.float()",
                 UserWarning,
             )
 
@@ -78,6 +84,12 @@ class Calibration:
         state: Tensor = output[0] if isinstance(output, tuple) else output
         if self.watch.running is not None and self.watch.running.moca.has_calibrated(state):
             return None
+        if state.dim() != 3 or state.shape[-1] != self.size:
+            raise ValueError(
+                f"model: MoCa takes one output of {self.size} numbers a token from every layer, shape (B, T, "
+                f"{self.size}), got {tuple(state.shape)} from {type(layer).__name__}; a model that keeps several "
+                "residual streams a token, or none by rows, cannot have MoCa"
+            )
         mask = self.mask(layer, state)
         if mask is None:
             return None
@@ -95,10 +107,15 @@ class Calibration:
             return self._mask_outside(shape).to(state.device)
         moca = running.moca
         if moca.vision is None:
-            if running.continues(shape[1]) and not running.is_marked(self.vision):  # a decoding step
+            generation = running.generation(shape[1])
+            beyond = 0 if generation is None else generation.beyond
+            # A decoding step: also where the id that was generated is that of images.
+            if beyond is None or (running.continues(shape[1]) and not running.is_marked(self.vision)):
                 vision = torch.zeros(shape, dtype=torch.bool, device=state.device)
             else:
                 vision = running.vision(shape, self.vision)
+                if beyond:
+                    vision[:, -beyond:] = False
             moca.idle = not torch.compiler.is_compiling() and not bool(vision.any())
             moca.vision = vision
             self._remember(running, vision)

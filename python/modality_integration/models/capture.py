@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from mir_kernels import _checks
 from modality_integration.metric.packing import PackedStates
 from modality_integration.models.decoder import Decoder, LayerOutput, Layers, find_decoder, refuse_several_streams
-from modality_integration.models.forward_watch import ForwardPass, ForwardWatch, generation_running
+from modality_integration.models.forward_watch import ForwardPass, ForwardWatch
 from modality_integration.models.token_roles import Mask, is_packed, text_after_vision
 
 
@@ -50,8 +51,8 @@ def capture(
     `seq_idx`, or an attention_mask that numbers samples 1, 2, ..., as the caller passes them.
 
     Each pass replaces the one before, but for chunks of one prompt, which are put together: passes that go on with the
-    cached sequence and bring vision tokens or, outside `generate`, more than one token. Decoding steps, drafts and the
-    passes of guidance are not passes: after `generate`, the prefill is what stands.
+    sequence in the same cache and bring vision tokens or, outside `generate`, more than one token. Decoding steps,
+    drafts and the passes of guidance are not passes: after `generate`, the prefill is what stands.
     Errors: ValueError for models without vision tokens in the stream (cross-attention, encoder-decoder) or with several
     streams, for compiled models, and, when masks are read, for rows or samples without an image.
     """
@@ -82,6 +83,7 @@ class Capture:
         self.passes = 0
         self._watch, self._reading = watch, reading
         self._extends = False  # the pass that is being recorded goes on with the one before
+        self._fills = self._filled = _Filled(None)  # the caches of the pass being recorded, and of the last one
         self._prompt: int | None = None  # how many of its tokens count, where not all do
         self._read = False  # someone has had the states or masks: they are complete
         self._recording: list[Tensor] | None = None
@@ -155,22 +157,34 @@ class Capture:
         x = _hidden_input(args, kwargs)
         # Layers that run outside a pass of the model are a checkpoint's recomputation.
         running = self._watch.running
-        self._recording = None if running is None else self._begun(running, (x.shape[0], x.shape[1]))
+        if running is None:
+            self._recording = None
+            return
+        cache = running.inputs.get("past_key_values")
+        filled = _Filled.of(_cache_of_layer(args, kwargs) if cache is None else cache, "past_key_values" in kwargs)
+        self._recording = self._begun(running, (x.shape[0], x.shape[1]), filled)
 
-    def _begun(self, running: ForwardPass, shape: tuple[int, int]) -> list[Tensor] | None:
+    def _begun(self, running: ForwardPass, shape: tuple[int, int], filled: _Filled) -> list[Tensor] | None:
         """Where to record a pass of `shape` that begins; None for a step that no sample consists of."""
         self._extends = False
         continues = running.continues(shape[1])
-        generation = generation_running(continues)
+        generation = running.generation(shape[1])
         if generation is not None and not generation.prefill:
             return None
-        self._prompt = None if generation is None else generation.prompt
+        self._prompt = shape[1] - generation.beyond if generation is not None and generation.beyond else None
         if continues:
             if generation is None and shape[1] == 1 and not running.has_vision(shape, self._reading.vision_mask):
                 return None
-            before = self._states[0].shape[:2] if self._states else None
-            self._extends = not self._read and before == (shape[0], running.past)
+            self._extends = self._goes_on(running, shape[0]) and filled.may_be(self._filled)
+        self._fills = filled
         return []
+
+    def _goes_on(self, running: ForwardPass, rows: int) -> bool:
+        """Whether a cache holds what was recorded last, unread, and nothing after it."""
+        if self._read or self._roles is None:
+            return False
+        before, begin = self._states[0], self._roles.parts[0].running.past
+        return (len(before), begin + before.shape[1]) == (rows, running.past)
 
     def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recording is not None and self._watch.running is not None:
@@ -192,6 +206,7 @@ class Capture:
                 f"capture: {len(states)} of {len(self.layer_names)} decoder layers ran in this pass (layer drop?)"
             )
         running.inputs.pop("past_key_values", None)  # not to keep a cache alive
+        self._filled = self._fills
         part = _Part(running, (states[0].shape[0], states[0].shape[1]), self._prompt)
         states = [state[:, : part.length] for state in states] if part.length else states
         if self._extends and self._roles is not None:
@@ -202,6 +217,35 @@ class Capture:
             self.passes += 1
         self._states, self._roles, self._read = states, _Roles(parts, self._reading), False
         self._versions = [None if s.is_inference() else s._version for s in states]
+
+
+class _Filled(NamedTuple):
+    """The cache that a pass put its tokens into, which this does not keep alive.
+
+    refer: gives the cache, or None for one that is gone; None where nothing shows whether there is any.
+    """
+
+    refer: Callable[[], object] | None
+
+    @classmethod
+    def of(cls, cache: object, shown: bool) -> _Filled:
+        """shown: without a cache here, there is none."""
+        if cache is None:
+            return cls(_no_cache if shown else None)
+        try:
+            return cls(weakref.ref(cache))
+        except TypeError:  # a tuple
+            return cls(None)
+
+    def may_be(self, before: _Filled) -> bool:
+        """Whether this is the cache of the pass before, as far as can be seen."""
+        if before.refer is None or self.refer is None:
+            return True
+        return before.refer() is self.refer()
+
+
+def _no_cache() -> None:
+    return None
 
 
 class _Part(NamedTuple):
@@ -317,6 +361,11 @@ def _first_of_each(kept: Tensor, ids: Tensor | None) -> Tensor:
     begins = ids >= 0
     begins[:, 1:] &= ids[:, 1:] != ids[:, :-1]
     return begins.nonzero()
+
+
+def _cache_of_layer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """The cache that a decoder layer is given, which the model may have made itself; None for none."""
+    return next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
 
 
 def _hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

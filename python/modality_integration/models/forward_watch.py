@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
 from collections.abc import Mapping
-from types import FrameType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modality_integration.models.decoder import Decoder, unwrap
+from modality_integration.models.embedded import EmbeddedIds, virtual_tokens
+from modality_integration.models.generation import Generation, generation_running
 from modality_integration.models.moca_pass import MoCaPass
 from modality_integration.models.token_roles import (
     PACKING,
@@ -23,9 +23,6 @@ from modality_integration.models.token_roles import (
     packed_samples,
     vision_token_ids,
 )
-
-# Families whose generate() embeds the prompt itself and calls the language model past the model's own forward.
-EMBEDS_FIRST = ("blip-2", "instructblip", "instructblipvideo")
 
 
 class ForwardPass:
@@ -42,6 +39,18 @@ class ForwardPass:
         self.past = 0  # tokens in the cache when the pass began
         self.moca = MoCaPass()
         self.differentiable = torch.is_grad_enabled()
+        self._generation: tuple[Generation | None] | None = None  # once it has been asked for
+
+    def generation(self, length: int) -> Generation | None:
+        """What generate() runs this pass, of `length` tokens a row, for; asked first while it runs. None outside of
+        generate() and in compiled code, which does not see who runs it."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._generation is None:
+            ids = self.inputs.get("input_ids")
+            length = ids.shape[1] if _is_matrix(ids) else length
+            self._generation = (generation_running(length, self.past),)
+        return self._generation[0]
 
     def continues(self, length: int) -> bool:
         """Whether this pass, of `length` tokens a row, goes on with sequences that a cache holds."""
@@ -155,7 +164,7 @@ class ForwardPass:
                 raise ValueError(f"{name}: no argument {mask!r} was passed to the model's forward")
             mask = self.inputs[mask]
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            behind = self._behind_virtual(mask, shape, 0)
+            behind = self._behind_virtual(self._before_generated(mask, shape), shape, 0)
             assert behind is not None  # a tensor, as it was
             mask = self._fitted(behind, shape)
         if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
@@ -163,12 +172,20 @@ class ForwardPass:
             raise ValueError(f"{name}: takes one entry per token, shape {shape}, got {got}")
         return mask != 0
 
+    def _before_generated(self, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+        """A mask of the prompt with False for what was generated, where generate() runs on all of it again."""
+        generation = None if self.cached else self.generation(shape[1])
+        if generation is None or not generation.beyond:
+            return mask
+        whole = mask.shape[1] + generation.beyond
+        return nn.functional.pad(mask, (0, generation.beyond)) if shape[1] - whole in (0, self.virtual) else mask
+
     def _fitted(self, mask: Tensor, shape: tuple[int, int]) -> Tensor:
         """A mask of the prompt, as generate() needs it: its rows repeated for beams, the columns of this pass alone."""
         if torch.compiler.is_compiling() or tuple(mask.shape) == shape:
             return mask
         rows = shape[0] // max(len(mask), 1)
-        if rows > 1 and len(mask) * rows == shape[0] and generation_running(self.past > 0) is not None:
+        if rows > 1 and len(mask) * rows == shape[0] and self.generation(shape[1]) is not None:
             mask = mask.repeat_interleave(rows, 0)
         if not self.cached or mask.shape[0] != shape[0]:
             return mask
@@ -182,7 +199,6 @@ class _Running:
     def __init__(self) -> None:
         self.forward: ForwardPass | None = None
         self.inside: list[int] = []  # places on the decoder's path of the modules that are being called
-        self.embedded: Tensor | None = None
 
 
 class _Elsewhere(threading.local):
@@ -216,10 +232,8 @@ class ForwardWatch:
         for module in decoder.path:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-        if model_type in EMBEDS_FIRST or any(map(_virtual_tokens, self._path)):
-            inner: Any = unwrap(model)
-            embedding = inner.get_input_embeddings()
-            self._handles.append(embedding.register_forward_pre_hook(self._embed))
+        self._embedded = EmbeddedIds(unwrap(model))
+        self._handles += self._embedded.watch(unwrap(model))
 
     @property
     def running(self) -> ForwardPass | None:
@@ -238,13 +252,12 @@ class ForwardWatch:
             state.inside.clear()
             state.forward = None
         if state.forward is None:
-            # PEFT's generate() embeds the prompt itself and calls the base model.
-            virtual = max(map(_virtual_tokens, self._path)) if state.embedded is not None else _virtual_tokens(module)
-            state.forward = ForwardPass(self.token_ids, self.type_ids, virtual, self.audio_ids)
+            state.forward = ForwardPass(self.token_ids, self.type_ids, virtual_tokens(module), self.audio_ids)
         state.inside.append(place)
         inputs = state.forward.inputs
         names = self._arguments.get(type(module)) or _argument_names(module)
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        given = (*zip(names, args, strict=False), *kwargs.items())
+        for name, value in given:
             if name not in self.watched or value is None or name in inputs:
                 continue
             if name == "attention_mask" and len(state.inside) > 1 and not _is_matrix(value):
@@ -254,30 +267,29 @@ class ForwardWatch:
             inputs[name] = value
             if name == "past_key_values" and not torch.compiler.is_compiling():
                 state.forward.cached, state.forward.past = True, _cached_tokens(value)
-        if state.embedded is not None and "input_ids" not in inputs:
-            inputs["input_ids"] = state.embedded
-            state.forward.embedded = True
+        if len(state.inside) == 1 and not torch.compiler.is_compiling():
+            before = self._embedded.take()
+            if "input_ids" not in inputs and before is not None and before.is_what(dict(given).get("inputs_embeds")):
+                inputs["input_ids"], state.forward.virtual = before.ids, before.virtual
+                state.forward.embedded = True
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         state = self._state()
         if state.inside:  # else its beginning was refused
             state.inside.pop()
         if not state.inside:
-            state.forward = state.embedded = None
+            state.forward = None
+            if not torch.compiler.is_compiling():
+                self._embedded.end()
             if state is self._here:
                 self._owner.clear()
-
-    def _embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        state = self._state(claim=True)
-        if not state.inside:
-            state.embedded = args[0]
 
     def _state(self, *, claim: bool = False) -> _Running:
         """This thread's state: a plain one for the first thread to come and for torch.compile, which knows no other."""
         if torch.compiler.is_compiling():
             return self._here
         elsewhere, me = self._elsewhere.running, threading.get_ident()
-        if elsewhere.inside or elsewhere.embedded is not None:  # in the middle of a pass, whoever has left meanwhile
+        if elsewhere.inside:  # in the middle of a pass, whoever has left meanwhile
             return elsewhere
         owner = self._owner.setdefault("thread", me) if claim else self._owner.get("thread", me)
         return self._here if owner == me else elsewhere
@@ -297,35 +309,6 @@ def _is_matrix(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 2
 
 
-class Generation(NamedTuple):
-    """What transformers' generate() runs the model for. prefill: for the prompt, or a part of it. prompt: how many
-    tokens of a row are the prompt's, where drafted ones may follow in the same pass; None where all are."""
-
-    prefill: bool
-    prompt: int | None = None
-
-
-def generation_running(continues: bool) -> Generation | None:
-    """The generate() that this thread is in, or None; continues: whether the running pass goes on with a cache.
-
-    Told by the functions that are running: nothing in what a forward pass is given tells a chunk of the prompt from
-    tokens that a draft proposed.
-    """
-    frame: FrameType | None = sys._getframe()
-    frames: dict[str, FrameType] = {}
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "transformers.generation.utils":
-            frames.setdefault(frame.f_code.co_name, frame)
-        frame = frame.f_back
-    if "generate" not in frames:
-        return None
-    drafting = frames.get("_assisted_decoding")  # has no step for the prompt alone: the first one brings a draft along
-    if "_prefill" not in frames and drafting is not None and not continues:
-        tokens = drafting.f_locals.get("input_ids")
-        return Generation(True, tokens.shape[1] if _is_matrix(tokens) else None)
-    return Generation("_prefill" in frames)
-
-
 def _cached_tokens(cache: Any) -> int:
     """How many tokens a cache holds; 0 where it does not say."""
     try:
@@ -343,12 +326,6 @@ def _columns_seen(mask: object) -> Any:
         return mask
     seen = mask if mask.dtype == torch.bool else mask == 0
     return seen.any(1).any(1)
-
-
-def _virtual_tokens(module: nn.Module) -> int:
-    """How many tokens PEFT's prompt tuning, P-tuning and CPT put before every row of a model that is called."""
-    config = module.active_peft_config if hasattr(module, "active_peft_config") else None
-    return getattr(config, "num_virtual_tokens", None) or 0
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

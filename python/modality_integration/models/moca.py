@@ -102,7 +102,7 @@ def add_moca(
     size = hidden_size(model, decoder)
     modules = [_module_for(layer, size, std, dtype) for layer in decoder.layers]
     named = ("output_hidden_states", *((vision_mask,) if vision_mask else ()))
-    calibration = Calibration(ForwardWatch(model, decoder, named=named), decoder, NAME, vision_mask)
+    calibration = Calibration(ForwardWatch(model, decoder, named=named), decoder, NAME, size, vision_mask)
     calibration.told_of_dtypes = dtype is not None
     plain = [why_not_fused(model, decoder, i) if fused else "asked for" for i in range(len(decoder.layers))]
     sites = []
@@ -159,10 +159,16 @@ def calibrated_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def moca_of(layer: nn.Module) -> MoCa:
-    """The layer's MoCa, inside FSDP's wrapper and PEFT's, which it has if it is among `modules_to_save`."""
+    """The layer's MoCa, inside FSDP's wrapper and PEFT's: the active adapter's, where it is among `modules_to_save`.
+
+    Where no adapter with MoCa is active, the layer runs its own, from before PEFT.
+    """
     module = _inside_fsdp(getattr(layer, NAME))
     if hasattr(module, "modules_to_save"):
-        module = _inside_fsdp(module.modules_to_save[module.active_adapter])
+        active = getattr(module, "active_adapters", None) or module.active_adapter
+        names = [active] if isinstance(active, str) else active
+        held = [name for name in names if name in module.modules_to_save]
+        module = _inside_fsdp(module.modules_to_save[held[0]] if held else module.original_module)
     return module
 
 

@@ -22,7 +22,9 @@ from modality_integration.models.placement import in_parts, is_distributed, read
 
 FILE = "moca.safetensors"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # of transformers' Trainer, beside the weights
-KEY = re.compile(r"layers\.([0-9]{1,6})\.modality_layernorm(?:\.modules_to_save\.[^.]+)?\.(scale|shift)$")
+# Layers go by other names in a few families (Kimi-VL's and Molmo's blocks), and wrappers stand among the names.
+_WRAPPERS = r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|modules_to_save\.[^.]+)"
+KEY = re.compile(rf"\.([0-9]{{1,6}})\.(?:{_WRAPPERS}\.)*modality_layernorm(?:\.{_WRAPPERS})*\.(scale|shift)$")
 
 Values = dict[tuple[int, str], Tensor]  # by layer and name, scale or shift
 
@@ -56,11 +58,12 @@ def load_moca(model: nn.Module, path: str | Path) -> None:
     """Reads what `save_moca` wrote, or a published checkpoint, into `model`; adds MoCa first where there is none.
 
     `path` is a .safetensors or torch file, or a directory of such. Keys that end in
-    `layers.{i}.modality_layernorm.{scale,shift}` are taken, whatever stands before. Parameters may lie wherever
-    `save_moca` finds them, and the float32 copies in DeepSpeed's optimizer are loaded too. Where processes hold parts
-    of them, every process must call it, and rank 0 reads `path` for all. ValueError where layers are missing, left
-    over, of another size or not finite, where a file cannot be read, or where values would not stay once loaded; then
-    nothing is changed, in any process. RuntimeError where a layer, read back, does not hold what was loaded.
+    `.{i}.modality_layernorm.{scale,shift}` are taken, whatever stands before: `model.layers` in published ones, what
+    transformers makes of a model's names in its own. Parameters may lie wherever `save_moca` finds them, and the
+    float32 copies in DeepSpeed's optimizer are loaded too. Where processes hold parts of them, every process must call
+    it, and rank 0 reads `path` for all. ValueError where layers are missing, left over, of another size or not finite,
+    where a file cannot be read, or where values would not stay once loaded; then nothing is changed, in any process.
+    RuntimeError where a layer, read back, does not hold what was loaded.
     """
     layers = [module for module in model.modules() if is_calibrated(module)]
     together = bool(layers) and in_parts(model, [moca_of(layer) for layer in layers])
@@ -134,7 +137,7 @@ def _read(path: Path) -> Values:
                     values[place] = value
         if values:
             return values
-    raise ValueError(f"path: no key ending in layers.{{i}}.{NAME}.scale or .shift in {path}")
+    raise ValueError(f"path: no key ending in .{{i}}.{NAME}.scale or .shift in {path}")
 
 
 def _candidates(path: Path) -> list[list[Path]]:

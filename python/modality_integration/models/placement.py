@@ -7,6 +7,8 @@ they leave on modules and parameters, and imported only where they are in use.
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -107,7 +109,7 @@ def is_deepspeed_engine(module: object) -> bool:
 
 
 def deepspeed_engine(model: nn.Module) -> nn.Module | None:
-    """The DeepSpeed engine that `model` is, holds or, by the hooks on it, is inside of."""
+    """The DeepSpeed engine that `model` is, holds or is inside of."""
     for module in model.modules():
         if is_deepspeed_engine(module):
             return module
@@ -116,6 +118,18 @@ def deepspeed_engine(model: nn.Module) -> nn.Module | None:
                 for cell in getattr(hook, "__closure__", None) or ():
                     if is_deepspeed_engine(cell.cell_contents):
                         return cell.cell_contents
+    return _engine_around(model)
+
+
+def _engine_around(model: nn.Module) -> nn.Module | None:
+    """The DeepSpeed engine of a module that holds `model`: nothing on `model` tells of it, so among all objects."""
+    if "deepspeed" not in sys.modules:
+        return None
+    for found in gc.get_objects():
+        if not issubclass(type(found), nn.Module) or not is_deepspeed_engine(found):
+            continue
+        if any(module is model for module in found.modules()):
+            return found
     return None
 
 
@@ -140,6 +154,8 @@ def may_be_trained_in_float32(model: nn.Module, parameters: Sequence[nn.Paramete
     """Whether `parameters` of 16 bits may be copies of float32 ones that train: gathered by FSDP, or an optimizer's."""
     if any(isinstance(p, DTensor) for p in parameters):
         return False  # FSDP2's own: gathered ones are no DTensors
+    if any(p.untyped_storage().nbytes() > p.nbytes for p in parameters):
+        return True  # a stretch of something flat, as FSDP1 gathers it
     return sharder_of(model) not in (None, nn.parallel.DistributedDataParallel.__name__)
 
 

@@ -1,8 +1,10 @@
 """MoCa inside transformers models: the published formula at the end of every decoder layer, and nothing elsewhere."""
 
 import copy
+import math
 import pickle
 import re
+import types
 
 import pytest
 import torch
@@ -199,3 +201,26 @@ def test_models_wrapped_for_distributed_training_are_refused(monkeypatch):
     wrapped.module = model
     with pytest.raises(ValueError, match="DistributedDataParallel already"):
         add_moca(wrapped)
+
+
+class Wide(nn.Module):
+    """A decoder whose layers return `shape` for ids (B, T), of d = 8."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.config = types.SimpleNamespace(hidden_size=8, image_token_id=5, num_hidden_layers=1)
+        self.embedding, self.shape = nn.Embedding(10, 8), shape
+        self.layers = nn.ModuleList([nn.Identity()])
+
+    def forward(self, input_ids):
+        states = self.embedding(input_ids).repeat(1, 1, 6)
+        return self.layers[0](states.flatten()[: math.prod(self.shape)].view(self.shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16), (4, 2, 3, 8), (2, 3, 4, 8), (6, 8)], ids=str)
+def test_streams_of_another_shape_are_refused_with_what_a_layer_returned(shape):
+    model = Wide(shape)
+    add_moca(model, layers="layers")
+    given = re.escape(f"takes one output of 8 numbers a token from every layer, shape (B, T, 8), got {shape}")
+    with pytest.raises(ValueError, match=given):
+        model(torch.tensor([[1, 5, 2], [5, 1, 2]]))

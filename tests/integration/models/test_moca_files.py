@@ -57,6 +57,56 @@ def test_a_folder_of_a_lora_run_loads(tmp_path):
     assert all(torch.equal(other.get_parameter(name), value) for name, value in vectors.items())
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "model.layers.{i}.modality_layernorm.{part}",
+        "model.transformer.blocks.{i}.modality_layernorm.{part}",  # as transformers writes Molmo 2
+        "model.language_model.layers.{i}._orig_mod.modality_layernorm.{part}",  # layers that were compiled
+        "layers.{i}._fsdp_wrapped_module._checkpoint_wrapped_module.modality_layernorm.{part}",
+        "model.layers.{i}.modality_layernorm._fsdp_wrapped_module.modules_to_save.default.{part}",
+    ],
+)
+def test_keys_are_known_by_their_ends_whatever_stands_before_and_between(tmp_path, form):
+    model, other = calibrated(), calibrated(seed=7)
+    stored = load_file(save_moca(model, tmp_path / "own.safetensors"))
+    renamed = {}
+    for key, value in stored.items():
+        i, part = re.fullmatch(r"model\.layers\.(\d+)\.modality_layernorm\.(scale|shift)", key).groups()
+        renamed[form.format(i=i, part=part)] = value
+    save_file(renamed, tmp_path / "theirs.safetensors")
+    load_moca(other, tmp_path / "theirs.safetensors")
+    for ours, theirs in zip(moca_parameters(other), moca_parameters(model), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("way", ["another adapter is active", "the adapter was deleted", "two are active"])
+def test_of_several_adapters_the_moca_that_runs_is_listed_and_saved(tmp_path, way):
+    peft = pytest.importorskip("peft")
+    model = calibrated(dtype=torch.float32)
+    own = [p.detach().clone() for p in moca_parameters(model)]
+    with_moca = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["modality_layernorm"])
+    wrapped = peft.get_peft_model(model, with_moca)
+    for parameter in moca_parameters(wrapped):
+        parameter.data += 1
+    wrapped.add_adapter("plain", peft.LoraConfig(target_modules=["q_proj"]))
+    if way == "another adapter is active":
+        wrapped.set_adapter("plain")
+    elif way == "the adapter was deleted":
+        wrapped.set_adapter("plain")
+        wrapped.delete_adapter("default")
+    else:
+        wrapped.base_model.set_adapter(["plain", "default"])
+    expected = [p + (way == "two are active") for p in own]
+    assert all(torch.equal(p, q) for p, q in zip(moca_parameters(wrapped), expected, strict=True))
+    bare = tiny_model("llava", dtype=torch.float32)
+    load_moca(bare, save_moca(wrapped, tmp_path))
+    batch = tiny_batch(bare, "llava", ROWS)
+    with torch.no_grad():
+        difference = bare(**batch.inputs).logits - wrapped(**batch.inputs).logits
+    assert difference.abs().max() < 1e-5
+
+
 def test_incomplete_or_misfitting_checkpoints_change_nothing(tmp_path):
     model = calibrated()
     before = [p.clone() for p in moca_parameters(model)]

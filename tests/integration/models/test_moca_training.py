@@ -1,5 +1,6 @@
 """Training MoCa: gradient accumulation, mixed precision, transformers' Trainer and PEFT."""
 
+import copy
 import warnings
 
 import pytest
@@ -191,3 +192,39 @@ def test_what_peft_trains_is_told_of_where_it_was_cast(cast):
         if cast and parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     assert len(told_of_dtypes(lambda: [wrapped(**batch.inputs) for _ in range(2)])) == cast
+
+
+@pytest.mark.parametrize(
+    "before", ["trained in float32", "a pass with gradients", "copied", "frozen", "one layer alone"]
+)
+def test_a_cast_is_told_of_whatever_was_run_before_it(before):
+    model = tiny_model("llava", dtype=torch.float32).train()
+    batch = tiny_batch(model, "llava", ["tittt"])
+    add_moca(model)
+    if before == "frozen":
+        model.requires_grad_(False)
+        model.to(torch.bfloat16)
+    if before == "one layer alone":
+        model.model.language_model.layers[2].modality_layernorm.to(torch.bfloat16)
+    else:
+        assert not told_of_dtypes(lambda: model(**batch.inputs).logits.float().sum())
+    if before == "trained in float32":
+        model(**batch.inputs).logits.sum().backward()
+    if before == "copied":
+        model = copy.deepcopy(model)
+    if before != "one layer alone":
+        model.to(torch.bfloat16)
+        model.requires_grad_(True)
+    assert len(told_of_dtypes(lambda: [model(**batch.inputs) for _ in range(2)])) == 1
+
+
+def test_stretches_of_something_flat_may_be_copies_of_float32_parameters():
+    """As FSDP1 gathers them: in 16 bits, from shards of 32."""
+    model = tiny_model("llava", dtype=torch.bfloat16)
+    batch = tiny_batch(model, "llava", ["tittt"])
+    add_moca(model)
+    parameters = moca_parameters(model)
+    flat = torch.cat([p.detach().to(torch.bfloat16) for p in parameters])
+    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = piece
+    assert not told_of_dtypes(lambda: model(**batch.inputs))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from integration.tiny_models import tiny_batch, tiny_model
+from integration.tiny_models import IMAGE, tiny_batch, tiny_model
 from modality_integration import add_moca, capture
 from modality_integration.models.moca import vision_tokens
 
@@ -104,6 +104,110 @@ def test_a_sequence_that_was_read_is_complete():
         assert torch.equal(first, batch.vision)
         assert torch.equal(seen.vision_mask, more.vision)
         assert seen.passes == 2
+
+
+def a_conversation(model, seed):
+    """A cache that holds the tokens of another `ROW`."""
+    return model(**tiny_batch(model, "llava", [ROW], seed=seed).inputs, use_cache=True).past_key_values
+
+
+@pytest.mark.parametrize("before", ["no cache", "its own cache, gone since", "its own cache", "a cache given to it"])
+def test_passes_on_caches_of_their_own_are_not_put_together(before):
+    """As many tokens lie in the second pass's cache as the first pass had, but they are not those."""
+    model = tiny_model("llava")
+    first, second = (tiny_batch(model, "llava", [ROW], seed=seed) for seed in (1, 2))
+    length = first.vision.shape[1]
+    inputs = {**second.inputs, "attention_mask": torch.ones(1, 2 * length).long()}
+    with torch.no_grad():
+        cache, own = a_conversation(model, 7), DynamicCache(config=model.config)
+        with capture(model) as seen:
+            options = {"no cache": {"use_cache": False}, "a cache given to it": {"past_key_values": own}}
+            out = model(**first.inputs, **options.get(before, {}))
+            if before != "its own cache":
+                del out
+            model(**inputs, past_key_values=cache)
+    assert seen.passes == 2
+    assert torch.equal(seen.vision_mask, second.vision)
+    assert seen.hidden_states[0].shape[:2] == second.vision.shape
+
+
+def test_a_pass_that_failed_parts_no_chunks():
+    """Between two chunks on one cache, a pass on another cache is begun and not ended."""
+    model = tiny_model("llava")
+    batch = tiny_batch(model, "llava", [ROW])
+    first, second = batch.inputs["input_ids"].split([6, 5], 1)
+    cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad(), capture(model) as seen:
+        model(input_ids=first, past_key_values=cache)
+        handle = model.model.language_model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=second, past_key_values=other)
+        handle.remove()
+        model(input_ids=second, past_key_values=cache)
+    assert seen.passes == 1
+    assert torch.equal(seen.vision_mask, batch.vision)
+
+
+def test_passes_behind_a_trained_prefix_are_not_put_together():
+    """PEFT's prefix tuning fills a new cache for each, here with as many tokens as a row has."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llava", dtype=torch.float32)
+    first, second = (tiny_batch(model, "llava", [ROW, ROW], seed=seed) for seed in (1, 2))
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=first.vision.shape[1])
+    model = peft.get_peft_model(model, config).eval()
+    states = []
+    for batches in ([second], [first, second]):
+        with torch.no_grad(), capture(model) as seen:
+            for batch in batches:
+                model(**batch.inputs)
+        assert seen.passes == len(batches)
+        assert torch.equal(seen.vision_mask, second.vision)
+        states.append(seen.hidden_states)
+    for got, wanted in zip(*states, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("size", [3, 4, None])
+@pytest.mark.parametrize("by", ["generate", "hand"])
+def test_chunks_on_a_cache_that_was_filled_before_are_one_pass(by, size):
+    model = tiny_model("llava", dtype=torch.float32)
+    batch = tiny_batch(model, "llava", [ROW])
+    ids, length = batch.inputs["input_ids"], batch.vision.shape[1]
+    mask = torch.ones(1, 2 * length).long()
+    with torch.no_grad():
+        cache, again = a_conversation(model, 7), a_conversation(model, 7)
+        with capture(model) as whole:
+            model(input_ids=ids, attention_mask=mask, past_key_values=again)
+        with capture(model) as seen:
+            if by == "generate":
+                options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
+                model.generate(ids, attention_mask=mask, past_key_values=cache, prefill_chunk_size=size, **options)
+            else:
+                for part in ids.split(size or length, 1):
+                    model(input_ids=part, past_key_values=cache)
+    assert_is_prefill(seen, (whole.hidden_states, batch.vision, batch.text_after))
+
+
+def test_assisted_decoding_with_guidance_leaves_the_prefill_standing():
+    model = tiny_model("llava", dtype=torch.float32)
+    batch = tiny_batch(model, "llava", [ROW])
+    batch.inputs["input_ids"][0, -2:] = batch.inputs["input_ids"][0, -4:-2]
+    expected = prefill(model, batch)
+    options = {"prompt_lookup_num_tokens": 2, "guidance_scale": 1.5, "negative_prompt_ids": torch.arange(5, 9)[None]}
+    with torch.no_grad(), capture(model) as seen:
+        model.generate(**batch.inputs, max_new_tokens=5, do_sample=False, suppress_tokens=[IMAGE], **options)
+    assert_is_prefill(seen, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_masks_of_the_caller_are_read_for_the_beams_that_ran(beams, use_cache):
+    model = tiny_model("llava", dtype=torch.float32)
+    batch = tiny_batch(model, "llava", [ROW, "tittttt"], padding="left")
+    with torch.no_grad(), capture(model, vision_mask=batch.vision, text_mask=batch.text_all) as seen:
+        model.generate(**batch.inputs, max_new_tokens=3, do_sample=False, num_beams=beams, use_cache=use_cache)
+    assert torch.equal(seen.vision_mask, batch.vision.repeat_interleave(beams, 0))
+    assert torch.equal(seen.text_mask, batch.text_all.repeat_interleave(beams, 0))
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -1,10 +1,12 @@
-"""PEFT's prompt tuning and P-tuning, which put trained tokens before every row: they are neither vision nor text."""
+"""PEFT's prompt tuning, P-tuning and CPT, which put trained tokens before every row: neither vision nor text."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
-from integration.tiny_models import HIDDEN, LAYERS, tiny_batch, tiny_model
+from integration.tiny_models import HIDDEN, IMAGE, LAYERS, tiny_batch, tiny_model
 from modality_integration import add_moca, capture, measure_mir, moca_parameters
 from modality_integration.models.moca import vision_tokens
 from tolerances import assert_close
@@ -17,6 +19,7 @@ METHODS = {
     "prompt tuning": (peft.PromptTuningConfig, {}),
     "P-tuning": (peft.PromptEncoderConfig, {"encoder_hidden_size": 16}),
 }
+CPT = {"cpt_token_ids": [5, 6, 7, 8, 9], "cpt_mask": [1] * 5, "cpt_tokens_type_mask": [1, 2, 3, 3, 3]}
 BOTH_SIDES = pytest.mark.parametrize("padding", ["left", "right"])
 
 
@@ -154,3 +157,127 @@ def test_mir_is_that_of_the_tokens_without_the_virtual_ones():
     whole = {"groups": 0}
     expected = measure_mir(plain, [by_hand(model, batch)], capture=masks, metric=whole)
     assert measure_mir(model, [batch.inputs], metric=whole).value == pytest.approx(expected.value, rel=1e-5)
+
+
+@pytest.fixture(params=[*METHODS, "CPT"])
+def untuned(request):
+    """What puts `VIRTUAL` tokens before every row of a model that is there already."""
+
+    def tune(base):
+        torch.manual_seed(3)
+        if request.param == "CPT":
+            return peft.get_peft_model(base, peft.CPTConfig(task_type="CAUSAL_LM", **CPT)).eval()
+        kind, options = METHODS[request.param]
+        config = kind(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL, **options)
+        return peft.get_peft_model(base, config).eval()
+
+    return tune
+
+
+@BOTH_SIDES
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("placed", ["before", "on the model inside"])
+def test_moca_is_the_same_on_either_side_of_peft(untuned, family, placed, padding):
+    """Beneath the watched model PEFT hands embeddings alone: the ids are those that it embedded."""
+    model = with_moca(untuned(tiny_model(family, dtype=torch.float32)))
+    base = tiny_model(family, dtype=torch.float32)
+    if placed == "before":
+        other = untuned(with_moca(base))
+    else:
+        other = untuned(base)
+        with_moca(base)
+    other.load_state_dict(model.state_dict())  # a prompt starts from random numbers
+    batch = tiny_batch(base, family, ROWS, padding=padding)
+    with torch.no_grad():
+        assert torch.equal(other(**batch.inputs).logits, model(**batch.inputs).logits)
+        for rows in (["tttt"], ROWS):  # none has an image; other ids than in the pass before
+            each = tiny_batch(base, family, rows, padding=padding)
+            assert torch.equal(other(**each.inputs).logits, model(**each.inputs).logits)
+        for beams, use_cache in ((1, True), (2, True), (1, False)):
+            options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "use_cache": use_cache}
+            options["suppress_tokens"] = [IMAGE]  # for which the model would want features, without a cache
+            assert torch.equal(other.generate(**batch.inputs, **options), model.generate(**batch.inputs, **options))
+        with other.disable_adapter(), model.disable_adapter():
+            assert torch.equal(other(**batch.inputs).logits, model(**batch.inputs).logits)
+
+
+@BOTH_SIDES
+def test_roles_are_read_of_the_model_inside(untuned, padding):
+    base = tiny_model("llava", dtype=torch.float32)
+    model = untuned(base)
+    batch = tiny_batch(base, "llava", ROWS, padding=padding)
+    runs = (lambda: model(**batch.inputs), lambda: model.generate(**batch.inputs, max_new_tokens=3, do_sample=False))
+    for run in runs:
+        with torch.no_grad(), capture(base) as seen:
+            run()
+        assert torch.equal(seen.vision_mask, behind_virtual(batch.vision))
+        assert torch.equal(seen.text_mask, behind_virtual(batch.text_after))
+        assert seen.image_first == 0
+
+
+def test_mir_of_a_model_that_had_moca_before_its_prompt(untuned):
+    model, other = with_moca(tuned("llava")), tiny_model("llava", dtype=torch.float32)
+    other = untuned(with_moca(other))
+    batch = tiny_batch(model.get_base_model(), "llava", ["ttitttttt"] * 6)
+    assert measure_mir(other, [batch.inputs], metric={"groups": 0}).value > 0
+
+
+def unmarked(model, embeds):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"inputs_embeds alone do not say\); give vision_mask"):
+        model(inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_embeddings_of_the_callers_own_do_not_say_what_is_vision(tune):
+    """Whoever embedded what before: those ids may be a part of the row, or of another."""
+    base = with_moca(tiny_model("llava", dtype=torch.float32))
+    model = tuned_around(base) if tune else base
+    ids = tiny_batch(base, "llava", ["ttittttt"]).inputs["input_ids"]
+    embedding = base.get_input_embeddings()
+    unmarked(base, embedding(ids))
+    unmarked(base, torch.cat([torch.randn(1, VIRTUAL, HIDDEN), embedding(ids)], 1))
+    features = torch.randn(1, 4, HIDDEN)
+    unmarked(base, torch.cat([embedding(ids[:, :2]), features, embedding(ids[:, 6:])], 1))
+    unmarked(model, torch.cat([embedding(ids[:, :2]), features, embedding(ids[:, 6:])], 1))
+
+
+def tuned_around(base):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
+    return peft.get_peft_model(base, config).eval()
+
+
+@pytest.mark.parametrize("through_peft", [False, True])
+def test_ids_of_a_pass_that_failed_are_not_those_of_the_next(through_peft):
+    """PEFT had embedded them, as many as the next pass has, and never called the model inside."""
+    base = with_moca(tiny_model("llava", dtype=torch.float32))
+    model = tuned_around(base)
+    batch = tiny_batch(base, "llava", ["ttittttt"])
+    embeds = torch.randn(*batch.vision.shape, HIDDEN)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Sizes of tensors"):
+        model(**batch.inputs, labels=torch.ones(3, 2).long())
+    if through_peft:
+        unmarked(model, embeds)
+    else:
+        unmarked(base, behind_virtual_embeds(embeds))
+    with torch.no_grad():
+        model(**batch.inputs)
+
+
+def behind_virtual_embeds(embeds):
+    return torch.cat([torch.randn(len(embeds), VIRTUAL, HIDDEN), embeds], 1)
+
+
+def test_a_copy_of_the_embedding_takes_no_model_along():
+    """PEFT copies modules that are trained whole, with the hooks on them."""
+    base = with_moca(tiny_model("llava", dtype=torch.float32))
+    embedding = base.get_input_embeddings()
+    memo = {}
+    copy.deepcopy(embedding, memo)
+    assert not {id(module) for module in base.modules() if module is not embedding} & set(memo)
+    whole = copy.deepcopy(base)
+    model = tuned_around(whole)
+    batch = tiny_batch(base, "llava", ROWS)
+    with torch.no_grad():
+        copied = model(**batch.inputs).logits
+        with vision_tokens(whole, behind_virtual(batch.vision)):
+            assert torch.equal(model(**batch.inputs).logits, copied)

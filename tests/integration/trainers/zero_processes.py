@@ -37,8 +37,10 @@ class Run:
         # In step 1 the second process has no image. ZeRO-3 gathers the weights of the vision tower for all at once.
         self.steps = (0, 2, 3) if stage == 3 else (0, 1, 2)
 
-    def engine(self, model, learning_rate=LEARNING_RATE, **config):
-        trained = [p for p in freeze_vision(model).parameters() if p.requires_grad]
+    def engine(self, model, learning_rate=LEARNING_RATE, around=None, **config):
+        """`around`: what is made of the model for the engine to hold, in place of the model itself."""
+        model = freeze_vision(model) if around is None else around(freeze_vision(model))
+        trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=learning_rate)
         options = {
             "train_micro_batch_size_per_gpu": 1,
@@ -132,6 +134,24 @@ def keeps_the_float32_values_of_a_bf16_model(run):
         run.train(engine, run.steps)  # at a learning rate of 0, an optimizer writes its copies into the model
 
 
+def copies_of_an_engine_around_the_model(run):
+    """The engine holds a module that holds the model: from the model alone, its float32 copies are found as well."""
+
+    class WithLoss(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    inner, other = calibrated(dtype=torch.float32), calibrated(dtype=torch.float32, seed=1)
+    run.engine(inner, learning_rate=0.0, around=WithLoss, bf16={"enabled": True})
+    load_moca(inner, save_moca(other, run.folder / "other"))
+    assert_all_equal(run.saved(inner, "again"), moca_parameters(other))
+    bare = tiny_model("llava", dtype=torch.float32)
+    run.engine(bare, around=WithLoss, bf16={"enabled": True})
+    with pytest.raises(ValueError, match="DeepSpeed engine already"):
+        add_moca(bare)
+
+
 def float32_copies_that_are_flat(run):
     """Where DeepSpeed takes the optimizer for a fused one, it lays its copies one behind the other."""
     engines = importlib.import_module("deepspeed.runtime.engine")
@@ -221,6 +241,7 @@ def cases_of(stage):
         *(trains_and_saves_as_one_process_does, loads_what_the_next_steps_go_on_from),
         *(keeps_the_float32_values_of_a_bf16_model, moca_that_is_not_trained),
         *(has_the_roles_and_mir_of_one_process, refuses_moca_that_comes_too_late),
+        copies_of_an_engine_around_the_model,
         *((float32_copies_that_are_flat,) if stage == 0 else ()),
         *((offloaded,) if stage > 1 else ()),
         *((small_parameters_gathered_each_time, loaded_in_parts) if stage == 3 else ()),
