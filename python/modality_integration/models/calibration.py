@@ -74,8 +74,9 @@ class Calibration:
         self.told_of_dtypes = True
         if not may_be_trained_in_float32(self._model, narrow):
             warn(
-                f"MoCa: {unmoved_by(narrow[0].dtype)}, and the model was cast to it after add_moca. Before an "
-                "optimizer is made: for p in moca_parameters(model): p.data = p.data.float()",
+                f"MoCa: {unmoved_by(narrow[0].dtype)} (unless the optimizer keeps float32 copies), and the model was "
+                "cast to it after add_moca. Before an optimizer is made: "
+                "for p in moca_parameters(model): p.data = p.data.float()",
                 UserWarning,
             )
 

@@ -145,7 +145,8 @@ def _layer_list(holder: nn.Module, model: nn.Module) -> list[nn.Module]:
     if len(lists) > 1:
         lists = [child for child in lists if len(child) == depth]
     if not lists:  # get_decoder stopped short of them (Llama 4, Kosmos-2), or is not there: take the only list there is
-        lists = list(_outermost_lists(holder))
+        known = getattr(text_config(unwrap(model)), "num_hidden_layers", None)
+        lists = [found for found in _outermost_lists(holder) if known in (None, len(found))]
     if len(lists) != 1:
         seen = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         raise ValueError(

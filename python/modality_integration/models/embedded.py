@@ -36,7 +36,7 @@ class Embedded(NamedTuple):
 
 
 class EmbeddedIds:
-    """What each thread has embedded since its last pass ended, by a hook on the embedding.
+    """What each thread has embedded last, by a hook on the embedding.
 
     Ids count only where it is known that a pass on their embeddings follows: PEFT's prompt tuning embeds them and calls
     the model inside, and so does generate() of EMBEDS_FIRST. The hook holds no part of the model but the embedding's
@@ -57,19 +57,14 @@ class EmbeddedIds:
         return [embedding.register_forward_hook(self._note)] if isinstance(embedding, nn.Module) else []
 
     def take(self) -> Embedded | None:
-        """What this thread embedded before the pass that begins now; from here to `end`, nothing is noted."""
-        self._thread.inside = True
+        """What this thread embedded last, before the pass that begins now; it serves this pass alone."""
         note, self._thread.note = self._thread.note, None
         return note
 
-    def end(self) -> None:
-        """The pass has ended."""
-        self._thread.inside = False
-
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if torch.compiler.is_compiling() or self._thread.inside:
+        if torch.compiler.is_compiling():
             return
-        self._thread.note = None
+        self._thread.note = None  # also where a model, in a pass, embeds its own ids
         caller = _caller()
         if caller is None or not args or not isinstance(output, Tensor) or output.dim() != 3:
             return
@@ -83,7 +78,6 @@ class _Thread(threading.local):
     """What one thread has embedded."""
 
     def __init__(self) -> None:
-        self.inside = False  # a pass runs: the model embeds its own ids
         self.note: Embedded | None = None
 
     def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:

@@ -279,8 +279,6 @@ class ForwardWatch:
             state.inside.pop()
         if not state.inside:
             state.forward = None
-            if not torch.compiler.is_compiling():
-                self._embedded.end()
             if state is self._here:
                 self._owner.clear()
 

@@ -103,7 +103,7 @@ def add_moca(
     modules = [_module_for(layer, size, std, dtype) for layer in decoder.layers]
     named = ("output_hidden_states", *((vision_mask,) if vision_mask else ()))
     calibration = Calibration(ForwardWatch(model, decoder, named=named), decoder, NAME, size, vision_mask)
-    calibration.told_of_dtypes = dtype is not None
+    calibration.told_of_dtypes = dtype is not None and dtype.itemsize == 2
     plain = [why_not_fused(model, decoder, i) if fused else "asked for" for i in range(len(decoder.layers))]
     sites = []
     for i, (layer, name, module) in enumerate(zip(decoder.layers, decoder.names, modules, strict=True)):
@@ -165,7 +165,7 @@ def moca_of(layer: nn.Module) -> MoCa:
     """
     module = _inside_fsdp(getattr(layer, NAME))
     if hasattr(module, "modules_to_save"):
-        active = getattr(module, "active_adapters", None) or module.active_adapter
+        active = () if module.disable_adapters else module.active_adapter
         names = [active] if isinstance(active, str) else active
         held = [name for name in names if name in module.modules_to_save]
         module = _inside_fsdp(module.modules_to_save[held[0]] if held else module.original_module)

@@ -35,8 +35,12 @@ def read_whole(model: nn.Module, modules: Sequence[nn.Module]) -> list[dict[str,
     module at a time, so every process must call this, with modules in the same order. ValueError for parameters on the
     meta device whose values no hook fetches.
     """
-    found, unlinked = [], _unlinked_copies(model)
-    for chain in _chains(model, modules):
+    return _read(_chains(model, modules), _unlinked_copies(model))
+
+
+def _read(chains: Sequence[Chain], unlinked: Mapping[int, Tensor]) -> list[dict[str, Tensor]]:
+    found = []
+    for chain in chains:
         with _unsharded(chain) as parameters:
             values = {name: _value(chain, name, parameter) for name, parameter in parameters.items()}
         for name, copy in _optimizer_copies(chain, unlinked).items():
@@ -60,7 +64,7 @@ def write_whole(model: nn.Module, modules: Sequence[nn.Module], values: Sequence
             for name, parameter in _own(chain).items():
                 _set_optimizer_copy(parameter, given.get(name), unlinked)
     failed = []
-    for i, (chain, now) in enumerate(zip(chains, read_whole(model, modules), strict=True)):
+    for i, (chain, now) in enumerate(zip(chains, _read(chains, unlinked), strict=True)):
         held = [*now.items(), *_optimizer_copies(chain, unlinked).items()]
         if not all(torch.equal(value, values[i][name].to("cpu", value.dtype)) for name, value in held):
             failed.append(i)

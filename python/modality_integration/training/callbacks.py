@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modality_integration.metric.result import MIRResult
 from modality_integration.training.watch import Watch, first_process_says
@@ -32,11 +33,12 @@ class MIRCallback(Watch, TrainerCallback):
     are dealt into 5 groups for the standard error unless `metric` has "groups", 0 being without, where `min_delta`
     alone counts. Groups cost memory for covariances once a probe has more tokens than are held back.
     name: what is logged begins with it; another one for each of several callbacks of a trainer.
-    `history` holds (step, MIRResult) of every measurement of a training. Resumed from a checkpoint, it goes on with the
+    `history` holds (step, MIRResult) of what was logged in a training. Resumed from a checkpoint, it goes on with the
     measurements that early stopping needs, measures at the same steps, and stops where it would have without a break.
-    Where a checkpoint's weights do not come back (transformers renames those of vision-language models when it writes
-    them, and its Trainer does not rename them back), MIR is not what it was there: a warning says so at the start of
-    the resumed training, and after training with `load_best_model_at_end`.
+    every_save: checkpoints between measurements are measured too, once they are written and without a log, for a check
+    of their weights: transformers renames those of vision-language models when it writes them, and its Trainer does not
+    rename them back. The probe runs again at the start of resumed training, and after training with
+    `load_best_model_at_end`, and where MIR is not what it was in the checkpoint, a warning says so.
 
     TrainingArguments(metric_for_best_model="mir", or "mir_layer_{k}"): every evaluation has "eval_mir", measured there
     unless the same step was; the lowest is the best. Trainer's own EarlyStoppingCallback then goes by it.
@@ -78,22 +80,29 @@ class MIRCallback(Watch, TrainerCallback):
         if state.global_step == 0:
             self.begin()
         else:
-            self.restore(_kept(state).get(self.name, {}), state.global_step)
-        if self.history:
-            self._warn_unless_restored(kwargs["model"], state.global_step, "the resumed training", "CHECKPOINT")
+            kept = _kept(state)
+            self.restore(kept.get(self.name, kept), state.global_step)
+        if first_process_says(bool(self.history), args.device):
+            self._warn_unless_restored(args, state.global_step, "the resumed training", "CHECKPOINT")
         else:
-            self._measure(args, state, control, kwargs["model"])
+            self._measure(args, state, control)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.weights_changed()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self._measure(args, state, control, kwargs["model"])
+            self._measure(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.value_at(state.global_step) is not None:
-            return  # the state that was written has it
-        self._result(state, kwargs["model"])
+        # The state that was written has the value of a step that was measured before.
+        if not self.every_save or first_process_says(self.value_at(state.global_step) is not None, args.device):
+            return
+        self._result(state)
         file = Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / _STATE
-        if state.is_world_process_zero and file.exists():
+        if args.should_save and not state.is_hyper_param_search and file.exists():
             partial = file.with_suffix(".partial")
             state.save_to_json(str(partial))
             partial.replace(file)
@@ -109,9 +118,10 @@ class MIRCallback(Watch, TrainerCallback):
         chosen = self._chosen_by(args)
         if not chosen or metrics is None:
             return
-        if not self._logs_through().is_in_train:
+        trainer = self._logs_through()
+        if not trainer.is_in_train or _evaluates_other_weights(trainer):
             self.weights_changed()
-        measured = self.numbers(self._result(state, kwargs["model"]))
+        measured = self.numbers(self._result(state))
         if chosen in measured:
             value = {f"eval_{chosen}": first_process_says(measured[chosen], args.device)}
             metrics.update(value)
@@ -120,25 +130,27 @@ class MIRCallback(Watch, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        best = state.best_global_step
-        if args.load_best_model_at_end and best and best != state.global_step and state.best_model_checkpoint:
-            what, checkpoint = "the best model, loaded at the end,", state.best_model_checkpoint
-            self._warn_unless_restored(kwargs["model"], best, what, checkpoint)
+        best, checkpoint = state.best_global_step or 0, state.best_model_checkpoint or ""
+        loaded = bool(args.load_best_model_at_end and checkpoint and 0 < best != state.global_step)
+        if first_process_says(loaded, args.device):
+            self._warn_unless_restored(args, best, "the best model, loaded at the end,", checkpoint)
         self.weights_changed()
 
-    def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        with self._logs_through().accelerator.autocast():
-            logged = self.measure(model, state.global_step)
+    def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        trainer = self._logs_through()
+        with trainer.accelerator.autocast():
+            logged = self.measure(_model_of(trainer), state.global_step)
         self._keep(state)
         self._log(logged, control)
         if first_process_says(self.plateau(), args.device):
             control.should_training_stop = True
 
-    def _result(self, state: TrainerState, model: nn.Module) -> MIRResult:
+    def _result(self, state: TrainerState) -> MIRResult:
         """MIR at this step, for a checkpoint or an evaluation; neither in the history nor logged."""
-        with self._logs_through().accelerator.autocast():
-            result = self.result_at(model, state.global_step)
-        if self._logs_through().is_in_train:
+        trainer = self._logs_through()
+        with trainer.accelerator.autocast():
+            result = self.result_at(_model_of(trainer), state.global_step)
+        if trainer.is_in_train:
             self._keep(state)
         return result
 
@@ -152,17 +164,25 @@ class MIRCallback(Watch, TrainerCallback):
         self._logs_through().log(values)
         control.should_log = due
 
-    def _warn_unless_restored(self, model: nn.Module, step: int, what: str, checkpoint: str) -> None:
-        """Warns where `model` should be that of `checkpoint`, written after `step` steps, and its MIR is another."""
-        value = self.value_at(step)
-        if value is not None:
+    def _warn_unless_restored(self, args: TrainingArguments, step: int, what: str, checkpoint: str) -> None:
+        """Warns where the model should be that of `checkpoint`, written after `step` steps, and its MIR is another."""
+        known = self.value_at(step)
+        value = first_process_says(math.nan if known is None else known, args.device)
+        if math.isnan(value):
+            return
+        trainer = self._logs_through()
+        if hasattr(trainer.model, "peft_config"):
+            remedy = (
+                "Of a PEFT model, Trainer reads the adapter: load_moca for a MoCa that it has not in modules_to_save"
+            )
+        else:
             remedy = (
                 "transformers' Trainer does not read back what from_pretrained renames, as in most vision-language "
                 f"models: take from_pretrained({checkpoint!r}), add_moca and load_moca(model, {checkpoint!r}) where it "
                 "has MoCa, and go on with that model"
             )
-            with self._logs_through().accelerator.autocast():
-                self.warn_unless_restored(model, step, value, what, remedy)
+        with trainer.accelerator.autocast():
+            self.warn_unless_restored(_model_of(trainer), step, value, what, remedy)
 
     def _chosen_by(self, args: TrainingArguments) -> str:
         """What is measured here and `args` chooses the best model by, "" where it is something else."""
@@ -177,7 +197,21 @@ class MIRCallback(Watch, TrainerCallback):
 
 def _reads_evaluations(callback: TrainerCallback) -> bool:
     """Whether `callback` does something of its own with what an evaluation gives; progress bars only end there."""
-    return type(callback).on_evaluate is not TrainerCallback.on_evaluate and not isinstance(callback, ProgressCallback)
+    kind = type(callback)
+    return kind.on_evaluate is not TrainerCallback.on_evaluate and not kind.__name__.endswith("ProgressCallback")
+
+
+def _model_of(trainer: Trainer) -> nn.Module:
+    """The model as the trainer runs it now: a callback is given the one of before training."""
+    model = trainer.model
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _evaluates_other_weights(trainer: Trainer) -> bool:
+    """Whether the optimizer trains other weights than it evaluates, as schedule-free ones do."""
+    optimizer: Any = trainer.optimizer
+    return callable(getattr(getattr(optimizer, "optimizer", optimizer), "eval", None))
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:

@@ -30,17 +30,18 @@ class Watch:
         capture: Mapping[str, Any] | None = None,
         metric: Mapping[str, Any] | None = None,
         name: str = "mir",
+        every_save: bool = True,
     ) -> None:
         check_probe(probe)
         if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"name: takes letters, digits and underscores, got {name!r}")
+            raise ValueError(f"name: takes letters, digits and underscores, no digit first, got {name!r}")
         for option, value in (("every", every), ("patience", patience)):
             if value is not None and value < 1:
                 raise ValueError(f"{option}: takes a whole number >= 1, got {value!r}")
         if not min_delta >= 0:
             raise ValueError(f"min_delta: takes a number >= 0, got {min_delta!r}")
         self.probe, self.every, self.patience, self.min_delta = probe, every, patience, min_delta
-        self.name = name
+        self.name, self.every_save = name, every_save
         self.history: list[tuple[int, MIRResult]] = []
         self._values: dict[str, float] = {}  # MIR by the step after which it was measured, of this training
         self._latest: tuple[int, MIRResult] | None = None  # of the model as it is, while it trains
@@ -96,15 +97,16 @@ class Watch:
         when these were written after `step` steps.
 
         what: "the resumed training", say; remedy: how to have the weights. What rounding may make on another device is
-        no difference: 1e-5 where the model computes in 32 bits, 1e-3 in 16.
+        no difference: 1e-5 where the model computes in 32 bits on a CPU, else 1e-3.
         """
         self.weights_changed()
         now = self.result_at(model, step).value
-        slack = 1e-3 if _in_16_bits(model) else 1e-5
+        slack = 1e-5 if _in_32_bits(model) else 1e-3
         if now != value and not abs(now - value) <= slack and _is_first_process():
             warnings.warn(
                 f"MIR: {what} has a MIR of {now:.6g}, and it was {value:.6g} when its checkpoint was written after "
-                f"{step} steps: not all weights of the checkpoint are in the model. {remedy}",
+                f"{step} steps: unless the probe or its options have changed since, not all weights of the checkpoint "
+                f"are in the model. {remedy}",
                 stacklevel=2,
             )
 
@@ -147,7 +149,8 @@ def first_process_says(value: float, device: torch.device) -> float:
     """The number that the first process has, on every process: what goes by it goes the same way on all."""
     if not is_distributed():
         return value
-    said = torch.tensor(value, device=device, dtype=torch.float64)
+    dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+    said = torch.tensor(float(value), device=device, dtype=dtype)
     torch.distributed.broadcast(said, src=0)
     return said.item()
 
@@ -156,7 +159,8 @@ def _is_first_process() -> bool:
     return not is_distributed() or torch.distributed.get_rank() == 0
 
 
-def _in_16_bits(model: nn.Module) -> bool:
-    """Whether some of the model is computed in 16 bits or fewer, by its weights or by autocast."""
-    autocast = torch.is_autocast_enabled(parameter_device(model).type)
-    return autocast or any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
+def _in_32_bits(model: nn.Module) -> bool:
+    """Whether all of the model is computed in 32 bits or more: on a CPU, without autocast, no weight narrower."""
+    device = parameter_device(model).type
+    narrow = any(p.element_size() < 4 for p in model.parameters())
+    return device == "cpu" and not narrow and not torch.is_autocast_enabled(device)

@@ -80,7 +80,9 @@ def test_keys_are_known_by_their_ends_whatever_stands_before_and_between(tmp_pat
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("way", ["another adapter is active", "the adapter was deleted", "two are active"])
+@pytest.mark.parametrize(
+    "way", ["another adapter is active", "the adapter was deleted", "two are active", "adapters are disabled"]
+)
 def test_of_several_adapters_the_moca_that_runs_is_listed_and_saved(tmp_path, way):
     peft = pytest.importorskip("peft")
     model = calibrated(dtype=torch.float32)
@@ -95,6 +97,8 @@ def test_of_several_adapters_the_moca_that_runs_is_listed_and_saved(tmp_path, wa
     elif way == "the adapter was deleted":
         wrapped.set_adapter("plain")
         wrapped.delete_adapter("default")
+    elif way == "adapters are disabled":
+        wrapped.base_model.disable_adapter_layers()
     else:
         wrapped.base_model.set_adapter(["plain", "default"])
     expected = [p + (way == "two are active") for p in own]

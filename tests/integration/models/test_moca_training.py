@@ -195,12 +195,13 @@ def test_what_peft_trains_is_told_of_where_it_was_cast(cast):
 
 
 @pytest.mark.parametrize(
-    "before", ["trained in float32", "a pass with gradients", "copied", "frozen", "one layer alone"]
+    "before",
+    ["trained in float32", "a pass with gradients", "copied", "frozen", "one layer alone", "float32 asked for"],
 )
 def test_a_cast_is_told_of_whatever_was_run_before_it(before):
     model = tiny_model("llava", dtype=torch.float32).train()
     batch = tiny_batch(model, "llava", ["tittt"])
-    add_moca(model)
+    add_moca(model, dtype=torch.float32 if before == "float32 asked for" else None)
     if before == "frozen":
         model.requires_grad_(False)
         model.to(torch.bfloat16)

@@ -202,7 +202,7 @@ def test_wrong_arguments_are_named_and_a_missing_trainer_too(tmp_path):
     for options in ({"every": 0}, {"patience": 0}, {"min_delta": -1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: takes"):
             MIRCallback(probe, **options)
-    with pytest.raises(ValueError, match="name: takes letters, digits and underscores, got 'my mir'"):
+    with pytest.raises(ValueError, match="name: takes letters, digits and underscores, no digit first, got 'my mir'"):
         MIRCallback(probe, name="my mir")
     for wrong in ([], probe[0], iter(probe), [probe[0], 3], "probe"):
         with pytest.raises((TypeError, ValueError), match=r"probe(\[1\])?: takes a"):

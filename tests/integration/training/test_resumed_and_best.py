@@ -248,6 +248,52 @@ def test_a_checkpoint_that_somebody_else_asks_for_is_measured_too(tmp_path, meas
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_without_every_save_only_measured_checkpoints_are_checked(tmp_path, measurements, silent):
+    broken = trainer_of(tmp_path, steps=3, **SAVING)
+    watched(broken, every=2, every_save=False)
+    broken.train()
+    assert len(measurements) == 2  # at steps 0 and 2
+    resumed = trainer_of(tmp_path / "rest", steps=4)
+    callback = watched(resumed, every=2, every_save=False)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(measurements) == 3
+    assert [step for step, _ in values(callback)] == [0, 2, 4]
+
+
+class OtherWeightsInEvaluation(torch.optim.SGD):
+    """Evaluates weights a tenth larger than it trains, as schedule-free optimizers evaluate an average."""
+
+    factor = 1.0
+
+    def eval(self):
+        self._scale(1.1)
+
+    def train(self):
+        self._scale(1.0)
+
+    @torch.no_grad()
+    def _scale(self, factor):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(factor / self.factor)
+        self.factor = factor
+
+
+def test_an_evaluation_measures_the_weights_that_it_evaluates(tmp_path):
+    made = trainer_of(
+        tmp_path, steps=2, **{**EVALUATING, "eval_steps": 1}, metric_for_best_model="mir", greater_is_better=False
+    )
+    made.optimizer = OtherWeightsInEvaluation(made.model.parameters(), lr=1e-2)
+    callback = watched(made)
+    made.train()
+    trained = dict(values(callback))
+    evaluated = {e["step"]: e["eval_mir"] for e in made.state.log_history if "eval_mir" in e}
+    assert list(evaluated) == [1, 2]
+    assert all(abs(evaluated[step] - trained[step]) > 1e-4 for step in evaluated)
+    assert made.optimizer.optimizer.factor == 1.1  # the model is left as it was evaluated
+    assert evaluated[2] == measure_mir(made.model, callback.probe, metric={"groups": 0}).value
+
+
 def test_processes_choose_by_the_value_of_the_first_which_alone_tells(tmp_path):
     outputs = outputs_of("trainer_processes.py", tmp_path)
     assert all("chosen and resumed by the first one's values" in out for out in outputs)
