@@ -7,6 +7,7 @@ from integration.tiny_models import tiny_model
 from modality_integration.models.moca import add_moca
 
 ROWS = ("ttittt", "tittittt")
+PROBE = ("ttitttttt",) * 6  # for MIR: text behind every image
 
 
 def calibrated(family="llava", *, dtype=torch.float64, seed=0, std=0.3):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from integration.calibrated_models import calibrated
+from integration.calibrated_models import PROBE, calibrated
 from integration.moca_processes import LEARNING_RATE, freeze_vision, loss_of, train_distributed, trained
 from integration.tiny_models import HIDDEN, LAYERS, tiny_batch, tiny_model
 from mir_kernels.ops.moca import MoCa
@@ -22,8 +22,6 @@ from modality_integration import add_moca, capture, load_moca, measure_mir, moca
 from modality_integration.models.decoder import unwrap
 from modality_integration.models.moca import NAME
 from tolerances import assert_close
-
-WITH_TEXT_BEHIND = ["ttitttttt"] * 6
 
 
 def sharded(model, *groups, strategy="FULL_SHARD", **options):
@@ -193,7 +191,7 @@ def gathered_without_an_image(rank, folder):
 
 def roles_and_mir_of_one_process(rank, folder):
     plain = calibrated()
-    batch = tiny_batch(plain, "llava", WITH_TEXT_BEHIND)
+    batch = tiny_batch(plain, "llava", PROBE)
     expected = measure_mir(plain, [batch.inputs])
     for kept in (False, True):
         model = sharded(calibrated(), LlamaDecoderLayer, use_orig_params=kept)

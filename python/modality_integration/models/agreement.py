@@ -39,7 +39,9 @@ def all_or_none(together: bool = True) -> Iterator[None]:
 
 
 def from_first(value: T) -> T:
-    """What the first process gives, in every process."""
+    """What the first process gives, in every process: what goes by it goes the same way in all."""
+    if not is_distributed():
+        return value
     given = [value]
     torch.distributed.broadcast_object_list(given, src=0)
     return given[0]

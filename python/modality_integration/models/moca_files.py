@@ -18,7 +18,7 @@ from modality_integration.models.agreement import all_or_none, from_first
 from modality_integration.models.calibration import is_calibrated
 from modality_integration.models.decoder import find_decoder, hidden_size
 from modality_integration.models.moca import NAME, add_moca, calibrated_layers, moca_of
-from modality_integration.models.placement import in_parts, is_distributed, read_whole, why_not_writable, write_whole
+from modality_integration.models.placement import in_parts, is_first_process, read_whole, why_not_writable, write_whole
 
 FILE = "moca.safetensors"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # of transformers' Trainer, beside the weights
@@ -46,7 +46,7 @@ def save_moca(model: nn.Module, path: str | Path) -> Path:
     with all_or_none():
         _check_whole(modules, vectors)
     with all_or_none():
-        if not is_distributed() or torch.distributed.get_rank() == 0:
+        if is_first_process():
             keys = {f"model.layers.{i}.{NAME}.{n}": v for i, named in enumerate(vectors) for n, v in named.items()}
             file.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(file) as partial:
@@ -69,7 +69,7 @@ def load_moca(model: nn.Module, path: str | Path) -> None:
     together = bool(layers) and in_parts(model, [moca_of(layer) for layer in layers])
     values: Values = {}
     with all_or_none(together):
-        if not together or torch.distributed.get_rank() == 0:
+        if not together or is_first_process():
             values = _read(Path(path))
             _check_layers(values, len(layers or find_decoder(model).layers))
     values = from_first(values) if together else values

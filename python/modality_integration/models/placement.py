@@ -106,6 +106,11 @@ def is_distributed() -> bool:
     return distributed and torch.distributed.get_world_size() > 1
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that writes and tells for all, or the only one."""
+    return not is_distributed() or torch.distributed.get_rank() == 0
+
+
 def is_deepspeed_engine(module: object) -> bool:
     """Whether `module` is what deepspeed.initialize returns, or its engine for inference."""
     kinds = type(module).__mro__

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
+from modality_integration.metric.files import written_whole
 from modality_integration.metric.result import MIRResult
-from modality_integration.training.watch import Watch, first_process_says
+from modality_integration.models.agreement import from_first
+from modality_integration.training.watch import Watch
 
 _SAVED = "MIRHistory"  # where a checkpoint of the trainer keeps what was measured, by the callbacks' names
-_STATE = "trainer_state.json"
 
 
 class MIRCallback(Watch, TrainerCallback):
@@ -82,10 +83,10 @@ class MIRCallback(Watch, TrainerCallback):
         else:
             kept = _kept(state)
             self.restore(kept.get(self.name, kept), state.global_step)
-        if first_process_says(bool(self.history), args.device):
-            self._warn_unless_restored(args, state.global_step, "the resumed training", "CHECKPOINT")
+        if from_first(bool(self.history)):
+            self._warn_unless_restored(state.global_step, "the resumed training", "CHECKPOINT")
         else:
-            self._measure(args, state, control)
+            self._measure(state, control)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,18 +95,17 @@ class MIRCallback(Watch, TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self._measure(args, state, control)
+            self._measure(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The state that was written has the value of a step that was measured before.
-        if not self.every_save or first_process_says(self.value_at(state.global_step) is not None, args.device):
+        if not self.every_save or from_first(self.value_at(state.global_step) is not None):
             return
         self._result(state)
-        file = Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / _STATE
+        file = Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / TRAINER_STATE_NAME
         if args.should_save and not state.is_hyper_param_search and file.exists():
-            partial = file.with_suffix(".partial")
-            state.save_to_json(str(partial))
-            partial.replace(file)
+            with written_whole(file) as partial:
+                state.save_to_json(str(partial))
 
     def on_evaluate(
         self,
@@ -123,7 +123,7 @@ class MIRCallback(Watch, TrainerCallback):
             self.weights_changed()
         measured = self.numbers(self._result(state))
         if chosen in measured:
-            value = {f"eval_{chosen}": first_process_says(measured[chosen], args.device)}
+            value = {f"eval_{chosen}": from_first(measured[chosen])}
             metrics.update(value)
             self._log(value, control)
 
@@ -132,17 +132,17 @@ class MIRCallback(Watch, TrainerCallback):
     ) -> None:
         best, checkpoint = state.best_global_step or 0, state.best_model_checkpoint or ""
         loaded = bool(args.load_best_model_at_end and checkpoint and 0 < best != state.global_step)
-        if first_process_says(loaded, args.device):
-            self._warn_unless_restored(args, best, "the best model, loaded at the end,", checkpoint)
+        if from_first(loaded):
+            self._warn_unless_restored(best, "the best model, loaded at the end,", checkpoint)
         self.weights_changed()
 
-    def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+    def _measure(self, state: TrainerState, control: TrainerControl) -> None:
         trainer = self._logs_through()
         with trainer.accelerator.autocast():
             logged = self.measure(_model_of(trainer), state.global_step)
         self._keep(state)
         self._log(logged, control)
-        if first_process_says(self.plateau(), args.device):
+        if from_first(self.plateau()):
             control.should_training_stop = True
 
     def _result(self, state: TrainerState) -> MIRResult:
@@ -164,11 +164,10 @@ class MIRCallback(Watch, TrainerCallback):
         self._logs_through().log(values)
         control.should_log = due
 
-    def _warn_unless_restored(self, args: TrainingArguments, step: int, what: str, checkpoint: str) -> None:
+    def _warn_unless_restored(self, step: int, what: str, checkpoint: str) -> None:
         """Warns where the model should be that of `checkpoint`, written after `step` steps, and its MIR is another."""
-        known = self.value_at(step)
-        value = first_process_says(math.nan if known is None else known, args.device)
-        if math.isnan(value):
+        value = from_first(self.value_at(step))
+        if value is None:
             return
         trainer = self._logs_through()
         if hasattr(trainer.model, "peft_config"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+from modality_integration.models.agreement import from_first
 from modality_integration.training.measure import Probe
-from modality_integration.training.watch import Watch, first_process_says
+from modality_integration.training.watch import Watch
 
 
 def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -> Any:
@@ -61,7 +62,7 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
             self.keep()
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=trainer.global_step)
-            if first_process_says(self.plateau(), pl_module.device):
+            if from_first(self.plateau()):
                 trainer.should_stop = True
 
     return MIRLightning(probe, **options)

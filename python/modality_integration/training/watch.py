@@ -13,7 +13,7 @@ from torch import nn
 
 from modality_integration.metric.comparison import compare
 from modality_integration.metric.result import MIRResult
-from modality_integration.models.placement import is_distributed, parameter_device
+from modality_integration.models.placement import is_first_process, parameter_device
 from modality_integration.training.measure import Probe, check_probe, measure_mir
 
 
@@ -102,7 +102,7 @@ class Watch:
         self.weights_changed()
         now = self.result_at(model, step).value
         slack = 1e-5 if _in_32_bits(model) else 1e-3
-        if now != value and not abs(now - value) <= slack and _is_first_process():
+        if now != value and not abs(now - value) <= slack and is_first_process():
             warnings.warn(
                 f"MIR: {what} has a MIR of {now:.6g}, and it was {value:.6g} when its checkpoint was written after "
                 f"{step} steps: unless the probe or its options have changed since, not all weights of the checkpoint "
@@ -143,20 +143,6 @@ class Watch:
                 + ": give it more rows",
                 stacklevel=2,
             )
-
-
-def first_process_says(value: float, device: torch.device) -> float:
-    """The number that the first process has, on every process: what goes by it goes the same way on all."""
-    if not is_distributed():
-        return value
-    dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-    said = torch.tensor(float(value), device=device, dtype=dtype)
-    torch.distributed.broadcast(said, src=0)
-    return said.item()
-
-
-def _is_first_process() -> bool:
-    return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def _in_32_bits(model: nn.Module) -> bool:

@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from integration.calibrated_models import ROWS, calibrated, loss_of
+from integration.calibrated_models import PROBE, ROWS, calibrated, loss_of
 from integration.tiny_models import HIDDEN, LAYERS, tiny_batch, tiny_model
 from modality_integration import add_moca, capture, load_moca, measure_mir, moca_parameters, save_moca
 from modality_integration.models.moca import NAME
 from tolerances import assert_close
-
-WITH_TEXT_BEHIND = ["ttitttttt"] * 6
 
 
 def logits_of(model, batch):
@@ -80,7 +78,7 @@ def test_a_model_that_accelerate_prepared_for_bf16_is_measured_and_trained_in_it
             return run(model)
 
     reference, model = calibrated(dtype=torch.float32), tiny_model("llava", dtype=torch.float32)
-    batch, probe = tiny_batch(model, "llava", ROWS), [tiny_batch(model, "llava", WITH_TEXT_BEHIND).inputs]
+    batch, probe = tiny_batch(model, "llava", ROWS), [tiny_batch(model, "llava", PROBE).inputs]
     if first == "prepare":
         model = accelerator.prepare(model)
     torch.manual_seed(0)

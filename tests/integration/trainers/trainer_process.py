@@ -4,9 +4,6 @@ The Trainer makes the engine; MIR is measured while it trains, evaluated, and re
 accelerate counts one process where DeepSpeed runs on CPUs, so that there is no test of it with more.
 """
 
-import importlib
-import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors.torch import load_file
 
 from integration.tiny_models import HIDDEN, LAYERS, tiny_model
 from integration.tiny_trainers import probe_of, trainer_of
+from integration.trainers import deepspeed_process
 from modality_integration import MIRCallback, add_moca, load_moca, measure_mir, moca_parameters, save_moca
 
 STEPS, MORE = 3, 2
@@ -70,14 +68,7 @@ def main(folder, stage):
 
 if __name__ == "__main__":
     store, folder, stage = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-    # DeepSpeed and accelerate ask for these, and connect to nobody where there is a process group.
-    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    import deepspeed  # noqa: F401 - before the Trainer asks what is there
-
-    logging.disable(logging.WARNING)
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # it compiles one, for speed alone
+    deepspeed_process.begin(0, store, 1)  # before the Trainer asks what is there
     main(folder, stage)
     print("trained, chosen, saved and resumed", flush=True)
     dist.destroy_process_group()

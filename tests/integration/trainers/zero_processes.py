@@ -6,8 +6,6 @@ in one process without DeepSpeed.
 
 import contextlib
 import importlib
-import logging
-import os
 import sys
 from pathlib import Path
 
@@ -18,14 +16,13 @@ import transformers
 from safetensors.torch import load_file
 from transformers.integrations import HfDeepSpeedConfig
 
-from integration.calibrated_models import calibrated
+from integration.calibrated_models import PROBE, calibrated
 from integration.moca_processes import LEARNING_RATE, freeze_vision, loss_of
 from integration.tiny_models import HIDDEN, LAYERS, tiny_batch, tiny_model
+from integration.trainers import deepspeed_process
 from modality_integration import add_moca, capture, load_moca, measure_mir, moca_parameters, save_moca
 from modality_integration.models.moca import NAME, calibrated_layers, moca_of
 from tolerances import assert_close
-
-WITH_TEXT_BEHIND = ["ttitttttt"] * 6
 
 
 class Run:
@@ -217,7 +214,7 @@ def moca_that_is_not_trained(run):
 
 def has_the_roles_and_mir_of_one_process(run):
     plain = calibrated(dtype=torch.float32)
-    batch = tiny_batch(plain, "llava", WITH_TEXT_BEHIND)
+    batch = tiny_batch(plain, "llava", PROBE)
     expected = measure_mir(plain, [batch.inputs])
     engine = run.engine(calibrated(dtype=torch.float32))
     for given in (engine, engine.module):
@@ -250,14 +247,7 @@ def cases_of(stage):
 
 if __name__ == "__main__":
     rank, store, folder, stage, processes = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:])
-    # DeepSpeed asks for these, and connects to nobody where the processes have met already.
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    import deepspeed
-
-    logging.disable(logging.WARNING)
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # it compiles one, for speed alone
+    deepspeed = deepspeed_process.begin(rank, store, processes)
     for case in cases_of(stage):
         case(Run(rank, folder / case.__name__, stage, processes))
         print(f"{case.__name__} ok", flush=True)
