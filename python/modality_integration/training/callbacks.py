@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from modality_integration.metric.files import written_whole
 from modality_integration.metric.result import MIRResult
 from modality_integration.models.agreement import from_first
+from modality_integration.models.decoder import unwrap
 from modality_integration.training.watch import Watch
 
 _SAVED = "MIRHistory"  # where a checkpoint of the trainer keeps what was measured, by the callbacks' names
@@ -24,8 +25,10 @@ class MIRCallback(Watch, TrainerCallback):
         MIRCallback(probe, every=100, patience=5).attach(trainer)
 
     probe: batches as the model takes them (mappings of tensors), each row with an image; the same ones every time.
-    Logged through the trainer, so wherever it logs to: `mir`, `mir_error` where there is one, `mir_layer_{k}` (the
-    distance of decoder layer k, whose sum over k has `mir` as its log10) and `mir_seconds` (what the probe took).
+    Logged wherever the trainer logs to, in rows of its own: `mir`, `mir_error` where there is one, `mir/layer_01` and
+    on (the distance of each decoder layer, whose sum has `mir` as its log10) and `mir_seconds` (what the probe took).
+    Rows go to `state.log_history` and to every callback's `on_log`, past a `log` that a subclass of Trainer overrides:
+    TRL's trainers add to the next row whatever they have averaged since the last one, and it stays in theirs.
     patience, min_delta: training stops once MIR has been flat for `patience` measurements: of the last `patience` + 1
     values the lowest and the highest are within two standard errors of their difference, or within `min_delta`, of one
     another. The samples are the same each time, so that error is of differences, group by group: a slow but steady
@@ -41,7 +44,7 @@ class MIRCallback(Watch, TrainerCallback):
     rename them back. The probe runs again at the start of resumed training, and after training with
     `load_best_model_at_end`, and where MIR is not what it was in the checkpoint, a warning says so.
 
-    TrainingArguments(metric_for_best_model="mir", or "mir_layer_{k}"): every evaluation has "eval_mir", measured there
+    TrainingArguments(metric_for_best_model="mir", or "mir/layer_01"): every evaluation has "eval_mir", measured there
     unless the same step was; the lowest is the best. Trainer's own EarlyStoppingCallback then goes by it.
     Errors: ValueError for a name that another callback of the trainer has, TypeError and ValueError for a wrong probe
     or option, and what `capture` and the metric raise while it measures.
@@ -157,11 +160,13 @@ class MIRCallback(Watch, TrainerCallback):
     def _keep(self, state: TrainerState) -> None:
         """Gives the trainer's state, which checkpoints have, what was measured."""
         self.keep()
-        _kept(state)[self.name] = self.saved()
+        # Nothing else in a checkpoint says where its processor is: with the model that training began with.
+        config: Any = getattr(unwrap(_model_of(self._logs_through())), "config", None)
+        _kept(state)[self.name] = {**self.saved(), "trained_from": getattr(config, "_name_or_path", "")}
 
     def _log(self, values: dict[str, float], control: TrainerControl) -> None:
         due = control.should_log  # logging clears it, and the trainer's own log of this step would be lost
-        self._logs_through().log(values)
+        Trainer.log(self._logs_through(), values)  # not what a subclass makes of it, see the class
         control.should_log = due
 
     def _warn_unless_restored(self, step: int, what: str, checkpoint: str) -> None:
@@ -186,7 +191,7 @@ class MIRCallback(Watch, TrainerCallback):
     def _chosen_by(self, args: TrainingArguments) -> str:
         """What is measured here and `args` chooses the best model by, "" where it is something else."""
         name = (args.metric_for_best_model or "").removeprefix("eval_")
-        return name if name == self.name or name.startswith(f"{self.name}_layer_") else ""
+        return name if name == self.name or name.startswith(f"{self.name}/layer_") else ""
 
     def _logs_through(self) -> Trainer:
         if self._trainer is None:

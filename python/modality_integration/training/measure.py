@@ -20,6 +20,7 @@ from modality_integration.models.capture import capture as capturing
 from modality_integration.models.decoder import unwrap
 from modality_integration.models.placement import parameter_device
 from modality_integration.models.token_roles import is_packed
+from modality_integration.training import repeats
 
 Probe = Sequence[Mapping[str, Any]]
 
@@ -42,14 +43,13 @@ def measure_mir(
     The passes run in eval mode, without gradients, a cache and, where the model can do without, all logits but the
     last. Afterwards each module's own train mode, the random states of Python, numpy and torch, and on CUDA the cached
     memory are as before. Enter autocast outside. Warns where the image is the first thing in a row, unless `metric` has
-    sinks="leave out". Raises TypeError or ValueError for a probe that is none, and what `capture` and the metric raise.
+    sinks="leave out". There is no standard error, and a note says why, where samples of several groups have an image or
+    a text in common: an error from their differences would not have what the choice of that one does. Raises TypeError
+    or ValueError for a probe that is none, and what `capture` and the metric raise.
     """
     check_probe(probe)
     options = {"groups": 5, "sync_on_compute": False, **(metric or {})}
-    counts = [_rows(batch) for batch in probe]
-    if "samples" not in options and None not in counts:
-        options["samples"] = sum(filter(None, counts)) * _processes(options)
-        probe = random.Random("order of the probe").sample(list(probe), len(probe))
+    probe, notes = _dealt(probe, options)
     measured = ModalityIntegrationRate(**options)
     device, asked, first, rows = parameter_device(model), lean_forward(model), 0, 0
     with undisturbed(model), torch.no_grad(), capturing(model, **(capture or {})) as seen:
@@ -63,8 +63,34 @@ def measure_mir(
         if first and measured.options.counts_sinks:
             warnings.warn(f"MIR: {image_first(first, rows)}", stacklevel=2)
         result = measured.compute()
+    result.notes.extend(notes)
     measured.reset()  # torchmetrics' objects refer to themselves: the covariances would stay until a garbage collection
     return result
+
+
+def _dealt(probe: Probe, options: dict[str, Any]) -> tuple[Probe, list[str]]:
+    """The probe in the order in which it is measured, and notes; into `options` go "samples", and 0 groups where groups
+    would have images or texts in common, which an error from their differences does not know of.
+    """
+    counts = [_rows(batch) for batch in probe]
+    rows = [count for count in counts if count is not None]
+    if len(rows) < len(counts):
+        return probe, []
+    groups, (process, processes) = options["groups"], _process(options)
+    in_blocks, order = "samples" not in options, list(range(len(probe)))
+    if in_blocks:
+        options["samples"] = sum(rows) * processes
+        order = repeats.shuffled(len(probe))
+    if groups > 1:
+        shown = [repeats.contents(batch, count) for batch, count in zip(probe, rows, strict=True)]
+        if in_blocks:
+            order = repeats.order_apart(shown, groups, order)
+        met = [shown[i] for i in order]
+        if found := repeats.shared(met, groups, options["samples"], process, processes):
+            options["groups"] = 0
+            note = f"no standard error: {found} for {sum(rows)} samples; groups that share one are not independent"
+            return [probe[i] for i in order], [note]
+    return [probe[i] for i in order], []
 
 
 def check_probe(probe: Any) -> None:
@@ -84,12 +110,13 @@ def _rows(batch: Mapping[str, Any]) -> int | None:
     return len(tokens) if isinstance(tokens, Tensor) and tokens.dim() == 2 and not is_packed(batch) else None
 
 
-def _processes(options: Mapping[str, Any]) -> int:
-    """How many processes' samples are counted together."""
+def _process(options: Mapping[str, Any]) -> tuple[int, int]:
+    """This process, and how many processes' samples are counted together."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not (options["sync_on_compute"] and distributed):
-        return 1
-    return torch.distributed.get_world_size(options.get("process_group"))
+        return 0, 1
+    group = options.get("process_group")
+    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
 
 def lean_forward(model: nn.Module) -> dict[str, Any]:

@@ -78,9 +78,14 @@ class Watch:
         return self._latest[1]
 
     def numbers(self, result: MIRResult) -> dict[str, float]:
-        """What is logged of a measurement: "mir", "mir_error" where there is one, "mir_layer_{k}", after `name`."""
+        """What is logged of a measurement: "mir", "mir_error" where there is one, "mir/layer_01" and on, after `name`.
+
+        Loggers make a group of what has the same name before a slash, and sort by the rest: layers have as many digits
+        as the last, two or more.
+        """
         error = {} if result.error is None else {f"{self.name}_error": result.error}
-        layers = {f"{self.name}_layer_{k}": value for k, value in enumerate(result.per_layer, 1)}
+        digits = max(2, len(str(len(result.terms))))
+        layers = {f"{self.name}/layer_{k:0{digits}}": value for k, value in enumerate(result.per_layer, 1)}
         return {self.name: result.value, **error, **layers}
 
     def begin(self) -> None:

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from integration.tiny_models import tiny_batch, tiny_model
+from integration.tiny_trainers import tokenizer_of
 from modality_integration import add_moca, moca_parameters
 
 trl = pytest.importorskip("trl")
@@ -28,15 +29,6 @@ def base(tmp_path):
     model.save_pretrained(tmp_path / "base")
     words = tokenizer_of(model.config.get_text_config().vocab_size)
     return tmp_path / "base", words
-
-
-def tokenizer_of(size):
-    from tokenizers import Tokenizer, models
-
-    words = {f"w{i}": i for i in range(size)}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w2"
-    )
 
 
 def sft_trainer(base, folder, bits):

@@ -64,7 +64,7 @@ def test_mir_and_every_layer_are_logged_through_the_trainer(tmp_path):
     assert logged[0]["mir"] == pytest.approx(before.value, rel=1e-6)
     for entry, (_, result) in zip(logged, callback.history, strict=True):
         assert entry["mir"] == result.value
-        assert [entry[f"mir_layer_{k}"] for k in range(1, LAYERS + 1)] == list(result.per_layer)
+        assert [entry[f"mir/layer_{k:02}"] for k in range(1, LAYERS + 1)] == list(result.per_layer)
         assert entry["mir_seconds"] > 0
         assert "mir_error" not in entry
     assert logged[1]["mir"] != logged[0]["mir"]
@@ -283,7 +283,9 @@ def test_lightning_logs_the_same_and_stops_on_a_plateau(lightning, tmp_path):
     assert trainer.global_step == 4
     assert [step for step, _ in trainer.logged] == [0, 2, 4]
     assert trainer.logged[0][1]["mir"] == pytest.approx(mir_by_hand(model, probe).value, rel=1e-6)
-    assert {f"mir_layer_{k}" for k in range(1, LAYERS + 1)} | {"mir_error", "mir_seconds"} < set(trainer.logged[0][1])
+    assert {f"mir/layer_{k:02}" for k in range(1, LAYERS + 1)} | {"mir_error", "mir_seconds"} < set(
+        trainer.logged[0][1]
+    )
 
     again = lightning_callback(probe, module="network", every=2, patience=3)
     again.load_state_dict(callback.state_dict())

@@ -1,11 +1,12 @@
 """`MIRCallback` where the Trainer reads weights from checkpoints: resumed training, and the best model by MIR."""
 
+import json
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, LlavaForConditionalGeneration, TrainerCallback
 
 from integration.several_processes import outputs_of
 from integration.tiny_models import tiny_model
@@ -120,7 +121,7 @@ def test_resumed_training_stops_where_it_would_have_without_a_break_and_logs_no_
     assert [entry["step"] for entry in resumed.state.log_history if "mir" in entry] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["mir", "eval_mir", "mir_layer_2"])
+@pytest.mark.parametrize("name", ["mir", "eval_mir", "mir/layer_02"])
 @pytest.mark.parametrize("every", [1, 4])
 def test_the_best_model_is_that_of_the_lowest_mir(tmp_path, measurements, name, every):
     changes = {**EVALUATING, "metric_for_best_model": name, "greater_is_better": False}
@@ -204,7 +205,7 @@ def test_two_callbacks_of_a_trainer_have_names_and_measurements_of_their_own(tmp
     assert values(own) == [(step, alone[0]) for step in (0, 1, 2)]
     assert values(others) == [(step, alone[1]) for step in (0, 2)]
     logged = [entry for entry in trainer.state.log_history if "held_out" in entry]
-    assert {f"held_out_layer_{k}" for k in (1, 2, 3)} | {"held_out_seconds"} < set(logged[0])
+    assert {f"held_out/layer_{k:02}" for k in (1, 2, 3)} | {"held_out_seconds"} < set(logged[0])
 
     resumed = trainer_of(tmp_path / "rest", steps=3, learning_rate=0.0)
     own, others = two(resumed)
@@ -297,3 +298,14 @@ def test_an_evaluation_measures_the_weights_that_it_evaluates(tmp_path):
 def test_processes_choose_by_the_value_of_the_first_which_alone_tells(tmp_path):
     outputs = outputs_of("trainer_processes.py", tmp_path)
     assert all("chosen and resumed by the first one's values" in out for out in outputs)
+
+
+def test_a_checkpoint_says_which_folder_its_model_came_from(tmp_path):
+    """Where its processor is: Trainer saves none unless it was given one."""
+    calibrated().save_pretrained(tmp_path / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    trainer = trainer_of(tmp_path / "out", model=model, steps=3, **SAVING)
+    watched(trainer, every=3)
+    trainer.train()
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["MIRHistory"]["mir"]["trained_from"] == str(tmp_path / "base")
