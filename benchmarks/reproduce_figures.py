@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from modality_integration.app import report
-from modality_integration.metric import display
+from modality_integration.app import plots
+from modality_integration.metric import drawing, figures
 from reproduce_tables import COMPARED, WORDS
 
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ LABELS = {
 def plot(name: str, rows: Sequence[Row], path: Path) -> Path:
     """Draw the rows of experiment `name`."""
     if name in ("samples", "normalization"):
-        return report.plot_study(name, rows, path)
+        return plots.plot_study(name, rows, path)
     if name == "content":
         return _cells(rows, path)
     key, _ = COMPARED[name]
@@ -33,32 +33,33 @@ def plot(name: str, rows: Sequence[Row], path: Path) -> Path:
 
 def _runs(rows: Sequence[Row], key: str, label: str, path: Path) -> Path:
     """MIR above and the held-out loss below, against the values of `key`: numbers as they are, words side by side."""
-    figure, axes = display.empty_figure()
-    axes.remove()
-    above, below = figure.subplots(2, sharex=True)
+    figure, (above, below) = figures.stacked_figure((1, 1))
     values = list(dict.fromkeys(row[key] for row in rows))
     numbers = isinstance(values[0], int)
     place = {value: value if numbers else index for index, value in enumerate(values)}
-    for seed in sorted({row["seed"] for row in rows}):  # a line a seed: the same first weights and batches
+    for index, seed in enumerate(
+        sorted({row["seed"] for row in rows})
+    ):  # a line a seed: the same first weights and batches
         own = [row for row in rows if row["seed"] == seed]
         at, errors = [place[row[key]] for row in own], [row["error"] or 0.0 for row in own]
-        above.errorbar(at, [row["mir"] for row in own], errors, lw=0.6, capsize=2, marker="o", ms=2, alpha=0.6)
-        below.plot(at, [row["held_out_loss"] for row in own], lw=0.6, marker="o", ms=2, alpha=0.6)
+        look = drawing.look(index) | {"lw": 0.8, "markersize": 3, "label": f"seed {seed}"}
+        above.errorbar(at, [row["mir"] for row in own], errors, capsize=2, elinewidth=0.8, **look)
+        below.plot(at, [row["held_out_loss"] for row in own], **look)
     for part, name in ((above, "mir"), (below, "held_out_loss")):
         mean = [fmean(row[name] for row in rows if row[key] == value) for value in values]
         part.plot(list(place.values()), mean, lw=1.8, color="black", label="mean of the seeds")
-        part.grid(alpha=0.3)
-    if key == "images":
-        below.set_xscale("log")
-        below.minorticks_off()
-    if key != "step":
-        below.set_xticks(list(place.values()), [WORDS.get(str(value), str(value)) for value in values])
-    if not numbers:
-        below.margins(x=0.2)
     above.set_ylabel("MIR")
     below.set(xlabel=label, ylabel="held-out loss,\nnats a token")
-    above.legend()
-    return display.save_figure(figure, path)
+    if key == "images":
+        below.set_xscale("log")
+    if not numbers:
+        below.margins(x=0.2)
+    with figures.paper_style():
+        if key != "step":
+            names = [WORDS.get(str(value), str(value)) for value in values]
+            drawing.names_on_axis(figure, below, list(place.values()), names)
+        drawing.legend_outside(figure, below.get_legend_handles_labels()[0])
+    return figures.save_figure(figure, path)
 
 
 def _cells(rows: Sequence[Row], path: Path) -> Path:
@@ -66,19 +67,26 @@ def _cells(rows: Sequence[Row], path: Path) -> Path:
     chat = [row for row in rows if row["template"] == "chat"]
     plain = [row for row in rows if row["template"] != "chat"]
     same = [row for row in chat if all(row[key] == plain[0][key] for key in ("images", "text"))]
-    figure, axes = display.empty_figure()
+    figure, axes = figures.empty_figure()
     axes.remove()
-    parts = figure.subplots(1, 2, width_ratios=[7, 2])
-    for part, shown, named in ((parts[0], chat, ("images", "text")), (parts[1], same + plain, ("template",))):
-        part.errorbar(
-            range(len(shown)), [r["mir"] for r in shown], [r["error"] or 0.0 for r in shown], fmt="o", capsize=4
-        )
-        bare = [(place, r["mir_without_sinks"]) for place, r in enumerate(shown) if r["mir_without_sinks"] is not None]
-        if bare:
-            part.plot(*zip(*bare, strict=True), "x", color="C1", label="without sinks")
-            part.legend(fontsize=7)
-        part.set_xticks(range(len(shown)), ["\n".join(r[key] for key in named) for r in shown], fontsize=5.5)
-        part.margins(x=0.15)
-        part.grid(alpha=0.3)
-    parts[0].set_ylabel("MIR, with its standard error")
-    return display.save_figure(figure, path)
+    handles = []
+    with figures.paper_style():
+        parts = figure.subplots(1, 2, width_ratios=[7, 2])
+        for part, shown in ((parts[0], chat), (parts[1], same + plain)):
+            figures.tidy(part)
+            errors = [row["error"] or 0.0 for row in shown]
+            look = drawing.look(0) | {"linestyle": "none", "markersize": 4, "capsize": 4}
+            part.errorbar(range(len(shown)), [row["mir"] for row in shown], errors, **look)
+            without = [row["mir_without_sinks"] for row in shown]
+            bare = [(place, mir) for place, mir in enumerate(without) if mir is not None]
+            if bare:
+                look = drawing.look(1) | {"linestyle": "none", "markersize": 4, "label": "without sinks"}
+                handles = part.plot(*zip(*bare, strict=True), **look)
+            part.margins(x=0.15)
+        parts[0].set_ylabel("MIR, with its standard error")
+        for part, shown, named in ((parts[0], chat, ("images", "text")), (parts[1], same + plain, ("template",))):
+            names = [", ".join(row[key] for key in named) for row in shown]
+            drawing.names_on_axis(figure, part, range(len(shown)), names)
+        if handles:
+            drawing.legend_outside(figure, handles)
+    return figures.save_figure(figure, path)

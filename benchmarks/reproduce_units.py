@@ -124,7 +124,8 @@ class Workshop:
                 template="chat",
                 groups=self.scale.groups,
             )
-            samples = self.samples(count, prose(), pictures(self.scale.seeds[0]))
+            in_turn = name == "samples"  # whose values come before the last sample, each of all groups
+            samples = self.samples(count, prose(), pictures(self.scale.seeds[0]), in_turn=in_turn)
             return list(study.rows_of(name, subject, {("demo", "reference"): samples}))
 
         return self.unit(f"study-{name}", {"count": count, "seed": self.scale.seeds[0], **self._measured()}, work)
@@ -141,10 +142,15 @@ class Workshop:
         return self.unit(f"measure-{name}", depends, work)
 
     def samples(
-        self, count: int, texts: Sequence[Text], own: demo.Pictures, kinds: Sequence[str] = demo.KINDS
-    ) -> list[Sample]:
-        """Held-out pictures with unrelated prose."""
-        return demo.probe_samples(own, count, 0, kinds, texts)
+        self,
+        count: int,
+        texts: Sequence[Text],
+        own: demo.Pictures,
+        kinds: Sequence[str] = demo.KINDS,
+        in_turn: bool = False,
+    ) -> Sequence[Sample]:
+        """Held-out pictures with unrelated prose, in groups that share neither, dealt in turn or as blocks."""
+        return demo.probe_samples(own, count, 0, kinds, texts, groups=self.scale.groups, in_turn=in_turn)
 
     @cached_property
     def trained(self) -> tuple[Any, Any]:

@@ -118,7 +118,7 @@ STAGES = {
         entries=2,
     ),
     "roots of features": Stage(
-        ("mir_kernels.ops.frechet.functional:trace_sqrt_from_features",),
+        ("mir_kernels.ops.frechet.from_features:trace_sqrt_from_features",),
         lambda t: counts.Count(0, 0),
         "of few tokens",
         "float64",

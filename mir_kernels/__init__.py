@@ -4,7 +4,14 @@ Every public name of the package is here; the operations live in `mir_kernels.op
 """
 
 from mir_kernels import _dispatch, ops
-from mir_kernels.ops.frechet import FrechetDistance, TraceSqrt, frechet_distance, trace_sqrt_product
+from mir_kernels.ops.frechet import (
+    FrechetDistance,
+    TraceSqrt,
+    frechet_distance,
+    frechet_distance_from_features,
+    trace_sqrt_from_features,
+    trace_sqrt_product,
+)
 from mir_kernels.ops.moca import MoCa, add_moca_rms_norm, moca
 from mir_kernels.ops.moments import StreamingMoments, token_norms
 from mir_kernels.ops.sqrtm import NewtonSchulz, inverse_sqrtm, newton_schulz, polar, sqrtm
@@ -20,12 +27,14 @@ __all__ = [
     "add_moca_rms_norm",
     "backends",
     "frechet_distance",
+    "frechet_distance_from_features",
     "inverse_sqrtm",
     "moca",
     "newton_schulz",
     "polar",
     "sqrtm",
     "token_norms",
+    "trace_sqrt_from_features",
     "trace_sqrt_product",
 ]
 

@@ -1,32 +1,39 @@
-"""Input checks that every operation shares. Each message names the argument, what came and what it takes."""
+"""Input checks that every operation shares. Each message names the argument, what came and what it takes.
+
+Those of a tensor give it back, made of the caller's array where it was one (`_arrays`): go on with that.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mir_kernels import _masks
+from mir_kernels._arrays import tensor_of
 from mir_kernels._symmetry import mirrored, surely_semidefinite_like
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def tensor(name: str, value: object) -> None:
-    """`value` is a torch.Tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: takes a torch.Tensor, got {type(value).__name__}")
+def tensor(name: str, value: Any) -> Tensor:
+    """`value` is a torch.Tensor, or an array."""
+    value = tensor_of(name, value)
     if value.layout != torch.strided or value.is_nested:
         got = "a nested one" if value.is_nested else value.layout
         raise TypeError(f"{name}: takes a dense tensor, got {got}")
+    return value
 
 
-def floating(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+def floating(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
     """`value` is a tensor of one of `dtypes`."""
-    tensor(name, value)
+    value = tensor(name, value)
     if value.dtype not in dtypes:
         takes = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: takes a dtype of {takes}, got {str(value.dtype).removeprefix('torch.')}")
+    return value
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -35,36 +42,42 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name}: lies on {value.device}, but {other_name} lies on {other.device}")
 
 
-def tokens(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+def tokens(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
     """`value` is `(..., d)` with d >= 1, of a floating dtype."""
-    floating(name, value, dtypes)
+    value = floating(name, value, dtypes)
     if value.dim() < 1 or value.shape[-1] < 1:
         raise ValueError(f"{name}: takes shape (..., d) with d >= 1, got {tuple(value.shape)}")
+    return value
 
 
-def vector(name: str, value: Tensor, size: int) -> None:
+def vector(name: str, value: Any, size: int) -> Tensor:
     """`value` is `(size,)`, of a floating dtype."""
-    floating(name, value)
+    value = floating(name, value)
     if tuple(value.shape) != (size,):
         raise ValueError(f"{name}: takes shape ({size},), got {tuple(value.shape)}")
+    return value
 
 
-def mask(name: str, value: Tensor, shape: tuple[int, ...], *, floats: bool = False) -> None:
-    """`value` is a token mask of `shape`: bool or uint8, and floating with zeros and ones where `floats`."""
-    tensor(name, value)
-    allowed = (torch.bool, torch.uint8, *(FLOATS if floats else ()))
-    if value.dtype not in allowed:
-        takes = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"{name}: takes a dtype of {takes}, got {str(value.dtype).removeprefix('torch.')}")
-    if tuple(value.shape) != tuple(shape):
+def mask(name: str, value: Any, shape: tuple[int, ...] | None, *, floats: bool = False) -> Tensor:
+    """`value` is a token mask of `shape` (any, if None): bool or uint8, nonzero for a token that is meant; of another
+    whole dtype, 0 and 1, which come back as bool; floating where `floats`.
+    """
+    value = tensor(name, value)
+    if value.dtype not in (torch.bool, torch.uint8, *_masks.WHOLE, *(FLOATS if floats else ())):
+        takes = "bool, uint8" + ", ".join(["", *(str(d).removeprefix("torch.") for d in FLOATS)] if floats else [])
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: takes a dtype of {takes}, got {got}; other whole numbers are taken if 0 and 1")
+    if shape is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: takes one entry per token, shape {tuple(shape)}, got {tuple(value.shape)}")
+    return _masks.of_whole_numbers(name, value) if value.dtype in _masks.WHOLE else value
 
 
-def square(name: str, value: Tensor) -> None:
+def square(name: str, value: Any) -> Tensor:
     """`value` is `(..., d, d)` with d >= 1, of a floating dtype."""
-    floating(name, value)
+    value = floating(name, value)
     if value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 1:
         raise ValueError(f"{name}: takes square matrices (..., d, d) with d >= 1, got {tuple(value.shape)}")
+    return value
 
 
 def whole_number(name: str, value: Tensor) -> int:

@@ -40,7 +40,7 @@ def promised():
     text = (ROOT / "pyproject.toml").read_text()
     sections = [
         re.search(rf"^{name} = \[(.*?)\]$", text, flags=re.MULTILINE | re.DOTALL)[1]
-        for name in ("requires", "dependencies", "mir", "demo", "test")
+        for name in ("requires", "dependencies", "mir", "data", "demo", "test")
     ]
     return dict(re.findall(r'"([\w-]+)>=([\w.]+)[",;]', "\n".join(sections)))
 

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors read; _HOMES is the same at run time, held alike by a test
     from modality_integration import official as official
+    from modality_integration.app.plots import plot_training as plot_training
+    from modality_integration.app.probe import build_probe as build_probe
     from modality_integration.metric.comparison import Comparison as Comparison
+    from modality_integration.metric.comparison import Comparisons as Comparisons
     from modality_integration.metric.comparison import compare as compare
+    from modality_integration.metric.comparison import compare_several as compare_several
     from modality_integration.metric.comparison import paired_error as paired_error
     from modality_integration.metric.functional import mir as mir
     from modality_integration.metric.result import LayerTerms as LayerTerms
@@ -20,6 +24,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES is the same at 
     from modality_integration.metric.saved_states import save_states as save_states
     from modality_integration.metric.standard_error import jackknife as jackknife
     from modality_integration.metric.streaming import ModalityIntegrationRate as ModalityIntegrationRate
+    from modality_integration.metric.tensor_result import MIRTensor as MIRTensor
     from modality_integration.models.capture import Capture as Capture
     from modality_integration.models.capture import capture as capture
     from modality_integration.models.moca import MoCaReport as MoCaReport
@@ -40,16 +45,20 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES is the same at 
 _HOMES = {
     "Capture": "models.capture",
     "Comparison": "metric.comparison",
+    "Comparisons": "metric.comparison",
     "LayerTerms": "metric.result",
     "MIRCallback": "training.callbacks",
     "MIRResult": "metric.result",
+    "MIRTensor": "metric.tensor_result",
     "MoCaReport": "models.moca",
     "MoCaSite": "models.moca",
     "ModalityIntegrationRate": "metric.streaming",
     "Watch": "training.watch",
     "add_moca": "models.moca",
+    "build_probe": "app.probe",
     "capture": "models.capture",
     "compare": "metric.comparison",
+    "compare_several": "metric.comparison",
     "expanded_placeholders": "models.token_roles",
     "jackknife": "metric.standard_error",
     "lightning_callback": "training.lightning",
@@ -60,6 +69,7 @@ _HOMES = {
     "moca_parameters": "models.moca",
     "official": "official",
     "paired_error": "metric.comparison",
+    "plot_training": "app.plots",
     "remove_moca": "models.moca",
     "save_moca": "models.moca_files",
     "save_states": "metric.saved_states",

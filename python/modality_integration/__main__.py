@@ -1,5 +1,5 @@
 """`python -m modality_integration`, which torchrun can start: `torchrun -m modality_integration compute ...`."""
 
-from modality_integration.app.cli import main
+from modality_integration.app.entry import main
 
-main(prog_name="mir")
+main()

@@ -10,12 +10,14 @@ Coming from the published code:
 - the two outlier functions write in place and return the tensor, as published. What is not finite marks as many rows
   as in the published formulas: a norm that is NaN, or a standard deviation that is, marks none.
 
-What does not fit is refused with a ValueError, TypeError or RuntimeError that names the argument.
+numpy arrays are taken as well, but for what is written in place. What does not fit is refused with a ValueError,
+TypeError or RuntimeError that names the argument.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,10 +27,13 @@ from modality_integration.metric.features import feature_layer_result
 from modality_integration.metric.options import MetricOptions
 from modality_integration.metric.outliers import three_sigma
 
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
+
 _UNPROCESSED = MetricOptions(outliers="none", normalize=False)
 
 
-def matrix_sqrt(input: Tensor) -> Tensor:
+def matrix_sqrt(input: Array) -> Tensor:
     """The principal square root of a square matrix (d, d) with non-negative real eigenvalues; autograd.
 
     A matrix that is symmetric up to the rounding of its dtype goes to `mir_kernels.sqrtm`, any other (as a product of
@@ -37,7 +42,7 @@ def matrix_sqrt(input: Tensor) -> Tensor:
     ValueError where an entry is not finite, or no root is found: eigenvalues on the negative axis, or eigenvectors that
     do not give one.
     """
-    _checks.square("input", input)
+    input = _checks.square("input", input)
     if input.dim() != 2:
         raise ValueError(f"input: takes one matrix (d, d), got {tuple(input.shape)}")
     _checks.finite("input", input)
@@ -61,32 +66,32 @@ def matrix_sqrt(input: Tensor) -> Tensor:
     return (root * largest.sqrt()).to(input.dtype)
 
 
-def calculate_fid(tensor_A: Tensor, tensor_B: Tensor) -> float:
+def calculate_fid(tensor_A: Array, tensor_B: Array) -> float:
     """The Fréchet distance of features (n, d) and (m, d): |mu_A - mu_B|^2 + Tr(C_A + C_B - 2 (C_A C_B)^(1/2)), ddof 1.
 
     The published accurate mode's definition, of the inputs as float32, in float64 arithmetic; never negative.
     """
-    _check_features(tensor_A, tensor_B)
+    tensor_A, tensor_B = _features(tensor_A, tensor_B)
     return calculate_fid_pytorch(tensor_A.type(torch.float32), tensor_B.type(torch.float32))
 
 
 @torch.no_grad()
-def calculate_fid_pytorch(tensor_A: Tensor, tensor_B: Tensor) -> float:
+def calculate_fid_pytorch(tensor_A: Array, tensor_B: Array) -> float:
     """As `calculate_fid`, of the inputs in their own dtype."""
-    _check_features(tensor_A, tensor_B)
+    tensor_A, tensor_B = _features(tensor_A, tensor_B)
     for name, tensor in (("tensor_A", tensor_A), ("tensor_B", tensor_B)):
         _checks.floating(name, tensor)
     return feature_layer_result(tensor_A, tensor_B, 1, _UNPROCESSED).terms.distance
 
 
 @torch.no_grad()
-def fid_of_published_fast_mode(tensor_A: Tensor, tensor_B: Tensor) -> float:
+def fid_of_published_fast_mode(tensor_A: Array, tensor_B: Array) -> float:
     """|mu_A - mu_B|^2 + Tr C_A + Tr C_B - 2 Tr(C_A C_B): what the published fast mode returns, in exact arithmetic.
 
     No square root is in it: the published iteration starts at a fixed point (see the module) and returns C_A C_B. It is
     not a distance (it may be negative, and is not 0 for equal inputs) and is here to reproduce old numbers only.
     """
-    _check_features(tensor_A, tensor_B)
+    tensor_A, tensor_B = _features(tensor_A, tensor_B)
     a, b = tensor_A.double(), tensor_B.double()
     mean_a, mean_b = a.mean(dim=0), b.mean(dim=0)
     a, b = a - mean_a, b - mean_b
@@ -125,6 +130,8 @@ def replace_outliers_with_iqr_l2(data: Tensor) -> Tensor:
 
 def _norms_to_go_by(data: Tensor) -> Tensor:
     """The norms of the rows of data, on the CPU, if data can be written in place."""
+    if not isinstance(data, Tensor):
+        raise TypeError(f"data: takes a torch.Tensor, got {type(data).__name__}; it is written in place")
     _checks.floating("data", data)
     if data.dim() != 2 or data.shape[1] < 1:
         raise ValueError(f"data: takes shape (n, d) with d >= 1, got {tuple(data.shape)}")
@@ -151,10 +158,10 @@ def _replace(data: Tensor, outlier: Tensor) -> Tensor:
     return data
 
 
-def _check_features(tensor_A: Tensor, tensor_B: Tensor) -> None:
+def _features(tensor_A: Array, tensor_B: Array) -> tuple[Tensor, Tensor]:
     """Finite real features (n, d) and (m, d), two rows or more of each, on one device."""
+    tensor_A, tensor_B = _checks.tensor("tensor_A", tensor_A), _checks.tensor("tensor_B", tensor_B)
     for name, tensor in (("tensor_A", tensor_A), ("tensor_B", tensor_B)):
-        _checks.tensor(name, tensor)
         if tensor.is_complex():
             raise TypeError(f"{name}: takes real features, got {str(tensor.dtype).removeprefix('torch.')}")
         if tensor.dim() != 2 or len(tensor) < 2 or tensor.shape[1] < 1:
@@ -164,3 +171,4 @@ def _check_features(tensor_A: Tensor, tensor_B: Tensor) -> None:
     if tensor_A.shape[1] != tensor_B.shape[1]:
         raise ValueError(f"tensor_B: takes d = {tensor_A.shape[1]} as tensor_A has it, got {tensor_B.shape[1]}")
     _checks.same_device("tensor_B", tensor_B, "tensor_A", tensor_A)
+    return tensor_A, tensor_B

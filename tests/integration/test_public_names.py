@@ -38,10 +38,57 @@ def test_names_are_functions_after_their_modules_were_imported():
     assert done.stdout.strip() == "[True, True, True]"
 
 
-def test_import_loads_neither_torch_nor_transformers():
-    code = "import sys, modality_integration; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+# What takes seconds to import: torchmetrics for transformers and torchvision, which it loads for metrics of its own.
+SLOW = ("torchmetrics", "transformers", "torchvision", "matplotlib", "rich", "triton", "torch._dynamo")
+WITHOUT_TORCH = (
+    *("Comparison", "Comparisons", "LayerTerms", "MIRResult", "compare", "compare_several", "jackknife"),
+    *("paired_error", "plot_training"),
+)
+OF_THE_METRIC = ("MIRCallback", "ModalityIntegrationRate", "Watch", "lightning_callback", "measure_mir")
+
+
+def loaded(code, *names):
+    """Which of the modules `names` are there after `code` ran in a process of its own."""
+    code = f"import sys\n{code}\nprint(*({set(names)} & set(sys.modules)), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    return set(done.stdout.split())
+
+
+def importing(names):
+    return f"from modality_integration import {', '.join(names)}"
+
+
+def test_import_loads_neither_torch_nor_transformers():
+    assert loaded("import modality_integration", "torch", "numpy", *SLOW) == set()
+
+
+def test_results_are_read_and_compared_without_torch():
+    terms = "{'vision': [2], 'text': [2]}"
+    code = f"""{importing(WITHOUT_TORCH)}
+result = MIRResult([LayerTerms(3.0, 1.0, 1.0, 0.5)], [1.0], {terms}, {terms}, left_out=[[3.9, 4.2]])
+again = MIRResult.from_json(result.to_json())
+print(compare(result, again), paired_error(result, again), repr(result), round(result, 3), again, file=sys.stderr)"""
+    assert loaded(code, "torch", "numpy", *SLOW) == set()
+
+
+def test_what_needs_no_metric_loads_no_torchmetrics_nor_what_it_loads():
+    names = set(modality_integration.__all__) - {*OF_THE_METRIC, "build_probe"}
+    assert loaded(importing(sorted(names)), "torch", *SLOW) == {"torch"}
+    assert loaded("import mir_kernels; mir_kernels.backends", "torch", *SLOW) == {"torch"}
+
+
+def test_mir_of_features_and_its_result_load_no_torchmetrics_nor_what_it_loads():
+    code = """from modality_integration import MIRResult, compare, mir, official
+import torch
+result = mir([torch.randn(20, 4), torch.randn(20, 4)], [torch.randn(30, 4), torch.randn(30, 4)], bounds=True)
+again = MIRResult.from_json(result.to_json())
+print(compare(result, again), result, repr(result), float(result), round(result, 2), file=sys.stderr)
+print(official.calculate_fid(torch.randn(20, 4), torch.randn(20, 4)), file=sys.stderr)"""
+    assert loaded(code, "torch", *SLOW) == {"torch"}
+
+
+def test_the_names_that_need_the_metric_are_just_these():
+    assert loaded(importing(OF_THE_METRIC), "torchmetrics") == {"torchmetrics"}
 
 
 def test_unknown_name_is_an_attribute_error():

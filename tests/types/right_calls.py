@@ -1,5 +1,10 @@
 """Calls that type checkers accept. `assert_type` fixes what comes out. Read by test_types.py, never run."""
 
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
@@ -13,14 +18,18 @@ from mir_kernels import (
     StreamingMoments,
     TraceSqrt,
     frechet_distance,
+    frechet_distance_from_features,
+    trace_sqrt_from_features,
     trace_sqrt_product,
 )
 from modality_integration import (
     Capture,
     Comparison,
+    Comparisons,
     LayerTerms,
     MIRCallback,
     MIRResult,
+    MIRTensor,
     MoCaReport,
     MoCaSite,
     ModalityIntegrationRate,
@@ -28,6 +37,7 @@ from modality_integration import (
     add_moca,
     capture,
     compare,
+    compare_several,
     expanded_placeholders,
     jackknife,
     lightning_callback,
@@ -66,7 +76,49 @@ def kernels(x: Tensor, mask: Tensor, flag: bool) -> None:
     either = trace_sqrt_product(x, x, bounds=flag)
     if isinstance(either, TraceSqrt):
         assert_type(either.lower, Tensor)
+    distance = frechet_distance(x, x, x, x, bounds=flag, backend="linalg")
+    if isinstance(distance, FrechetDistance):
+        assert_type(distance.upper, Tensor)
+    assert_type(trace_sqrt_from_features(x, x), Tensor)
+    assert_type(trace_sqrt_from_features(x, x, bounds=True), TraceSqrt)
+    assert_type(trace_sqrt_from_features(x, x, bounds=flag), Tensor | TraceSqrt)
+    assert_type(frechet_distance_from_features(x, x, precision="bfloat16"), Tensor)
+    assert_type(frechet_distance_from_features(x, x, bounds=True, backend="eager"), FrechetDistance)
+    assert_type(frechet_distance_from_features(x, x, bounds=flag), Tensor | FrechetDistance)
     print(mir_kernels.backends())
+
+
+def arrays(x: npt.NDArray[np.float32], mask: npt.NDArray[np.int64], tensor: Tensor) -> None:
+    vector = np.ones(8)
+    assert_type(mir_kernels.moca(x, vector, vector, mask), Tensor)
+    assert_type(mir_kernels.moca(tensor, vector, tensor[0], mask, backend="native"), Tensor)
+    MoCa(8)(x, mask)
+    assert_type(mir_kernels.token_norms(x, backend="triton"), Tensor)
+    StreamingMoments(8, backend="native").update(x, mask)
+    assert_type(mir_kernels.sqrtm(x, backend="eager"), Tensor)
+    assert_type(frechet_distance(vector, x, tensor[0], tensor, bounds=True), FrechetDistance)
+    assert_type(mir([x], [tensor], backend="eager"), MIRResult)
+    ModalityIntegrationRate(backend="native").update([x], mask, mask)
+    save_states("a.safetensors", [x], mask, mask)
+    assert_type(official.calculate_fid(x, tensor), float)
+
+
+def number(result: MIRResult, results: list[MIRResult]) -> None:
+    assert_type(float(result), float)
+    assert_type(int(result), int)
+    assert_type(f"{result:.3f}", str)
+    assert_type(result < 3.4, bool)
+    assert_type(min(results), MIRResult)
+    assert_type(sorted(results), list[MIRResult])
+    gap: float = result - results[0]
+    rounded: float = round(result, 3)
+    size: float = abs(result)
+    total: float = 1 + 2 * result / 3 - (-result) ** 2
+    print(gap, rounded, size, total, math.isclose(result, 3.374), math.fsum(results), np.asarray(results, dtype=float))
+    assert_type(result.plot("layers.png"), Path)
+    figure, axes = result.plot()
+    axes.set_title(f"{figure.get_figwidth()} inches")
+    result.plot(ax=axes)
 
 
 def metric(vision: list[Tensor], text: list[Tensor], mask: Tensor) -> None:
@@ -80,6 +132,10 @@ def metric(vision: list[Tensor], text: list[Tensor], mask: Tensor) -> None:
     running = ModalityIntegrationRate(groups=5, precision="exact", sync_on_compute=False)
     running.update(vision, mask, mask)
     assert_type(running.load("state.safetensors"), ModalityIntegrationRate)
+    assert_type(running.compute(), MIRTensor)
+    as_both: tuple[MIRResult, Tensor] = (running.compute(), running.compute())
+    print(as_both)
+    assert_type(compare_several({"before": result, "after": result}), Comparisons)
     both = compare(result, result, paired=True)
     assert_type(both, Comparison)
     assert_type(both.z, "float | None")

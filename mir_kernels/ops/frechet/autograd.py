@@ -17,7 +17,7 @@ Ends = tuple[Tensor, Tensor, Tensor]  # a value, its lower and its upper end, wh
 
 
 def checked_trace_sqrt_product(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> Ends:
-    """Tr((AB)^(1/2)) of square matrices of one shape. ValueError where one is no covariance."""
+    """Tr((AB)^(1/2)) of square matrices whose leading axes broadcast. ValueError where one is no covariance."""
     if not bounds and backend == "linalg":
         found = small.trace(a, b)
         if found is not None:

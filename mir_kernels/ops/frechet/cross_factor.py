@@ -47,7 +47,7 @@ class CrossFactor(NamedTuple):
 
 
 def cross_factor(a: Tensor, b: Tensor, indefinite: float) -> CrossFactor:
-    """The cross factor of symmetric float64 a, b (batch, d, d).
+    """The cross factor of symmetric float64 a, b (batch, d, d), one of them (1, d, d) where it is the same for all.
 
     NotSemidefinite for an eigenvalue below -`indefinite`, relative to the equilibrated diagonal: no rounding of a
     covariance.
@@ -68,9 +68,9 @@ def cross_product(x: Tensor, y: Tensor, *, triangular: bool) -> Tensor:
     parts = blocks(x.shape[-1])
     if not triangular or len(parts) == 1:
         return float64.matmul(x.mT, y)
-    if x.dim() == 3 and x.shape[0] == 1:  # one product is faster than a batch of one
+    if x.dim() == 3 and x.shape[0] == y.shape[0] == 1:  # one product is faster than a batch of one
         return cross_product(x[0], y[0], triangular=True)[None]
-    out = torch.empty_like(x)
+    out = torch.empty_like(x if x.numel() >= y.numel() else y)
     for i0, i1 in parts:
         for j0, j1 in parts:
             k = max(i0, j0)

@@ -113,17 +113,20 @@ def frechet(
     mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The distance of means (..., d) and covariances (..., d, d), float64, and with `bounds` its ends; else empty ones.
+    Leading axes broadcast.
 
     The value is no less than |mean_x - mean_y|^2, and just that for equal covariances, as (A A)^(1/2) = A. Of matrices
     that rounding left indefinite the bounds are those of their positive parts, as `launch.trace_sqrt_product` has them.
     """
-    diagonals = [cov.diagonal(dim1=-2, dim2=-1).double() for cov in (cov_x, cov_y)]
-    x, y = (exact_marginals(mean.double(), v) for mean, v in zip((mean_x, mean_y), diagonals, strict=True))
+    means = torch.broadcast_shapes(mean_x.shape, mean_y.shape, (*launch.batch_of(cov_x, cov_y), cov_x.shape[-1]))
+    diagonals = [cov.diagonal(dim1=-2, dim2=-1).double().expand(means) for cov in (cov_x, cov_y)]
+    x, y = (exact_marginals(m.double().expand(means), v) for m, v in zip((mean_x, mean_y), diagonals, strict=True))
     mean, mean_lower, mean_upper = mean_term(x, y).unscaled()
-    equal = (cov_x == cov_y).all(-1).all(-1)
+    equal = (cov_x == cov_y).all(-1).all(-1).expand(means[:-1])
     if not bounds and bool(equal.all()):
         return mean, mean.new_empty(0), mean.new_empty(0)
-    root, lower, upper = launch.trace_sqrt_product(cov_x, cov_y, precision, bounds, backend)
+    found = launch.trace_sqrt_product(cov_x, cov_y, precision, bounds, backend)
+    root, lower, upper = (one.expand(means[:-1]) if bounds or one is found[0] else one for one in found)
     exponent = torch.frexp(torch.maximum(*(v.abs().amax(-1) for v in diagonals))).exponent.double()
     scaled = [float64.times_power(v, -exponent[..., None]) for v in diagonals]
     traces = scaled[0].sum(-1) + scaled[1].sum(-1)

@@ -1,4 +1,4 @@
-"""Tr((Sx Sy)^(1/2)) from the features that the covariances are of: without a covariance, where there are few rows."""
+"""Tr((Sx Sy)^(1/2)) and the distance from the features themselves: without a covariance, where there are few rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mir_kernels.ops.frechet import certificate, launch
-from mir_kernels.ops.frechet.centring import Centred, centre, covariance, widened
+from mir_kernels.ops.frechet.centring import Centred, centre, covariance, variances, widened
+from mir_kernels.ops.frechet.distance import deviation_term, marginals_of, mean_term, trace_term
 from mir_kernels.ops.frechet.report import warn_if_missed
 from mir_kernels.ops.sqrtm import factor, rounding
 
@@ -33,6 +34,43 @@ def trace_sqrt(
     norms, gap = launch.solver(backend).nuclear_norm(_product(cx, cy), precision, backend)
     warn_if_missed("trace_sqrt_from_features", gap, precision)
     return norms[0] * power, None, None
+
+
+def distance(
+    x: Tensor, y: Tensor, precision: str, bounds: bool, backend: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """|mean_x - mean_y|^2 + Tr(Sx + Sy) - 2 Tr((Sx Sy)^(1/2)) and, with `bounds`, its ends; features as above.
+
+    What the covariances add is a distance of its own: no less than 0, nor than `deviation_term`.
+    """
+    (coarse_x, fine_x, variance_x), (coarse_y, fine_y, variance_y) = variances(x), variances(y)
+    mean = ((coarse_x - coarse_y) + (fine_x - fine_y)).square().sum()
+    root, root_lower, root_upper = trace_sqrt(x, y, precision, bounds, backend)
+    apart = (variance_x.sqrt() - variance_y.sqrt()).square().sum()
+    added = torch.maximum((variance_x.sum() + variance_y.sum()) - 2 * root, apart)
+    # Not a number is a difference of what left the range.
+    value = mean if torch.equal(x, y) else (mean + added).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if root_lower is None or root_upper is None:
+        return value, None, None
+    sides = marginals_of(centre(x)), marginals_of(centre(y))
+    traces = [trace_term(side).unscaled() for side in sides]
+    least = _down(_down(traces[0][1] + traces[1][1]) - 2 * root_upper)
+    least = torch.maximum(least.nan_to_num(nan=0.0), deviation_term(*sides).unscaled()[1])
+    most = _up(_up(traces[0][2] + traces[1][2]) - 2 * root_lower).clamp(min=0.0)
+    _, mean_lower, mean_upper = mean_term(*sides).unscaled()
+    lower = torch.maximum(_down(mean_lower + least).clamp(max=torch.finfo(value.dtype).max), mean_lower)
+    upper = _up(mean_upper + most).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if torch.equal(x, y):
+        lower, upper = torch.zeros_like(lower), torch.zeros_like(upper)
+    return value.clamp(lower, upper), lower, upper
+
+
+def _down(end: Tensor) -> Tensor:
+    return torch.nextafter(end, torch.full_like(end, -torch.inf))
+
+
+def _up(end: Tensor) -> Tensor:
+    return torch.nextafter(end, torch.full_like(end, torch.inf))
 
 
 def _tall_bounds(x: Tensor, y: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,17 +1,21 @@
-"""The public functions: checks, then the registered operator under torch.compile and the raw function elsewhere."""
+"""The public functions of moments: checks, then the operator under torch.compile and the raw function elsewhere."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from mir_kernels import _checks
 from mir_kernels._gate import by_operator, outside_compilation, with_memory
-from mir_kernels.ops.frechet import autograd, features, launch
-from mir_kernels.ops.frechet.launch import TRACE_SQRT_PRODUCT
+from mir_kernels.ops.frechet import autograd, launch
+from mir_kernels.ops.frechet.launch import TRACE_SQRT_PRODUCT, Backend
 from mir_kernels.ops.frechet.report import PRECISIONS, Precision, TraceReport
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 
 class TraceSqrt(NamedTuple):
@@ -32,22 +36,23 @@ class FrechetDistance(NamedTuple):
 
 @overload
 def trace_sqrt_product(
-    a: Tensor, b: Tensor, *, precision: Precision = ..., bounds: Literal[False] = ..., backend: str | None = ...
+    a: Array, b: Array, *, precision: Precision = ..., bounds: Literal[False] = ..., backend: Backend | None = ...
 ) -> Tensor: ...
 @overload
 def trace_sqrt_product(
-    a: Tensor, b: Tensor, *, precision: Precision = ..., bounds: Literal[True], backend: str | None = ...
+    a: Array, b: Array, *, precision: Precision = ..., bounds: Literal[True], backend: Backend | None = ...
 ) -> TraceSqrt: ...
 @overload
 def trace_sqrt_product(
-    a: Tensor, b: Tensor, *, precision: Precision = ..., bounds: bool, backend: str | None = ...
+    a: Array, b: Array, *, precision: Precision = ..., bounds: bool, backend: Backend | None = ...
 ) -> Tensor | TraceSqrt: ...
 def trace_sqrt_product(
-    a: Tensor, b: Tensor, *, precision: Precision = "float32", bounds: bool = False, backend: str | None = None
+    a: Array, b: Array, *, precision: Precision = "float32", bounds: bool = False, backend: Backend | None = None
 ) -> Tensor | TraceSqrt:
     """Tr((AB)^(1/2)), the last term of Eq. 3 of the MIR paper, as the nuclear norm of Ca^T Cb with Ca Ca^T = A.
 
-    a, b: covariances (..., d, d) of one shape, any floating dtype; each is symmetrised and worked on in float64.
+    a, b: covariances (..., d, d), any floating dtype, numpy arrays too; each is symmetrised and worked on in float64.
+    Leading axes broadcast as torch's do: one reference (d, d) against a batch is checked and factored once.
     precision: the relative error of the trace is at most 2e-3 ("bfloat16", by products of 16 bits), 1e-6 ("float32") or
     1e-8 ("float64"), whatever the backend; a RuntimeWarning says what was reached where that could not be met.
     bounds: return `TraceSqrt(value, lower, upper)` with lower <= truth <= upper proved in float64; of a matrix that
@@ -58,22 +63,26 @@ def trace_sqrt_product(
     symmetric and positive semi-definite up to rounding, TypeError for other dtypes. Compiled code refuses the same,
     when it runs.
     """
-    _check_pair("a", a, "b", b)
+    a, b = _checked_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
-    backend = TRACE_SQRT_PRODUCT.choose(backend, a.device)
-    registered = by_operator("trace_sqrt_product", a, b)
-    run = torch.ops.mir_kernels.trace_sqrt_product if registered else autograd.checked_trace_sqrt_product
-    value, lower, upper = run(a.detach(), b.detach(), precision, bounds, backend)
+    chosen = TRACE_SQRT_PRODUCT.choose(backend, a.device)
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    if by_operator("trace_sqrt_product", a, b):
+        run, shape = torch.ops.mir_kernels.trace_sqrt_product, torch.broadcast_shapes(a.shape, b.shape)
+        a, b = _expanded(a, shape), _expanded(b, shape)
+    else:
+        run = autograd.checked_trace_sqrt_product
+    value, lower, upper = run(a.detach(), b.detach(), precision, bounds, chosen)
     return TraceSqrt(value, lower, upper) if bounds else value
 
 
 @outside_compilation
 @torch.no_grad()
 def trace_sqrt_report(
-    a: Tensor, b: Tensor, *, precision: Precision = "float32", backend: str | None = None
+    a: Array, b: Array, *, precision: Precision = "float32", backend: Backend | None = None
 ) -> TraceReport:
     """`trace_sqrt_product` and how it came about: the error each value was accepted with, and the path that ran."""
-    _check_pair("a", a, "b", b)
+    a, b = _checked_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
     a, b = with_memory("trace_sqrt_report", "a", a), with_memory("trace_sqrt_report", "b", b)
     _checks.symmetric("a", a)
@@ -81,104 +90,107 @@ def trace_sqrt_report(
     return launch.report(a, b, precision, TRACE_SQRT_PRODUCT.choose(backend, a.device))
 
 
-@outside_compilation
-@torch.no_grad()
-def trace_sqrt_from_features(
-    x: Tensor, y: Tensor, *, precision: Precision = "float32", bounds: bool = False, backend: str | None = None
-) -> Tensor | TraceSqrt:
-    """Tr((Sx Sy)^(1/2)) of the covariances (ddof 1) of the rows of x (n, d) and y (m, d), n, m >= 2, in float64.
-
-    The nuclear norm of Xc Yc^T / sqrt((n-1)(m-1)), without a covariance, where one of them has no more rows than
-    columns: by singular values ("linalg", exact to rounding) or a polar factor to `precision`. Otherwise
-    `trace_sqrt_product` of the two covariances. The features need not be centred: `bounds` hold for them as they are,
-    whatever their mean, with what rounds in means, deviations and covariances. A scalar, or `TraceSqrt` with `bounds`.
-    """
-    _checks.tokens("x", x)
-    _checks.tokens("y", y)
-    for name, value in (("x", x), ("y", y)):
-        if value.dim() != 2 or value.shape[0] < 2:
-            raise ValueError(f"{name}: takes features (n, d) with n >= 2, got {tuple(value.shape)}")
-    _checks.same_device("y", y, "x", x)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"y: takes {x.shape[1]} columns as x has, got {y.shape[1]}")
-    _checks.choice("precision", precision, PRECISIONS)
-    x, y = with_memory("trace_sqrt_from_features", "x", x), with_memory("trace_sqrt_from_features", "y", y)
-    _checks.finite("x", x)
-    _checks.finite("y", y)
-    backend = TRACE_SQRT_PRODUCT.choose(backend, x.device)
-    value, lower, upper = features.trace_sqrt(x, y, precision, bounds, backend)
-    return value if lower is None or upper is None else TraceSqrt(value, lower, upper)
-
-
 @overload
 def frechet_distance(
-    mean_x: Tensor,
-    cov_x: Tensor,
-    mean_y: Tensor,
-    cov_y: Tensor,
+    mean_x: Array,
+    cov_x: Array,
+    mean_y: Array,
+    cov_y: Array,
     *,
     precision: Precision = ...,
     bounds: Literal[False] = ...,
-    backend: str | None = ...,
+    backend: Backend | None = ...,
 ) -> Tensor: ...
 @overload
 def frechet_distance(
-    mean_x: Tensor,
-    cov_x: Tensor,
-    mean_y: Tensor,
-    cov_y: Tensor,
+    mean_x: Array,
+    cov_x: Array,
+    mean_y: Array,
+    cov_y: Array,
     *,
     precision: Precision = ...,
     bounds: Literal[True],
-    backend: str | None = ...,
+    backend: Backend | None = ...,
 ) -> FrechetDistance: ...
 @overload
 def frechet_distance(
-    mean_x: Tensor,
-    cov_x: Tensor,
-    mean_y: Tensor,
-    cov_y: Tensor,
+    mean_x: Array,
+    cov_x: Array,
+    mean_y: Array,
+    cov_y: Array,
     *,
     precision: Precision = ...,
     bounds: bool,
-    backend: str | None = ...,
+    backend: Backend | None = ...,
 ) -> Tensor | FrechetDistance: ...
 def frechet_distance(
-    mean_x: Tensor,
-    cov_x: Tensor,
-    mean_y: Tensor,
-    cov_y: Tensor,
+    mean_x: Array,
+    cov_x: Array,
+    mean_y: Array,
+    cov_y: Array,
     *,
     precision: Precision = "float32",
     bounds: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | FrechetDistance:
     """|mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), the distance of Eq. 3 of the MIR paper.
 
-    mean_x, mean_y: (..., d).  cov_x, cov_y: (..., d, d).  precision, bounds, backend and errors as for
+    mean_x, mean_y: (..., d).  cov_x, cov_y: (..., d, d). Their leading axes broadcast: one reference (d,), (d, d)
+    against a batch gives the batch's distances. precision, bounds, backend, arrays and errors as for
     `trace_sqrt_product`; the error of the root is relative to the root, so where the distance is far smaller than the
     traces it holds fewer digits: `bounds=True` returns `FrechetDistance(value, lower, upper)` and says how many.
     Never less than |mean_x - mean_y|^2, and just that for equal covariances. float64, of the batch's shape, without
     gradient.
     """
-    _check_pair("cov_x", cov_x, "cov_y", cov_y)
-    for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
-        _checks.tokens(name, mean)
-        if mean.shape != cov_x.shape[:-1]:
-            raise ValueError(f"{name}: takes shape {tuple(cov_x.shape[:-1])}, got {tuple(mean.shape)}")
-        _checks.same_device(name, mean, "cov_x", cov_x)
+    cov_x, cov_y = _checked_pair("cov_x", cov_x, "cov_y", cov_y)
+    mean_x, mean_y = (_checked_mean(*one, cov_x) for one in (("mean_x", mean_x), ("mean_y", mean_y)))
     _checks.choice("precision", precision, PRECISIONS)
-    backend = TRACE_SQRT_PRODUCT.choose(backend, cov_x.device)
+    chosen = TRACE_SQRT_PRODUCT.choose(backend, cov_x.device)
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    shape = _shape_of_all(mean_x, cov_x, mean_y, cov_y)
     mean_x, cov_x, mean_y, cov_y = (tensor.detach() for tensor in (mean_x, cov_x, mean_y, cov_y))
-    registered = by_operator("frechet_distance", mean_x, cov_x, mean_y, cov_y)
-    run = torch.ops.mir_kernels.frechet_distance if registered else autograd.checked_frechet_distance
-    value, lower, upper = run(mean_x, cov_x, mean_y, cov_y, precision, bounds, backend)
+    if by_operator("frechet_distance", mean_x, cov_x, mean_y, cov_y):
+        run = torch.ops.mir_kernels.frechet_distance
+        mean_x, mean_y = _expanded(mean_x, shape), _expanded(mean_y, shape)
+        cov_x, cov_y = (_expanded(cov, (*shape, cov.shape[-1])) for cov in (cov_x, cov_y))
+    else:
+        run = autograd.checked_frechet_distance
+    value, lower, upper = run(mean_x, cov_x, mean_y, cov_y, precision, bounds, chosen)
     return FrechetDistance(value, lower, upper) if bounds else value
 
 
-def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    _checks.square(name_a, a)
-    _checks.square(name_b, b)
+def _checked_pair(name_a: str, a: Array, name_b: str, b: Array) -> tuple[Tensor, Tensor]:
+    a, b = _checks.square(name_a, a), _checks.square(name_b, b)
     _checks.same_device(name_b, b, name_a, a)
-    if a.shape != b.shape:
-        raise ValueError(f"{name_b}: takes shape {tuple(a.shape)} as {name_a} has, got {tuple(b.shape)}")
+    if a.shape != b.shape and (a.shape[-1] != b.shape[-1] or not _broadcast(a.shape[:-2], b.shape[:-2])):
+        raise ValueError(
+            f"{name_b}: takes shape {tuple(a.shape)} as {name_a} has, got {tuple(b.shape)}; leading axes may broadcast"
+        )
+    return a, b
+
+
+def _checked_mean(name: str, mean: Array, covariance: Tensor) -> Tensor:
+    mean = _checks.tokens(name, mean)
+    if mean.shape[-1] != covariance.shape[-1]:
+        raise ValueError(f"{name}: takes shape {tuple(covariance.shape[:-1])}, got {tuple(mean.shape)}")
+    _checks.same_device(name, mean, "cov_x", covariance)
+    return mean
+
+
+def _shape_of_all(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> torch.Size:
+    """(..., d) of the distances' batch. ValueError for a mean whose leading axes do not broadcast with the others'."""
+    shape = torch.broadcast_shapes(cov_x.shape[:-1], cov_y.shape[:-1])
+    for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
+        if not _broadcast(mean.shape, shape):
+            raise ValueError(f"{name}: takes shape {tuple(shape)}, got {tuple(mean.shape)}; leading axes may broadcast")
+        shape = torch.broadcast_shapes(mean.shape, shape)
+    return shape
+
+
+def _expanded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """For an operator, which takes leading axes that are alike."""
+    return tensor if tuple(tensor.shape) == tuple(shape) else tensor.expand(*shape)
+
+
+def _broadcast(one: torch.Size, other: torch.Size) -> bool:
+    return all(a == b or 1 in (a, b) for a, b in zip(reversed(one), reversed(other), strict=False))

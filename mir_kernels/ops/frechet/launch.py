@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from mir_kernels._symmetry import symmetrize
 from mir_kernels.ops.frechet import certificate, iterated, linalg, reference
 from mir_kernels.ops.frechet.report import TraceReport, warn_if_missed
 
+Backend = Literal["triton", "eager", "linalg", "reference"]
 # "linalg": float64 singular values through torch.linalg; "eager" and "triton": the polar factor by Newton-Schulz.
 TRACE_SQRT_PRODUCT = Operation(
     "trace_sqrt_product",
@@ -28,7 +30,7 @@ CHUNK = 1 << 24
 def trace_sqrt_product(
     a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The value and, with `bounds`, its lower and upper end; those are empty without."""
+    """The value and, with `bounds`, its lower and upper end; those are empty without. Leading axes broadcast."""
     if not bounds:
         found = report(a, b, precision, backend)
         warn_if_missed("trace_sqrt_product", found.error, precision)
@@ -42,7 +44,7 @@ def trace_sqrt_product(
 def report(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
     """The value, the error it was accepted with, and the path that ran, for each of the batch."""
     indefinite = _indefinite(a, b)
-    return _joined(a, [solver(backend).trace(x, y, precision, backend, indefinite) for x, y in _chunks(a, b)])
+    return _joined(a, b, [solver(backend).trace(x, y, precision, backend, indefinite) for x, y in _chunks(a, b)])
 
 
 def _with_bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[TraceReport, Tensor, Tensor]:
@@ -52,22 +54,22 @@ def _with_bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tr
         if module is linalg:
             found, ends = linalg.trace_with_bounds(x, y, precision, indefinite)
         else:
-            found, ends = module.trace(x, y, precision, backend, indefinite), [None] * x.shape[0]
+            found = module.trace(x, y, precision, backend, indefinite)
+            ends = [None] * len(found.value)
         lower, upper = torch.empty_like(found.value), torch.empty_like(found.value)
         for i, pair in enumerate(ends):
             if pair is not None:
                 lower[i], upper[i] = pair
         if open_ := [i for i, pair in enumerate(ends) if pair is None]:
-            lower[open_], upper[open_] = certificate.trace_bounds(
-                x[open_], y[open_], module.witness(precision, backend)
-            )
+            part = (some(x, open_), some(y, open_))
+            lower[open_], upper[open_] = certificate.trace_bounds(*part, module.witness(precision, backend))
         reports.append(found)
         lowers.append(lower)
         uppers.append(upper)
-    found = _joined(a, reports)
+    found = _joined(a, b, reports)
     if not reports:
         return found, found.value.clone(), found.value.clone()
-    return found, torch.cat(lowers).reshape(a.shape[:-2]), torch.cat(uppers).reshape(a.shape[:-2])
+    return found, torch.cat(lowers).reshape(found.value.shape), torch.cat(uppers).reshape(found.value.shape)
 
 
 def _indefinite(a: Tensor, b: Tensor) -> float:
@@ -75,11 +77,18 @@ def _indefinite(a: Tensor, b: Tensor) -> float:
     return 8 * a.shape[-1] * max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps, 1e-12)
 
 
-def _joined(a: Tensor, parts: list[TraceReport]) -> TraceReport:
+def _joined(a: Tensor, b: Tensor, parts: list[TraceReport]) -> TraceReport:
     values = torch.cat([part.value for part in parts]) if parts else a.new_zeros(0, dtype=torch.float64)
     errors = torch.cat([part.error for part in parts]) if parts else values
-    batch = a.shape[:-2]
+    batch = batch_of(a, b)
     return TraceReport(values.reshape(batch), errors.reshape(batch), tuple(p for part in parts for p in part.path))
+
+
+def batch_of(a: Tensor, b: Tensor) -> torch.Size:
+    """The leading axes of matrices (..., d, d) that stand against one another."""
+    if a.shape == b.shape:  # microseconds sooner
+        return a.shape[:-2]
+    return torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
 
 
 def solver(backend: str) -> ModuleType:
@@ -87,10 +96,38 @@ def solver(backend: str) -> ModuleType:
     return {"linalg": linalg, "reference": reference, "eager": iterated, "triton": iterated}[backend]
 
 
+def some(x: Tensor, places: list[int]) -> Tensor:
+    """Matrices of a part (count, d, d) of the batch; one that stands against all of it, (1, d, d), as it is."""
+    return x if x.shape[0] == 1 else x[places]
+
+
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The flattened batch, symmetric and in float64, in parts that bound the memory of the intermediates."""
-    d = a.shape[-1]
+    """The flattened batch, symmetric and in float64, in parts that bound the memory of the intermediates.
+
+    One matrix that stands against all others comes as (1, d, d) with every part: it is factored once a part.
+    """
+    d, batch = a.shape[-1], batch_of(a, b)
     step = max(1, CHUNK // (d * d))
-    x, y = a.reshape(-1, d, d), b.reshape(-1, d, d)
-    for i in range(0, x.shape[0], step):
-        yield symmetrize(x[i : i + step]), symmetrize(y[i : i + step])
+    sides = [_Side(matrix, batch) for matrix in (a, b)]
+    for i in range(0, batch.numel(), step):
+        x, y = (side.part(i, i + step) for side in sides)
+        yield x, y
+
+
+class _Side:
+    """Matrices (..., d, d) as the places of a batch have them."""
+
+    def __init__(self, matrices: Tensor, batch: torch.Size) -> None:
+        self._flat = matrices.reshape(-1, *matrices.shape[-2:])
+        count = self._flat.shape[0]
+        self._alone = symmetrize(self._flat) if count == 1 else None
+        self._places: Tensor | None = None
+        if count not in (1, batch.numel()):
+            places = torch.arange(count, device=matrices.device, dtype=torch.int64)
+            self._places = places.view(matrices.shape[:-2]).expand(batch).reshape(-1)
+
+    def part(self, start: int, stop: int) -> Tensor:
+        if self._alone is not None:
+            return self._alone
+        part = self._flat[start:stop] if self._places is None else self._flat[self._places[start:stop]]
+        return symmetrize(part)

@@ -35,7 +35,8 @@ def trace_with_bounds(
     """
     form = standard_form.reduce(a, b)
     if not form.banded:
-        return _trace(a, b, form, precision, indefinite)[0], [None] * a.shape[0]
+        return _trace(a, b, form, precision, indefinite)[0], [None] * len(form.rounding)
+    a, b = torch.broadcast_tensors(a, b)
     tolerance = TOLERANCE[precision]
     widest = _WIDEST if precision == "float32" else tolerance
     kept = form.m.clone()
@@ -64,7 +65,8 @@ def _trace(
     allowed = min(TOLERANCE[precision], TOLERANCE["float32"]) if form.banded else TOLERANCE["float64"]
     direct = [i for i, reached in enumerate(errors) if not reached <= allowed]
     if direct:
-        pair = cross_factor(a[direct], b[direct], indefinite)
+        x, y = (one if one.shape[0] == 1 else one[direct] for one in (a, b))
+        pair = cross_factor(x, y, indefinite)
         values = torch.linalg.svdvals(pair.n).sum(-1)
         total[direct] = pair.trace(values)
         error[direct] = pair.n.shape[-1] * factor.UNIT + pair.relative_rounding(values)

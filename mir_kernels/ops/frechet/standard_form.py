@@ -33,11 +33,14 @@ class StandardForm(NamedTuple):
 
 
 def reduce(a: Tensor, b: Tensor) -> StandardForm:
-    """The standard form of symmetric float64 a, b (batch, d, d); a is not factored, nor is it known to be definite."""
+    """The standard form of symmetric float64 a, b (batch, d, d); a is not factored, nor is it known to be definite.
+
+    One of them is (1, d, d) where it is the same for all.
+    """
     d = a.shape[-1]
     if a.device.type == "cpu" and native.MISSING is None:
         banded = d >= BANDED
-        m, rounding, exponent = native.standard_form(a, b, banded=banded)
+        m, rounding, exponent = native.standard_form(*torch.broadcast_tensors(a, b), banded=banded)
         return StandardForm(m, d, rounding, exponent, banded)
     h, scale, exponent = factor.equilibrate(b)
     lower, singular = factor.cholesky(h)
@@ -45,6 +48,7 @@ def reduce(a: Tensor, b: Tensor) -> StandardForm:
     c = lower * (scale * torch.exp2(-half)[..., None])[..., None]
     m = c.mT @ (a @ c)
     probes = factor.signs_like(a, _PROBES)
+    half, singular = half.expand(len(m)), singular.expand(len(m))
     apart = m @ probes - c.mT @ (a @ (c @ probes))
     rounding = (apart.square().sum((-2, -1)) / _PROBES).sqrt().masked_fill(singular, torch.inf)
     return StandardForm(m, d, rounding, exponent + half, banded=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
@@ -9,24 +11,29 @@ from torch._C._autograd import CreationMeta, _get_creation_meta
 from mir_kernels import _checks
 from mir_kernels._gate import by_operator
 from mir_kernels.ops.moca import autograd, launch
+from mir_kernels.ops.moca.launch import Backend, FusedBackend
 from mir_kernels.ops.moca.vision_mask import VisionMask
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 MASKS = (torch.bool, torch.uint8, *_checks.FLOATS)
 
 
 def moca(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mask: Tensor | VisionMask,
+    x: Array,
+    scale: Array,
+    shift: Array,
+    mask: Array | VisionMask,
     *,
     inplace: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Scale and shift vision tokens (Eq. 5 of the MIR paper): `scale * x + shift` where mask, x bit for bit elsewhere.
 
     x: (..., d), float32, bfloat16, float16 or float64, any strides, any number of tokens including none.
-    scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token.
+    scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token. In
+    other whole dtypes 0 and 1, and to look waits for the device. numpy arrays are taken everywhere but for x in place.
     inplace: change x and return it; text rows are then neither read nor written. Where scale requires grad, the vision
     rows are copied first, which waits for the device to count them; a `VisionMask` is counted once for many calls.
     Backward goes by the mask as it was at the call, whatever has been written to it since.
@@ -34,36 +41,43 @@ def moca(
     rounded once. Differentiable once, for x, scale and shift; column sums in float32, the same bits on every run.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run here.
     """
-    mask, shared = _tensor_and_shared(mask)
-    _check(x, scale, shift, mask)
-    if by_operator("moca", x, scale, shift, mask):
+    flags, shared = _tensor_and_shared(mask)
+    if not _sound(x, scale, shift, flags):
+        if inplace and not isinstance(x, Tensor):
+            raise TypeError(f"x: takes a torch.Tensor, got {type(x).__name__}, and is changed in place")
+        x, scale, shift, flags = _explained(x, scale, shift, flags)
+    if TYPE_CHECKING:
+        assert isinstance(x, Tensor)
+        assert isinstance(scale, Tensor)
+        assert isinstance(shift, Tensor)
+    if by_operator("moca", x, scale, shift, flags):
         # In place, what backward keeps must not be the tensor that changes.
         source = x.clone() if inplace and torch.is_grad_enabled() and scale.requires_grad else x
-        out = torch.ops.mir_kernels.moca(source, scale, shift, mask, backend)
+        out = torch.ops.mir_kernels.moca(source, scale, shift, flags, backend)
         return x.copy_(out) if inplace else out
     gradient = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or shift.requires_grad)
     if inplace:
         _check_writable(x, gradient)
     if gradient:
-        return autograd.Moca.apply(x, scale, shift, mask, inplace, backend, shared)
+        return autograd.Moca.apply(x, scale, shift, flags, inplace, backend, shared)
     if not inplace:
-        return launch.forward(x, scale, shift, mask, backend)
-    launch.forward_(x, scale, shift, mask, backend)
+        return launch.forward(x, scale, shift, flags, backend)
+    launch.forward_(x, scale, shift, flags, backend)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)  # the kernels write behind autograd's back
     return x
 
 
 def add_moca_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mask: Tensor | VisionMask,
-    weight: Tensor,
+    x: Array,
+    residual: Array,
+    scale: Array,
+    shift: Array,
+    mask: Array | VisionMask,
+    weight: Array,
     *,
     eps: float = 1e-6,
-    backend: str | None = None,
+    backend: FusedBackend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What lies between two decoder layers in one pass: residual add, MoCa on vision rows, RMSNorm.
 
@@ -74,13 +88,20 @@ def add_moca_rms_norm(
     Llama's RMSNorm on top of the separate operations. rsqrt, mean and all sums in float32 (float64 for float64).
     Differentiable once, for x, residual, scale, shift and weight. Errors as in `moca`.
     """
-    mask, shared = _tensor_and_shared(mask)
-    _check(x, scale, shift, mask)
+    flags, shared = _tensor_and_shared(mask)
+    if not _sound(x, scale, shift, flags):
+        x, scale, shift, flags = _explained(x, scale, shift, flags)
     if not _fit(x, residual, weight):
-        _explain_addition(x, residual, weight)
-    arguments = (x, residual, scale, shift, mask, weight, float(eps), backend)
+        residual, weight = _explained_addition(x, residual, weight)
+    if TYPE_CHECKING:
+        assert isinstance(x, Tensor)
+        assert isinstance(residual, Tensor)
+        assert isinstance(scale, Tensor)
+        assert isinstance(shift, Tensor)
+        assert isinstance(weight, Tensor)
+    arguments = (x, residual, scale, shift, flags, weight, float(eps), backend)
     tensors = (x, residual, scale, shift, weight)
-    if by_operator("add_moca_rms_norm", *tensors, mask):
+    if by_operator("add_moca_rms_norm", *tensors, flags):
         out, h, _ = torch.ops.mir_kernels.add_moca_rms_norm(*arguments)
         return out, h
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -90,48 +111,42 @@ def add_moca_rms_norm(
     return out, h
 
 
-def _tensor_and_shared(mask: Tensor | VisionMask) -> tuple[Tensor, VisionMask | None]:
+def _tensor_and_shared(mask: Array | VisionMask) -> tuple[Any, VisionMask | None]:
     """The mask as a tensor, and as what layers share if it came as that."""
     return (mask.mask, mask) if isinstance(mask, VisionMask) else (mask, None)
 
 
-def _check(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
-    try:
-        sound = _sound(x, scale, shift, mask)
-    except RuntimeError:  # of a nested tensor's shape
-        sound = False
-    if not sound:
-        _explain(x, scale, shift, mask)
-
-
 # A call on a few rows takes microseconds, and one check after the other, each ready with its message, takes as long:
-# so first the question whether anything is wrong, and only then what.
+# so first the question whether anything is wrong, or no tensor, and only then what.
 
 
-def _sound(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> bool:
-    if not (isinstance(x, Tensor) and isinstance(scale, Tensor) and isinstance(shift, Tensor)):
+def _sound(x: Any, scale: Any, shift: Any, mask: Any) -> bool:
+    try:
+        if not (isinstance(x, Tensor) and isinstance(scale, Tensor) and isinstance(shift, Tensor)):
+            return False
+        shape, device = x.shape, x.device
+        size = shape[-1:]
+        return (
+            isinstance(mask, Tensor)
+            and len(size) == 1
+            and size[0] > 0
+            and x.layout == scale.layout == shift.layout == mask.layout == torch.strided
+            and x.dtype in _checks.FLOATS
+            and scale.dtype in _checks.FLOATS
+            and shift.dtype in _checks.FLOATS
+            and mask.dtype in MASKS
+            and scale.shape == size
+            and shift.shape == size
+            and mask.shape == shape[:-1]
+            and scale.device == device
+            and shift.device == device
+            and mask.device == device
+        )
+    except RuntimeError:  # of a nested tensor's shape
         return False
-    shape, device = x.shape, x.device
-    size = shape[-1:]
-    return (
-        isinstance(mask, Tensor)
-        and len(size) == 1
-        and size[0] > 0
-        and x.layout == scale.layout == shift.layout == mask.layout == torch.strided
-        and x.dtype in _checks.FLOATS
-        and scale.dtype in _checks.FLOATS
-        and shift.dtype in _checks.FLOATS
-        and mask.dtype in MASKS
-        and scale.shape == size
-        and shift.shape == size
-        and mask.shape == shape[:-1]
-        and scale.device == device
-        and shift.device == device
-        and mask.device == device
-    )
 
 
-def _fit(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+def _fit(x: Any, residual: Any, weight: Any) -> bool:
     return (
         isinstance(residual, Tensor)
         and isinstance(weight, Tensor)
@@ -146,24 +161,27 @@ def _fit(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _explain(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor) -> None:
-    _checks.tokens("x", x)
-    _checks.vector("scale", scale, x.shape[-1])
-    _checks.vector("shift", shift, x.shape[-1])
-    _checks.mask("mask", mask, x.shape[:-1], floats=True)
+def _explained(x: Any, scale: Any, shift: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors of what is taken as one; else what is wrong."""
+    x = _checks.tokens("x", x)
+    scale = _checks.vector("scale", scale, x.shape[-1])
+    shift = _checks.vector("shift", shift, x.shape[-1])
+    mask = _checks.mask("mask", mask, x.shape[:-1], floats=True)
     _checks.same_device("scale", scale, "x", x)
     _checks.same_device("shift", shift, "x", x)
     _checks.same_device("mask", mask, "x", x)
+    return x, scale, shift, mask
 
 
-def _explain_addition(x: Tensor, residual: Tensor, weight: Tensor) -> None:
-    _checks.tokens("residual", residual)
+def _explained_addition(x: Any, residual: Any, weight: Any) -> tuple[Tensor, Tensor]:
+    residual = _checks.tokens("residual", residual)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         takes, got = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (x, residual))
         raise ValueError(f"residual: takes x's shape and dtype, {takes}, got {got}")
-    _checks.vector("weight", weight, x.shape[-1])
+    weight = _checks.vector("weight", weight, x.shape[-1])
     _checks.same_device("residual", residual, "x", x)
     _checks.same_device("weight", weight, "x", x)
+    return residual, weight
 
 
 def _check_writable(x: Tensor, gradient: bool) -> None:

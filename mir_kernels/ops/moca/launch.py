@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from mir_kernels._dispatch import Operation
 from mir_kernels._precision import accumulator
 from mir_kernels.ops.moca.vision_mask import VisionMask
 
+Backend = Literal["cuda", "triton", "native", "eager", "reference"]
+FusedBackend = Literal["triton", "native", "eager", "reference"]
 MOCA = Operation("moca", orders={"cuda": ("cuda", "triton", "eager"), "cpu": ("native", "eager")})
 ADD_MOCA_RMS_NORM = Operation("add_moca_rms_norm", orders={"cuda": ("triton", "eager"), "cpu": ("native", "eager")})
 OPERATIONS = (MOCA, ADD_MOCA_RMS_NORM)

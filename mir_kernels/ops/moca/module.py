@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from mir_kernels.ops.moca.functional import moca
 from mir_kernels.ops.moca.vision_mask import VisionMask
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 
 class MoCa(nn.Module):
@@ -40,8 +45,8 @@ class MoCa(nn.Module):
             self.scale.normal_(1.0, self.std) if self.std else self.scale.fill_(1.0)
             self.shift.normal_(0.0, self.std) if self.std else self.shift.zero_()
 
-    def forward(self, x: Tensor, mask: Tensor | VisionMask, *, inplace: bool = False) -> Tensor:
-        """`moca` with this module's scale and shift. x (..., d); mask (...), nonzero for vision tokens."""
+    def forward(self, x: Array, mask: Array | VisionMask, *, inplace: bool = False) -> Tensor:
+        """`moca` with this module's scale and shift. x (..., d); mask (...), as in `moca`."""
         return moca(x, self.scale, self.shift, mask, inplace=inplace)
 
     def extra_repr(self) -> str:

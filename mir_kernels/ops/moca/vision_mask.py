@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from mir_kernels import _checks
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 
 class VisionMask:
     """The vision tokens of one forward pass, which all of its layers share: `moca` takes it in place of the mask.
 
-    mask: (...), bool, uint8 or floating, nonzero for vision tokens. It is copied, so that whoever writes to it later,
+    mask: (...), as in `moca`. It is copied, so that whoever writes to it later,
     through NumPy, DLPack or a collective, which torch does not see, changes nothing here. Where its vision rows lie is
     found when it is first asked for, which waits for the device; a mask given to `moca` itself is asked every time.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = own_mask(mask)
+    def __init__(self, mask: Array) -> None:
+        self.mask = own_mask(_checks.mask("mask", mask, None, floats=True))
 
     @cached_property
     def places(self) -> Tensor:

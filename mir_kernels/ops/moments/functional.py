@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from mir_kernels import _checks
 from mir_kernels._gate import by_operator
 from mir_kernels.ops.moments import autograd, launch
 
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
+
 __all__ = ["token_norms"]
 
 
-def token_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """The l2 norms ||x_t|| of tokens x `(..., d)`, f32/bf16/f16/f64, as float32 `(...)`.
+def token_norms(x: Array, *, backend: launch.Backend | None = None) -> Tensor:
+    """The l2 norms ||x_t|| of tokens x `(..., d)`, f32/bf16/f16/f64, a numpy array too, as float32 `(...)`.
 
     No finite f16/bf16/f32 token overflows on the way; a norm beyond float32 is infinite. Any strides; not
     differentiable.
     """
-    _checks.tokens("x", x)
+    x = _checks.tokens("x", x)
     name = launch.TOKEN_NORMS.choose(backend, x.device)
     run = autograd.token_norms if by_operator("token_norms", x) else launch.token_norms
     return run(x.detach(), name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mir_kernels._dispatch import Operation
 
+Backend = Literal["triton", "native", "eager", "reference"]
 _ORDERS = {"cuda": ("triton", "eager"), "cpu": ("native", "eager")}
 TOKEN_NORMS = Operation("token_norms", orders=_ORDERS)
 STREAMING_MOMENTS = Operation("streaming_moments", orders=_ORDERS)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,9 +11,14 @@ from torch import Tensor
 from mir_kernels import _checks
 from mir_kernels._gate import outside_compilation, with_memory
 from mir_kernels.ops.moments import packed
+from mir_kernels.ops.moments.centre import block_centre
 from mir_kernels.ops.moments.finite import require_finite
-from mir_kernels.ops.moments.launch import STREAMING_MOMENTS, block_update
+from mir_kernels.ops.moments.launch import STREAMING_MOMENTS, Backend, block_update
+from mir_kernels.ops.moments.locking import Locked, alone, both
 from mir_kernels.ops.moments.state import OWN, REDUCED, VERSION, check, number
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 Precision = Literal["fast", "auto", "exact"]
 PRECISIONS = get_args(Precision)
@@ -24,11 +28,9 @@ ROWS = {"cpu": 1024, "cuda": 4096}
 # Blocks of an update on a GPU that need no gathering: each takes a pass over the triangle, and with more rows float32
 # sums of products whose mean is 4 deviations would lose more than is promised.
 DIRECT = 8192
-# Rows that the shift of a block is taken from where reading them all would cost a pass of its own.
-SAMPLE = 512
 
 
-class StreamingMoments:
+class StreamingMoments(Locked):
     """Mean and covariance of tokens in one pass: mu = sum x_t / n, C = sum (x_t - mu)(x_t - mu)^T / (n - ddof).
 
     Blocks of rows are shifted by a vector near their mean, multiplied, and joined by the rule of Chan, Golub and
@@ -42,6 +44,9 @@ class StreamingMoments:
     grows with the square of mean / deviation; "auto" elsewhere.
     backend: "triton", "native" or "eager" (`mir_kernels.backends()`), or "reference".
 
+    Threads may share one: each call has it to itself. With as many as there are cores, one a thread and `merge` at the
+    end is faster, since no call waits for another.
+
     A refused update leaves the state as it was. Tokens are not asked whether they are finite, which would wait for the
     device: reading a mean or covariance that is not finite raises ValueError.
     """
@@ -54,11 +59,12 @@ class StreamingMoments:
         *,
         device: torch.device | str | None = None,
         precision: Precision = "auto",
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         if not isinstance(hidden_size, int) or isinstance(hidden_size, bool) or hidden_size < 1:
             raise ValueError(f"hidden_size: takes an integer of at least 1, got {hidden_size!r}")
         _checks.choice("precision", precision, PRECISIONS)
+        super().__init__()
         self.hidden_size, self.precision = hidden_size, precision
         self.device = torch.empty(0, dtype=torch.float32, device=device).device
         self._asked = backend
@@ -66,6 +72,7 @@ class StreamingMoments:
         self.reset()
 
     @torch.inference_mode(False)
+    @alone
     def reset(self) -> None:
         """Back to no rows, and to none that other ranks hold as well."""
         d = self.hidden_size
@@ -84,20 +91,22 @@ class StreamingMoments:
         self._whole = True  # no mask dropped any: it is known here, too
 
     @outside_compilation
+    @alone
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def update(self, x: Array, mask: Array | None = None) -> None:
         """Adds the tokens x `(..., d)`, f32/bf16/f16/f64, any strides, where mask `(...)`, bool or uint8, is nonzero.
 
-        On CUDA nothing waits for the device.
+        numpy arrays are taken for both. On CUDA nothing waits for the device, unless the mask has another whole dtype,
+        in which it is to be 0 and 1.
         """
-        _checks.tokens("x", x)
+        x = _checks.tokens("x", x)
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: takes shape (..., {self.hidden_size}), got {tuple(x.shape)}")
         if x.device != self.device:
             raise ValueError(f"x: lies on {x.device}, but the moments lie on {self.device}")
         if mask is not None:
-            _checks.mask("mask", mask, tuple(x.shape[:-1]))
+            mask = _checks.mask("mask", mask, tuple(x.shape[:-1]))
             _checks.same_device("mask", mask, "x", x)
             mask = with_memory("StreamingMoments.update", "mask", mask)
         rows = with_memory("StreamingMoments.update", "x", x).detach().reshape(-1, self.hidden_size)
@@ -114,12 +123,14 @@ class StreamingMoments:
 
     @property
     @outside_compilation
+    @alone
     def count(self) -> int:
         """Rows so far. Waits for the device."""
         return int(self._count + self._filled)
 
     @property
     @outside_compilation
+    @alone
     def mean(self) -> Tensor:
         """mu `(d,)`, float64; zeros while there are no rows. ValueError where it is not finite."""
         self._fold_pending()
@@ -127,6 +138,7 @@ class StreamingMoments:
         return self._mean.clone()
 
     @outside_compilation
+    @alone
     @torch.inference_mode(False)
     @torch.no_grad()
     def covariance(self, ddof: int = 1) -> Tensor:
@@ -157,24 +169,11 @@ class StreamingMoments:
             raise ValueError(f"other: takes hidden_size {self.hidden_size}, got {other.hidden_size}")
         if other.device != self.device:
             raise ValueError(f"other: lies on {other.device}, but the moments lie on {self.device}; move it with .to()")
-        if self._reduced & other._reduced:
-            raise ValueError("other: holds the total of an all_reduce that these moments hold too")
-        self._reduced |= other._reduced
-        n, m = self._count.double(), other._count.double()
-        total = (n + m).clamp(min=1)
-        delta = other._mean - self._mean
-        self._second += other._second
-        vectors = torch.cat([self._owed, other._owed, delta[None]])
-        weights = torch.cat([self._weights, other._weights, (n * m / total)[None]])
-        packed.add_outer(self._second, self.hidden_size, vectors, weights)
-        self._owed.zero_()
-        self._weights.zero_()
-        self._mean += delta * (m / total)
-        self._count += other._count
-        if other._pending is not None and other._bound:
-            self.update(other._pending[: other._bound], other._kept())
+        with both(self, other):
+            self._add(other)
 
     @outside_compilation
+    @alone
     @torch.inference_mode(False)
     @torch.no_grad()
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
@@ -209,6 +208,7 @@ class StreamingMoments:
         self._mean, self._count, self._reduced = mean, sums[0].to(torch.int64), reduced
 
     @outside_compilation
+    @alone
     @torch.inference_mode(False)
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
@@ -233,6 +233,7 @@ class StreamingMoments:
         return state
 
     @outside_compilation
+    @alone
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -254,13 +255,15 @@ class StreamingMoments:
                 self._fold_pending()
                 self._pending = None
 
+    @alone
     def to(self, device: torch.device | str) -> StreamingMoments:
         """Moves the state, chooses the backend anew, and returns self. Where that fails, nothing has changed."""
-        moved = copy.copy(self)
+        moved = type(self).__new__(type(self))
+        moved.__setstate__(self.__getstate__())
         moved.device = torch.empty(0, dtype=torch.float32, device=device).device
         moved.backend = STREAMING_MOMENTS.choose(self._asked, moved.device)
         moved.load_state_dict(self._live_state())
-        vars(self).update(vars(moved))
+        vars(self).update(moved.__getstate__())
         return self
 
     @property
@@ -349,7 +352,8 @@ class StreamingMoments:
         """
         added = torch.full_like(self._count, x.shape[0]) if mask is None else mask.sum()
         n, total = self._count.double(), (self._count + added).double()
-        centre = self._centre(x, mask, added)
+        host = not self._waits_for_nothing()
+        centre = block_centre(x, mask, added, self._count, self._mean, host=host)
         shift, sums = block_update(self.backend, self.precision, x.dtype).accumulate(
             self._second, x, mask, centre, self._owed, self._weights, self.precision
         )
@@ -359,23 +363,23 @@ class StreamingMoments:
         self._mean = shift + b
         self._count += added
 
-    def _centre(self, x: Tensor, mask: Tensor | None, added: Tensor) -> Tensor:
-        """A vector near the block's mean: what float32 rounds is then of the size of the deviations.
-
-        Once at least as many rows stand behind it as are coming, the running mean does: a block far away from it makes
-        the covariance itself as large as the shift is wrong. Until then, the mean of the block or of a sample of it.
-        """
-        host = not self._waits_for_nothing()
-        if host and self._count >= added:
-            return self._mean
-        step = 1 if host else -(-x.shape[0] // SAMPLE)
-        sample = x[::step]
-        if mask is None:
-            own = sample.sum(0, dtype=torch.float64) / sample.shape[0]
-        else:
-            kept = mask[::step]
-            own = torch.where(kept[:, None], sample, 0).sum(0, dtype=torch.float64) / kept.sum().clamp(min=1)
-        return torch.where(self._count >= added, self._mean, own)
+    def _add(self, other: StreamingMoments) -> None:
+        if self._reduced & other._reduced:
+            raise ValueError("other: holds the total of an all_reduce that these moments hold too")
+        self._reduced |= other._reduced
+        n, m = self._count.double(), other._count.double()
+        total = (n + m).clamp(min=1)
+        delta = other._mean - self._mean
+        self._second += other._second
+        vectors = torch.cat([self._owed, other._owed, delta[None]])
+        weights = torch.cat([self._weights, other._weights, (n * m / total)[None]])
+        packed.add_outer(self._second, self.hidden_size, vectors, weights)
+        self._owed.zero_()
+        self._weights.zero_()
+        self._mean += delta * (m / total)
+        self._count += other._count
+        if other._pending is not None and other._bound:
+            self.update(other._pending[: other._bound], other._kept())
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from mir_kernels import _checks
 from mir_kernels._dispatch import Operation
 from mir_kernels._gate import by_operator
 from mir_kernels.ops.sqrtm import autograd
-from mir_kernels.ops.sqrtm.launch import INVERSE_SQRTM, NEWTON_SCHULZ, POLAR, SQRTM
+from mir_kernels.ops.sqrtm.launch import INVERSE_SQRTM, NEWTON_SCHULZ, POLAR, SQRTM, Backend, IterationBackend
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 Precision = Literal["bfloat16", "float16", "float32", "float64"]
 Method = Literal["auto", "polar", "coupled", "eigh"]
@@ -27,13 +30,13 @@ class NewtonSchulz(NamedTuple):
 
 
 def sqrtm(
-    a: Tensor,
+    a: Array,
     *,
     method: Method = "auto",
     precision: Precision = "float32",
     iterations: int | None = None,
     tol: float | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """The principal square roots X of symmetric positive semi-definite `a` (..., d, d): X X = A, X = X^T >= 0.
 
@@ -45,21 +48,21 @@ def sqrtm(
     most about 2e-2 ("bfloat16"), 5e-3 ("float16"), 4e-6 ("float32") and 2e-7 ("float64"), whatever the condition.
     iterations: number of steps instead of the method's own.  tol: a RuntimeWarning says so if |XX - A|_F / |A|_F of a
     matrix is above it.
-    Any floating dtype, kept.  Gradient: the Lyapunov equation X S + S X = G, null directions left out; a
-    second derivative raises. Raises ValueError for matrices that are not finite, symmetric and positive semi-definite
-    up to rounding, TypeError for other dtypes. Compiled code refuses the same, when it runs.
+    Any floating dtype, kept; a numpy array, too.  Gradient: the Lyapunov equation X S + S X = G, null directions left
+    out; a second derivative raises. Raises ValueError for matrices that are not finite, symmetric and positive
+    semi-definite up to rounding, TypeError for other dtypes. Compiled code refuses the same, when it runs.
     """
     return _root("sqrt", SQRTM, a, method, precision, iterations, tol, backend)
 
 
 def inverse_sqrtm(
-    a: Tensor,
+    a: Array,
     *,
     method: Method = "auto",
     precision: Precision = "float32",
     iterations: int | None = None,
     tol: float | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """The inverse square roots of symmetric positive definite `a` (..., d, d); arguments as in `sqrtm`.
 
@@ -69,7 +72,7 @@ def inverse_sqrtm(
 
 
 def polar(
-    m: Tensor, *, precision: Precision = "float32", iterations: int | None = None, backend: str | None = None
+    m: Array, *, precision: Precision = "float32", iterations: int | None = None, backend: Backend | None = None
 ) -> Tensor:
     """The orthogonal polar factor U of M = U H, H = (M^T M)^(1/2), for `m` (..., m, n), wide ones transposed.
 
@@ -82,17 +85,17 @@ def polar(
     The "triton" backend has no "float64". Any floating dtype, kept. Gradient included, a second one
     raises. Raises ValueError for values that are not finite.
     """
-    _checks.floating("m", m)
+    m = _checks.floating("m", m)
     if m.dim() < 2 or min(m.shape[-2:]) < 1:
         raise ValueError(f"m: takes matrices (..., m, n) with m, n >= 1, got {tuple(m.shape)}")
     _check_run(precision, iterations)
-    backend = _choose(POLAR, backend, m.device, precision)
+    chosen = _choose(POLAR, backend, m.device, precision)
     run = torch.ops.mir_kernels.polar if by_operator("polar", m) else autograd.Polar.apply
-    return run(m, precision, iterations, backend)
+    return run(m, precision, iterations, chosen)
 
 
 def newton_schulz(
-    a: Tensor, *, iterations: int, precision: Precision = "float32", backend: str | None = None
+    a: Array, *, iterations: int, precision: Precision = "float32", backend: IterationBackend | None = None
 ) -> NewtonSchulz:
     """The coupled Newton-Schulz iteration for symmetric positive definite `a` (..., d, d).
 
@@ -102,32 +105,32 @@ def newton_schulz(
     returned with a RuntimeWarning. `sqrtm` has no such limit.
     Any floating dtype, kept; gradients for both roots. backend "reference" is the same iteration in float64.
     """
-    _checks.square("a", a)
+    a = _checks.square("a", a)
     _check_run(precision, iterations)
-    backend = NEWTON_SCHULZ.choose(backend, a.device)
+    chosen = NEWTON_SCHULZ.choose(backend, a.device)
     run = torch.ops.mir_kernels.newton_schulz if by_operator("newton_schulz", a) else autograd.NewtonSchulz.apply
-    return NewtonSchulz(*run(a, iterations, precision, backend))
+    return NewtonSchulz(*run(a, iterations, precision, chosen))
 
 
 def _root(
     kind: str,
     operation: Operation,
-    a: Tensor,
+    a: Array,
     method: Method,
     precision: Precision,
     iterations: int | None,
     tol: float | None,
-    backend: str | None,
+    backend: Backend | None,
 ) -> Tensor:
-    _checks.square("a", a)
+    a = _checks.square("a", a)
     _checks.choice("method", method, METHODS)
     _check_run(precision, iterations)
     if method == "auto":
         on_tensor_cores = a.device.type != "cpu" and precision != "float64"
         method = "polar" if on_tensor_cores or backend == "triton" else "eigh"
-    backend = _choose(operation, backend, a.device, precision if method == "polar" else method)
+    chosen = _choose(operation, backend, a.device, precision if method == "polar" else method)
     run = torch.ops.mir_kernels.root if by_operator(operation.name, a) else autograd.Root.apply
-    return run(a, kind, method, precision, iterations, tol, backend)
+    return run(a, kind, method, precision, iterations, tol, chosen)
 
 
 def _choose(operation: Operation, backend: str | None, device: torch.device, form: str) -> str:

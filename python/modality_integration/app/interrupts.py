@@ -28,5 +28,7 @@ class DeferredSignals:
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal:
-            raise Interrupted("stopped at once; the same command goes on from the last checkpoint", 128 + number)
+            raise Interrupted(
+                "stopped at once; the same command goes on from the last checkpoint, if there is one", 128 + number
+            )
         self.signal = number

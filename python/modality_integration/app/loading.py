@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import logging
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 
+from modality_integration.app import adapters, hub, processors, prompts
 from modality_integration.app.errors import InputError
+from modality_integration.app.hub import Source
+from modality_integration.app.model_files import CONFIG, in_one_line, keys, raw_config, reading
 from modality_integration.app.options import Dtype, ModelOptions, Template
-from modality_integration.app.prompts import prompt
+from modality_integration.app.packages import EXTRAS, pip_install
 from modality_integration.models.moca import moca_parameters
 from modality_integration.models.moca_files import FILE, KEY, load_moca
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "auto": "auto",
@@ -26,10 +31,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-# Of the processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral and SmolVLM; the extra that brings them.
-PROCESSOR_PACKAGES = {"torchvision": "torchvision", "num2words": "num2words"}
-PROCESSOR_EXTRA = 'pip install "mir-kernels[processors]" (a torchvision that was built for another torch does not load)'
 
 
 @contextlib.contextmanager
@@ -64,120 +65,153 @@ def load(
     dtype: Dtype = "auto",
     *,
     device_map: str | None = None,
-    template: Template = "auto",
+    template: Template | tuple[Template, ...] = "auto",
+    processor: str | None = None,
+    revision: str | None = None,
 ) -> Loaded:
     """`name`, a folder or a hub name, on `device`, or spread by transformers' `device_map`; a folder needs no network.
 
-    dtype: "auto" (as saved), "float32", "bfloat16", "float16" or "float64". template: of the prompts to come, refused
-    before the weights are read if the processor has none. MoCa in the weights is put into the model.
+    dtype: "auto" (as saved), "float32", "bfloat16", "float16" or "float64". template: of the prompts to come, or
+    several, refused before the weights are read if the processor has none. processor: folder or hub name of the
+    processor, where it is not the one beside the model. revision: of the hub name: of the model, or of the processor
+    where the model is a folder. MoCa in the weights is put into the model, and an adapter (LoRA) merged into the model
+    that it is for.
     Raises InputError if there is no such model, it does not take images and text, a package is missing, or the files
     lack weights that the model has: their random stand-ins would be measured in silence.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TAKES_IMAGES
+    from transformers import AutoConfig
 
-    if looks_like_path(name) and not Path(name).exists():
-        raise InputError(f"model: {name} does not exist")
-    local = Path(name).exists()
-    with quiet(), _said(name, local):
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
-        if config.model_type not in TAKES_IMAGES:
-            raise InputError(
-                f"model: {name} is a {config.model_type!r}, which takes no images beside text; "
-                "MIR compares the vision and the text tokens of one decoder"
-            )
-        processor = AutoProcessor.from_pretrained(name, local_files_only=local)
-        if not hasattr(processor, "image_processor"):
-            raise InputError(
-                f"model: {name} has a tokenizer but no image processor: save its processor there with "
-                "processor.save_pretrained(folder)"
-            )
-        prompt(processor, "", template)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=DTYPES[dtype], device_map=device_map, local_files_only=local, output_loading_info=True
-        )
-        model, info = loaded
-        if info["missing_keys"]:
-            raise InputError(
-                f"model: the files of {name} lack {_keys(info['missing_keys'])}; with random numbers in their place "
-                f"MIR would mean nothing{_instead(info['unexpected_keys'])}"
-            )
-        if device_map is None:
-            model.to(device)
-        moca = [key for key in info["unexpected_keys"] if KEY.search(key)]
-        notes = []
-        if moca or (local and (Path(name) / FILE).exists()):  # among the weights, or beside them as save_moca writes it
-            load_moca(model, _folder(name))
-            notes.append(f"with the MoCa that {name} holds, in {len(moca_parameters(model)) // 2} decoder layers")
-    if unused := set(info["unexpected_keys"]) - set(moca):
-        notes.append(f"the model has no place for {_keys(unused)} in its files, which are not used")
-    return Loaded(model.eval(), processor, notes)
+    of_model, of_processor = _revisions(name, processor, revision)
+    source = hub.find("model", name, of_model)
+    notes = [source.note] if source.note else []
+    with quiet(), _said(source):
+        adapter = adapters.find(source)
+        base = source if adapter is None else adapter.base
+        source = source if adapter is None else source._replace(folder=adapter.folder)
+        if base.note and base.note not in notes:
+            notes.append(base.note)
+        raw = raw_config(base)
+        with reading(base.name):
+            config = AutoConfig.from_pretrained(base.where, **base.arguments)
+        recorded = processors.trained_from(source, raw, adapter.trained_on if adapter else "")
+        own_processor, from_where = processors.find(source, config, processor, of_processor, recorded)
+        prompts.check(own_processor, (template,) if isinstance(template, str) else template)
+        with adapters.weights_alone(adapter, source) as place:
+            model, of_weights = _model(place, device, DTYPES[dtype], device_map)
+        notes += [*from_where, *of_weights]
+        if adapter is not None:
+            model, of_adapter = adapters.merge(model, adapter)
+            notes += of_adapter
+    return Loaded(model.eval(), own_processor, notes)
 
 
-def load_chosen(options: ModelOptions, template: Template, device: torch.device, console: Console) -> Loaded:
-    """The model that `options` name, with a word on the way. template: of the prompts to come."""
+def load_chosen(
+    options: ModelOptions, template: Template | tuple[Template, ...], device: torch.device, console: Console
+) -> Loaded:
+    """The model that `options` name, with a word on the way. template: of the prompts to come, or several."""
+    began = time.monotonic()
     with console.status(f"loading {options.model}"):
-        return load(options.model, device, options.dtype, device_map=options.device_map, template=template)
+        loaded = load(
+            options.model,
+            device,
+            options.dtype,
+            device_map=options.device_map,
+            template=template,
+            processor=options.processor,
+            revision=options.revision,
+        )
+    first = next(loaded.model.parameters())
+    logger.info(
+        "loaded %s (%s, %.1f M parameters, %s, on %s) and its %s in %.1f s",
+        options.model,
+        type(loaded.model).__name__,
+        sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6,
+        str(first.dtype).removeprefix("torch."),
+        first.device if options.device_map is None else f"devices as by device map {options.device_map}",
+        type(loaded.processor).__name__,
+        time.monotonic() - began,
+    )
+    return loaded
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether `name` can only be meant as a folder: a hub name is `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+def processor_names(processor: Any) -> dict[str, str]:
+    """Class names of `processor` and of its image processor, whose pixels differ with and without torchvision."""
+    return {"processor": type(processor).__name__, "image_processor": type(processor.image_processor).__name__}
+
+
+def _revisions(name: str, processor: str | None, revision: str | None) -> tuple[str | None, str | None]:
+    """The revisions of the model and of its processor: `revision` is of the model's hub name, else of the other's."""
+    if revision is None:
+        return None, None
+    if not Path(name).exists():
+        return revision, revision if processor == name else None
+    if processor is not None and not Path(processor).exists():
+        return None, revision
+    raise InputError(f"revision: is of a hub name, and {name} is a folder here")
+
+
+def _model(
+    place: Source, device: torch.device, dtype: Any, device_map: str | None
+) -> tuple[torch.nn.Module, list[str]]:
+    """The weights at `place`, with the MoCa among or beside them; sentences on what was not ordinary in the files."""
+    from transformers import AutoModelForImageTextToText
+
+    with reading(place.name):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            place.where, dtype=dtype, device_map=device_map, output_loading_info=True, **place.arguments
+        )
+    model, info = loaded
+    if info["missing_keys"]:
+        raise InputError(
+            f"model: the files of {place.name} lack {keys(info['missing_keys'])}; with random numbers in their place "
+            f"MIR would mean nothing{_instead(info['unexpected_keys'])}"
+        )
+    if device_map is None:
+        model.to(device)
+    notes = []
+    moca = [key for key in info["unexpected_keys"] if KEY.search(key)]
+    if moca or place.file(FILE):  # among the weights, or beside them as save_moca writes it
+        config = place.file(CONFIG)
+        assert config is not None  # it was read before the weights
+        load_moca(model, config.parent)
+        notes.append(f"with the MoCa that {place.name} holds, in {len(moca_parameters(model)) // 2} decoder layers")
+    if unused := set(info["unexpected_keys"]) - set(moca):
+        notes.append(f"the model has no place for {keys(unused)} in its files, which are not used")
+    return model, notes
 
 
 @contextlib.contextmanager
-def _said(name: str, local: bool) -> Iterator[None]:
+def _said(source: Source) -> Iterator[None]:
     """What transformers raises inside, as an InputError of one line."""
+    name = source.name
     try:
         yield
     except InputError:
         raise
     except ImportError as error:
-        package = next((p for p in PROCESSOR_PACKAGES if p in str(error).lower()), None)
+        package = next((p for p in EXTRAS["processors"] if p in str(error).lower()), None)
         if package is None:
-            raise InputError(f"model: {name} cannot be loaded: {_first_line(error)}") from error
-        raise InputError(f"model: the processor of {name} needs {package}: {PROCESSOR_EXTRA}") from error
+            raise InputError(f"model: {name} cannot be loaded: {in_one_line(error)}") from error
+        raise InputError(f"model: the processor of {name} needs {package}: {_brings(package)}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(
             f"model: out of memory while loading {name}: load the weights smaller with --dtype bfloat16, spread them "
             "with --device-map auto, or use --device cpu"
         ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if "nms does not exist" in str(error):
-            raise InputError(f"model: torchvision, which {name} needs, does not load: {PROCESSOR_EXTRA}") from error
-        raise InputError(f"model: {_why_not(name, local, error)}") from error
+            said = f"torchvision, which {name} needs, does not load: {_brings('torchvision')}"
+            raise InputError(f"model: {said}") from error
+        first = in_one_line(error)
+        if "ignore_mismatched_sizes" in first:
+            first = "weights in its files have other shapes than its config.json says"
+        raise InputError(f"model: {name} cannot be loaded: {first}") from error
 
 
-def _keys(keys: Iterable[str], most: int = 3) -> str:
-    first = sorted(keys)
-    more = f" and {len(first) - most} more" if len(first) > most else ""
-    return f"{len(first)} weight{'s' * (len(first) > 1)} ({', '.join(first[:most])}{more})"
+def _brings(package: str) -> str:
+    line = pip_install(package)
+    return f"{line} (one that was built for the torch that is here)" if package == "torchvision" else line
 
 
 def _instead(unexpected: Iterable[str]) -> str:
-    return f"; they have {_keys(unexpected)} instead: were they renamed?" if unexpected else ""
-
-
-def _folder(name: str) -> Path:
-    """Where the files of `name` are: the folder itself, or the hub's cache."""
-    if Path(name).exists():
-        return Path(name)
-    from transformers.utils.hub import cached_file
-
-    return Path(str(cached_file(name, "config.json"))).parent
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _why_not(name: str, local: bool, error: Exception) -> str:
-    first = _first_line(error)
-    if "ignore_mismatched_sizes" in first:
-        first = "weights in its files have other shapes than its config.json says"
-    if local:
-        return f"{name} cannot be loaded: {first}"
-    return (
-        f"{name} is no folder here, and as a hub name it cannot be loaded: {first} "
-        "(offline, give the folder that the model was saved in)"
-    )
+    return f"; they have {keys(unexpected)} instead: were they renamed?" if unexpected else ""

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from modality_integration.app.checkpoint import Passage
+from modality_integration.app.errors import InputError
 
 
 @contextlib.contextmanager
@@ -35,6 +36,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def require_one_process(what: str) -> None:
+    """InputError under torchrun with more."""
+    if world_size() > 1:
+        raise InputError(f"{what}: runs in one process, without torchrun")
+
+
 def agreed(passage: Passage, world: int) -> Passage:
     """Where to go on, every process in the same pass: a kill between two passes leaves some without their first one."""
     if world == 1:
@@ -42,3 +49,28 @@ def agreed(passage: Passage, world: int) -> Passage:
     passages: list[Any] = [None] * world
     dist.all_gather_object(passages, passage)
     return passage if len({other.number for other in passages}) == 1 else Passage()
+
+
+@contextlib.contextmanager
+def all_or_none(world: int) -> Iterator[None]:
+    """Around a step of every process: where it fails in one, the others stop with an InputError that says why.
+
+    None of them is left waiting for one that is gone, and a refusal reads the same whichever process it came from.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if world == 1:
+            raise
+        failure = error
+    if world == 1:
+        return
+    failures: list[Any] = [None] * world
+    dist.all_gather_object(failures, None if failure is None else (type(failure).__name__, str(failure)))
+    if failure is not None:
+        raise failure
+    for rank, other in enumerate(failures):
+        if other is not None:
+            name, words = other
+            raise InputError(f"process {rank}: {words or name}")

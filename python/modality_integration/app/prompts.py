@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ PUBLISHED = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {image}\n ASSISTANT: {prose}{end}"
 )
+
+_NO_WAY = "and no other template can do: give a processor that has one with --processor"
 
 # What stands for the image in a plain prompt where it is not simply `processor.image_token`, by the processor's class.
 _PLAIN_MARKERS = {
@@ -37,22 +40,44 @@ def encode(processor: Any, image: Image.Image, text: str, template: Template = "
 
 
 def prompt(processor: Any, text: str, template: Template) -> str:
-    """The image's marker and `text` in a template. InputError where the processor has not what it takes."""
+    """The image's marker and `text` in a template. NoPrompt where the processor has not what it takes."""
     marker = str(getattr(processor, "image_token", "") or "")
     if marker:
         text = text.replace(marker, " ")  # prose that names the marker would promise a second image
-    has_chat = bool(getattr(processor, "chat_template", None))
+    has_chat, plain = bool(getattr(processor, "chat_template", None)), _plain_marker(processor)
     if template == "chat" and not has_chat:
-        raise InputError("template: the processor has no chat template, use --template plain")
+        raise NoPrompt("the processor has no chat template", "" if plain is None else "--template plain")
     if template == "chat" or (template == "auto" and has_chat):
-        return _chat_prompt(processor, text)
-    kind = type(processor).__name__
-    plain = next((value for name, value in _PLAIN_MARKERS.items() if kind.startswith(name)), marker)
-    if not plain and not kind.startswith(tuple(_PLAIN_MARKERS)):
-        raise InputError(f"template: {kind} names no image token to write a prompt with, use --template chat")
+        return _chat_prompt(processor, text, "" if plain is None else "--template plain")
+    if plain is None:
+        way = "--protocol random --template chat" if template == "published" else "--template chat"
+        kind = type(processor).__name__
+        raise NoPrompt(f"{kind} names no image token to write a plain prompt with", way if has_chat else "")
     if template == "published":
         return PUBLISHED.format(image=plain, prose=text, end=processor.tokenizer.eos_token or "")
     return f"{plain}\n{text}"
+
+
+class NoPrompt(InputError):
+    """No prompt of a template can be written with a processor: why, and the options that can do, "" if none."""
+
+    def __init__(self, reason: str, instead: str) -> None:
+        super().__init__(f"template: {reason}, " + (f"use {instead}" if instead else _NO_WAY))
+        self.reason = reason
+
+
+def check(processor: Any, templates: Sequence[Template]) -> None:
+    """InputError unless prompts of each of `templates` can be written; several are a study's, which needs them all."""
+    for template in templates:
+        try:
+            prompt(processor, "", template)
+        except NoPrompt as error:
+            if len(templates) == 1:
+                raise
+            raise InputError(
+                f"study: template compares the prompts {' and '.join(templates)}, and takes a processor for both; "
+                f"{error.reason}"
+            ) from error
 
 
 def truncate(text: str, tokenizer: Any, tokens: int | None) -> str:
@@ -70,13 +95,22 @@ def truncate(text: str, tokenizer: Any, tokens: int | None) -> str:
     return tokenizer.decode(ids)
 
 
-def _chat_prompt(processor: Any, text: str) -> str:
+def _plain_marker(processor: Any) -> str | None:
+    """What stands for the image in a plain prompt; None where the processor does not tell."""
+    kind = type(processor).__name__
+    known = next((value for name, value in _PLAIN_MARKERS.items() if kind.startswith(name)), None)
+    return str(getattr(processor, "image_token", "") or "") or None if known is None else known
+
+
+def _chat_prompt(processor: Any, text: str, instead: str) -> str:
     from jinja2 import TemplateError
 
     content = [{"type": "image"}, {"type": "text", "text": text}]
     try:
-        return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        whole = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        bare = processor.apply_chat_template([{"role": "user", "content": content[1:]}], tokenize=False)
     except (TemplateError, TypeError) as error:  # a template for text alone adds strings to the list above
-        raise InputError(
-            f"template: the chat template does not take an image beside text ({error}), use --template plain"
-        ) from error
+        raise NoPrompt(f"the chat template does not take an image beside text ({error})", instead) from error
+    if whole == bare or str(content[0]) in whole:  # one for text alone leaves the image out, or prints the list
+        raise NoPrompt("the chat template puts no image token beside the text", instead)
+    return whole

@@ -11,17 +11,29 @@ from typing import Any
 
 import torch
 
+from modality_integration.app.loading import processor_names
 from modality_integration.app.options import ComputeOptions, RunOptions, part
-from modality_integration.app.samples import Sample
+from modality_integration.app.packages import installed
+from modality_integration.app.samples import Sample, samples_digest
 
 # Deciding arguments that are no settings: fields of the result itself, and what changes no more than its last digits.
-NOT_SETTINGS = ("outliers", "normalize", "bounds", "sinks", "device", "model_files", "threads")
+NOT_SETTINGS = ("outliers", "normalize", "bounds", "sinks", "device", "model_files", "processor_files", "threads")
+# Packages that the value depends on: features by the first two, the pixels that a model sees by the next two.
+PACKAGES = ("torch", "transformers", "torchvision", "pillow", "mir-kernels")
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that a value depends on, by the names of settings; None for one that is not installed."""
+    return {f"{package.replace('-', '_')}_version": installed(package) for package in PACKAGES}
 
 
 def deciding_arguments(
     options: ComputeOptions, samples: Sequence[Sample], device: torch.device, processes: int
 ) -> dict[str, Any]:
-    """What the bits of the result depend on, by the names a person typed."""
+    """What the bits of the result depend on, by the names a person typed, and the versions that they depend on.
+
+    Not the classes of the processor, which are known once it is loaded: they follow from its files and the versions.
+    """
     values = asdict(options)
     # The data count by `chosen_samples`, so a moved folder does not.
     for name in (*part(options, RunOptions), "protocol", "device_map", "images", "text"):
@@ -33,31 +45,25 @@ def deciding_arguments(
         "device": device.type,
         "processes": processes,
         "dealt": "in blocks" if options.groups else None,  # into groups; the same samples in turn are other groups
-        "model_files": _model_digest(options.model),
+        "model_files": _folder_digest(options.model),
+        "processor_files": _folder_digest(options.processor),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "chosen_samples": _digest(samples),
+        "chosen_samples": samples_digest(samples),
+        **versions(),
     }
 
 
-def settings_of(arguments: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+def settings_of(arguments: dict[str, Any], model: Any, processor: Any) -> dict[str, Any]:
     """What the value was measured with, for `MIRResult.settings`."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {name: value for name, value in arguments.items() if name not in NOT_SETTINGS} | {"dtype": dtype}
+    settings = {name: value for name, value in arguments.items() if name not in NOT_SETTINGS}
+    commit = getattr(model.config, "_commit_hash", None)  # of a model from the hub
+    return settings | {"dtype": dtype, "model_commit": commit, **processor_names(processor)}
 
 
-def _digest(samples: Sequence[Sample]) -> str:
-    """A short hash of the content of every pair, in order."""
-    hashed = hashlib.sha256()
-    for sample in samples:
-        image = sample.image.read_bytes() if isinstance(sample.image, Path) else sample.image.tobytes()
-        hashed.update(hashlib.sha256(image).digest() + hashlib.sha256(sample.text.content.encode()).digest())
-    return hashed.hexdigest()[:16]
-
-
-def _model_digest(name: str) -> str | None:
+def _folder_digest(name: str | None) -> str | None:
     """A short hash of a local model's file names, sizes and times, so that a retrained one is not resumed into."""
-    folder = Path(name)
-    if not folder.is_dir():
+    if name is None or not (folder := Path(name)).is_dir():
         return None
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]

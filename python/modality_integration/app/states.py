@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,38 +11,67 @@ from rich.console import Console
 
 from modality_integration.app.console import progress_bar, show_result
 from modality_integration.app.devices import pick_device
-from modality_integration.app.errors import InputError, refusals, require_folder
+from modality_integration.app.errors import InputError, in_words, refusals
 from modality_integration.app.options import StatesOptions
-from modality_integration.app.report import write_result
+from modality_integration.app.out_folder import MEASUREMENT, require_free, require_no_checkpoint, taken
+from modality_integration.app.processes import require_one_process
+from modality_integration.app.results import NotWritten, draw, printed_first, say_written, write_result
+from modality_integration.app.settings import versions
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.saved_states import mir_of_states
 
+logger = logging.getLogger(__name__)
 
-def run(files: Sequence[Path], options: StatesOptions, console: Console) -> MIRResult:
+
+def run(files: Sequence[Path], options: StatesOptions, console: Console, results: Console | None = None) -> MIRResult:
     """MIR of saved hidden states (see `saved_states`), a folder meaning its .safetensors files.
 
-    Written and shown as `mir compute` does it.
+    Printed, written and drawn as `mir compute` does it, and refused and raised likewise.
     """
+    require_one_process("states")
     paths: list[Path] = []
     for path in files:
         found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not found or not found[0].exists():
             raise InputError(f"{path} holds no .safetensors file" if path.is_dir() else f"{path} does not exist")
         paths += found
-    require_folder(options.out)
-    with progress_bar(console) as bar, refusals(""):
-        task = bar.add_task(f"MIR of {len(paths)} file{'s' * (len(paths) > 1)}, layer by layer", total=None)
-        result = mir_of_states(
-            paths,
-            outliers=options.outliers,
-            normalize=options.normalize,
-            bounds=options.bounds,
-            groups=options.groups,
-            sinks=options.sinks,
-            device=pick_device(options.device),
-            progress=lambda layer, layers: bar.update(task, completed=layer - 1, total=layers),
-        )
-        bar.update(task, completed=len(result.terms))
-    write_result(result, options.out)
-    show_result(result, options.out, console)
-    return result
+    # Medians of groups say nothing of the median of all.
+    groups = 0 if options.outliers == "median" else options.groups
+    device, began = pick_device(options.device), time.monotonic()
+    with taken(options.out, console):
+        require_no_checkpoint(options.out)
+        require_free(options.out, MEASUREMENT, options.overwrite)
+        with progress_bar(console) as bar, refusals(""):
+            task = bar.add_task(f"MIR of {len(paths)} file{'s' * (len(paths) > 1)}, layer by layer", total=None)
+            result = mir_of_states(
+                paths,
+                outliers=options.outliers,
+                normalize=options.normalize,
+                bounds=options.bounds,
+                groups=groups,
+                sinks=options.sinks,
+                device=device,
+                progress=lambda layer, layers: bar.update(task, completed=layer - 1, total=layers),
+            )
+            bar.update(task, completed=len(result.terms))
+        seconds = time.monotonic() - began
+        logger.info("%d layers of %d files, on %s, in %.1f s", len(result.terms), len(paths), device, seconds)
+        result.settings = versions()
+        result.notes.extend(_notes_on_groups(options.groups, groups, result))
+        shown = results or console
+        with printed_first(lambda: show_result(result, shown)):
+            try:
+                write_result(result, options.out)
+            except OSError as error:
+                raise NotWritten(f"the result could not be written: {in_words(error)}", result) from error
+            drawn = draw(result.plot, options.out / f"layers.{options.plots}", console)
+        say_written(["mir.json", *drawn], options.out, shown)
+        return result
+
+
+def _notes_on_groups(asked: int, taken: int, result: MIRResult) -> list[str]:
+    """Why the standard error is none, or of fewer groups than were asked for, where the result does not say so."""
+    if asked and not taken:
+        return ["no standard error: with --outliers median there is none"]
+    got = len(result.left_out[0]) if result.left_out else 0
+    return [f"the standard error is of {got} groups, as there are {got} samples"] if 0 < got < taken else []

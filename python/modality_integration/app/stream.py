@@ -1,21 +1,28 @@
-"""Samples through a model, one at a time, into the metric."""
+"""Samples through a model, a few at a time, into the metric."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from modality_integration.app.batches import CannotBatch, collated
 from modality_integration.app.errors import InputError, refusals
 from modality_integration.app.options import TokenOptions
 from modality_integration.app.prompts import encode, truncate
 from modality_integration.app.samples import Sample, open_image
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.streaming import ModalityIntegrationRate
-from modality_integration.models.capture import capture
+from modality_integration.models.capture import Capture, capture
 from modality_integration.models.placement import parameter_device
 from modality_integration.training.measure import lean_forward
+
+logger = logging.getLogger(__name__)
+
+MOST_APART = 0.25  # of the norm of a sample's states, between a batch and the sample alone
 
 
 def stream(
@@ -26,43 +33,57 @@ def stream(
     tokens: TokenOptions,
     *,
     start: int = 0,
+    batch_size: int = 1,
     after_sample: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """Forward `samples[start:]` one at a time and feed the hidden states of every layer to `metric`.
+    """Forward `samples[start:]`, `batch_size` at a time, and feed the hidden states of every layer to `metric`.
 
-    `after_sample(count)` is called with the number of samples counted so far; the metric then holds exactly those.
+    `after_sample(count)` is called after each forward pass with the number of samples counted so far; the metric then
+    holds exactly those. Samples of one pass are padded on the right, and padding counts for nothing.
     Gives how many of the samples forwarded begin with the image.
     """
     image_first = 0
     device, dtype, forward = parameter_device(model), next(model.parameters()).dtype, lean_forward(model)
     name = "the first sample"
+
+    def inputs_of(sample: Sample) -> dict[str, Any]:
+        prose = truncate(sample.text.content, processor.tokenizer, tokens.prose_tokens)
+        return encode(processor, open_image(sample.image), prose, tokens.prompt)
+
+    def forwarded(inputs: dict[str, Any]) -> None:
+        model(**{k: _place(v, device, dtype) for k, v in inputs.items()}, **forward)
+
     try:
         seeing = capture(model, last=tokens.last, text=tokens.text_role)
         with torch.inference_mode(), refusals("model"), seeing as captured:
-            for index in range(start, len(samples)):
-                sample = samples[index]
-                name = f"sample {index + 1} of {len(samples)} ({sample.name})"
-                prose = truncate(sample.text.content, processor.tokenizer, tokens.prose_tokens)
+            for index in range(start, len(samples), batch_size):
+                batch = samples[index : index + batch_size]
+                name = _name(batch, index, len(samples))
                 with refusals(name):
-                    inputs = encode(processor, open_image(sample.image), prose, tokens.prompt)
-                model(**{k: _place(v, device, dtype) for k, v in inputs.items()}, **forward)
+                    each = [inputs_of(sample) for sample in batch]
+                _pass(each, processor, forwarded, captured)
                 with refusals(name):
                     metric.update(captured.hidden_states, captured.vision_mask, captured.text_mask)
                 image_first += captured.image_first
-                after_sample(index + 1)
+                if index == start and len(each) > 1:
+                    _require_apart(each, forwarded, captured)
+                logger.debug("forwarded %s", name)
+                after_sample(index + len(each))
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(device, name, tokens.prose_tokens) from error
+        raise _out_of_memory(device, name, tokens.prose_tokens, batch_size) from error
     except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):  # torch's CPU allocator
-            raise _out_of_memory(device, name, tokens.prose_tokens) from error
+        if _is_out_of_memory(error):
+            raise _out_of_memory(device, name, tokens.prose_tokens, batch_size) from error
         raise
     return image_first
 
 
 def finish(metric: ModalityIntegrationRate) -> MIRResult:
     """The metric's result, what cannot be computed said as an InputError."""
+    began = time.monotonic()
     with refusals("MIR is not defined for these samples"):
         result = metric.compute()
+    logger.info("distances of %d layers in %.1f s", len(result.terms), time.monotonic() - began)
     asked, got = metric.options.groups, len(result.left_out[0]) if result.left_out else 0
     if 0 < got < asked:
         result.notes.append(
@@ -71,14 +92,73 @@ def finish(metric: ModalityIntegrationRate) -> MIRResult:
     return result
 
 
+def _pass(
+    each: Sequence[dict[str, Any]], processor: Any, forward: Callable[[dict[str, Any]], None], captured: Capture
+) -> None:
+    """One forward pass of all. InputError where several samples cannot be, though each can be by itself."""
+    if len(each) == 1:
+        return forward(each[0])
+    try:
+        forward(collated(each, processor.tokenizer))
+        rows = len(captured.vision_mask)
+        if rows != len(each):
+            raise CannotBatch(f"the model made {rows} rows of {len(each)} samples")
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a model that does not take several raises anything
+        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+            raise
+        if not isinstance(error, CannotBatch):
+            for inputs in each:  # what is wrong with one sample alone says so itself
+                forward(inputs)
+                _ = captured.text_mask
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _one_at_a_time(len(each), reason) from error
+
+
+def _require_apart(
+    each: Sequence[dict[str, Any]], forward: Callable[[dict[str, Any]], None], captured: Capture
+) -> None:
+    """InputError unless the sample with the most padding has about the states that it has by itself.
+
+    A model or its inputs may mix up samples without an error. Rounding differs by less than the tolerance in any dtype.
+    """
+    shortest = min(range(len(each)), key=lambda row: each[row]["input_ids"].shape[1])
+    together = captured.hidden_states[-1][shortest].float()
+    forward(each[shortest])
+    alone = captured.hidden_states[-1][0].float()
+    apart = float((together[: len(alone)] - alone).norm() / alone.norm())
+    if not apart < MOST_APART:
+        raise _one_at_a_time(len(each), f"a sample's hidden states differ by {apart:.0%} from those by itself")
+
+
+def _one_at_a_time(count: int, reason: str) -> InputError:
+    return InputError(
+        f"batch-size: this model and processor do not take {count} samples in a forward pass ({reason}); use "
+        "--batch-size 1"
+    )
+
+
+def _name(batch: Sequence[Sample], index: int, total: int) -> str:
+    if len(batch) == 1:
+        return f"sample {index + 1} of {total} ({batch[0].name})"
+    return f"samples {index + 1} to {index + len(batch)} of {total} (the first is {batch[0].name})"
+
+
 def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(device, dtype if value.is_floating_point() else None)
 
 
-def _out_of_memory(device: torch.device, name: str, text_tokens: int | None) -> InputError:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch's CPU allocator says so."""
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _out_of_memory(device: torch.device, name: str, text_tokens: int | None, batch_size: int) -> InputError:
+    fewer = f"--batch-size (now {batch_size}), " if batch_size > 1 else ""
     return InputError(
-        f"out of memory on {device} at {name}: lower --text-tokens (now {text_tokens or 'all'}) or --groups, load the "
-        "weights smaller with --dtype bfloat16, or use --device cpu; with changed arguments add --restart"
+        f"out of memory on {device} at {name}: lower {fewer}--text-tokens (now {text_tokens or 'all'}) or --groups, "
+        "load the weights smaller with --dtype bfloat16, or use --device cpu; with changed arguments add --restart"
     )

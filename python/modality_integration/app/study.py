@@ -7,7 +7,7 @@ template       with and without the conversation template (Figure 3 b)
 layers         every layer's distance and its terms (Figure 2, right)
 
 The data pass by once wherever the question allows: `samples` reads the value along one stream, `normalization` takes
-both of its values from one set of covariances. Values have standard errors; a study proves no bounds and keeps no
+both of its values from one set of covariances. Values have standard errors; a study takes no bounds and keeps no
 checkpoint, but its table holds every row that is finished. `missed` counts tokens that the one-pass outlier rule
 would have left out (see `ModalityIntegrationRate`); 0 is exact.
 """
@@ -15,32 +15,37 @@ would have left out (see `ModalityIntegrationRate`); 0 is exact.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.console import Console
 
-from modality_integration.app import report
+from modality_integration.app import plots, tables
 from modality_integration.app.console import progress_bar, show_notes
 from modality_integration.app.devices import pick_device
-from modality_integration.app.errors import InputError, require_folder
+from modality_integration.app.errors import InputError, Interrupted, in_words
 from modality_integration.app.loading import load_chosen
 from modality_integration.app.options import (
     ComputeOptions,
     MeasureOptions,
+    PlotFormat,
     StudyName,
     Template,
     TokenOptions,
     part,
 )
-from modality_integration.app.processes import world_size
-from modality_integration.app.samples import Sample, choose, in_random_order
+from modality_integration.app.out_folder import require_free, taken
+from modality_integration.app.processes import require_one_process
+from modality_integration.app.results import NotWritten, draw, printed_first, say_written
+from modality_integration.app.samples import Sample, choose, groups_of
 from modality_integration.app.stream import finish, stream
 from modality_integration.metric import MODALITIES
+from modality_integration.metric.files import write_text
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.streaming import ModalityIntegrationRate
 
@@ -58,13 +63,25 @@ class Subject(MeasureOptions, TokenOptions):
     model: Any
     processor: Any
     bounds: bool = False
+    batch_size: int = 1
+
+    def with_groups_of(self, samples: Sequence[Sample], in_turn: bool = False) -> Subject:
+        """The same with as many groups of samples, in blocks or in turn, as `samples` have that share nothing."""
+        return replace(self, groups=groups_of(samples, self.groups, in_turn))
 
     def fresh_metric(self, samples: int | None = None) -> ModalityIntegrationRate:
         """One on the model's device. samples: how many will come, None if it is to give results before the last."""
         return self.metric(samples).to(next(self.model.parameters()).device)
 
     def feed(self, metric: ModalityIntegrationRate, samples: Sequence[Sample], start: int, advance: Advance) -> None:
-        """Count `samples[start:]`; advance(1) after each."""
+        """Count `samples[start:]`; advance(n) after each forward pass of n samples."""
+        done = start
+
+        def after_sample(count: int) -> None:
+            nonlocal done
+            advance(count - done)
+            done = count
+
         stream(
             self.model,
             self.processor,
@@ -72,50 +89,67 @@ class Subject(MeasureOptions, TokenOptions):
             metric,
             self,
             start=start,
-            after_sample=lambda count: advance(1),
+            batch_size=self.batch_size,
+            after_sample=after_sample,
         )
 
     def measure(self, samples: Sequence[Sample], advance: Advance) -> MIRResult:
         """MIR over `samples`."""
-        metric = self.fresh_metric(len(samples))
+        metric = self.with_groups_of(samples).fresh_metric(len(samples))
         self.feed(metric, samples, 0, advance)
         return finish(metric)
 
 
-def run(name: StudyName, options: ComputeOptions, console: Console, repeat: int = 1) -> list[Row]:
+def run(
+    name: StudyName, options: ComputeOptions, console: Console, repeat: int = 1, results: Console | None = None
+) -> list[Row]:
     """The rows of study `name`; also in study_<name>.csv, drawn in study_<name>.png, both in `options.out`.
 
-    repeat: sets of samples that "samples" draws, each with a seed of its own. Raises InputError for what a person can
-    mend.
+    repeat: sets of samples that "samples" draws, each with a seed of its own. console, results: as `compute.run`.
+    Raises InputError for what a person can mend, `options.out` that holds this study or is in use among it; NotWritten
+    where the rows could be printed but not written; Interrupted after Ctrl-C.
     """
     if repeat > 1 and (name != "samples" or options.in_order):
         raise InputError("repeat: draws sets of random samples for --study samples alone")
-    if world_size() > 1:
-        raise InputError("study: runs in one process, without torchrun")
+    require_one_process("study")
     for given, option in ((options.second_pass, "--second-pass"), (options.restart, "--restart")):
         if given:
             raise InputError(f"study: keeps no checkpoint and passes over the data once, so it takes no {option}")
-    require_folder(options.out)
-    cells: dict[tuple[str, str], list[Sample]] = {}
-    for number in range(repeat):
-        cells |= _cells(name, replace(options, seed=options.seed + number), console, f" {number + 1}" * (repeat > 1))
-    options.metric()  # refuses before the weights are read
-    prompts: Template = "chat" if name == "template" else options.prompt
-    model, processor, notes = load_chosen(options, prompts, pick_device(options.device), console)
-    show_notes(notes, console)
-    asked = {**part(options, TokenOptions), **part(options, MeasureOptions), "bounds": False}
-    subject = Subject(model=model, processor=processor, **asked)
-    with progress_bar(console) as bar:
-        total = sum(map(len, cells.values())) * (len(TEMPLATES) if name == "template" else 1)
-        task = bar.add_task(f"{Path(options.model).name}, study of {name}", total=total)
-        rows = write(name, rows_of(name, subject, cells, lambda count: bar.advance(task, count)), options.out)
-    console.print(report.rows_table(rows))
-    console.print(f"wrote study_{name}.csv and study_{name}.png in {options.out}", highlight=False)
-    return rows
+    options.metric()  # refuses before anything is read
+    table, shown = options.out / f"study_{name}.csv", results or console
+    with taken(options.out, console):
+        require_free(options.out, (table.name, *(f"study_{name}.{s}" for s in get_args(PlotFormat))), options.overwrite)
+        cells: dict[tuple[str, str], Sequence[Sample]] = {}
+        for number in range(repeat):
+            of_seed = replace(options, seed=options.seed + number)
+            cells |= _cells(name, of_seed, console, f" {number + 1}" * (repeat > 1))
+        prompts: tuple[Template, ...] = TEMPLATES if name == "template" else (options.prompt,)
+        model, processor, notes = load_chosen(options, prompts, pick_device(options.device), console)
+        show_notes(notes, console)
+        asked = {**part(options, TokenOptions), **part(options, MeasureOptions), "bounds": False}
+        subject = Subject(model=model, processor=processor, batch_size=options.batch_size, **asked)
+        done: list[Row] = []
+        try:
+            with progress_bar(console) as bar:
+                total = sum(map(len, cells.values())) * (len(TEMPLATES) if name == "template" else 1)
+                task = bar.add_task(f"{Path(options.model).name}, study of {name}", total=total)
+                rows = rows_of(name, subject, cells, lambda count: bar.advance(task, count))
+                write(name, rows, options.out, done=done, console=console)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(_kept(done, table, shown)) from interrupt
+        with printed_first(lambda: shown.print(tables.rows_table(done))):
+            try:
+                write_rows(table, done)
+            except OSError as error:
+                raise NotWritten(f"the rows could not be written: {in_words(error)}", done) from error
+            picture = options.out / f"study_{name}.{options.plots}"
+            drawn = draw(lambda file: plots.plot_study(name, done, file), picture, console)
+        say_written([table.name, *drawn], options.out, shown)
+        return done
 
 
 def rows_of(
-    name: str, subject: Subject, cells: dict[tuple[str, str], list[Sample]], advance: Advance = lambda count: None
+    name: str, subject: Subject, cells: dict[tuple[str, str], Sequence[Sample]], advance: Advance = lambda count: None
 ) -> Iterator[Row]:
     """The rows of study `name`, one by one as they are measured.
 
@@ -132,23 +166,39 @@ def rows_of(
     )
 
 
-def write(name: str, rows: Iterator[Row], out: Path, extra: Row | None = None) -> list[Row]:
-    """Write rows to <out>/study_<name>.csv as they come, each with the columns of `extra`, then draw them."""
-    out.mkdir(parents=True, exist_ok=True)
-    table, done = out / f"study_{name}.csv", []
+def write(
+    name: str,
+    rows: Iterator[Row],
+    out: Path,
+    extra: Row | None = None,
+    *,
+    done: list[Row] | None = None,
+    console: Console | None = None,
+) -> list[Row]:
+    """Add rows to `done` as they come, and each time put all in <out>/study_<name>.csv, with the columns of `extra`.
+
+    With a `console`, a row that cannot be written is a note there, and the next one tries again.
+    """
+    done = [] if done is None else done
     for row in rows:
         done.append(row)
-        write_rows(table, done, extra)
-    report.plot_study(name, done, out / f"study_{name}.png")
+        try:
+            write_rows(out / f"study_{name}.csv", done, extra)
+        except OSError as error:
+            if console is None:
+                raise
+            show_notes([f"row {len(done)} could not be written: {in_words(error)}"], console)
     return done
 
 
 def write_rows(path: Path, rows: Sequence[Row], extra: Row | None = None) -> None:
-    """A CSV of the rows, each with the columns of `extra`."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *(extra or {})])
-        writer.writeheader()
-        writer.writerows({key: _written(value) for key, value in {**row, **(extra or {})}.items()} for row in rows)
+    """A CSV of the rows, each with the columns of `extra`, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*rows[0], *(extra or {})])
+    writer.writeheader()
+    writer.writerows({key: _written(value) for key, value in {**row, **(extra or {})}.items()} for row in rows)
+    write_text(path, text.getvalue())
 
 
 def read(path: Path) -> list[Row]:
@@ -163,7 +213,7 @@ def sample_count(subject: Subject, samples: Sequence[Sample], advance: Advance) 
     The paper draws ten sets a count and gives mean and range: see `repeated_sample_count`. One set's own standard error
     tells about as much.
     """
-    metric, done = subject.fresh_metric(), 0
+    metric, done = subject.with_groups_of(samples, in_turn=True).fresh_metric(), 0
     for count in sorted({*(c for c in COUNTS if c < len(samples)), len(samples)}):
         subject.feed(metric, samples[:count], done, advance)
         result, done = finish(metric), count
@@ -191,7 +241,7 @@ def normalization(subject: Subject, samples: Sequence[Sample], advance: Advance)
         yield row | {"missed": missed}
 
 
-def content(subject: Subject, cells: dict[tuple[str, str], list[Sample]], advance: Advance) -> Iterator[Row]:
+def content(subject: Subject, cells: dict[tuple[str, str], Sequence[Sample]], advance: Advance) -> Iterator[Row]:
     """MIR of every kind of image with every kind of text; text tokens see the image, so each pair is a stream."""
     for (images, text), samples in cells.items():
         result = subject.measure(samples, advance)
@@ -221,7 +271,22 @@ def layers(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Ite
         }
 
 
-def _cells(name: str, options: ComputeOptions, console: Console, mark: str = "") -> dict[tuple[str, str], list[Sample]]:
+def _kept(done: Sequence[Row], table: Path, console: Console) -> str:
+    """What is left of an interrupted study, in words; its rows are printed."""
+    if not done:
+        return "interrupted before the first row"
+    words = f"interrupted after {len(done)} row{'s' * (len(done) > 1)}"
+    console.print(tables.rows_table(done))
+    try:
+        write_rows(table, done)
+    except OSError as error:
+        return f"{words}, which could not be written: {in_words(error)}"
+    return f"{words}, in {table}"
+
+
+def _cells(
+    name: str, options: ComputeOptions, console: Console, mark: str = ""
+) -> dict[tuple[str, str], Sequence[Sample]]:
     """The samples, by kind of image and kind of text: for "content" the sub-folders, else all there are."""
     images, texts = [options.images], [options.text]
     if name == "content":
@@ -231,12 +296,11 @@ def _cells(name: str, options: ComputeOptions, console: Console, mark: str = "")
                 f"study: content compares kinds, each a sub-folder of --images or --text; neither {options.images} nor "
                 f"{options.text} has two"
             )
-    cells = {}
+    cells: dict[tuple[str, str], Sequence[Sample]] = {}
     for image, text in product(images, texts):
-        chosen = choose(replace(options, images=image, text=text), console)
-        in_blocks = name != "samples"  # which has results, with errors of all groups, before the last sample
-        samples = in_random_order(chosen.samples) if options.in_order and in_blocks else chosen.samples
-        cells[image.name, text.name + mark] = samples
+        in_turn = name == "samples"  # which has results, with errors of all groups, before the last sample
+        chosen = choose(replace(options, images=image, text=text), console, in_turn=in_turn)
+        cells[image.name, text.name + mark] = chosen.samples
         show_notes((f"{image.name} with {text.name}: {note}" for note in chosen.notes), console)
     return cells
 

@@ -1,31 +1,47 @@
-"""Two results side by side: whether MIR differs beyond what the choice of samples does to it."""
+"""Results side by side: whether MIR differs beyond what the choice of samples does to it."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from modality_integration.metric import display
+from modality_integration.metric import tables
+from modality_integration.metric.differing_settings import listed, notes_on_settings
 from modality_integration.metric.result import MIRResult
-from modality_integration.metric.standard_error import finite_jackknife
+from modality_integration.metric.standard_error import (
+    chance,
+    error_cell,
+    finite_jackknife,
+    tells,
+    why_no_error,
+    with_error,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FEW_GROUPS = 5  # below, a standard error is too uncertain to decide by
+SEEMS, IS = 2, 3  # standard errors from which on one result seems better, and is
+LONG = 20  # a header
+SCHEMA = "modality-integration-rate-comparison"
+VERSION = 1
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """Two results: b against a.
 
     difference: MIR of b minus MIR of a (below 0: b's modalities are closer). per_layer: each layer's distance in b over
-    that in a; empty where they have different depths. disjoint: whether the proved intervals do not overlap, None
-    where a result has no bounds. error: standard error of the difference, None unless both results have one. paired:
-    whether it is the jackknife of the differences, group by group, which takes the same samples in both; otherwise it
-    is sqrt(error_a^2 + error_b^2), of two results with samples of their own. notes: what makes the two not comparable
-    as they stand, or the error weak.
+    that in a; empty where they have different depths. disjoint: whether the intervals that hold for the arithmetic
+    (`MIRResult.lower`, `upper`) do not overlap, None where a result has no bounds; it says nothing about other samples.
+    error: standard error of the difference, None unless both results have one that tells something. paired: whether it
+    is the jackknife of the differences, group by group, which takes the same samples in both; otherwise it is
+    sqrt(error_a^2 + error_b^2), of two results with samples of their own. notes: what makes the two not comparable as
+    they stand, or the error weak. names: of a and b.
     """
 
     a: MIRResult
@@ -36,69 +52,229 @@ class Comparison:
     error: float | None
     notes: list[str]
     paired: bool = False
+    names: tuple[str, str] = ("A", "B")
+
+    def __repr__(self) -> str:
+        text = f"{self.names[1]} - {self.names[0]} = {with_error(self.difference, self.error)}"
+        parts = [text, *(["paired"] if self.paired else []), *([_count(self.notes)] if self.notes else [])]
+        return f"<Comparison {', '.join(parts)}>"
+
+    def __str__(self) -> str:
+        return "\n".join([self.verdict(), *(f"note: {note}" for note in self.notes)])
 
     @property
     def z(self) -> float | None:
-        """The difference in standard errors; None without them."""
+        """The difference in standard errors; None without them, or where they are rounding alone."""
         if self.error is None or self.difference == 0.0:
             return None if self.error is None else 0.0
-        return self.difference / self.error if self.error else math.copysign(math.inf, self.difference)
+        return self.difference / self.error if tells(self.error) else None
 
-    def verdict(self, names: tuple[str, str] = ("A", "B")) -> str:
+    @property
+    def groups(self) -> int:
+        """Groups of samples of the result that has fewer."""
+        return min(_groups(self.a), _groups(self.b))
+
+    @property
+    def certain(self) -> bool:
+        """Whether the two differ by three standard errors or more, each from enough groups of samples."""
+        return self.z is not None and abs(self.z) >= IS and self.groups >= FEW_GROUPS
+
+    def by_chance(self, errors: float) -> float:
+        """How often two results that do not differ are more than so many standard errors apart (Student's t)."""
+        groups = _groups(self.a), _groups(self.b)
+        return chance(errors, max(groups[0] - 1 if self.paired else sum(groups) - 2, 1))
+
+    def verdict(self, names: tuple[str, str] | None = None) -> str:
         """Whether the two differ, in words: from two standard errors on one "seems" better, from three it is.
 
         With errors from 5 groups each, two are passed by chance once in 12 times and three once in 59 (Student's t, 8
         degrees of freedom); paired, once in 9 and once in 25 (4 degrees). With fewer groups nothing is said for sure,
         and without an error nothing at all.
         """
+        return self._verdict(names or self.names, self._without_error)
+
+    def _verdict(self, names: tuple[str, str], without_error: Callable[[tuple[str, str]], str]) -> str:
         if self.difference == 0:
-            words = "the same MIR"
+            return "the same MIR"
+        lower, higher = (names[1], names[0]) if self.difference < 0 else names
+        if math.isinf(self.difference):
+            return f"{lower}'s MIR is -inf: its modalities are not told apart in any layer; {higher}'s are"
+        far = f"MIR is {_far(abs(self.difference))} below {higher}'s"
+        if self.z is None:
+            return f"{lower}'s {far}{without_error(names)}"
+        far += f", {abs(self.z):.1f} standard errors of the difference ({self.error:.2g})"
+        if self.certain:
+            return f"{lower} blends the modalities better: its {far}"
+        if abs(self.z) >= SEEMS:
+            return f"{lower} seems to blend the modalities better, more samples would tell: its {far}"
+        return f"no difference beyond the standard error: {lower}'s {far}"
+
+    def _without_error(self, names: tuple[str, str]) -> str:
+        if self.error is not None:
+            return ", with every group of samples left out alike"
+        reasons = {name: why_no_error(result) for name, result in zip(names, (self.a, self.b), strict=True)}
+        known = [f"{name} has no standard error ({why})" for name, why in reasons.items() if why and why != "groups 0"]
+        if known:
+            words = f"; whether other samples would say so too is not known: {listed(known)}"
         else:
-            lower, higher = (names[1], names[0]) if self.difference < 0 else names
-            far = f"MIR is {abs(self.difference):.4f} below {higher}'s"
-            if self.z is None:
-                words = (
-                    f"{lower}'s {far}; whether other samples would say so too takes a standard error of both "
-                    "(mir compute --groups 5)"
-                )
-            else:
-                far += f", {abs(self.z):.1f} standard errors of the difference ({self.error:.2g})"
-                if abs(self.z) >= 3 and min(map(_groups, (self.a, self.b))) >= FEW_GROUPS:
-                    words = f"{lower} blends the modalities better: its {far}"
-                elif abs(self.z) >= 2:
-                    words = f"{lower} seems to blend the modalities better, more samples would tell: its {far}"
-                else:
-                    words = f"no difference beyond the standard error: {lower}'s {far}"
-        if self.disjoint is not None:
-            words += f" (their proved intervals {'do not overlap' if self.disjoint else 'overlap'})"
-        return words
+            words = (
+                "; whether other samples would say so too takes a standard error of both (mir compute --groups "
+                f"{FEW_GROUPS})"
+            )
+        return words + self._arithmetic()
 
-    def table(self, names: tuple[str, str] = ("A", "B")) -> Table:
-        """A rich table: each layer's distances, their ratio where both are as deep, MIR at the foot."""
-        columns, feet = display.distance_columns(dict(zip(names, (self.a, self.b), strict=True)))
-        if self.per_layer:
-            name = f"{names[1]} / {names[0]}"
-            columns[name], feet[name] = [f"{ratio:.3f}" for ratio in self.per_layer], f"{self.difference:+.4f}"
-        return display.layer_table(columns, feet)
+    def _in_short(self, names: tuple[str, str]) -> str:
+        return f", without a standard error{self._arithmetic()}"
+
+    def _arithmetic(self) -> str:
+        if self.disjoint is None:
+            return ""
+        if self.disjoint:
+            return "; it is beyond the rounding of the arithmetic, which says nothing about other samples"
+        return "; it is within the rounding of the arithmetic"
+
+    def table(self, names: tuple[str, str] | None = None) -> Table:
+        """A rich table: each layer's distances, their ratio where both are as deep, and MIR, its error, the difference
+        and its error at the foot.
+        """
+        names = names or self.names
+        if names[0] == names[1]:
+            raise ValueError(f"names: takes two that differ, got {names[0]!r} twice")
+        return _table(dict(zip(names, (self.a, self.b), strict=True)), {names[1]: self})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON takes: the difference and what it is held against; numbers that are not finite as words."""
+        return {
+            "name": self.names[1],
+            "against": self.names[0],
+            "difference": _plain(self.difference),
+            "error": _plain(self.error),
+            "z": _plain(self.z),
+            "paired": self.paired,
+            "disjoint": self.disjoint,
+            "per_layer": [_plain(ratio) for ratio in self.per_layer],
+            "notes": self.notes,
+            "verdict": self.verdict(),
+        }
 
 
-def compare(a: MIRResult, b: MIRResult, *, paired: bool | None = None) -> Comparison:
+@dataclass(repr=False)
+class Comparisons:
+    """Several results, the first of which is the reference.
+
+    results: by name. against: each other result's comparison with the first, by its name. neighbours: comparisons of
+    each result with the next one, in the order of their values, the lowest first. notes: as `Comparison` has them, each
+    once.
+    """
+
+    results: dict[str, MIRResult]
+    against: dict[str, Comparison]
+    neighbours: list[Comparison]
+    notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name} {with_error(r.value, r.error)}" for name, r in self.results.items())
+        return f"<Comparisons {values}{f', {_count(self.notes)}' if self.notes else ''}>"
+
+    def __str__(self) -> str:
+        return "\n".join([self.verdict(), *(f"note: {note}" for note in self.notes)])
+
+    @property
+    def ranking(self) -> str | None:
+        """The names, lowest MIR first: `a < b ~ c`, with < where three standard errors or more lie between neighbours,
+        = where nothing does, and ~ otherwise. None without an error between any two neighbours, or without a single <.
+        """
+        if any(one.z is None and one.difference for one in self.neighbours):
+            return None
+        if not any(one.certain for one in self.neighbours):
+            return None
+        signs = [("<" if one.certain else "~") if one.difference else "=" for one in self.neighbours]
+        names = [one.names[1] for one in self.neighbours]
+        return " ".join(
+            [self.neighbours[0].names[0], *(f"{sign} {name}" for sign, name in zip(signs, names, strict=True))]
+        )
+
+    def lines(self) -> list[str]:
+        """Each result's verdict against the first; of three results or more their ranking, and what chance does."""
+        if len(self.against) == 1:
+            return [one.verdict() for one in self.against.values()]
+        first = next(iter(self.results))
+        lines = [
+            one._verdict(one.names, one._in_short) if one.difference else f"{first} and {name} have the same MIR"
+            for name, one in self.against.items()
+        ]
+        if self.ranking:
+            lines.append(f"lowest MIR first: {self.ranking} (< {IS} standard errors or more apart, ~ not told apart)")
+        tested = [one for one in self.against.values() if one.z is not None]
+        if len(tested) > 1:
+            seems, better = (min(sum(one.by_chance(errors) for one in tested), 1.0) for errors in (SEEMS, IS))
+            lines.append(
+                f"{len(tested)} comparisons at once: were there no differences, one or more would pass {SEEMS} "
+                f"standard errors by chance in up to {_percent(seems)} of such sets, and {IS} in up to "
+                f"{_percent(better)}; both thresholds are those of a single comparison"
+            )
+        return lines
+
+    def verdict(self) -> str:
+        """`lines`, one below the other."""
+        return "\n".join(self.lines())
+
+    def table(self) -> Table:
+        """A rich table: a column of distances a result; MIR, its error, the difference and its error at the foot."""
+        return _table(self.results, self.against)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON takes; numbers that are not finite as words.
+
+        {"schema", "version", "reference": name, "results": [{"name", "mir", "error", "lower", "upper", "per_layer"}],
+        "comparisons": [as `Comparison.to_dict`], "ranking": string or null, "notes": [string], "verdict": [string]}
+        """
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "reference": next(iter(self.results)),
+            "results": [
+                {
+                    "name": name,
+                    **{"mir": _plain(r.value), "error": _plain(r.error)},
+                    **{"lower": _plain(r.lower), "upper": _plain(r.upper)},
+                    "per_layer": [_plain(distance) for distance in r.per_layer],
+                }
+                for name, r in self.results.items()
+            ],
+            "comparisons": [one.to_dict() for one in self.against.values()],
+            "ranking": self.ranking,
+            "notes": self.notes,
+            "verdict": self.lines(),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def compare(
+    a: MIRResult, b: MIRResult, *, paired: bool | None = None, names: tuple[str, str] = ("A", "B")
+) -> Comparison:
     """Set b beside a.
 
     paired: whether both have the same samples in the same groups; None goes by their settings: "chosen_samples", and
     how they were "dealt", or among how many "processes" if in turn. ValueError where True cannot be: a result without
-    groups, or with another number of them.
+    groups, or with another number of them. names: what notes and verdict call them.
     """
     groups = _groups(a), _groups(b)
     if paired and (0 in groups or groups[0] != groups[1]):
         raise ValueError(f"paired: takes results with as many groups of samples, got {groups[0]} and {groups[1]}")
+    if names[0] == names[1]:
+        raise ValueError(f"names: takes two that differ, got {names[0]!r} twice")
     if paired is None:
         dealing = _dealing(a)
         paired = groups[0] == groups[1] > 0 and None not in dealing and dealing == _dealing(b)
+    error = None
     if paired:
         error = paired_error(a, b)
-    else:
-        error = None if a.error is None or b.error is None else math.hypot(a.error, b.error)
+    elif a.error is not None and b.error is not None and tells(a.error) and tells(b.error):
+        error = math.hypot(a.error, b.error)
     disjoint = None
     if a.lower is not None and b.lower is not None:
         disjoint = a.upper < b.lower or b.upper < a.lower  # type: ignore[operator]
@@ -107,24 +283,70 @@ def compare(a: MIRResult, b: MIRResult, *, paired: bool | None = None) -> Compar
     ratios = []
     if len(a.terms) == len(b.terms):
         ratios = [_ratio(y, x) for x, y in zip(a.per_layer, b.per_layer, strict=True)]
-    return Comparison(a, b, difference, ratios, disjoint, error, _differing(a, b, paired), paired)
+    results = dict(zip(names, (a, b), strict=True))
+    notes = _notes(results, [names[1]] if paired else [])
+    return Comparison(a, b, difference, ratios, disjoint, error, notes, paired, (names[0], names[1]))
 
 
-def _differing(a: MIRResult, b: MIRResult, paired: bool) -> list[str]:
-    """Notes on what is not alike in a and b, and on errors that say little."""
-    known = [{"outliers": r.outliers, "normalize": r.normalize, "sinks": r.sinks, **r.settings} for r in (a, b)]
-    notes = [
-        f"{name.replace('_', ' ')} differs: {known[0][name]} and {known[1][name]}"
-        for name in known[0]
-        if name in known[1] and known[0][name] != known[1][name]
-    ]
-    if len(a.terms) != len(b.terms):
-        notes.append(f"{len(a.terms)} and {len(b.terms)} layers: MIR sums over them, and is compared as it stands")
+def compare_several(results: Mapping[str, MIRResult], *, paired: bool | None = None) -> Comparisons:
+    """Set results, by name, beside the first of them. ValueError for fewer than two.
+
+    paired: as in `compare`, of all.
+    """
+    if len(results) < 2:
+        raise ValueError(f"results: takes two or more, got {len(results)}")
+    (first, reference), *others = results.items()
+    against = {name: compare(reference, r, paired=paired, names=(first, name)) for name, r in others}
+    ordered = sorted(results.items(), key=lambda item: item[1].value)
+    neighbours = [compare(a, b, paired=paired, names=(one, other)) for (one, a), (other, b) in pairwise(ordered)]
+    notes = _notes(results, [name for name, one in against.items() if one.paired])
+    return Comparisons(dict(results), against, neighbours, notes)
+
+
+def paired_error(a: MIRResult, b: MIRResult) -> float | None:
+    """Standard error of b's MIR minus a's where both have the same samples in the same groups: the jackknife of the
+    differences, in which what the choice of samples does to both cancels. None where it is not finite.
+    """
+    return finite_jackknife([y - x for x, y in zip(a.left_out_values, b.left_out_values, strict=True)])
+
+
+def _table(results: Mapping[str, MIRResult], against: Mapping[str, Comparison]) -> Table:
+    feet = {"difference": {name: _far(one.difference, "+") for name, one in against.items()}}
+    errors = {name: error_cell(one.error) for name, one in against.items()}
+    if any(errors.values()):
+        feet["its error"] = errors
+    ratios = {}
+    if len(results) == 2:
+        (name, one), first = *against.items(), next(iter(results))
+        if one.per_layer:
+            names = f"{name} / {first}"
+            ratios[names if len(names) <= LONG else "ratio"] = [
+                f"{ratio:.3f}" if 1e-3 <= ratio < 1e4 else f"{ratio:.4g}" for ratio in one.per_layer
+            ]
+    return tables.distance_table(results, feet, ratios)
+
+
+def _notes(results: Mapping[str, MIRResult], paired: Sequence[str]) -> list[str]:
+    """Notes on what is not alike, on errors that say little, and on those that are of the same samples as the first."""
+    notes = notes_on_settings(results)
+    first, *others = results
     if paired:
-        notes.append("the same samples in both: the error is that of the differences, group by group")
-    for name, result in (("A", a), ("B", b)):
-        if 0 < (groups := _groups(result)) < FEW_GROUPS:
-            notes.append(f"{name}'s standard error is of {groups} groups of samples: take {FEW_GROUPS} or more")
+        both = f"{first}, {listed(paired)}"
+        who = "both" if len(results) == 2 else "all" if len(paired) == len(others) else both
+        one = "the error is" if len(paired) == 1 else "each error is"
+        notes.append(f"the same samples in {who}: {one} that of the differences, group by group")
+    few: dict[int, list[str]] = {}
+    without: dict[str, list[str]] = {}
+    for name, result in results.items():
+        if 1 < (groups := _groups(result)) < FEW_GROUPS:
+            few.setdefault(groups, []).append(name)
+        if len(results) > 2 and (why := why_no_error(result)) is not None:
+            without.setdefault(why or f"mir compute --groups {FEW_GROUPS} gives one", []).append(name)
+    for groups, names in few.items():
+        whose = f"{names[0]}'s standard error is" if len(names) == 1 else f"the standard errors of {listed(names)} are"
+        notes.append(f"{whose} of {groups} groups of samples: take {FEW_GROUPS} or more")
+    for why, names in without.items():
+        notes.append(f"{listed(names)} {'has' if len(names) == 1 else 'have'} no standard error ({why})")
     return notes
 
 
@@ -141,14 +363,24 @@ def _groups(result: MIRResult) -> int:
     return len(result.left_out[0]) if result.left_out else 0
 
 
-def paired_error(a: MIRResult, b: MIRResult) -> float | None:
-    """Standard error of b's MIR minus a's where both have the same samples in the same groups: the jackknife of the
-    differences, in which what the choice of samples does to both cancels. None where it is not finite.
-    """
-    return finite_jackknife([y - x for x, y in zip(a.left_out_values, b.left_out_values, strict=True)])
-
-
 def _ratio(value: float, of: float) -> float:
     if of == 0.0:
         return 1.0 if value == 0.0 else math.inf
     return value / of
+
+
+def _far(difference: float, sign: str = "") -> str:
+    fine = 0.0 < abs(difference) < 1e-3  # of which four decimals would show one digit, or none
+    return f"{difference:{sign}.1e}" if fine else f"{difference:{sign}.4f}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def _count(notes: Sequence[str]) -> str:
+    return f"{len(notes)} note{'s' * (len(notes) > 1)}"
+
+
+def _plain(number: float | None) -> float | str | None:
+    return str(number) if number is not None and not math.isfinite(number) else number

@@ -16,7 +16,7 @@ from torch import Tensor
 from mir_kernels import StreamingMoments
 from mir_kernels.ops.frechet import TraceSqrt, trace_sqrt_from_features, trace_sqrt_product, trace_sqrt_report
 from mir_kernels.ops.frechet.centring import exactly, moments, variances
-from mir_kernels.ops.frechet.launch import CHUNK, TRACE_SQRT_PRODUCT
+from mir_kernels.ops.frechet.launch import CHUNK, Backend
 from mir_kernels.ops.frechet.report import warn_if_missed
 from modality_integration.metric import MODALITIES, proved_terms
 from modality_integration.metric.options import MetricOptions
@@ -236,9 +236,9 @@ def _root_of_features(layer: int, vision: Tensor, text: Tensor, options: MetricO
     return found.item()
 
 
-def _root_backend(options: MetricOptions) -> str | None:
+def _root_backend(options: MetricOptions) -> Backend | None:
     """A backend of the token kernels alone ("native") leaves the root's to be chosen."""
-    return options.backend if options.backend in TRACE_SQRT_PRODUCT.names() else None
+    return None if options.backend == "native" else options.backend
 
 
 def _no_root(layer: int, error: Exception) -> ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,22 +26,27 @@ from modality_integration.metric.tokens import (
     sum_of_norms,
 )
 
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
+
 
 class FeatureLayer:
-    """Features (n, d) and (m, d) of layer `layer` (1..K); they stay as they are.
+    """Features (n, d) and (m, d) of layer `layer` (1..K), tensors or arrays; they stay as they are.
 
     marks: which of each modality's tokens are attention sinks; None where none is.
     """
 
     def __init__(
         self,
-        vision: Tensor,
-        text: Tensor,
+        vision: Array,
+        text: Array,
         layer: int,
         options: MetricOptions,
         marks: Mapping[str, SinkMarks] | None = None,
     ) -> None:
-        self.features, self.layer, self.options, self.marks = {"vision": vision, "text": text}, layer, options, marks
+        features: dict[str, Any] = {"vision": vision, "text": text}  # tensors, once they are checked
+        self.features: dict[str, Tensor] = features
+        self.layer, self.options, self.marks = layer, options, marks
 
     def counted(self) -> CountedTokens:
         """Both modalities after the outlier rule. ValueError or TypeError that names the layer and the modality."""
@@ -95,13 +101,14 @@ class FeatureLayer:
 
     def check(self) -> None:
         """ValueError or TypeError that names the layer and the modality, unless both fit one another."""
-        layer, vision, text = self.layer, self.features["vision"], self.features["text"]
-        for modality, features in (("vision", vision), ("text", text)):
-            _checks.floating(f"{modality}, layer {layer}", features)
+        layer = self.layer
+        for modality in MODALITIES:
+            features = _checks.floating(f"{modality}, layer {layer}", self.features[modality])
             if features.dim() != 2:
                 raise ValueError(f"layer {layer}: {modality} takes shape (tokens, d), got {tuple(features.shape)}")
             require_tokens(len(features), layer, modality)
             self.features[modality] = with_memory("mir", f"{modality}, layer {layer}", features)
+        vision, text = self.features["vision"], self.features["text"]
         if vision.shape[1] != text.shape[1]:
             raise ValueError(f"layer {layer}: vision has d = {vision.shape[1]}, text has d = {text.shape[1]}")
         _checks.same_device(f"vision, layer {layer}", vision, "text", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,13 @@ from torch import Tensor
 from mir_kernels import _checks, token_norms
 from mir_kernels._gate import with_memory
 from modality_integration.metric import MODALITIES
-from modality_integration.metric.packing import Packing
+from modality_integration.metric.options import Backend
+from modality_integration.metric.packing import PackedStates, Packing
 from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens
 from modality_integration.metric.tokens import one_tensor_a_layer, require_finite, sent
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 
 class ForwardTokens(NamedTuple):
@@ -33,9 +37,9 @@ class ForwardTokens(NamedTuple):
     def of(
         cls,
         hidden_states: Sequence[Tensor],
-        vision_mask: Tensor,
-        text_mask: Tensor,
-        backend: str | None,
+        vision_mask: Array,
+        text_mask: Array,
+        backend: Backend | None,
         packing: Packing | None = None,
     ) -> ForwardTokens:
         """ValueError or TypeError where the hidden states and masks do not fit, or a masked token is not finite.
@@ -73,25 +77,27 @@ class ForwardTokens(NamedTuple):
         return {m: tuple(sent(index, device).unbind(1)) for m, index in self.indices.items() if len(index)}
 
 
-def check_hidden_states(hidden_states: Sequence[Tensor]) -> None:
-    """One tensor (B, T, d) or (T, d) with data a layer, of the same tokens."""
-    lead = one_tensor_a_layer("hidden_states", hidden_states)[0].shape[:-1]
-    for k, hidden in enumerate(hidden_states):
+def checked_hidden_states(hidden_states: Sequence[Array]) -> Sequence[Tensor]:
+    """One tensor (B, T, d) or (T, d) with data a layer, of the same tokens; tensors of arrays."""
+    given = one_tensor_a_layer("hidden_states", hidden_states)
+    states = [_checks.tokens(f"hidden_states[{k}]", hidden) for k, hidden in enumerate(given)]
+    lead = states[0].shape[:-1]
+    for k, hidden in enumerate(states):
         name = f"hidden_states[{k}]"
-        _checks.tokens(name, hidden)
         if hidden.dim() not in (2, 3):
             raise ValueError(f"{name}: takes shape (B, T, d) or (T, d), got {tuple(hidden.shape)}")
         if hidden.shape[:-1] != lead:
             raise ValueError(f"{name}: has tokens {tuple(hidden.shape[:-1])}, hidden_states[0] has {tuple(lead)}")
         _require_data(name, hidden)
+    return PackedStates(states, given.sample_ids) if isinstance(given, PackedStates) else states
 
 
-def _masks(hidden_states: Sequence[Tensor], vision_mask: Tensor, text_mask: Tensor) -> dict[str, Tensor]:
+def _masks(hidden_states: Sequence[Tensor], vision_mask: Array, text_mask: Array) -> dict[str, Tensor]:
     """Both masks as bool on the CPU, no token in both."""
-    masks = dict(zip(MODALITIES, (vision_mask, text_mask), strict=True))
-    for modality, mask in masks.items():
-        _checks.mask(f"{modality}_mask", mask, tuple(hidden_states[0].shape[:-1]))
-        _require_data(f"{modality}_mask", mask)
+    masks: dict[str, Tensor] = {}
+    for modality, given in zip(MODALITIES, (vision_mask, text_mask), strict=True):
+        _require_data(f"{modality}_mask", given)
+        masks[modality] = _checks.mask(f"{modality}_mask", given, tuple(hidden_states[0].shape[:-1]))
     masks = {modality: mask.cpu().bool() for modality, mask in masks.items()}
     both = (masks["vision"] & masks["text"]).nonzero()
     if len(both):
@@ -117,7 +123,8 @@ def _marks(
     return marks
 
 
-def _require_data(name: str, value: Tensor) -> None:
+def _require_data(name: str, value: Array) -> None:
+    value = _checks.tensor(name, value)
     if value.is_meta:
         raise ValueError(f"{name}: takes a tensor with data, got one on the meta device")
     with_memory("ModalityIntegrationRate", name, value)

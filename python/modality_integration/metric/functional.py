@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from modality_integration.metric.distance import layers_together
 from modality_integration.metric.features import FeatureLayer, with_sinks_marked
 from modality_integration.metric.layer import layer_results, mir_result
-from modality_integration.metric.options import MetricOptions, Outliers, Sinks, SqrtPrecision
+from modality_integration.metric.options import Backend, MetricOptions, Outliers, Sinks, SqrtPrecision
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.tokens import one_tensor_a_layer
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 __all__ = ["mir"]
 
 
 def mir(
-    vision: Sequence[Tensor],
-    text: Sequence[Tensor],
+    vision: Sequence[Array],
+    text: Sequence[Array],
     *,
     outliers: Outliers = "remove",
     normalize: bool = True,
     bounds: bool = False,
     sqrt_precision: SqrtPrecision = "float32",
-    backend: str | None = None,
+    backend: Backend | None = None,
     sinks: Sinks = "report",
 ) -> MIRResult:
     """MIR = log10 sum_k FID(omega(alpha_k f_k^v), omega(alpha_k f_k^t)), Eq. 3 of the MIR paper.
 
     vision, text: one tensor (n_k, d) per decoder layer 1..K (embeddings left out), f32/bf16/f16/f64; a layer's two
-    tensors share d, dtype may differ. Inputs are unchanged.
+    tensors share d, dtype may differ. numpy arrays are taken as well. Inputs are unchanged.
     outliers: what happens to tokens with |norm - median| > 3 std (ddof 1), a modality and layer at a time: "remove"
     (the paper's text), "median" (replaced by the column medians, as the published code has it), "none".
     normalize: multiply by alpha_k = s / sum_j ||t_kj|| (Eq. 2), over all text tokens, outliers included.
@@ -52,6 +57,6 @@ def mir(
         raise ValueError(f"vision and text: take as many layers each, got {len(vision)} and {len(text)}")
     layers = [FeatureLayer(v, t, k, options) for k, (v, t) in enumerate(zip(vision, text, strict=True), 1)]
     first = vision[0]
-    matrix = isinstance(first, Tensor) and first.dim() == 2
-    together = layers_together(first.shape[1], first.device) if matrix else 1
+    matrix = isinstance(first, Tensor) and first.dim() == 2  # an array lies on the CPU
+    together = layers_together(first.shape[1], torch.device(first.device)) if matrix else 1
     return mir_result(layer_results(with_sinks_marked(layers), options, together), options)

@@ -15,7 +15,7 @@ from mir_kernels.ops.moments.state import number
 from mir_kernels.ops.moments.streaming import ROWS
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.host_memory import HostMemory
-from modality_integration.metric.options import MetricOptions
+from modality_integration.metric.options import Backend, MetricOptions
 
 Slot = tuple[str, int]  # a modality and a group of samples
 
@@ -51,7 +51,7 @@ class GroupMoments:
     """
 
     def __init__(
-        self, hidden_size: int, device: torch.device, precision: Any, backend: str | None, host: HostMemory | None
+        self, hidden_size: int, device: torch.device, precision: Any, backend: Backend | None, host: HostMemory | None
     ) -> None:
         self._make = partial(StreamingMoments, hidden_size, device=device, precision=precision, backend=backend)
         self._device = device

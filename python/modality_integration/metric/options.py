@@ -9,6 +9,7 @@ Outliers = Literal["remove", "median", "none"]
 Precision = Literal["fast", "auto", "exact"]
 SqrtPrecision = Literal["bfloat16", "float32", "float64"]
 Sinks = Literal["report", "leave out"]
+Backend = Literal["triton", "native", "eager", "reference"]  # of the token kernels; mir_kernels has it alike
 
 MOST_GROUPS = 255  # a token's group is kept in a byte
 
@@ -23,7 +24,7 @@ class MetricOptions:
     precision: Precision = "auto"
     sqrt_precision: SqrtPrecision = "float32"
     hold: int | None = None
-    backend: str | None = None
+    backend: Backend | None = None
     groups: int = 0
     sinks: Sinks = "report"
     samples: int | None = None

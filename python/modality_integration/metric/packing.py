@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex, overload
+from typing import TYPE_CHECKING, SupportsIndex, overload
 
 import torch
 from torch import Tensor
+
+from mir_kernels import _checks
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 
 class PackedStates(list[Tensor]):
@@ -38,7 +43,7 @@ class PackedStates(list[Tensor]):
         return self[:]
 
 
-def ids_of(hidden_states: Sequence[Tensor], sample_ids: Tensor | None) -> Tensor | None:
+def ids_of(hidden_states: Sequence[Tensor], sample_ids: Array | None) -> Array | None:
     """The caller's sample numbers, else those that the hidden states bring along."""
     if sample_ids is None and isinstance(hidden_states, PackedStates):
         return hidden_states.sample_ids
@@ -52,7 +57,9 @@ class Packing:
     -1 where it is in none.  Samples are in the order of their numbers, row after row.
     """
 
-    def __init__(self, sample_ids: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(self, sample_ids: Array, shape: tuple[int, ...]) -> None:
+        if not isinstance(sample_ids, Tensor) and hasattr(sample_ids, "dtype"):
+            sample_ids = _checks.tensor("sample_ids", sample_ids)
         if not isinstance(sample_ids, Tensor) or tuple(sample_ids.shape) != shape:
             got = tuple(sample_ids.shape) if isinstance(sample_ids, Tensor) else type(sample_ids).__name__
             raise ValueError(f"sample_ids: takes one number per token, shape {shape}, got {got}")

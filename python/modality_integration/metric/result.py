@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from modality_integration.metric import MODALITIES, display, result_json
+from modality_integration.metric import MODALITIES, figures, result_json, tables
+from modality_integration.metric.by_value import ByValue
 from modality_integration.metric.files import write_text
-from modality_integration.metric.standard_error import finite_jackknife, jackknife, with_error
+from modality_integration.metric.standard_error import (
+    arithmetic,
+    finite_jackknife,
+    jackknife,
+    missing_error,
+    why_no_error,
+    with_error,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -75,12 +84,14 @@ class LayerTerms:
         return traces - 2.0 * root + outward * 2.0**-50 * (traces + 2.0 * abs(root))
 
 
-@dataclass(eq=False)
-class MIRResult:
+@dataclass(eq=False, repr=False)
+class MIRResult(ByValue):
     """The Modality Integration Rate (Eq. 3): log10 of the sum over layers of the Fréchet distances.
 
-    Equal is what agrees in every field; <, <=, > and >= go by the value, against results and numbers. What is computed
-    here is a `MIRTensor`, which is a torch.Tensor as well; what is read from JSON needs no torch.
+    It does what a number does, by `value`: float, round, int, abs, <, <=, > and >=, arithmetic with numbers and
+    results, formats (`f"{result:.3f}"`), `np.asarray(results)`, min, max, sorted. Results are equal where every field
+    agrees; a number is equal to a result of that value. What is computed here is a `MIRTensor`, which is a torch.Tensor
+    as well, and gives tensors in arithmetic where this gives floats; what is read from JSON needs no torch.
 
     Every list has one entry per layer, in order; {"vision": [...], "text": [...]} is a count of tokens.
 
@@ -183,39 +194,25 @@ class MIRResult:
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MIRResult):
-            return NotImplemented
+            return self.value == other if isinstance(other, Real) else NotImplemented
         return all(getattr(self, part.name) == getattr(other, part.name) for part in fields(self))
 
     def __hash__(self) -> int:
         return hash(self.value)  # equal results have equal terms
 
-    def __lt__(self, other: object) -> bool:
-        return self._by_value(operator.lt, other)
-
-    def __le__(self, other: object) -> bool:
-        return self._by_value(operator.le, other)
-
-    def __gt__(self, other: object) -> bool:
-        return self._by_value(operator.gt, other)
-
-    def __ge__(self, other: object) -> bool:
-        return self._by_value(operator.ge, other)
-
-    def _by_value(self, compare: Callable[[float, Any], Any], other: object) -> Any:
-        if isinstance(other, MIRResult):
-            return compare(self.value, other.value)
-        return compare(self.value, other) if isinstance(other, Real) else NotImplemented
-
-    def __float__(self) -> float:
-        return self.value
-
     def __format__(self, spec: str) -> str:
         return format(self.value, spec) if spec else str(self)
 
+    def __repr__(self) -> str:
+        parts = [f"{type(self).__name__} {with_error(self.value, self.error)}", _count(len(self.terms), "layer")]
+        return f"<{', '.join([*parts, *([_count(len(self.notes), 'note')] if self.notes else [])])}>"
+
     def __str__(self) -> str:
-        text = f"MIR {with_error(self.value, self.error)} over {len(self.terms)} layers"
-        if self.lower is not None:
-            text += f", between {self.lower:.6f} and {self.upper:.6f}"
+        why = why_no_error(self)
+        value = with_error(self.value, self.error) + (f" ({missing_error(self)})" if why else "")
+        text = f"MIR {value} over {len(self.terms)} layers"
+        if accuracy := arithmetic(self):
+            text += f", {accuracy}"
         return "\n".join([text, *(f"note: {note}" for note in self.notes)])
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -272,27 +269,47 @@ class MIRResult:
     def table(self) -> Table:
         """A rich table: one row per layer with its distance and terms (Eq. 3), tokens kept and out; MIR at the foot.
 
-        Where attention sinks count, the distances without them are the last column.
+        Where attention sinks count, the distances without them are the last column. A narrow console leaves columns out
+        and says which; `to_json` has them all.
         """
         names = ("distance", "mean", "Tr v", "Tr t", "Tr root", "alpha", *(f"{m} -out" for m in MODALITIES))
         columns: dict[str, list[str]] = {name: [] for name in names}
         for index, terms in enumerate(self.terms):
             numbers = (terms.mean, terms.trace_vision, terms.trace_text, terms.trace_root, self.alpha[index])
             counts = [f"{self.kept[m][index]} -{self.removed[m][index]}" for m in MODALITIES]
-            cells = (display.distance_cell(terms.distance), *(f"{number:.3g}" for number in numbers), *counts)
+            cells = (tables.distance_cell(terms.distance), *(f"{number:.3g}" for number in numbers), *counts)
             for column, cell in zip(columns.values(), cells, strict=True):
                 column.append(cell)
         feet = {"distance": f"{self.value:.4f}"}
+        expendable = ["Tr root", "Tr t", "Tr v", "alpha", "mean", "text -out", "vision -out", "no sinks"]
         if self.without_sinks is not None:
-            columns["no sinks"] = [display.distance_cell(distance) for distance in self.without_sinks]
+            columns["no sinks"] = [tables.distance_cell(distance) for distance in self.without_sinks]
             feet["no sinks"] = f"{self.value_without_sinks:.4f}"
-        return display.layer_table(columns, feet)
+        return tables.layer_table(columns, {"MIR": feet}, expendable, "mir.json has all terms")
 
-    def plot(self, path: str | Path) -> Path:
-        """Draw the distance of each layer (as the right of the paper's Figure 2) into an image file; where attention
-        sinks count, the distance without them as a thin second line.
+    @overload
+    def plot(self, path: str | Path) -> Path: ...
+
+    @overload
+    def plot(self, path: None = None, ax: Axes | None = None) -> tuple[Figure, Axes]: ...
+
+    def plot(self, path: str | Path | None = None, ax: Axes | None = None) -> Path | tuple[Figure, Axes]:
+        """Draw the distance of each layer with its standard error, as the right of the paper's Figure 2.
+
+        Where attention sinks count, the distance without them is a thin second line. path: an image file, whose suffix
+        is the format (.pdf, .svg, .png and more; ValueError for another); gives it. Without: gives matplotlib's figure
+        and axes. ax: the axes to draw into.
         """
-        return display.layer_curves({f"MIR {self.value:.3f}": self}, path)
+        curves = {figures.mir_label(self): self}
+        if path is None:
+            return figures.layer_figure(curves, ax)
+        if ax is not None:
+            raise ValueError("plot: takes path or ax, got both")
+        return figures.layer_curves(curves, path)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def mir_value(distances: Iterable[float]) -> float:

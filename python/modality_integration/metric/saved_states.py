@@ -11,10 +11,12 @@ Layout of a file (safetensors), one per forward pass or batch:
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,33 +27,42 @@ from mir_kernels import _checks, token_norms
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.features import feature_layer_result
+from modality_integration.metric.files import written_whole
+from modality_integration.metric.forward_tokens import checked_hidden_states
 from modality_integration.metric.layer import LayerResult, mir_result
-from modality_integration.metric.options import MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
+from modality_integration.metric.options import Backend, MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
 from modality_integration.metric.outliers import Limits
 from modality_integration.metric.packing import Packing, ids_of
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.sinks import SinkMarks, concentrated, massive_tokens, no_sinks
 from modality_integration.metric.tokens import require_finite, require_tokens
 
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
+
 
 def save_states(
     path: str | Path,
-    hidden_states: Sequence[Tensor],
-    vision_mask: Tensor,
-    text_mask: Tensor,
-    sample_ids: Tensor | None = None,
+    hidden_states: Sequence[Array],
+    vision_mask: Array,
+    text_mask: Array,
+    sample_ids: Array | None = None,
 ) -> None:
     """Write the hidden states of decoder layers 1..K and the token roles in the layout above.
 
-    sample_ids: as for `ModalityIntegrationRate.update`; packed samples are written a row each.
+    Arguments and errors are those of `ModalityIntegrationRate.update`; packed samples are written a row each.
     """
-    if (ids := ids_of(hidden_states, sample_ids)) is not None:
-        packing = Packing(ids, tuple(hidden_states[0].shape[:-1]))
-        hidden_states = [packing.unpacked(hidden.detach()) for hidden in hidden_states]
-        vision_mask, text_mask = packing.unpacked(vision_mask), packing.unpacked(text_mask)
-    tensors = {f"layer.{k}": hidden.detach().contiguous() for k, hidden in enumerate(hidden_states, 1)}
-    tensors |= {"vision_mask": vision_mask.contiguous(), "text_mask": text_mask.contiguous()}
-    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, path)
+    states = checked_hidden_states(hidden_states)
+    lead = tuple(states[0].shape[:-1])
+    masks = {n: _checks.mask(n, m, lead) for n, m in (("vision_mask", vision_mask), ("text_mask", text_mask))}
+    if (ids := ids_of(states, sample_ids)) is not None:
+        packing = Packing(ids, lead)
+        states = [packing.unpacked(hidden.detach()) for hidden in states]
+        masks = {name: packing.unpacked(mask) for name, mask in masks.items()}
+    tensors = {f"layer.{k}": hidden.detach().contiguous() for k, hidden in enumerate(states, 1)}
+    tensors |= {name: mask.contiguous() for name, mask in masks.items()}
+    with written_whole(Path(path)) as partial:
+        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, partial)
 
 
 def mir_of_states(
@@ -63,7 +74,7 @@ def mir_of_states(
     precision: Precision = "auto",
     sqrt_precision: SqrtPrecision = "float32",
     hold: int | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     groups: int = 0,
     sinks: Sinks = "report",
     device: torch.device | str = "cpu",
@@ -76,6 +87,7 @@ def mir_of_states(
     outliers="median" needs the column medians and holds one layer's features; it takes no groups. groups: each (T, d),
     and each row of a (B, T, d), is one sample.
     device: where the arithmetic runs. progress(layer, layers) is called before each layer, 1..K.
+    A file that is named twice, or holds the very states of another, counts once, and a note says so.
     Raises ValueError that names the file, the layer and, where one token is at fault, its index.
     """
     options = MetricOptions(
@@ -95,12 +107,33 @@ def mir_of_states(
             )
     for state in states:
         state.find_sinks(options, torch.device(device))
+    states, notes = _each_once(states)
     results = []
     for layer in range(1, states[0].layers + 1):
         progress(layer, states[0].layers)
         whole = _whole_layer if outliers == "median" else _streamed_layer
         results.append(whole(states, layer, options, torch.device(device)))
-    return mir_result(results, options)
+    result = mir_result(results, options)
+    result.notes.extend(notes)
+    return result
+
+
+def _each_once(states: list[_States]) -> tuple[list[_States], list[str]]:
+    """The files without those that hold the states of another, and a note on each of these.
+
+    Told by the norms of all tokens in all layers. A sample that counts twice weighs double, and is in two groups of the
+    standard error, which takes samples as independent.
+    """
+    first: dict[tuple[object, bytes], _States] = {}
+    notes = []
+    for state in states:
+        hashed = hashlib.sha256()
+        for tensor in (*(state.masks[modality] for modality in MODALITIES), *state.norms):
+            hashed.update(tensor.numpy())
+        if (other := first.setdefault((state.lead, hashed.digest()), state)) is not state:
+            same = "it was named twice" if state.path.samefile(other.path) else f"it holds the states of {other.path}"
+            notes.append(f"{state.path} counts once: {same}")
+    return list(first.values()), notes
 
 
 def _streamed_layer(states: list[_States], layer: int, options: MetricOptions, device: torch.device) -> LayerResult:

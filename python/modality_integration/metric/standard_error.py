@@ -1,9 +1,38 @@
-"""Standard errors of MIR over the choice of samples: the delete-a-group jackknife."""
+"""Standard errors of MIR over the choice of samples: the delete-a-group jackknife, and how a value is printed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, Context, Decimal
+from typing import Any, Protocol
+
+ROUNDING = 1e-12  # an error this small is float64's rounding: groups of samples that are all alike have it
+NONE = "no standard error"
+
+
+class Measured(Protocol):
+    """What is said of a value's accuracy is read from this: a `MIRResult`."""
+
+    notes: list[str]
+    left_out: list[list[float]] | None
+    settings: dict[str, Any]
+
+    @property
+    def value(self) -> float:
+        """MIR."""
+
+    @property
+    def error(self) -> float | None:
+        """Its standard error; None without one."""
+
+    @property
+    def lower(self) -> float | None:
+        """MIR is at least this, as far as arithmetic goes; None without bounds."""
+
+    @property
+    def upper(self) -> float | None:
+        """MIR is at most this, likewise."""
 
 
 def jackknife(left_out: Sequence[float]) -> float:
@@ -18,12 +47,84 @@ def jackknife(left_out: Sequence[float]) -> float:
 
 
 def finite_jackknife(values: Sequence[float]) -> float | None:
-    """`jackknife`, None where there are no values or one is not finite."""
-    return jackknife(values) if values and all(map(math.isfinite, values)) else None
+    """`jackknife`, None where there are fewer than two values or one is not finite."""
+    return jackknife(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
-def with_error(value: float, error: float | None) -> str:
-    """A value of MIR for people: `3.3740`, or `3.3740 +- 0.0021` with its standard error."""
-    if error is None:
-        return f"{value:.4f}"
-    return f"{value:.4f} +- " + (f"{error:.4f}" if error >= 0.0005 or error == 0.0 else f"{error:.1e}")
+def tells(error: float | None) -> bool:
+    """Whether an error says something of the choice of samples: it is finite and more than rounding."""
+    return error is not None and ROUNDING < error < math.inf
+
+
+def with_error(value: float, error: float | None, places: int = 4) -> str:
+    """A value of MIR for people: `3.3740`, or `3.3740 +- 0.0021` with a standard error that tells something.
+
+    Both have `places` decimals; an error too small for them has two digits of its own.
+    """
+    text = f"{value:.{places}f}"
+    return f"{text} +- {error_cell(error, places)}" if tells(error) else text
+
+
+def error_cell(error: float | None, places: int = 4) -> str:
+    """The error of `with_error` by itself; empty where it tells nothing."""
+    if error is None or not tells(error):
+        return ""
+    return f"{error:.{places}f}" if error >= 10.0**-places else f"{error:.1e}"
+
+
+def why_no_error(result: Measured) -> str | None:
+    """Why a result has no standard error that tells something, in a few words; "" if that is not known.
+
+    None where it has one. A note that begins with "no standard error: " gives the words, up to its first semicolon.
+    """
+    if tells(result.error):
+        return None
+    for note in result.notes:
+        if note.startswith(f"{NONE}: "):
+            return note.removeprefix(f"{NONE}: ").partition(";")[0]
+    if not result.left_out:
+        return "groups 0" if result.settings.get("groups") == 0 else ""
+    groups = len(result.left_out[0])
+    if groups < 2:
+        return "one group of samples"
+    return (
+        "a group of samples decides whether MIR is finite"
+        if result.error is None
+        else "all groups of samples are alike"
+    )
+
+
+def missing_error(result: Measured) -> str:
+    """`no standard error: 1 image for 40 samples`, to stand beside the value; empty where there is one."""
+    why = why_no_error(result)
+    return "" if why is None else f"{NONE}: {why}" if why else NONE
+
+
+def arithmetic(result: Measured) -> str | None:
+    """`arithmetic exact to 1.7e-07`, how far from the exact value of the same numbers the result may be, rounded up to
+    two digits; None without bounds. It says nothing of other samples, nor of how the model and its inputs are computed.
+    """
+    lower, upper, value = result.lower, result.upper, result.value
+    if lower is None or upper is None:
+        return None
+    if lower == value == upper:
+        return "arithmetic exact"
+    off = max(value - lower, upper - value)
+    if not math.isfinite(off):
+        return f"arithmetic exact to no digit: at most {upper:.6g}" if math.isfinite(upper) else "arithmetic overflowed"
+    return f"arithmetic exact to {float(Context(2, ROUND_CEILING).create_decimal(Decimal(off))):.1e}"
+
+
+def chance(z: float, degrees: int) -> float:
+    """How often Student's t of so many degrees of freedom lies beyond -z or z (Abramowitz and Stegun, 26.7.3 and 4)."""
+    angle = math.atan(abs(z) / math.sqrt(degrees))
+    cosine = math.cos(angle)
+    odd = degrees % 2
+    term = total = cosine if odd else 1.0
+    for k in range(2 + odd, degrees - 1 + odd, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    within = math.sin(angle) * total
+    if odd:
+        within = 2.0 / math.pi * (angle + within * (degrees > 1))
+    return max(1.0 - within, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,19 @@ from modality_integration.metric import metric_state, state_file
 from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.dealing import dealt, share
 from modality_integration.metric.distance import layers_together
-from modality_integration.metric.forward_tokens import ForwardTokens, check_hidden_states
+from modality_integration.metric.forward_tokens import ForwardTokens, checked_hidden_states
 from modality_integration.metric.guarded_metric import GuardedMetric
 from modality_integration.metric.host_memory import HostMemory
 from modality_integration.metric.layer import layer_results, mir_result
 from modality_integration.metric.memory import MemoryToCome, memory_to_come
-from modality_integration.metric.options import MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
+from modality_integration.metric.options import Backend, MetricOptions, Outliers, Precision, Sinks, SqrtPrecision
 from modality_integration.metric.outliers import Limits
 from modality_integration.metric.packing import Packing, ids_of
 from modality_integration.metric.sync import gathered, transport_device
 from modality_integration.metric.tensor_result import MIRTensor
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 __all__ = ["ModalityIntegrationRate"]
 
@@ -84,8 +87,7 @@ class ModalityIntegrationRate(GuardedMetric):
     if any, depends on the split: a second pass is exact.
     """
 
-    is_differentiable = False
-    higher_is_better = False
+    is_differentiable = higher_is_better = False
     full_state_update = True
 
     STATE = ("_layers", "_samples")
@@ -101,7 +103,7 @@ class ModalityIntegrationRate(GuardedMetric):
         precision: Precision = "auto",
         sqrt_precision: SqrtPrecision = "float32",
         hold: int | None = None,
-        backend: str | None = None,
+        backend: Backend | None = None,
         groups: int = 0,
         sinks: Sinks = "report",
         samples: int | None = None,
@@ -124,21 +126,21 @@ class ModalityIntegrationRate(GuardedMetric):
 
     def update(
         self,
-        hidden_states: Sequence[Tensor],
-        vision_mask: Tensor,
-        text_mask: Tensor,
-        sample_ids: Tensor | None = None,
+        hidden_states: Sequence[Array],
+        vision_mask: Array,
+        text_mask: Array,
+        sample_ids: Array | None = None,
     ) -> None:
         """Count the tokens of one forward pass.
 
         hidden_states: one tensor (B, T, d) or (T, d) per decoder layer 1..K, f32/bf16/f16/f64, any strides, each on any
-        device. vision_mask, text_mask: bool or uint8 (B, T) or (T,), no token in both; either may be empty.
+        device; numpy arrays, too. vision_mask, text_mask: (B, T) or (T,), bool or 0 and 1, no token in both.
         sample_ids: where a row is several samples (packed, padding-free), whole numbers (B, T) or (T,), of each token's
         sample in its row, negative for tokens in none. `capture` finds them, and its `hidden_states` bring them along.
         Raises ValueError or TypeError if anything does not fit, or a masked token is not finite, TorchMetricsUserError
         between `sync` and `unsync`; then nothing changes.
         """
-        check_hidden_states(hidden_states)
+        hidden_states = checked_hidden_states(hidden_states)
         self._check_shapes("hidden_states", [(hidden.shape[-1], hidden.dtype) for hidden in hidden_states])
         packing = _packing(hidden_states, sample_ids)
         tokens = ForwardTokens.of(hidden_states, vision_mask, text_mask, self.options.backend, packing)
@@ -178,14 +180,14 @@ class ModalityIntegrationRate(GuardedMetric):
 
     def forward(
         self,
-        hidden_states: Sequence[Tensor],
-        vision_mask: Tensor,
-        text_mask: Tensor,
-        sample_ids: Tensor | None = None,
+        hidden_states: Sequence[Array],
+        vision_mask: Array,
+        text_mask: Array,
+        sample_ids: Array | None = None,
     ) -> MIRTensor:
         """Update, and give the MIR of this call's tokens alone. If they have none (too few tokens), nothing changes."""
         self.require_unsynced("forward()")
-        check_hidden_states(hidden_states)
+        hidden_states = checked_hidden_states(hidden_states)
         batch = self._sibling()
         batch.sync_on_compute = batch._to_sync = self.dist_sync_on_step
         if self.options.samples is not None:  # this call's alone, into all groups
@@ -387,14 +389,12 @@ class ModalityIntegrationRate(GuardedMetric):
         return this
 
 
-def _packing(hidden_states: Sequence[Tensor], sample_ids: Tensor | None) -> Packing | None:
+def _packing(hidden_states: Sequence[Tensor], sample_ids: Array | None) -> Packing | None:
     """Where samples lie in the rows of these hidden states; None where each row is one."""
-    sample_ids = ids_of(hidden_states, sample_ids)
-    return None if sample_ids is None else Packing(sample_ids, tuple(hidden_states[0].shape[:-1]))
+    ids = ids_of(hidden_states, sample_ids)
+    return None if ids is None else Packing(ids, tuple(hidden_states[0].shape[:-1]))
 
 
 def _sample_count(hidden: Tensor, packing: Packing | None) -> int:
     """Of (B, T, d) B, of (T, d) one, unless they are packed."""
-    if packing is not None:
-        return len(packing)
-    return len(hidden) if hidden.dim() == 3 else 1
+    return len(packing) if packing is not None else len(hidden) if hidden.dim() == 3 else 1

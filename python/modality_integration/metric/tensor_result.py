@@ -44,6 +44,9 @@ class MIRTensor(MIRResult, Tensor):
         """The value as a plain tensor of its own: changing that one leaves the result as it is."""
         return super().detach().clone()
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return MIRResult.__repr__(self)
+
     def __bool__(self) -> bool:
         return True
 
@@ -67,6 +70,12 @@ class MIRTensor(MIRResult, Tensor):
     def __ge__(self, other: object) -> Any:
         return Tensor.__ge__(self, _as_operand(other))
 
+    # Arithmetic is a tensor's.
+    __add__, __sub__, __mul__, __truediv__ = Tensor.__add__, Tensor.__sub__, Tensor.__mul__, Tensor.__truediv__
+    __radd__, __rsub__, __rmul__, __rtruediv__ = Tensor.__radd__, Tensor.__rsub__, Tensor.__rmul__, Tensor.__rtruediv__
+    __pow__, __rpow__, __neg__, __pos__ = Tensor.__pow__, Tensor.__rpow__, Tensor.__neg__, Tensor.__pos__
+    __abs__ = Tensor.__abs__
+    __array__ = Tensor.__array__  # type: ignore[assignment]
     __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = __imod__ = _not_in_place
     __ipow__ = _not_in_place  # type: ignore[assignment]
 

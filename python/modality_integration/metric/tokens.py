@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,10 @@ from torch import Tensor
 NORMS_TOGETHER = 4096  # rows of `sum_of_norms`
 
 
-def one_tensor_a_layer(name: str, value: Sequence[Tensor]) -> Sequence[Tensor]:
+_Layers = TypeVar("_Layers", bound=Sequence)
+
+
+def one_tensor_a_layer(name: str, value: _Layers) -> _Layers:
     """`value`, a list of one layer or more."""
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: takes a list with one tensor per decoder layer, got {type(value).__name__}")

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mir_kernels import _checks
 from mir_kernels.ops.moca import MoCa
@@ -18,6 +18,9 @@ from modality_integration.models.decoder import Layers, find_decoder, hidden_siz
 from modality_integration.models.forward_watch import ForwardWatch
 from modality_integration.models.fused_norm import fuse_layers, next_norm, why_not_fused
 from modality_integration.models.placement import ENGINE, ON_META, parameter_device, sharder_of, whole_size
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 NAME = "modality_layernorm"  # the submodule's name on each decoder layer, as in the published checkpoints
 
@@ -140,8 +143,11 @@ def moca_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def vision_tokens(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Inside the block, MoCa in `model` goes by `mask`, (B, T) nonzero at vision tokens, not by the model's marker."""
+def vision_tokens(model: nn.Module, mask: Array) -> Iterator[None]:
+    """Inside the block, MoCa in `model` goes by `mask`, not by the model's marker: (B, T), a tensor or an array, taken
+    as `mir_kernels.moca` takes one.
+    """
+    mask = _checks.mask("mask", mask, None, floats=True)
     calibration = calibration_of(calibrated_layers(model)[0])
     before, calibration.vision = calibration.vision, mask
     try:

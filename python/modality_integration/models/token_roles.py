@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mir_kernels import _checks
 from modality_integration.models.decoder import unwrap
+
+if TYPE_CHECKING:
+    from mir_kernels._arrays import Array
 
 # A mask (B, T), nonzero where the role holds, or the name of the forward argument that carries one.
 Mask = Tensor | str | None
@@ -217,11 +220,11 @@ def _begin_anew(positions: Tensor, kept: Tensor, vision: Tensor | None, types: A
 
 
 def expanded_placeholders(
-    input_ids: Tensor,
+    input_ids: Array,
     placeholder: int,
     lengths: int | Sequence[int],
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Array | None = None,
     padding: Literal["right", "left"] = "right",
 ) -> Tensor:
     """(B, T) token ids -> (B, T') bool: the vision tokens, once each placeholder has become its image's features.
@@ -233,9 +236,12 @@ def expanded_placeholders(
     ValueError where the lengths are not as many as the placeholders.
     """
     _checks.choice("padding", padding, ("right", "left"))
+    input_ids = _checks.tensor("input_ids", input_ids)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: takes shape (B, T), got {tuple(input_ids.shape)}")
-    kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    kept = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        kept = _checks.tensor("attention_mask", attention_mask) != 0
     if kept.shape != input_ids.shape:
         raise ValueError(f"attention_mask: takes shape {tuple(input_ids.shape)}, got {tuple(kept.shape)}")
     vision = (input_ids == placeholder) & kept

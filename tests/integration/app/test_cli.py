@@ -30,8 +30,8 @@ def mir(*arguments):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
     save_tiny_llava(root / "model")
-    write_images(root / "images", 4)
-    write_texts(root / "text", 4)
+    write_images(root / "images", 6)
+    write_texts(root / "text", 6)
     return root
 
 
@@ -74,7 +74,7 @@ def test_asked_for_bounds_it_prints_an_interval_and_what_it_is_about(proved, com
     result, unproved = (MIRResult.from_json(path / "mir.json") for path in (folder, computed))
     assert result.lower <= result.value <= result.upper
     assert result.value == pytest.approx(unproved.value, rel=1e-12)
-    assert f"proved: {result.lower:.6f} to {result.upper:.6f}   (of the arithmetic, not of" in printed
+    assert "arithmetic exact to" in printed
 
 
 @pytest.mark.parametrize("command", ["compute", "states", "demo"])
@@ -150,7 +150,7 @@ def test_ctrl_c_is_one_clean_line_and_exit_code_130(folders, tmp_path, monkeypat
     said = (
         "interrupted" if place == "loading" else "interrupted after 1 of 5 samples; the same command goes on from there"
     )
-    assert outcome.stderr.strip() == said
+    assert outcome.stderr.splitlines()[-1] == said  # below what the bar came to
 
 
 def test_a_missing_package_is_one_line_with_the_pip_command(folders, tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_missing_package_is_one_line_with_the_pip_command(folders, tmp_path, m
     monkeypatch.setattr(compute, "run", without_transformers)
     outcome = mir(*arguments(folders, tmp_path))
     assert outcome.exit_code == 1
-    assert outcome.stderr.strip() == 'transformers is not installed: pip install "mir-kernels[mir]"'
+    assert outcome.stderr.strip().startswith("transformers is not installed: pip install transformers (or, in the")
 
 
 def test_compare_names_the_better_run_and_says_whether_the_intervals_overlap(proved, tmp_path):
@@ -174,9 +174,17 @@ def test_compare_names_the_better_run_and_says_whether_the_intervals_overlap(pro
     (tmp_path / "worse.json").write_text(json.dumps(document))
     outcome = mir("compare", computed, tmp_path / "worse.json")
     assert outcome.exit_code == 0, outcome.output
-    assert "A blends the modalities better" in outcome.output
-    assert "do not overlap" in outcome.output
+    assert "proved blends the modalities better" in outcome.output
     assert "the same MIR" in mir("compare", computed, computed).output
+
+
+def test_compare_of_several_holds_each_against_the_first_and_takes_labels(computed, proved, folders):
+    labels = ["--label", "one", "--label", "two", "--label", "three"]
+    outcome = mir("compare", computed, proved[0], computed / "mir.json", *labels)
+    assert outcome.exit_code == 0, outcome.output
+    assert "one and three have the same MIR" in outcome.output
+    assert mir("compare", computed).exit_code == 1
+    assert "label: takes one for each result, 2, got 1" in mir("compare", computed, proved[0], "--label", "a").stderr
 
 
 def test_compare_and_plot_refuse_what_is_no_result(computed, tmp_path):
@@ -204,7 +212,7 @@ def test_the_published_protocol_takes_files_in_order_and_its_own_conversation(fo
     asked = []
     prompt = prompts.prompt
     monkeypatch.setattr(prompts, "prompt", lambda *a: (asked.append(prompt(*a)), asked[-1])[1])
-    outcome = mir(*arguments(folders, tmp_path, protocol="published", text_tokens=3, samples=2))
+    outcome = mir(*arguments(folders, tmp_path, protocol="published", samples=2))
     assert outcome.exit_code == 0, outcome.output
     prose = [(folders / "text" / f"text-0{i}.txt").read_text() for i in range(2)]
     assert sorted(asked[-2:]) == [  # the pass takes the first files in an order of its own
@@ -310,7 +318,7 @@ def test_doctor_names_the_packages_of_processors_and_a_torchvision_that_does_not
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
     (line,) = [line for line in doctor.what_is_missing() if "num2words" in line]
     assert line.startswith("torchvision, num2words, what transformers' processors of Qwen-VL")
-    assert line.endswith('pip install "mir-kernels\\[processors]"')
+    assert ": pip install torchvision num2words" in line
     absent.clear()
 
     def load(name):
@@ -318,9 +326,10 @@ def test_doctor_names_the_packages_of_processors_and_a_torchvision_that_does_not
 
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
     monkeypatch.setattr(doctor.importlib, "import_module", load)
-    assert doctor.what_is_missing() == [
-        "torchvision that loads: the one here does not (operator torchvision::nms does not exist)"
-    ]
+    (line,) = doctor.what_is_missing()
+    assert line.startswith(
+        "torchvision that loads: the one here does not (operator torchvision::nms does not exist): pip"
+    )
 
 
 def test_demo_without_its_packages_gives_the_pip_lines(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """`mir compute`: the value against the features sample by sample, what it writes and prints, and its settings."""
 
+import importlib.metadata
 import io
 import json
 
@@ -14,6 +15,7 @@ from modality_integration.app import loading
 from modality_integration.app.compute import run
 from modality_integration.app.prompts import truncate
 from modality_integration.app.samples import choose_images, choose_texts, open_image, pair
+from modality_integration.app.settings import versions
 from modality_integration.metric import streaming
 from modality_integration.models.capture import capture
 
@@ -25,7 +27,7 @@ def test_the_value_is_mir_of_the_features_that_the_model_gives_sample_by_sample(
     images = choose_images(options.images, SAMPLES, 0).items
     texts = choose_texts(options.text, SAMPLES, 0).items
     vision, text = [], []
-    for sample in pair(images, texts, SAMPLES, 0):
+    for sample in pair(images, texts, SAMPLES, 0, groups=5):
         prose = truncate(sample.text.content, processor.tokenizer, options.text_tokens)
         inputs = processor(images=[open_image(sample.image)], text=[f"<image>\n{prose}"], return_tensors="pt")
         with torch.no_grad(), capture(model) as captured:
@@ -61,10 +63,10 @@ def test_it_prints_the_standard_error_beside_the_value_and_does_without_where_no
     assert plain.value == pytest.approx(result.value, rel=1e-9)
 
 
-def test_an_error_of_fewer_groups_than_were_asked_for_is_in_the_notes(options):
+def test_an_error_of_fewer_groups_than_were_asked_for_is_in_the_notes(options, tmp_path):
     said = "the standard error is of 3 groups of samples, 5 were asked for: take more samples"
     assert said in quiet_run(options, samples=3).notes
-    assert not any("asked for" in note for note in quiet_run(options, samples=5).notes)
+    assert not any("asked for" in note for note in quiet_run(options, samples=5, out=tmp_path / "five").notes)
 
 
 def test_too_few_images_are_used_again_and_broken_ones_skipped_both_in_the_notes(options, tmp_path):
@@ -107,10 +109,34 @@ def test_the_result_says_what_it_was_measured_with(options, folders):
     assert settings == result.settings
     expected = {"model": str(folders / "model"), "samples": SAMPLES, "seed": 3, "in_order": False, "text_tokens": 20}
     expected |= {"template": "auto", "last": "raw", "text_role": "after", "precision": "exact", "dtype": "float32"}
-    expected |= {"groups": 5, "processes": 1, "dealt": "in blocks"}
+    expected |= {"groups": 5, "processes": 1, "dealt": "in blocks", "batch_size": 1, "revision": None}
+    expected |= {"processor": "LlavaProcessor", "model_commit": None, **versions()}
     assert settings | expected == settings
-    assert set(settings) == {*expected, "chosen_samples"}
-    assert settings["chosen_samples"] != quiet_run(options, seed=4).settings["chosen_samples"]
+    assert set(settings) == {*expected, "chosen_samples", "image_processor"}
+    assert settings["image_processor"].startswith("CLIPImageProcessor")
+    other = quiet_run(options, seed=4, out=options.out / "other").settings
+    assert settings["chosen_samples"] != other["chosen_samples"]
+    record = json.loads((options.out / "run.json").read_text())
+    for name in ("processor", "image_processor", *versions()):
+        assert record[name] == settings[name]
+
+
+@pytest.mark.parametrize(
+    ("setting", "package"),
+    [
+        ("torch_version", "torch"),
+        ("transformers_version", "transformers"),
+        ("torchvision_version", "torchvision"),
+        ("pillow_version", "pillow"),
+        ("mir_kernels_version", "mir-kernels"),
+    ],
+)
+def test_versions_are_those_that_are_installed(setting, package):
+    try:
+        installed = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    assert versions()[setting] == installed
 
 
 def test_precision_reaches_the_metric(options, monkeypatch):

@@ -227,7 +227,7 @@ def test_states_of_another_dtype_are_refused_by_name(tmp_path, name):
     path = tmp_path / "states.safetensors"
     save_states(path, *sample(0))
     tensors = load_file(path)
-    save_file(tensors | {name: tensors[name].to(torch.int32)}, path)
+    save_file(tensors | {name: 2 * tensors[name].to(torch.int32)}, path)  # whole numbers 0 and 1 are a mask
     with pytest.raises(ValueError, match=rf"states\.safetensors: {name}"):
         mir_of_states([path])
 

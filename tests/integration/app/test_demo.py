@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from integration.demo_packages import needs
+from integration.full_disk import full_disk
 from modality_integration import MIRResult
 from modality_integration.app import demo
 from modality_integration.app.cli import main
@@ -16,6 +17,9 @@ from modality_integration.app.demo import Pictures, build, measure, probe_sample
 from modality_integration.app.errors import InputError, Interrupted
 from modality_integration.app.loading import load
 from modality_integration.app.options import DemoOptions
+from modality_integration.app.results import NotWritten
+from modality_integration.app.settings import versions
+from modality_integration.metric.standard_error import arithmetic
 from modality_integration.models.moca import NAME as MOCA
 
 pytestmark = needs()
@@ -89,7 +93,7 @@ def test_asked_for_bounds_every_line_has_an_interval(finished, llama, tmp_path):
     printed = console.export_text()
     for result in results:
         assert result.lower <= result.value <= result.upper
-        assert f"(proved: {result.lower:.6f} to {result.upper:.6f})" in printed
+        assert arithmetic(result) in printed
 
 
 def test_the_same_seed_gives_the_same_bits(finished, llama, tmp_path):
@@ -111,6 +115,36 @@ def test_ctrl_c_keeps_what_was_measured(llama, tmp_path, monkeypatch):
     with pytest.raises(Interrupted, match=r"interrupted at step 3; what was measured is in .*history.json"):
         run(DemoOptions(out=tmp_path, steps=6, samples=4, language_model=llama), Console(quiet=True))
     assert json.loads((tmp_path / "history.json").read_text())["steps"] == [0, 1, 3]
+
+
+def test_ctrl_c_before_the_first_measurement_promises_no_file(llama, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "measure", interrupted)
+    with pytest.raises(Interrupted, match="interrupted at step 0; nothing is written"):
+        run(DemoOptions(out=tmp_path / "out", steps=6, samples=4, language_model=llama), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_costs_no_number_that_was_measured(llama, tmp_path):
+    console = Console(file=io.StringIO(), record=True, width=300)
+    options = DemoOptions(out=tmp_path, steps=1, samples=4, language_model=llama)
+    with full_disk(), pytest.raises(NotWritten, match=r"the results could not be written: .*mir\.json: ") as refused:
+        run(options, console)
+    printed = console.export_text()
+    for step, result in enumerate(refused.value.result):
+        assert f"step   {step}: MIR {result.value:.4f}" in printed
+        assert f"note step {step} could not be written: {tmp_path / 'mir.json'}: File too large" in printed
+        assert f"{result.per_layer[0]:.4g}" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_results_say_with_which_versions_they_were_measured(finished):
+    options, _, _ = finished
+    known = MIRResult.from_json(options.out / "mir.json").settings
+    assert known["processor"] == "LlavaProcessor"
+    assert known | versions() == known
 
 
 def test_moca_starts_as_the_model_without_it_and_is_trained(finished, llama, tmp_path, monkeypatch):

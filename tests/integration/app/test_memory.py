@@ -115,4 +115,4 @@ def test_compute_stops_after_the_first_sample_and_a_resumed_run_after_its_first(
     monkeypatch.undo()
     monkeypatch.setattr(devices, "free_memory", lambda: 10)
     with pytest.raises(InputError, match="memory: going by the samples so far"):
-        quiet_run(options)
+        quiet_run(options, overwrite=True)

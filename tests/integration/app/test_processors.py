@@ -11,8 +11,9 @@ from integration import tiny_models
 from integration.saved_models import QWEN_MARKERS, WORDS, tiny_processor
 from modality_integration import ModalityIntegrationRate, capture
 from modality_integration.app import loading
+from modality_integration.app.errors import InputError
 from modality_integration.app.options import TokenOptions
-from modality_integration.app.prompts import encode
+from modality_integration.app.prompts import check, encode
 from modality_integration.app.samples import Sample, Text
 from modality_integration.app.stream import stream
 
@@ -67,3 +68,56 @@ def test_samples_stream_into_the_metric(model_and_processor):
     vision = sum(int((encode(processor, s.image, "", "plain")["input_ids"] == marker).sum()) for s in samples)
     assert result.kept["vision"][0] + result.removed["vision"][0] == vision
     assert len(result.terms) == tiny_models.LAYERS
+
+
+CHATS = {
+    "with the image": "{% for c in messages[0].content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}",
+    "of text alone": "USER: {{ messages[0]['content'] + '!' }}",
+    "that prints the list": "USER: {{ messages[0]['content'] }}",
+    "that drops the image": "{% for c in messages[0].content %}{{ c.text }}{% endfor %}",
+    None: None,
+}
+STUDY = "study: template compares the prompts chat and plain, and takes a processor for both; "
+
+
+@pytest.mark.parametrize(
+    ("chat", "marker", "templates", "said"),
+    [
+        ("with the image", True, ["chat", "plain"], None),
+        ("with the image", False, ["auto"], None),
+        (None, True, ["auto"], None),
+        (None, True, ["chat"], "template: the processor has no chat template, use --template plain"),
+        (None, True, ["chat", "plain"], f"{STUDY}the processor has no chat template"),
+        (None, False, ["chat"], "template: the processor has no chat template, and no other template can do"),
+        (None, False, ["auto"], "names no image token to write a plain prompt with, and no other template can do"),
+        ("with the image", False, ["plain"], "names no image token .*, use --template chat"),
+        ("with the image", False, ["published"], "names no image .*, use --protocol random --template chat"),
+        ("with the image", False, ["chat", "plain"], f"{STUDY}LlavaProcessor names no image token"),
+        ("of text alone", True, ["auto"], "does not take an image beside text .*, use --template plain"),
+        ("of text alone", True, ["chat", "plain"], f"{STUDY}the chat template does not take an image beside text"),
+        ("that prints the list", True, ["auto"], "puts no image token beside the text, use --template plain"),
+        ("that drops the image", True, ["auto"], "puts no image token beside the text, use --template plain"),
+        ("that drops the image", False, ["auto"], "puts no image token beside the text, and no other template can do"),
+    ],
+)
+def test_a_prompt_that_cannot_be_written_is_refused_with_options_that_can_help(chat, marker, templates, said):
+    with loading.quiet():
+        processor = tiny_processor("llava")
+    processor.chat_template = CHATS[chat]
+    if not marker:
+        processor.image_token = None
+    if said is None:
+        check(processor, templates)
+        return
+    with pytest.raises(InputError, match=said) as refused:
+        check(processor, templates)
+    if len(templates) > 1:
+        assert "use --template" not in str(refused.value)
+
+
+def test_names_tell_which_image_processor_makes_the_pixels():
+    with loading.quiet():
+        processor = tiny_processor("llava")
+    names = loading.processor_names(processor)
+    assert names == {"processor": "LlavaProcessor", "image_processor": type(processor.image_processor).__name__}
+    assert names["image_processor"].startswith("CLIPImageProcessor")

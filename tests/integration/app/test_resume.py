@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from integration.app.compute_runs import in_process, quiet_run
 from integration.saved_models import write_images
+from modality_integration.app import settings
 from modality_integration.app.checkpoint import FIRST, Due
 from modality_integration.app.compute import run
 from modality_integration.app.errors import InputError, Interrupted
@@ -100,6 +102,34 @@ def test_other_data_under_the_same_name_are_refused(unfinished, tmp_path):
     write_images(tmp_path / "images", 7, seed=99)
     with pytest.raises(InputError, match="chosen-samples was"):
         quiet_run(unfinished, images=tmp_path / "images")
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "torchvision", "pillow", "mir-kernels"])
+def test_another_version_of_what_the_value_depends_on_is_refused_by_name(unfinished, monkeypatch, package):
+    installed = settings.installed
+    monkeypatch.setattr(settings, "installed", lambda name: "99.9" if name == package else installed(name))
+    with pytest.raises(InputError, match=re.escape(f"{package}-version was {installed(package)}, now 99.9")):
+        quiet_run(unfinished)
+
+
+def test_another_processor_is_refused(unfinished, folders):
+    with pytest.raises(InputError, match=r"processor was None, now .*; processor-files was None, now"):
+        quiet_run(unfinished, processor=str(folders / "model"))
+
+
+def test_restart_drops_the_checkpoints_of_all_processes_and_says_how_to_go_on(unfinished, monkeypatch):
+    other = unfinished.out / "checkpoint" / "rank1.json"
+    other.touch()
+    update = streaming.ModalityIntegrationRate.update
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *args)
+
+    monkeypatch.setattr(streaming.ModalityIntegrationRate, "update", interrupted)
+    with pytest.raises(Interrupted, match="the same command without --restart goes on from there"):
+        quiet_run(unfinished, restart=True)
+    assert not other.exists()
 
 
 def test_restart_drops_the_checkpoint(unfinished):

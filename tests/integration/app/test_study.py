@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
 def options(folders, tmp_path):
     return ComputeOptions(
         model=str(folders / "model"), images=folders / "images", text=folders / "text", samples=24, text_tokens=20,
-        device="cpu", out=tmp_path / "out", template="plain", bounds=False,
+        device="cpu", out=tmp_path / "out", template="plain", bounds=False, overwrite=True,
     )  # fmt: skip
 
 

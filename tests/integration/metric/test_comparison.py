@@ -1,4 +1,4 @@
-"""Two results side by side: differences, their errors, verdicts, and what cannot be compared."""
+"""Results side by side: differences, their errors, verdicts, rankings, and what cannot be compared."""
 
 import math
 from dataclasses import replace
@@ -7,6 +7,7 @@ import pytest
 
 from integration.results import printed, result
 from modality_integration import LayerTerms, compare, jackknife
+from modality_integration.metric.comparison import compare_several
 
 
 def test_comparison_gives_difference_and_ratios():
@@ -22,10 +23,30 @@ def test_comparison_gives_difference_and_ratios():
     assert f"{both.per_layer[0]:.3f}" in text
 
 
-def test_comparison_with_bounds_says_whether_the_intervals_overlap():
+def test_comparison_with_bounds_knows_whether_the_intervals_overlap():
     a, b = result(0, bounds=True), result(1, bounds=True)
     assert compare(a, b).disjoint is True
     assert compare(a, a).disjoint is False
+
+
+BEYOND = "beyond the rounding of the arithmetic, which says nothing about other samples"
+
+
+@pytest.mark.parametrize("errors", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_intervals_are_spoken_of_only_where_no_error_is_and_as_the_arithmetics(errors, apart):
+    a, b = result(0, bounds=True), result(0, bounds=True)
+    if apart:
+        b = result(1, bounds=True)
+    else:
+        b.terms = [replace(terms, mean=math.nextafter(terms.mean, 2.0)) for terms in b.terms]
+    if errors:
+        a, b = with_left_out(a, 0.1), with_left_out(b, 0.1)
+    verdict = compare(a, b).verdict()
+    assert (BEYOND in verdict) == (apart and not errors)
+    assert ("within the rounding of the arithmetic" in verdict) == (not apart and not errors)
+    assert "prove" not in verdict
+    assert "interval" not in verdict
 
 
 def with_left_out(made, spread, groups=6):
@@ -66,7 +87,7 @@ def test_comparison_without_an_error_on_both_sides_names_none_better():
     difference = a.value - b.value
     assert both.verdict(("old", "new")) == (
         f"new's MIR is {difference:.4f} below old's; whether other samples would say so too takes a standard error of "
-        "both (mir compute --groups 5) (their proved intervals do not overlap)"
+        f"both (mir compute --groups 5); it is {BEYOND}"
     )
 
 
@@ -111,9 +132,6 @@ def test_comparison_of_a_result_with_itself_is_no_difference():
     a = with_left_out(result(0), 0.1)
     assert compare(a, a).z == 0.0
     assert compare(a, a).verdict() == "the same MIR"
-    exact, other = with_left_out(result(0), 0.0), with_left_out(result(1), 0.0)
-    assert compare(exact, other).z == math.inf
-    assert compare(exact, other).verdict().startswith("A blends the modalities better")
 
 
 def test_comparison_names_every_setting_that_differs():
@@ -145,3 +163,78 @@ def test_zeros_and_infinities_are_compared_without_nan():
     assert compare(zero, zero).per_layer == [1.0] * 3
     assert compare(zero, result(1)).difference == math.inf
     assert compare(zero, result(1)).per_layer == [math.inf] * 3
+
+
+@pytest.mark.parametrize("ends", [("", 0.3), ("no standard error: 1 image for 40 samples; take more", 0.3)])
+@pytest.mark.parametrize("groups", [None, 1, 6])
+def test_without_an_error_that_tells_something_the_verdict_is_open_and_says_why(ends, groups):
+    note, _ = ends
+    a, b = with_left_out(result(1), 0.1), result(0)
+    b.notes = [note] if note else []
+    b.left_out = groups and [[distance] * groups for distance in b.per_layer]  # an error of 0
+    both = compare(a, b, names=("old", "new"))
+    assert both.error is both.z is None
+    verdict = both.verdict()
+    assert verdict.startswith(
+        f"new's MIR is {a.value - b.value:.4f} below old's; whether other samples would say so too"
+    )
+    why = (
+        "1 image for 40 samples"
+        if note
+        else {None: None, 1: "one group of samples", 6: "all groups of samples are alike"}[groups]
+    )
+    if why:
+        assert verdict.endswith(f"is not known: new has no standard error ({why})")
+    else:
+        assert verdict.endswith("takes a standard error of both (mir compute --groups 5)")
+    assert " inf" not in verdict
+
+
+def test_differences_that_are_the_same_in_every_group_are_not_held_against_rounding():
+    a, b = with_left_out(result(1), 0.1), with_left_out(result(1), 0.1)
+    b.left_out = [[2.0 * d for d in layer] for layer in a.left_out]
+    b.terms = [replace(t, **{name: 2.0 * value for name, value in vars(t).items() if value}) for t in a.terms]
+    both = compare(a, b, paired=True)
+    assert both.error < 1e-12
+    assert both.z is None
+    assert both.verdict() == "A's MIR is 0.3010 below B's, with every group of samples left out alike"
+
+
+def test_an_infinite_difference_is_said_in_words():
+    zero = result(0)
+    zero.terms = [LayerTerms(0.0, 1.0, 1.0, 1.0)] * 3
+    assert compare(zero, result(1)).verdict().startswith("A's MIR is -inf: its modalities are not told apart")
+    assert compare(result(1), zero).verdict().startswith("B's MIR is -inf")
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"), [(3e-7, "3.0e-07 below"), (6e-5, "6.0e-05 below"), (0.25, "0.2500 below")]
+)
+def test_a_small_difference_is_not_said_to_be_none(difference, said):
+    a, b = result(0), result(0)
+    b.terms = [replace(t, **{n: v * 10**difference for n, v in vars(t).items() if v}) for t in b.terms]
+    assert said in compare(a, b).verdict()
+
+
+def test_names_stand_in_notes_verdict_table_and_text():
+    a, b = with_left_out(result(1), 1e-6, groups=4), with_left_out(result(0), 1e-6)
+    both = compare(a, b, names=("old", "new"))
+    assert both.verdict().startswith("new seems to blend the modalities better")
+    assert both.notes == ["old's standard error is of 4 groups of samples: take 5 or more"]
+    assert "new / old" in printed(both.table())
+    assert str(both) == f"{both.verdict()}\nnote: {both.notes[0]}"
+    with pytest.raises(ValueError, match="names: takes two that differ, got 'x' twice"):
+        compare(a, b, names=("x", "x"))
+    with pytest.raises(ValueError, match="names: takes two that differ, got 'x' twice"):
+        both.table(("x", "x"))
+
+
+def test_printed_as_an_object_it_is_one_short_line():
+    a, b = with_left_out(result(1, layers=40), 0.01), with_left_out(result(0, layers=40), 0.01)
+    both, several = compare(a, b), compare_several({"a": a, "b": b, "c": result(2)})
+    assert repr(both) == f"<Comparison B - A = {both.difference:.4f} +- 0.0141>"
+    assert (
+        repr(several)
+        == f"<Comparisons a {a.value:.4f} +- 0.0100, b {b.value:.4f} +- 0.0100, c {result(2).value:.4f}, 2 notes>"
+    )
+    assert repr(compare(a, b, paired=True)).endswith("paired, 1 note>")

@@ -141,7 +141,7 @@ def test_text_that_is_no_json_is_refused(tmp_path):
 
 def test_printed_it_says_value_bounds_and_notes():
     text = str(result(LayerTerms(90.0, 8.0, 6.0, 2.0, 1.9, 2.1), notes=["something moved"]))
-    assert text.startswith("MIR 2.0000 over 1 layers, between 1.99913")
+    assert text.startswith("MIR 2.0000 over 1 layers, arithmetic exact to 8.7e-04\n")
     assert "note: something moved" in text
 
 

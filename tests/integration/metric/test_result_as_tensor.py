@@ -172,7 +172,7 @@ def test_text_numbers_and_fields_are_those_of_a_result(as_given):
     result = as_given(computed())
     assert str(result) == f"{result}" == str(read(result))
     assert f"{result:.3f}" == f"{result.value:.3f}"
-    assert "terms=[LayerTerms(" in repr(result)
+    assert repr(result) == f"<{type(result).__name__} {result.value:.4f}, 3 layers>"
     assert dataclasses.asdict(result) == dataclasses.asdict(read(result))
     assert json.loads(result.to_json())["mir"] == result.value
     assert float(result) == math.fsum([result.value])

@@ -150,3 +150,22 @@ def test_a_modality_without_tokens_is_named(files):
     for outliers in ("remove", "median"):
         with pytest.raises(ValueError, match="layer 1: no token of vision"):
             mir_of_states(paths, outliers=outliers)
+
+
+@pytest.mark.parametrize("named", ["the same path", "a link", "a copy"])
+@pytest.mark.parametrize("groups", [0, 3])
+def test_states_that_come_twice_count_once_and_a_note_says_so(files, tmp_path, named, groups):
+    paths = files([sample(seed) for seed in range(6)])
+    expected = mir_of_states(paths, groups=groups)
+    other = tmp_path / "other.safetensors"
+    if named == "a link":
+        other.symlink_to(paths[1])
+    if named == "a copy":
+        other.write_bytes(paths[1].read_bytes())
+    twice = paths[1] if named == "the same path" else other
+    result = mir_of_states([*paths, twice], groups=groups)
+    assert result.value == expected.value
+    assert result.kept == expected.kept
+    assert result.left_out == expected.left_out
+    said = "named twice" if named != "a copy" else f"the states of {paths[1]}"
+    assert [note for note in result.notes if "counts once" in note and said in note and str(twice) in note]

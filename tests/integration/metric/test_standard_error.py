@@ -9,7 +9,6 @@ import torch
 
 from integration.metric.streams import LAYERS, fed, sample, whole
 from modality_integration import MIRResult, ModalityIntegrationRate, jackknife
-from modality_integration.metric.standard_error import with_error
 
 
 def singles(count):
@@ -198,6 +197,3 @@ def test_printed_and_written_it_stands_beside_the_value(tmp_path):
     read = MIRResult.from_json(result.to_json())
     assert read == result
     assert read.error == result.error
-    assert with_error(3.374, 0.002) == "3.3740 +- 0.0020"
-    assert with_error(3.374, 2e-6) == "3.3740 +- 2.0e-06"
-    assert with_error(3.374, None) == "3.3740"

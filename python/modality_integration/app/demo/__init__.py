@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import resource
+import shlex
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from modality_integration.app import loading
-from modality_integration.app.demo.history import History
+from modality_integration.app.console import show_notes
+from modality_integration.app.demo.history import FILES, History
 from modality_integration.app.demo.model import PROJECTORS, build, trainable
 from modality_integration.app.demo.packages import PACKAGES, folder_of
 from modality_integration.app.demo.pictures import KINDS, Captioned, Pictures
 from modality_integration.app.demo.probe import TEXT_TOKENS, language_reference, measure, probe_samples, write_samples
 from modality_integration.app.demo.training import BATCH, held_out_loss, train, training_step
-from modality_integration.app.errors import InputError, Interrupted, require_folder
+from modality_integration.app.errors import InputError, Interrupted, in_words
 from modality_integration.app.options import DemoOptions
+from modality_integration.app.out_folder import (
+    MEASUREMENT,
+    require_empty,
+    require_free,
+    require_no_checkpoint,
+    taken,
+)
+from modality_integration.app.processes import require_one_process
+from modality_integration.app.results import NotWritten, printed_first, say_written
+from modality_integration.app.samples import Sample
+from modality_integration.app.settings import versions
+from modality_integration.metric.files import named_errors
 from modality_integration.metric.result import MIRResult
 from modality_integration.models.moca import add_moca
 
@@ -47,35 +65,68 @@ __all__ = [
 HELD_OUT = 16  # captioned pictures of the held-out loss
 
 
-def run(options: DemoOptions, console: Console) -> list[MIRResult]:
-    """The results measured at each probe, first to last; writes mir.json, history.json and two plots to `options.out`.
+def run(options: DemoOptions, console: Console, results: Console | None = None) -> list[MIRResult]:
+    """The results measured at each probe, first to last; a line each and a table, and mir.json, before.json,
+    history.json and two plots in `options.out`, the numbers after every probe.
 
     With `options.moca`, MoCa sits in the decoder, starts from ones and zeros, and trains beside the projector; the
     first weights and the batches are those of a run without. Raises InputError, with the pip lines to run, where a
-    package is missing; Interrupted after Ctrl-C.
+    package is missing, and where a folder to write into holds something or is in use; NotWritten where the results
+    could be printed but not written; Interrupted after Ctrl-C.
     """
+    require_one_process("demo")
     check_installed(options)
-    require_folder(options.out)
-    began = time.monotonic()
-    torch.manual_seed(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
+    shown = results or console
+    with contextlib.ExitStack() as stack:
+        if options.save:
+            if options.language_model and options.save.resolve() == options.language_model.resolve():
+                raise InputError(f"save: {options.save} is the --language-model: choose another --save")
+            require_empty(options.save, options.overwrite, "save")
+            if options.save.resolve() != options.out.resolve():
+                stack.enter_context(taken(options.save, console, "save"))
+        stack.enter_context(taken(options.out, console))
+        require_no_checkpoint(options.out)
+        require_free(options.out, MEASUREMENT, options.overwrite)
+        began = time.monotonic()
+        torch.manual_seed(options.seed)
+        with console.status("loading the language model and the vision encoder"):
+            model, processor = build(options.language_model)
+            if options.moca:
+                add_moca(model)
+        config = model.config.text_config
+        console.print(
+            f"{config.num_hidden_layers} decoder layers, d = {config.hidden_size}, and a vision encoder trained on "
+            f"ImageNet, both frozen; a projector{' and MoCa' if options.moca else ''} of "
+            f"{sum(p.numel() for p in trainable(model)) / 1e6:.1f} M parameters, trained from scratch",
+            highlight=False,
+        )
+        pictures = Pictures(options.seed)
+        samples = probe_samples(pictures, options.samples, options.seed)
+        history = History(options.out)
+        _train(options, model, processor, pictures, samples, history, console)
+        with printed_first(lambda: history.show(shown)):
+            drawn = _write(options, model, processor, samples, history, console)
+        if options.save:
+            shown.print(_what_to_try(options), highlight=False, markup=False, soft_wrap=True)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        spent = f" ({time.monotonic() - began:.0f} s, {memory:.1f} GB)"
+        say_written([*FILES, *drawn], options.out, shown, spent)
+        return list(history.results.values())
 
-    with console.status("loading the language model and the vision encoder"):
-        model, processor = build(options.language_model)
-        if options.moca:
-            add_moca(model)
-    config = model.config.text_config
-    console.print(
-        f"{config.num_hidden_layers} decoder layers, d = {config.hidden_size}, and a vision encoder trained on "
-        f"ImageNet, both frozen; a projector{' and MoCa' if options.moca else ''} of "
-        f"{sum(p.numel() for p in trainable(model)) / 1e6:.1f} M parameters, trained from scratch",
-        highlight=False,
-    )
-    pictures = Pictures(options.seed)
-    samples = probe_samples(pictures, options.samples, options.seed)
+
+def _train(
+    options: DemoOptions,
+    model: Any,
+    processor: Any,
+    pictures: Pictures,
+    samples: Sequence[Sample],
+    history: History,
+    console: Console,
+) -> None:
+    """Train and measure on the way; Interrupted, saying what is kept, after Ctrl-C."""
     captioned = pictures.held_out(HELD_OUT)[:]
-    history = History(options.out)
     probes = probe_steps(options.steps)
+    known = versions() | loading.processor_names(processor)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -96,8 +147,13 @@ def run(options: DemoOptions, console: Console) -> list[MIRResult]:
                     bounds=options.bounds,
                     after_sample=lambda count: progress.advance(measuring),
                 )
+                result.settings = known
                 history.add(step, result, held_out_loss(model, processor, captioned))
                 progress.console.print(history.line(step), highlight=False)
+                try:
+                    history.write()
+                except OSError as error:  # the next probe tries again
+                    show_notes([f"step {step} could not be written: {in_words(error)}"], console)
 
             def after_step(step: int, loss: float) -> None:
                 history.loss[step] = loss
@@ -115,28 +171,45 @@ def run(options: DemoOptions, console: Console) -> list[MIRResult]:
                 after_step=after_step,
             )
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted at step {max(history.loss, default=0)}; what was measured is in {history.file}"
-        ) from None
-    history.show(console)
+        kept = f"what was measured is in {history.file}" if history.written else "nothing is written"
+        raise Interrupted(f"interrupted at step {max(history.loss, default=0)}; {kept}") from None
+
+
+def _write(
+    options: DemoOptions, model: Any, processor: Any, samples: Sequence[Sample], history: History, console: Console
+) -> list[str]:
+    """The numbers, then the model where that is wanted, then the plots, whose names it gives; NotWritten where the
+    numbers cannot be.
+    """
+    failure: OSError | None = None
+    try:
+        history.write()
+    except OSError as error:
+        failure = error
     if options.save:
-        with loading.quiet():
-            model.save_pretrained(options.save)
-            processor.save_pretrained(options.save)
-        write_samples(options.save, samples)
-        console.print(
-            f"saved; now try: mir compute --model {options.save} --images {options.save}/images --text "
-            f"{options.save}/prose.jsonl --samples {options.samples} --text-tokens {TEXT_TOKENS} --out mir-of-saved",
-            highlight=False,
-            soft_wrap=True,
-        )
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    console.print(
-        f"wrote mir.json, history.json, layers.png and training.png in {options.out} "
-        f"({time.monotonic() - began:.0f} s, {memory:.1f} GB)",
-        highlight=False,
+        _save(options.save, model, processor, samples)
+    if failure is not None:
+        words = f"the results could not be written: {in_words(failure)}"
+        raise NotWritten(words, list(history.results.values())) from failure
+    return history.draw(options.plots, console)
+
+
+def _what_to_try(options: DemoOptions) -> str:
+    save = shlex.quote(str(options.save))
+    return (
+        f"saved; now try: mir compute --model {save} --images {save}/images --text {save}/prose.jsonl "
+        f"--samples {options.samples} --text-tokens {TEXT_TOKENS} --out mir-of-saved"
     )
-    return list(history.results.values())
+
+
+def _save(folder: Path, model: Any, processor: Any, samples: Sequence[Sample]) -> None:
+    """Model, processor, images and prose, in place of those of an earlier demo."""
+    for picture in (folder / "images").glob("[0-9][0-9][0-9].png"):  # of which it may have had more
+        picture.unlink()
+    with loading.quiet(), named_errors(folder):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_samples(folder, samples)
 
 
 def probe_steps(steps: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the demo measured along the way: a file, a line a probe, a table and two plots."""
+"""What the demo measured along the way: files, a line a probe, a table and two plots."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from modality_integration.app import report
-from modality_integration.app.console import proved
+from modality_integration.app import plots, tables
+from modality_integration.app.results import draw, remove_stale
 from modality_integration.metric.files import write_json
 from modality_integration.metric.result import MIRResult
-from modality_integration.metric.standard_error import with_error
+from modality_integration.metric.standard_error import arithmetic, missing_error, with_error
+
+FILES = ("mir.json", "before.json", "history.json")
 
 
 class History:
-    """What was measured so far, on disk after every probe."""
+    """What was measured so far: in memory, and on disk after every `write`."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -22,17 +24,26 @@ class History:
         self.results: dict[int, MIRResult] = {}
         self.loss: dict[int, float] = {}
         self.held_out_loss: dict[int, float] = {}
+        self.written: list[int] = []  # the steps that are on disk
 
     def add(self, step: int, result: MIRResult, held_out_loss: float) -> None:
-        """Record the MIR and the held-out loss after `step` steps; the last MIR is mir.json."""
+        """Record the MIR and the held-out loss after `step` steps."""
         self.results[step], self.held_out_loss[step] = result, held_out_loss
-        result.to_json(self.out / "mir.json")
-        if step == 0:
-            result.to_json(self.out / "before.json")
+
+    def write(self) -> None:
+        """All numbers as history.json, the last MIR as mir.json, the first as before.json; what an earlier measurement
+        left in the folder goes. OSError that names the file which cannot be written.
+        """
+        steps = list(self.results)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.results[steps[-1]].to_json(self.out / "mir.json")
+        if not self.written:
+            remove_stale(self.out, ["mir.json"])
+        self.results[steps[0]].to_json(self.out / "before.json")
         write_json(
             self.file,
             {
-                "steps": list(self.results),
+                "steps": steps,
                 "mir": [r.value for r in self.results.values()],
                 "error": [r.error for r in self.results.values()],
                 "per_layer": [r.per_layer for r in self.results.values()],
@@ -40,17 +51,28 @@ class History:
                 "loss": list(self.loss.values()),
             },
         )
+        self.written = steps
 
     def line(self, step: int) -> str:
         """One line for a person."""
         result = self.results[step]
-        interval = "" if result.lower is None else f" ({proved(result)})"
-        mir = f"{with_error(result.value, result.error)}{interval}"
+        known = ", ".join(filter(None, (missing_error(result), arithmetic(result))))
+        mir = f"{with_error(result.value, result.error)}{f' ({known})' if known else ''}"
         return f"step {step:>3}: MIR {mir}, held-out loss {self.held_out_loss[step]:.3f}"
 
     def show(self, console: Console) -> None:
-        """The table of all probes, layer by layer, and the two plots."""
-        named = {"before" if step == 0 else f"step {step}": result for step, result in self.results.items()}
-        console.print(report.comparison_table(named))
-        report.plot_layers(named, self.out / "layers.png")
-        report.plot_training(self.results, self.loss, self.out / "training.png", self.held_out_loss)
+        """The table of all probes, layer by layer."""
+        console.print(tables.comparison_table(self._named()))
+
+    def draw(self, suffix: str, console: Console) -> list[str]:
+        """The names of the two plots, of the layers and of the training, as far as they could be drawn."""
+        layers, training = (self.out / f"{name}.{suffix}" for name in ("layers", "training"))
+        return [
+            *draw(lambda file: plots.plot_layers(self._named(), file), layers, console),
+            *draw(
+                lambda file: plots.plot_training(self.results, self.loss, file, self.held_out_loss), training, console
+            ),
+        ]
+
+    def _named(self) -> dict[str, MIRResult]:
+        return {"before" if step == 0 else f"step {step}": result for step, result in self.results.items()}

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -60,11 +60,15 @@ HELD_OUT = 6  # one emoji, digit and pair of shapes in so many
 
 @dataclass(frozen=True)
 class Captioned:
-    """An RGB image of 224 x 224 pixels, what it shows, and which of `KINDS` it is."""
+    """An RGB image of 224 x 224 pixels, what it shows, which of `KINDS` it is, and which of that kind.
+
+    source: the number of the photograph, emoji, scene or digit; two crops of one photograph are of one source.
+    """
 
     image: Image.Image
     caption: str
     kind: str
+    source: int
 
 
 class Pictures:
@@ -104,16 +108,16 @@ class Pictures:
         """The `index`-th picture of a kind, whichever were drawn before."""
         rng = self._rng(6, KINDS.index(kind), held_out, index)
         if kind == "photographs":
-            image, caption = _turn(self._photographs, index)
-            return Captioned(_crop(image, held_out, rng), caption, kind)
+            source, (image, caption) = _turn(self._photographs, index)
+            return Captioned(_crop(image, held_out, rng), caption, kind, source)
         if kind == "emoji":
-            file, name = _turn(self._emoji[held_out], index)
-            return Captioned(_on_background(file, rng), f"the {name} emoji", kind)
+            source, (file, name) = _turn(self._emoji[held_out], index)
+            return Captioned(_on_background(file, rng), f"the {name} emoji", kind, source)
         if kind == "scenes":
-            scene = _turn(self._scenes[held_out], index)
-            return Captioned(_draw_scene(scene, rng), scene.caption, kind)
-        pixels, digit = _turn(self._digits[held_out], index)
-        return Captioned(_draw_digit(pixels, rng), f"a handwritten digit {DIGITS[digit]}", kind)
+            source, scene = _turn(self._scenes[held_out], index)
+            return Captioned(_draw_scene(scene, rng), scene.caption, kind, source)
+        source, (pixels, digit) = _turn(self._digits[held_out], index)
+        return Captioned(_draw_digit(pixels, rng), f"a handwritten digit {DIGITS[digit]}", kind, source)
 
     def _split(self, items: list, stream: int) -> tuple[list, list]:
         """The items in a random order: those to train on, and those held out."""
@@ -283,8 +287,9 @@ def _background(rng: np.random.Generator) -> Image.Image:
     return Image.new("RGB", (SIZE, SIZE), tuple(int(c) for c in rng.integers(205, 256, size=3)))
 
 
-def _turn(items: list, index: int):
-    return items[index % len(items)]
+def _turn(items: list, index: int) -> tuple[int, Any]:
+    """Which item it is the turn of, and the item."""
+    return index % len(items), items[index % len(items)]
 
 
 def _article(word: str) -> str:

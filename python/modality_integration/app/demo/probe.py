@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from modality_integration.app.demo.pictures import KINDS, Pictures
 from modality_integration.app.options import TokenOptions
-from modality_integration.app.samples import Sample, Text, open_image, pair
+from modality_integration.app.samples import Sample, Samples, Text, groups_of, open_image, pair
 from modality_integration.app.stream import finish, stream
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.streaming import ModalityIntegrationRate
@@ -25,10 +25,19 @@ def probe_samples(
     seed: int,
     kinds: Sequence[str] = KINDS,
     prose: Sequence[Text] | None = None,
-) -> list[Sample]:
-    """`count` held-out pictures of `kinds`, each with unrelated prose; None takes Python's language reference."""
-    images = [item.image for item in pictures.held_out(count, kinds)]
-    return pair(images, language_reference() if prose is None else prose, count, seed)
+    *,
+    groups: int = GROUPS,
+    in_turn: bool = False,
+) -> Samples:
+    """`count` held-out pictures of `kinds`, each with unrelated prose; None takes Python's language reference.
+
+    groups, in_turn: of samples, as `pair` takes them. With more samples than there is prose, or so many pictures that
+    a photograph, emoji, scene or digit comes again, none of these is in two groups.
+    """
+    pictured = pictures.held_out(count, kinds)[:]
+    texts = language_reference() if prose is None else prose
+    keys = [(item.kind, item.source) for item in pictured], range(len(texts))
+    return pair([item.image for item in pictured], texts, count, seed, groups, in_turn=in_turn, keys=keys)
 
 
 def language_reference() -> list[Text]:
@@ -48,11 +57,20 @@ def measure(
     bounds: bool = False,
     after_sample: Callable[[int], None] = lambda count: None,
 ) -> MIRResult:
-    """MIR of the model as it is now, with a standard error from `groups` groups of samples; bounds: and proved ones."""
-    metric = ModalityIntegrationRate(bounds=bounds, groups=groups, samples=len(samples))
+    """MIR of the model as it is now, with a standard error from `groups` groups of samples that share nothing.
+
+    bounds: of the arithmetic, too.
+    """
+    held = groups_of(samples, groups)
+    metric = ModalityIntegrationRate(bounds=bounds, groups=held, samples=len(samples))
     tokens = TokenOptions(text_tokens=text_tokens, template=template)
     stream(model, processor, samples, metric, tokens, after_sample=after_sample)
     result = finish(metric)
+    if groups and not held:
+        result.notes.append(
+            f"no standard error: {groups} groups of {len(samples)} samples would share pictures or prose; take fewer "
+            "samples"
+        )
     metric.reset()  # torchmetrics' objects refer to themselves: the covariances would stay until a garbage collection
     return result
 

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# From nothing to a report: a model, its training with checkpoints, the MIR of two of them, and both side by side.
+#
+#     bash examples/pretraining.sh [FOLDER]
+#
+# FOLDER is where all of it goes (pretraining-out). STEPS, EVERY and SAMPLES make it shorter or longer; the options of
+# `mir demo` can come from its variables, MIR_DEMO_STEPS for instance.
+set -euo pipefail
+out=${1:-pretraining-out}
+steps=${STEPS:-40} every=${EVERY:-20} samples=${SAMPLES:-20}
+here=$(cd "$(dirname "$0")" && pwd)
+
+# A model with its processor, pictures and prose.
+mir demo --out "$out/demo" --save "$out/model"
+
+# Its training, with MIR in the log and in the plot.
+python "$here/train_with_mir.py" "$out/model" --out "$out/training" --steps "$steps" --every "$every" --samples "$samples"
+
+# MIR of the first and of the last checkpoint: Trainer saves no processor, the model it began with has one.
+for step in "$every" "$steps"; do
+    mir compute --model "$out/training/checkpoint-$step" --processor "$out/model" \
+        --images "$out/model/images" --text "$out/model/prose.jsonl" \
+        --samples "$samples" --text-tokens 64 --out "$out/mir/step-$step"
+done
+
+mir compare "$out/mir/step-$every" "$out/mir/step-$steps"
+mir plot "$out/mir/step-$every" "$out/mir/step-$steps" --out "$out/layers.pdf"
+mir report "$out/mir/step-$every" "$out/mir/step-$steps" --out "$out/report.html"

@@ -1,0 +1,39 @@
+"""Masks that come as whole numbers, 0 and 1, as tokenizers make them: as bool, once no other number is among them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mir_kernels._gate import by_operator
+from mir_kernels._registration import Sharding, register
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint32, torch.uint64)
+
+
+def of_whole_numbers(name: str, mask: Tensor) -> Tensor:
+    """A mask of a dtype of `WHOLE` as bool. ValueError that names it and a number that is neither 0 nor 1.
+
+    Waits for the device, which is asked for its numbers; compiled code refuses the same, when it runs.
+    """
+    run = torch.ops.mir_kernels.mask_of_whole_numbers if by_operator("mask_of_whole_numbers", mask) else _checked
+    return run(mask, name)
+
+
+@torch.no_grad()
+def _checked(mask: Tensor, name: str) -> Tensor:
+    if mask.numel():
+        lowest, highest = (int(end) for end in torch.aminmax(mask.to(torch.int64)))
+        if lowest < 0 or highest > 1:
+            got = lowest if lowest < 0 else highest
+            dtype = str(mask.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: takes True and False, or 0 and 1, got {got} in a mask of {dtype}")
+    return mask.to(torch.bool).contiguous()
+
+
+register(
+    "mask_of_whole_numbers(Tensor mask, str name) -> Tensor",
+    _checked,
+    lambda mask, name: mask.new_empty(mask.shape, dtype=torch.bool),
+    sharding=Sharding("x-", "x", 0),
+)

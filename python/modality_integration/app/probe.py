@@ -1,0 +1,96 @@
+"""`build_probe`: images before prose for `MIRCallback` and `measure_mir`, made as `mir compute` makes samples."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modality_integration.app.batches import CannotBatch, collated
+from modality_integration.app.errors import InputError
+from modality_integration.app.options import MeasureOptions, Template
+from modality_integration.app.prompts import encode, truncate
+from modality_integration.app.samples.choosing import Chosen, seed_of
+from modality_integration.app.samples.images import choose_images, open_image
+from modality_integration.app.samples.pairing import pair
+from modality_integration.app.samples.sample import Text, content_digest
+from modality_integration.app.samples.texts import choose_texts
+
+
+def build_probe(
+    processor: Any,
+    images: str | Path | Sequence[str | Path | Image.Image],
+    text: str | Path | Sequence[str],
+    *,
+    samples: int = 40,
+    batch_size: int = 1,
+    seed: int = 0,
+    text_tokens: int | None = 512,
+    template: Template = "auto",
+    groups: int = MeasureOptions.groups,
+    dtype: torch.dtype | None = None,
+) -> list[dict[str, Tensor]]:
+    """Batches of a random image before unrelated prose, as the MIR paper pairs them (section 3.2), for a probe.
+
+    processor: of the model, with its tokenizer. images: a folder or file as `mir compute --images` takes it, or a list
+    of pictures and files. text: likewise, or a list of pieces of prose (a list of strings is never one of files).
+    samples: pairs; from too few images or texts they come again, within one of `groups` groups of samples, so that a
+    standard error is one of independent groups. batch_size: samples in a batch, padded on the right. seed: of the
+    choice and the pairs. text_tokens: prose is cut to so many, None takes it whole. template: "chat", "plain",
+    "published", or "auto", chat where there is one. dtype: of pixels, where the model does not take float32.
+
+    Gives what the processor makes of them, on the CPU. What is broken is left out with a warning. Raises ValueError
+    for what cannot be used, and for samples that do not go into one batch.
+    """
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: takes a whole number >= 1, got {value!r}")
+    pictures = _chosen("images", images, samples, seed)
+    prose = _chosen("text", text, samples, seed)
+    keys = pictures.digests, prose.digests
+    pairs = pair(pictures.items, prose.items, samples, seed, groups, keys=keys, digests=keys)
+    batches = []
+    for start in range(0, samples, batch_size):
+        each = []
+        for sample in pairs[start : start + batch_size]:
+            words = truncate(sample.text.content, processor.tokenizer, text_tokens)
+            each.append(encode(processor, open_image(sample.image), words, template))
+        try:
+            batch = each[0] if len(each) == 1 else collated(each, processor.tokenizer)
+        except CannotBatch as error:
+            raise InputError(f"batch_size: samples do not go into one batch ({error}); take 1") from error
+        batches.append({name: _of_dtype(value, dtype) for name, value in batch.items()})
+    return batches
+
+
+def _chosen(name: str, source: Any, count: int, seed: int) -> Chosen[Any]:
+    """Images or texts of a folder, a file or a list."""
+    if isinstance(source, str | Path):
+        choose = choose_images if name == "images" else choose_texts
+        chosen: Chosen[Any] = choose(source, count, seed, distinct=True)
+        for broken, reason in chosen.skipped:
+            warnings.warn(f"{name}: {broken} is left out: {reason}", stacklevel=3)
+        return chosen
+    kinds = (str, Path, Image.Image) if name == "images" else (str,)
+    takes = "a folder, a file, or a list of " + ("pictures and files" if name == "images" else "pieces of prose")
+    if not isinstance(source, Sequence) or not source:
+        raise InputError(
+            f"{name}: takes {takes}, got {'none' if isinstance(source, Sequence) else type(source).__name__}"
+        )
+    for index, item in enumerate(source):
+        if not isinstance(item, kinds) or (isinstance(item, str) and not item.strip()):
+            raise InputError(f"{name}[{index}]: takes {takes}, got {item!r:.80}")
+    items: list[Any] = [Text(f"text[{i}]", item) for i, item in enumerate(source)] if name == "text" else list(source)
+    items = [Path(item) if isinstance(item, str) else item for item in items]
+    random.Random(seed_of(seed, name)).shuffle(items)
+    return Chosen(items[:count], [content_digest(item) for item in items[:count]])
+
+
+def _of_dtype(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value

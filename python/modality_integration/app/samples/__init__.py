@@ -1,0 +1,28 @@
+"""Images and prose from what people have, chosen by seed, and paired at random as the paper pairs them."""
+
+from modality_integration.app.samples.choosing import Chosen
+from modality_integration.app.samples.chosen_samples import ChosenSamples, choose
+from modality_integration.app.samples.images import choose_images, image_files, open_image
+from modality_integration.app.samples.pairing import Samples, groups_of, in_random_order, pair, samples_digest
+from modality_integration.app.samples.sample import ImageSource, Sample, Stored, Text
+from modality_integration.app.samples.texts import TEXT_SUFFIXES, choose_texts
+
+__all__ = [
+    "TEXT_SUFFIXES",
+    "Chosen",
+    "ChosenSamples",
+    "ImageSource",
+    "Sample",
+    "Samples",
+    "Stored",
+    "Text",
+    "choose",
+    "choose_images",
+    "choose_texts",
+    "groups_of",
+    "image_files",
+    "in_random_order",
+    "open_image",
+    "pair",
+    "samples_digest",
+]

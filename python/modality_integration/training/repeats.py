@@ -1,0 +1,113 @@
+"""Images and texts that come more than once in a probe: groups of samples that share one are not independent."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modality_integration.metric.dealing import dealt
+
+Contents = list[set[str]]  # of a batch's rows: what each shows
+
+
+def contents(batch: Mapping[str, Any], rows: int) -> Contents:
+    """What each of a batch's rows shows: "image ..." and "text ...", equal where all values are.
+
+    Images are all floating-point inputs. Where these have no row for each row of `input_ids`, as patches of several
+    images, rows are equal if they have the same place in equal batches.
+    """
+    ids, attention = batch.get("input_ids"), batch.get("attention_mask")
+    pictures = [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point() and v is not attention]
+    shown: Contents = []
+    for row in range(rows):
+        seen = [_hash(v[row]) if v.dim() > 1 and len(v) == rows else f"{_hash(v)}/{row}" for v in pictures]
+        content = {f"image {' '.join(seen)}"} if seen else set()
+        if isinstance(ids, Tensor):
+            mask = attention if isinstance(attention, Tensor) and attention.shape == ids.shape else None
+            content.add(f"text {_hash(ids[row] if mask is None else ids[row][mask[row].bool()])}")
+        shown.append(content)
+    return shown
+
+
+def order_apart(batches: Sequence[Contents], groups: int, shuffled: Sequence[int]) -> list[int]:
+    """`shuffled`, numbers of batches, with those that share something beside one another, within a group.
+
+    Groups are blocks of rows, one after the other. Where that cannot be for all, some are still in several.
+    """
+    together = _components(batches)
+    rows = [len(batch) for batch in batches]
+    total = sum(rows)
+    ends = [-(-total * (group + 1) // groups) for group in range(groups)]  # the first row after each group
+    several = [members for members in together if len(members) > 1]
+    several.sort(key=lambda members: -sum(rows[i] for i in members))
+    room = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    placed: list[list[int]] = [[] for _ in range(groups)]
+    for members in several:
+        widest = max(range(groups), key=room.__getitem__)
+        placed[widest] += members
+        room[widest] -= sum(rows[i] for i in members)
+    taken = {i for members in several for i in members}
+    alone = [i for i in shuffled if i not in taken]
+    order: list[int] = []
+    count = 0
+    for group, end in enumerate(ends):
+        order += placed[group]
+        count += sum(rows[i] for i in placed[group])
+        while alone and (count < end or group == groups - 1):
+            order.append(alone.pop(0))
+            count += rows[order[-1]]
+    return order
+
+
+def shared(batches: Sequence[Contents], groups: int, samples: int | None, process: int, processes: int) -> str:
+    """Of what there are fewer than samples, in words, where several groups have one in common; "" where none have.
+
+    Groups are those into which `ModalityIntegrationRate` deals the rows of these batches. samples: as announced to it,
+    None for dealing in turn.
+    """
+    rows = [row for batch in batches for row in batch]
+    of = dealt(0, len(rows), groups, samples, process=process, processes=processes).tolist()
+    seen: dict[str, set[int]] = defaultdict(set)
+    for group, row in zip(of, rows, strict=True):
+        for content in row:
+            seen[content].add(group)
+    if not any(len(groups_of) > 1 for groups_of in seen.values()):
+        return ""
+    distinct = [(kind, sum(content.startswith(kind) for content in seen)) for kind in ("image", "text")]
+    return " and ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in distinct if 0 < n < len(rows))
+
+
+def shuffled(count: int) -> list[int]:
+    """The numbers of `count` batches in an order that is random, and the same every time."""
+    return random.Random("order of the probe").sample(range(count), count)
+
+
+def _components(batches: Sequence[Contents]) -> list[list[int]]:
+    """Batches that share something, directly or through others, in lists."""
+    leader = list(range(len(batches)))
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = leader[leader[i]]
+            i = leader[i]
+        return i
+
+    first: dict[str, int] = {}
+    for i, batch in enumerate(batches):
+        for content in set().union(*batch):
+            leader[find(i)] = find(first.setdefault(content, i))
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(batches)):
+        members[find(i)].append(i)
+    return list(members.values())
+
+
+def _hash(value: Tensor) -> str:
+    plain = value.detach().cpu().contiguous()
+    return hashlib.blake2b(plain.view(-1).view(torch.uint8).numpy().tobytes(), digest_size=12).hexdigest()

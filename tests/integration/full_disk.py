@@ -1,0 +1,15 @@
+"""A disk that takes no more, by the operating system's own refusal."""
+
+import contextlib
+import resource
+
+
+@contextlib.contextmanager
+def full_disk(room=64):
+    """Inside, no file of this process grows beyond `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
