@@ -40,7 +40,7 @@ def identity(tensor: Tensor, *_: Any) -> Tensor:
 
 SCALE, SHIFT, WEIGHT, RESIDUAL = draw(D), draw(D), draw(D), draw(4, 3, D)
 MASK = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], dtype=torch.bool, device="cpu")
-OTHER, MEAN_X, MEAN_Y, FEATURES = covariances(4), draw(4, D), draw(4, D), draw(4, 7, D)
+OTHER, MEAN_X, MEAN_Y = covariances(4), draw(4, D), draw(4, D)
 
 CALLS = {
     "moca": Call(lambda x, w=identity: mk.moca(x, w(SCALE), w(SHIFT), w(MASK, 0)), draw(4, 3, D), "x"),
@@ -61,12 +61,6 @@ CALLS = {
         lambda c, w=identity: mk.frechet_distance(w(MEAN_X, 0), c, w(MEAN_Y, 0), w(OTHER, 0)),
         covariances(4),
         "cov_x",
-    ),
-    "trace_sqrt_from_features": Call(
-        lambda x, w=identity: mk.trace_sqrt_from_features(x, w(FEATURES, 0), bounds=True), draw(4, 5, D), "x"
-    ),
-    "frechet_distance_from_features": Call(
-        lambda x, w=identity: mk.frechet_distance_from_features(x, w(FEATURES, 0)), draw(4, 5, D), "x"
     ),
 }
 

@@ -12,7 +12,7 @@ import mir_kernels
 from kernels.edge_calls import CALLS, LAYOUTS, D, draw, outcome, same, shapes, unwrapped
 from kernels.moca.calls import Wrapped
 from mir_kernels import StreamingMoments
-from mir_kernels.ops.frechet import trace_sqrt_from_features, trace_sqrt_report
+from mir_kernels.ops.frechet import frechet_distance_from_features, trace_sqrt_from_features, trace_sqrt_report
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,8 @@ FEATURES, COVARIANCES = draw(9, D), CALLS["sqrtm"].tensor
 STATEFUL = {
     "moments": (moments_of, draw(1500, D)),
     "moments with a mask": (masked_moments_of, draw(30, 50, D)),
-    "features": (lambda x: (trace_sqrt_from_features(x, FEATURES),), draw(20, D)),
+    "trace_sqrt_from_features": (lambda x: (trace_sqrt_from_features(x, FEATURES),), draw(20, D)),
+    "frechet_distance_from_features": (lambda x: (frechet_distance_from_features(x, FEATURES),), draw(20, D)),
     "report": (lambda a: (trace_sqrt_report(a, COVARIANCES).value,), CALLS["trace_sqrt_product"].tensor),
 }
 
@@ -184,4 +185,4 @@ def test_what_keeps_numbers_does_not_mind_who_listens(name):
 
 def test_every_public_function_is_among_the_calls():
     functions = {name for name in mir_kernels.__all__ if name[0].islower()} - {"backends"}
-    assert functions == set(CALLS)
+    assert functions == set(CALLS) | {name for name in STATEFUL if name.endswith("_from_features")}
