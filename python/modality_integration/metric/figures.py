@@ -43,7 +43,6 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "modality-integration",
 }
-_NUMBERS = itertools.count(1)
 
 
 class Curve(Protocol):
@@ -126,21 +125,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     with written_whole(path) as partial:
         partial.write_bytes(picture)
     return path
-
-
-def svg_of(figure: Figure, prefix: str | None = None) -> str:
-    """The figure as an `<svg>` element that stands by itself in an HTML page.
-
-    Its ids begin with `prefix`, of letters, digits and hyphens, so that several do not clash in one page; where none is
-    given, with one that no other call in this process has.
-    """
-    prefix = f"figure-{next(_NUMBERS)}" if prefix is None else prefix
-    text = _bytes_of(figure, "svg").decode("utf-8")
-    text = text[text.index("<svg") :].strip()  # without the declarations of a document
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
-    text = text.replace('<style type="text/css">*{', f'<style type="text/css">#{prefix} *{{')  # of this figure alone
-    return text.replace("<svg ", f'<svg id="{prefix}" ', 1)
 
 
 def empty_figure() -> tuple[Figure, Axes]:

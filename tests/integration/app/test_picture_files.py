@@ -94,24 +94,7 @@ def test_picture_that_cannot_be_drawn_leaves_the_one_before(tmp_path):
     assert path.read_bytes() == before
 
 
-# In pages and in figures of the caller's
-
-
-def test_svgs_of_one_page_share_no_ids():
-    figure, _ = plots.layers_figure({"run <1> & 2": made([30.0, 2.0, 1.0], [0.1] * 3)})
-    one, two = figures.svg_of(figure), figures.svg_of(figure)
-    for svg in (one, two):
-        assert svg.startswith("<svg ")
-        assert svg.endswith("</svg>")
-        ids = re.findall(r'\sid="([^"]+)"', svg)
-        assert len(ids) == len(set(ids))
-        assert set(re.findall(r'(?:url\(|href=")#([^")]+)', svg)) <= set(ids)
-        assert "run &lt;1&gt; &amp; 2" in svg
-        assert "<metadata" not in svg
-        assert not re.search(r"(href|src)=\"(?!#)", svg)
-        assert all(rule.startswith(f"#{ids[0]} ") for rule in re.findall(r"<style[^>]*>([^<]*)", svg))
-    assert not set(re.findall(r'\sid="([^"]+)"', one)) & set(re.findall(r'\sid="([^"]+)"', two))
-    assert figures.svg_of(figure, "layers") == figures.svg_of(figure, "layers")
+# In figures of the caller's
 
 
 def test_curves_are_drawn_into_axes_of_the_caller():
