@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from integration.app import report_pages as pages
 from integration.results import result
@@ -271,3 +272,13 @@ def test_templates_are_in_the_package():
     for file in files:
         name = file.relative_to(package).as_posix()
         assert any(fnmatch(name, pattern) for pattern in patterns["modality_integration"]), name
+
+
+@pytest.mark.parametrize("name", ["mir.json", "run.json", "page", "layers.png"])
+def test_a_result_is_never_made_a_page(tmp_path, name):
+    written = tmp_path / name
+    result().to_json(tmp_path / "mir.json")
+    written.write_bytes(before := (tmp_path / "mir.json").read_bytes())
+    with pytest.raises(InputError, match=f"out: takes the name of an .html file, got .*{name}"):
+        report.run([tmp_path], written, (), Console(quiet=True), overwrite=True)
+    assert written.read_bytes() == before

@@ -28,6 +28,8 @@ def run(paths: Sequence[Path], out: Path, labels: Sequence[str], results: Consol
         raise InputError("report: takes the folder of one run or more")
     if out.is_dir():
         raise InputError(f"out: {out} is a folder; expected the name of a file, such as {out / 'report.html'}")
+    if out.suffix.lower() not in (".html", ".htm"):  # --overwrite would make a page of a result
+        raise InputError(f"out: takes the name of an .html file, got {out}")
     require_unused([out], overwrite)
     named = labels_of(paths, labels)
     text = html([read(path, label) for path, label in zip(paths, named, strict=True)])
