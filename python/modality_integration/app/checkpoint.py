@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modality_integration.app.errors import InputError, in_words
-from modality_integration.metric.files import write_json
+from modality_integration.metric.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,9 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         try:
-            saved = json.loads(self._progress.read_text())
+            saved = read_json(self._progress)
             _check(saved, self.rank)
-        except (OSError, RecursionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"the checkpoint {self._progress} is damaged ({error}): add --restart to begin anew"
             ) from error

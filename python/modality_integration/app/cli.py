@@ -114,10 +114,11 @@ def demo(options: DemoOptions, terminal: Terminal) -> None:
     way, with its standard error, on held-out pictures and unrelated prose. --json prints what history.json holds.
     """
     from modality_integration.app import demo as work
+    from modality_integration.app.out_folder import HISTORY
 
     work.run(options, terminal.progress(), terminal.results())
     if terminal.json:
-        terminal.write_json((options.out / "history.json").read_text(encoding="utf-8"))
+        terminal.write_json((options.out / HISTORY).read_text(encoding="utf-8"))
 
 
 @command(

@@ -32,7 +32,7 @@ from modality_integration.app.samples import Sample, choose
 from modality_integration.app.settings import deciding_arguments, settings_of, versions
 from modality_integration.app.stream import finish, stream
 from modality_integration.app.thumbnails import sample_cards
-from modality_integration.metric.files import write_json
+from modality_integration.metric.files import read_json, write_json
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.sink_notes import image_first
 from modality_integration.metric.streaming import ModalityIntegrationRate
@@ -122,7 +122,7 @@ def _asked(options: ComputeOptions) -> dict[str, Any]:
 def _asked_before(options: ComputeOptions) -> Any:
     """The options of the run that is finished in the folder; None where its record does not say."""
     try:
-        record = json.loads((options.out / "run.json").read_text(encoding="utf-8"))
+        record = read_json(options.out / "run.json")
     except (OSError, ValueError):
         return None
     return record.get("options") if isinstance(record, dict) else None
@@ -236,7 +236,7 @@ def _record(
     return {
         "mir": result.value,
         "error": result.error,
-        "groups": len(result.left_out[0]) if result.left_out else 0,  # of samples, that the error is of
+        "groups": result.groups,  # of samples, that the error is of
         "images": str(options.images),
         "text": str(options.text),
         "options": _asked(options),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from modality_integration.app.errors import InputError
 from modality_integration.app.hub import Source
+from modality_integration.metric import files
 from modality_integration.models.moca_files import FILE as MOCA
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -46,7 +46,7 @@ def raw_config(source: Source) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`; InputError where there is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = files.read_json(file)
     except ValueError as error:
         raise InputError(f"model: {file} is no JSON ({error})") from error
     if not isinstance(value, dict):

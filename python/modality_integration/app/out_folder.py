@@ -20,7 +20,8 @@ from modality_integration.metric.files import named_errors
 
 # What a measurement leaves, of whichever command: a folder holds one, so that its files belong together.
 PICTURES = tuple(f"{name}.{suffix}" for name in ("layers", "training") for suffix in get_args(PlotFormat))
-MEASUREMENT = ("mir.json", "run.json", "before.json", "history.json", *PICTURES)
+HISTORY = "history.json"  # of a demo's training
+MEASUREMENT = ("mir.json", "run.json", "before.json", HISTORY, *PICTURES)
 CHECKPOINT = "checkpoint"  # the folder of an unfinished `mir compute`
 LOCK = ".mir.lock"
 

@@ -9,14 +9,13 @@ from rich.console import Console
 
 from modality_integration.app import plots
 from modality_integration.app.errors import InputError, refusals, require_unused
+from modality_integration.app.out_folder import HISTORY
 from modality_integration.app.report.runs import History, read
 from modality_integration.app.saved_results import named_results
 from modality_integration.metric import figures
 
-HISTORY = "history.json"
 
-
-class Measured(float):
+class ValueWithError(float):
     """MIR with its standard error, as `plots.plot_training` takes it."""
 
     error: float | None = None
@@ -52,10 +51,10 @@ def _draw_training(path: Path, out: Path) -> Path:
     return plots.plot_training(_results(history), dict(history.loss), out, _held_out(history))
 
 
-def _results(history: History) -> dict[int, Measured]:
+def _results(history: History) -> dict[int, ValueWithError]:
     found = {}
     for step, value, error in zip(history.steps, history.mir, history.error, strict=True):
-        found[step] = Measured(value)
+        found[step] = ValueWithError(value)
         found[step].error = error
     return found
 

@@ -69,9 +69,9 @@ def run(files: Sequence[Path], options: StatesOptions, console: Console, results
         return result
 
 
-def _notes_on_groups(asked: int, taken: int, result: MIRResult) -> list[str]:
+def _notes_on_groups(asked: int, used: int, result: MIRResult) -> list[str]:
     """Why the standard error is none, or of fewer groups than were asked for, where the result does not say so."""
-    if asked and not taken:
+    if asked and not used:
         return ["no standard error: with --outliers median there is none"]
-    got = len(result.left_out[0]) if result.left_out else 0
-    return [f"the standard error is of {got} groups, as there are {got} samples"] if 0 < got < taken else []
+    got = result.groups
+    return [f"the standard error is of {got} groups, as there are {got} samples"] if 0 < got < used else []

@@ -84,7 +84,7 @@ def finish(metric: ModalityIntegrationRate) -> MIRResult:
     with refusals("MIR is not defined for these samples"):
         result = metric.compute()
     logger.info("distances of %d layers in %.1f s", len(result.terms), time.monotonic() - began)
-    asked, got = metric.options.groups, len(result.left_out[0]) if result.left_out else 0
+    asked, got = metric.options.groups, result.groups
     if 0 < got < asked:
         result.notes.append(
             f"the standard error is of {got} groups of samples, {asked} were asked for: take more samples"

@@ -47,6 +47,7 @@ from modality_integration.app.stream import finish, stream
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.files import write_text
 from modality_integration.metric.result import MIRResult
+from modality_integration.metric.standard_error import counted
 from modality_integration.metric.streaming import ModalityIntegrationRate
 
 TEMPLATES: tuple[Literal["chat", "plain"], ...] = ("chat", "plain")
@@ -311,11 +312,7 @@ def _kinds(folder: Path, console: Console) -> list[Path]:
     inside = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
     kinds = sorted(path for path in inside if path.is_dir())
     if kinds and (beside := len(inside) - len(kinds)):
-        console.print(
-            f"[yellow]note[/] {beside} file{'s' * (beside > 1)} beside the sub-folders of {folder}: of no kind, not "
-            "used",
-            highlight=False,
-        )
+        show_notes([f"{counted(beside, 'file')} beside the sub-folders of {folder}: of no kind, not used"], console)
     return kinds or [folder]
 
 

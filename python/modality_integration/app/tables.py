@@ -1,4 +1,4 @@
-"""Several results and studies as tables for the terminal."""
+"""Studies as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modality_integration.metric import tables
-from modality_integration.metric.result import MIRResult
 from modality_integration.metric.standard_error import error_cell
 
 if TYPE_CHECKING:
@@ -17,11 +16,6 @@ EXPENDABLE = ("deviations", "trace_root", "trace_text", "trace_vision", "mean", 
 # What a row is of, where no column of words says it; and what it is read for.
 INDEX = ("set", "samples", "layer")
 READ_FOR = ("mir", "error", "distance", "normalized", "unnormalized")
-
-
-def comparison_table(results: Mapping[str, MIRResult]) -> FittedTable:
-    """A rich table of several results: a column each with the layers' distances, MIR and its error at the foot."""
-    return tables.distance_table(results)
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:

@@ -14,6 +14,7 @@ from modality_integration.metric.differing_settings import listed, notes_on_sett
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.standard_error import (
     chance,
+    counted,
     error_cell,
     finite_jackknife,
     tells,
@@ -56,7 +57,11 @@ class Comparison:
 
     def __repr__(self) -> str:
         text = f"{self.names[1]} - {self.names[0]} = {with_error(self.difference, self.error)}"
-        parts = [text, *(["paired"] if self.paired else []), *([_count(self.notes)] if self.notes else [])]
+        parts = [
+            text,
+            *(["paired"] if self.paired else []),
+            *([counted(len(self.notes), "note")] if self.notes else []),
+        ]
         return f"<Comparison {', '.join(parts)}>"
 
     def __str__(self) -> str:
@@ -72,7 +77,7 @@ class Comparison:
     @property
     def groups(self) -> int:
         """Groups of samples of the result that has fewer."""
-        return min(_groups(self.a), _groups(self.b))
+        return min(self.a.groups, self.b.groups)
 
     @property
     def certain(self) -> bool:
@@ -81,7 +86,7 @@ class Comparison:
 
     def by_chance(self, errors: float) -> float:
         """How often two results that do not differ are more than so many standard errors apart (Student's t)."""
-        groups = _groups(self.a), _groups(self.b)
+        groups = self.a.groups, self.b.groups
         return chance(errors, max(groups[0] - 1 if self.paired else sum(groups) - 2, 1))
 
     def verdict(self, names: tuple[str, str] | None = None) -> str:
@@ -174,7 +179,8 @@ class Comparisons:
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name} {with_error(r.value, r.error)}" for name, r in self.results.items())
-        return f"<Comparisons {values}{f', {_count(self.notes)}' if self.notes else ''}>"
+        notes = f", {counted(len(self.notes), 'note')}" if self.notes else ""
+        return f"<Comparisons {values}{notes}>"
 
     def __str__(self) -> str:
         return "\n".join([self.verdict(), *(f"note: {note}" for note in self.notes)])
@@ -262,7 +268,7 @@ def compare(
     how they were "dealt", or among how many "processes" if in turn. ValueError where True cannot be: a result without
     groups, or with another number of them. names: what notes and verdict call them.
     """
-    groups = _groups(a), _groups(b)
+    groups = a.groups, b.groups
     if paired and (0 in groups or groups[0] != groups[1]):
         raise ValueError(f"paired: takes results with as many groups of samples, got {groups[0]} and {groups[1]}")
     if names[0] == names[1]:
@@ -338,7 +344,7 @@ def _notes(results: Mapping[str, MIRResult], paired: Sequence[str]) -> list[str]
     few: dict[int, list[str]] = {}
     without: dict[str, list[str]] = {}
     for name, result in results.items():
-        if 1 < (groups := _groups(result)) < FEW_GROUPS:
+        if 1 < (groups := result.groups) < FEW_GROUPS:
             few.setdefault(groups, []).append(name)
         if len(results) > 2 and (why := why_no_error(result)) is not None:
             without.setdefault(why or f"mir compute --groups {FEW_GROUPS} gives one", []).append(name)
@@ -359,10 +365,6 @@ def _dealing(result: MIRResult) -> tuple[Any, Any]:
     return settings.get("chosen_samples"), settings.get("dealt") or settings.get("processes")
 
 
-def _groups(result: MIRResult) -> int:
-    return len(result.left_out[0]) if result.left_out else 0
-
-
 def _ratio(value: float, of: float) -> float:
     if of == 0.0:
         return 1.0 if value == 0.0 else math.inf
@@ -376,10 +378,6 @@ def _far(difference: float, sign: str = "") -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
-
-
-def _count(notes: Sequence[str]) -> str:
-    return f"{len(notes)} note{'s' * (len(notes) > 1)}"
 
 
 def _plain(number: float | None) -> float | str | None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+Number = TypeVar("Number", int, Tensor)
 
 
 def dealt(
@@ -22,7 +27,40 @@ def dealt(
     numbers = numbers * processes + process
     if count and int(numbers[-1]) >= samples:
         raise ValueError(f"samples: {samples} were announced, got sample number {int(numbers[-1]) + 1}")
-    return (numbers * max(groups, 1) // samples).to(torch.uint8)
+    return group_of(numbers, max(groups, 1), samples).to(torch.uint8)
+
+
+def group_of(number: Number, groups: int, samples: int) -> Number:
+    """The group of a sample, by its number, where groups come one after the other."""
+    return number * groups // samples
+
+
+def ends_of_groups(groups: int, samples: int) -> list[int]:
+    """The number of the first sample after each group, where groups come one after the other."""
+    return [-(-samples * (group + 1) // groups) for group in range(groups)]
+
+
+def sharing(items: Iterable[Iterable[Hashable]]) -> list[list[int]]:
+    """The numbers of items that have a key in common, directly or through others, in lists, all in the items' order:
+    what is to be in one group.
+    """
+    leader: list[int] = []
+
+    def find(number: int) -> int:
+        while leader[number] != number:
+            leader[number] = leader[leader[number]]
+            number = leader[number]
+        return number
+
+    first: dict[Hashable, int] = {}
+    for number, keys in enumerate(items):
+        leader.append(number)
+        for key in keys:
+            leader[find(number)] = find(first.setdefault(key, number))
+    together: dict[int, list[int]] = {}
+    for number in range(len(leader)):
+        together.setdefault(find(number), []).append(number)
+    return list(together.values())
 
 
 def share(samples: int, process: int, processes: int) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from modality_integration.metric import drawing, fonts
 from modality_integration.metric.files import written_whole
 from modality_integration.metric.standard_error import with_error
+from modality_integration.metric.tables import Distances
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -45,32 +46,12 @@ _STYLE: Any = {
 }
 
 
-class Curve(Protocol):
+class Curve(Distances, Protocol):
     """What a curve is drawn from: a `MIRResult`."""
-
-    @property
-    def value(self) -> float:
-        """MIR."""
-
-    @property
-    def error(self) -> float | None:
-        """Its standard error; None without."""
-
-    @property
-    def per_layer(self) -> list[float]:
-        """The distance of each layer."""
 
     @property
     def layer_errors(self) -> list[float] | None:
         """The standard error of each layer's distance; None without."""
-
-    @property
-    def without_sinks(self) -> list[float] | None:
-        """The distance of each layer without attention sinks; None where none count."""
-
-    @property
-    def value_without_sinks(self) -> float | None:
-        """MIR without attention sinks."""
 
 
 def layer_curves(curves: Mapping[str, Curve], path: str | Path) -> Path:
@@ -100,7 +81,7 @@ def layer_figure(curves: Mapping[str, Curve], ax: Axes | None = None) -> tuple[F
 
 def mir_label(result: Curve, name: str = "") -> str:
     """What a result's curve is labelled with: `name (MIR 3.374 ± 0.002)`, or the value alone."""
-    mir = f"MIR {with_error(result.value, result.error, places=3).replace(' +- ', ' ± ')}"
+    mir = f"MIR {with_error(result.value, result.error, places=3, sign='±')}"
     return f"{name} ({mir})" if name else mir
 
 

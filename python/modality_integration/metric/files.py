@@ -45,6 +45,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError where it is none, OSError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def partial_of(path: Path) -> Path:
     """Where a file is written before it takes its place. One name for all processes: a killed one leaves it behind, and
     the next to write takes it over."""

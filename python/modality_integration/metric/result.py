@@ -14,6 +14,7 @@ from modality_integration.metric.by_value import ByValue
 from modality_integration.metric.files import write_text
 from modality_integration.metric.standard_error import (
     arithmetic,
+    counted,
     finite_jackknife,
     jackknife,
     missing_error,
@@ -141,6 +142,11 @@ class MIRResult(ByValue):
         self.sink_positions = {m: self.sink_positions.get(m, {}) for m in MODALITIES}
 
     @property
+    def groups(self) -> int:
+        """How many groups of samples the standard error is of; 0 without."""
+        return len(self.left_out[0]) if self.left_out else 0
+
+    @property
     def per_layer(self) -> list[float]:
         """The Fréchet distance of each layer."""
         return [terms.distance for terms in self.terms]
@@ -204,8 +210,8 @@ class MIRResult(ByValue):
         return format(self.value, spec) if spec else str(self)
 
     def __repr__(self) -> str:
-        parts = [f"{type(self).__name__} {with_error(self.value, self.error)}", _count(len(self.terms), "layer")]
-        return f"<{', '.join([*parts, *([_count(len(self.notes), 'note')] if self.notes else [])])}>"
+        parts = [f"{type(self).__name__} {with_error(self.value, self.error)}", counted(len(self.terms), "layer")]
+        return f"<{', '.join([*parts, *([counted(len(self.notes), 'note')] if self.notes else [])])}>"
 
     def __str__(self) -> str:
         why = why_no_error(self)
@@ -306,10 +312,6 @@ class MIRResult(ByValue):
         if ax is not None:
             raise ValueError("plot: takes path or ax, got both")
         return figures.layer_curves(curves, path)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def mir_value(distances: Iterable[float]) -> float:

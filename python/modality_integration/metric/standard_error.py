@@ -15,8 +15,11 @@ class Measured(Protocol):
     """What is said of a value's accuracy is read from this: a `MIRResult`."""
 
     notes: list[str]
-    left_out: list[list[float]] | None
     settings: dict[str, Any]
+
+    @property
+    def groups(self) -> int:
+        """Of samples, that the error is of; 0 without."""
 
     @property
     def value(self) -> float:
@@ -56,13 +59,18 @@ def tells(error: float | None) -> bool:
     return error is not None and ROUNDING < error < math.inf
 
 
-def with_error(value: float, error: float | None, places: int = 4) -> str:
+def counted(number: int, what: str) -> str:
+    """`1 note`, `2 notes`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def with_error(value: float, error: float | None, places: int = 4, sign: str = "+-") -> str:
     """A value of MIR for people: `3.3740`, or `3.3740 +- 0.0021` with a standard error that tells something.
 
     Both have `places` decimals; an error too small for them has two digits of its own.
     """
     text = f"{value:.{places}f}"
-    return f"{text} +- {error_cell(error, places)}" if tells(error) else text
+    return f"{text} {sign} {error_cell(error, places)}" if tells(error) else text
 
 
 def error_cell(error: float | None, places: int = 4) -> str:
@@ -82,10 +90,9 @@ def why_no_error(result: Measured) -> str | None:
     for note in result.notes:
         if note.startswith(f"{NONE}: "):
             return note.removeprefix(f"{NONE}: ").partition(";")[0]
-    if not result.left_out:
+    if not result.groups:
         return "groups 0" if result.settings.get("groups") == 0 else ""
-    groups = len(result.left_out[0])
-    if groups < 2:
+    if result.groups < 2:
         return "one group of samples"
     return (
         "a group of samples decides whether MIR is finite"

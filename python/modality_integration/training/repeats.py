@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modality_integration.metric.dealing import dealt
+from modality_integration.metric.dealing import dealt, ends_of_groups, sharing
 
 Contents = list[set[str]]  # of a batch's rows: what each shows
 
@@ -24,9 +25,10 @@ def contents(batch: Mapping[str, Any], rows: int) -> Contents:
     """
     ids, attention = batch.get("input_ids"), batch.get("attention_mask")
     pictures = [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point() and v is not attention]
+    named = [_names(picture, rows) for picture in pictures]
     shown: Contents = []
     for row in range(rows):
-        seen = [_hash(v[row]) if v.dim() > 1 and len(v) == rows else f"{_hash(v)}/{row}" for v in pictures]
+        seen = [names[row] for names in named]
         content = {f"image {' '.join(seen)}"} if seen else set()
         if isinstance(ids, Tensor):
             mask = attention if isinstance(attention, Tensor) and attention.shape == ids.shape else None
@@ -40,27 +42,25 @@ def order_apart(batches: Sequence[Contents], groups: int, shuffled: Sequence[int
 
     Groups are blocks of rows, one after the other. Where that cannot be for all, some are still in several.
     """
-    together = _components(batches)
     rows = [len(batch) for batch in batches]
-    total = sum(rows)
-    ends = [-(-total * (group + 1) // groups) for group in range(groups)]  # the first row after each group
-    several = [members for members in together if len(members) > 1]
+    ends = ends_of_groups(groups, sum(rows))
+    several = [members for members in sharing(set().union(*batch) for batch in batches) if len(members) > 1]
     several.sort(key=lambda members: -sum(rows[i] for i in members))
-    room = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    room = [end - start for start, end in pairwise([0, *ends])]
     placed: list[list[int]] = [[] for _ in range(groups)]
     for members in several:
         widest = max(range(groups), key=room.__getitem__)
         placed[widest] += members
         room[widest] -= sum(rows[i] for i in members)
     taken = {i for members in several for i in members}
-    alone = [i for i in shuffled if i not in taken]
+    alone = deque(i for i in shuffled if i not in taken)
     order: list[int] = []
     count = 0
     for group, end in enumerate(ends):
         order += placed[group]
         count += sum(rows[i] for i in placed[group])
         while alone and (count < end or group == groups - 1):
-            order.append(alone.pop(0))
+            order.append(alone.popleft())
             count += rows[order[-1]]
     return order
 
@@ -88,24 +88,12 @@ def shuffled(count: int) -> list[int]:
     return random.Random("order of the probe").sample(range(count), count)
 
 
-def _components(batches: Sequence[Contents]) -> list[list[int]]:
-    """Batches that share something, directly or through others, in lists."""
-    leader = list(range(len(batches)))
-
-    def find(i: int) -> int:
-        while leader[i] != i:
-            leader[i] = leader[leader[i]]
-            i = leader[i]
-        return i
-
-    first: dict[str, int] = {}
-    for i, batch in enumerate(batches):
-        for content in set().union(*batch):
-            leader[find(i)] = find(first.setdefault(content, i))
-    members: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(batches)):
-        members[find(i)].append(i)
-    return list(members.values())
+def _names(value: Tensor, rows: int) -> list[str]:
+    """What an input is for each row."""
+    if value.dim() > 1 and len(value) == rows:
+        return [_hash(row) for row in value]
+    whole = _hash(value)
+    return [f"{whole}/{row}" for row in range(rows)]
 
 
 def _hash(value: Tensor) -> str:

@@ -56,7 +56,7 @@ class Watch:
             return False
         results = [result for _, result in self.history[-self.patience - 1 :]]
         low, high = min(results, key=float), max(results, key=float)
-        if low.left_out and high.left_out and len(low.left_out[0]) == len(high.left_out[0]):
+        if low.groups == high.groups > 0:
             both = compare(low, high, paired=True)  # the probe is the same each time
             if both.z is not None and both.z < 2:
                 return True
@@ -140,7 +140,7 @@ class Watch:
         self.history, self._values = own + entries, {at: v for at, v in values.items() if int(at) <= step}
 
     def _warn_of_few(self, result: MIRResult) -> None:
-        wanted, got = self._metric["groups"], len(result.left_out[0]) if result.left_out else 0
+        wanted, got = self._metric["groups"], result.groups
         if got < wanted:
             warnings.warn(
                 f"MIR: the probe has rows for {got} of {wanted} groups of samples"

@@ -10,14 +10,13 @@ from integration.saved_models import tiny_tokenizer, write_images, write_texts
 from modality_integration.app.errors import InputError
 from modality_integration.app.prompts import truncate
 from modality_integration.app.samples import (
-    Sample,
     Text,
     choose_images,
     choose_texts,
-    in_random_order,
     open_image,
     pair,
 )
+from modality_integration.app.samples.pairing import in_blocks
 
 
 def test_the_same_seed_chooses_the_same_images_and_another_seed_others(tmp_path):
@@ -29,9 +28,10 @@ def test_the_same_seed_chooses_the_same_images_and_another_seed_others(tmp_path)
 
 
 def test_a_random_order_has_the_same_samples_and_is_the_same_every_time(tmp_path):
-    samples = [Sample(tmp_path / f"{number}.png", Text(str(number), "words")) for number in range(30)]
-    mixed = in_random_order(samples)
-    assert mixed == in_random_order(samples) != samples
+    texts = [Text(str(number), "words") for number in range(30)]
+    in_order = pair([tmp_path / f"{number}.png" for number in range(30)], texts, 30, None)
+    samples, mixed = list(in_order), list(in_blocks(in_order, 5))
+    assert mixed == list(in_blocks(in_order, 5)) != samples
     assert sorted(mixed, key=samples.index) == samples
     firsts = {sample.text.name for sample in mixed[:10]}  # a third of them: from the beginning, the middle and the end
     assert all(firsts & {str(number) for number in range(start, start + 10)} for start in (0, 10, 20))

@@ -15,7 +15,7 @@ from modality_integration import MIRResult, compare
 from modality_integration.app import doctor, tables
 from modality_integration.app.demo.history import History
 from modality_integration.metric.comparison import compare_several
-from modality_integration.metric.tables import empty_table
+from modality_integration.metric.tables import distance_table, empty_table
 
 WIDTHS = (120, 80, 60, 40, 28)
 NAMES = ("before", "llava-1.5-7b-hf-moca-lr-2e-5/checkpoint-1200", "a run with words", "[red]x[1]", "実験-二", "f")
@@ -118,18 +118,18 @@ def test_several_results_have_every_number_at_any_width_and_whole_names(width, c
 
 
 def test_a_name_that_looks_like_markup_is_printed_as_it_is():
-    text = text_of(tables.comparison_table({"[red]x[1]": result(), "b": result(1)}), 80)
+    text = text_of(distance_table({"[red]x[1]": result(), "b": result(1)}), 80)
     assert "[red]x[1]" in text
 
 
 def test_a_number_in_a_name_is_not_broken():
-    text = text_of(tables.comparison_table({"a": result(), "run_with_long_words-1200.75": result(1)}), 22)
+    text = text_of(distance_table({"a": result(), "run_with_long_words-1200.75": result(1)}), 22)
     assert "1200.75" in text
 
 
 def test_comparison_table_has_a_column_a_result_and_gaps_where_one_is_shorter():
     before, after = result(0), result(1, layers=2)
-    text = printed(tables.comparison_table({"before": before, "after": after}))
+    text = printed(distance_table({"before": before, "after": after}))
     assert "before" in text
     assert row_of(text, "MIR") == ["MIR", f"{before.value:.4f}", f"{after.value:.4f}"]
     assert row_of(text, "3") == ["3", f"{before.per_layer[2]:.4g}"]

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from modality_integration.app import plots, tables
+from modality_integration.app import plots
+from modality_integration.app.out_folder import HISTORY
 from modality_integration.app.results import draw, remove_stale
 from modality_integration.metric.files import write_json
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.standard_error import arithmetic, missing_error, with_error
+from modality_integration.metric.tables import distance_table
 
-FILES = ("mir.json", "before.json", "history.json")
+FILES = ("mir.json", "before.json", HISTORY)
 
 
 class History:
@@ -20,7 +22,7 @@ class History:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.file = out / "history.json"
+        self.file = out / HISTORY
         self.results: dict[int, MIRResult] = {}
         self.loss: dict[int, float] = {}
         self.held_out_loss: dict[int, float] = {}
@@ -62,7 +64,7 @@ class History:
 
     def show(self, console: Console) -> None:
         """The table of all probes, layer by layer."""
-        console.print(tables.comparison_table(self._named()))
+        console.print(distance_table(self._named()))
 
     def draw(self, suffix: str, console: Console) -> list[str]:
         """The names of the two plots, of the layers and of the training, as far as they could be drawn."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modality_integration.app.errors import InputError
-from modality_integration.app.out_folder import CHECKPOINT
+from modality_integration.app.out_folder import CHECKPOINT, HISTORY
 from modality_integration.app.saved_results import read_result
 from modality_integration.metric.differing_settings import VERSION
+from modality_integration.metric.files import read_json
 from modality_integration.metric.result import MIRResult
 
 
@@ -102,7 +102,7 @@ def read(path: Path, label: str) -> Run:
     if record is not None:
         run.skipped = _skipped(record, folder / "run.json")
         run.cards = _cards(record, folder / "run.json")
-    run.history = _history(folder / "history.json")
+    run.history = _history(folder / HISTORY)
     run.studies = [_study(file) for file in sorted(folder.glob("study_*.csv"))]
     if run.result is None and run.history is None and not run.studies:
         raise InputError(f"{folder} holds no mir.json, history.json or study_*.csv: {_why_empty(folder)}")
@@ -120,8 +120,8 @@ def _why_empty(folder: Path) -> str:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
+        return read_json(file)
+    except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from error
 
 

@@ -59,7 +59,7 @@ class Picture:
 
 def shown(value: float, error: float | None) -> str:
     """MIR with its standard error: 3.3740 ± 0.0021."""
-    return with_error(value, error).replace("+-", "±")
+    return with_error(value, error, sign="±")
 
 
 def layer_picture(results: Mapping[str, tuple[int, MIRResult]]) -> Picture:

@@ -3,7 +3,7 @@
 from modality_integration.app.samples.choosing import Chosen
 from modality_integration.app.samples.chosen_samples import ChosenSamples, choose
 from modality_integration.app.samples.images import choose_images, image_files, open_image
-from modality_integration.app.samples.pairing import Samples, groups_of, in_random_order, pair, samples_digest
+from modality_integration.app.samples.pairing import Samples, groups_of, pair, samples_digest
 from modality_integration.app.samples.sample import ImageSource, Sample, Stored, Text
 from modality_integration.app.samples.texts import TEXT_SUFFIXES, choose_texts
 
@@ -21,7 +21,6 @@ __all__ = [
     "choose_texts",
     "groups_of",
     "image_files",
-    "in_random_order",
     "open_image",
     "pair",
     "samples_digest",

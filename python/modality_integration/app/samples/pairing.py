@@ -12,6 +12,7 @@ from typing import Protocol, overload
 
 from modality_integration.app.samples.choosing import seed_of
 from modality_integration.app.samples.sample import ImageSource, Sample, Text, content_digest
+from modality_integration.metric.dealing import ends_of_groups, group_of, sharing
 
 # Samples in file order, some of them repeated, among which groups that share nothing are looked for.
 MOST_ORDERED = 1_000_000
@@ -134,14 +135,6 @@ def pair(
     return make(InParts(count, of_images, of_texts, seed, in_turn), groups=parts)
 
 
-def in_random_order(samples: Sequence[Sample]) -> list[Sample]:
-    """The same samples in an order that is random, and the same every time.
-
-    Groups of samples for the standard error are blocks of them, and files in order may be sorted by what is in them.
-    """
-    return [samples[index] for index in _random_order(len(samples))]
-
-
 def in_blocks(
     samples: Samples, groups: int, keys: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None
 ) -> Samples:
@@ -213,7 +206,7 @@ class InParts:
         if self._in_turn:
             part, place = number % self._parts, number // self._parts
         else:
-            part = number * self._parts // self._count
+            part = group_of(number, self._parts, self._count)
             place = number + (-part * self._count) // self._parts  # the part begins at part * count / parts, rounded up
         return self._images[part].at(place), self._texts[part].at(place)
 
@@ -257,10 +250,10 @@ def _keys_of(
 
 def _share_nothing(pairs: Iterator[tuple[Hashable, Hashable]], count: int, groups: int, in_turn: bool) -> bool:
     """Whether no key is in two groups of samples."""
-    group_of: dict[Hashable, int] = {}
+    first: dict[Hashable, int] = {}
     for number, both in enumerate(itertools.islice(pairs, MOST_ORDERED + 1)):
-        group = number % groups if in_turn else number * groups // count
-        if number == MOST_ORDERED or any(group_of.setdefault(key, group) != group for key in both):
+        group = number % groups if in_turn else group_of(number, groups, count)
+        if number == MOST_ORDERED or any(first.setdefault(key, group) != group for key in both):
             return False
     return True
 
@@ -271,22 +264,11 @@ def _packed(pairs: Sequence[tuple[Hashable, Hashable]], groups: int) -> list[int
     Samples that share a key, directly or through others, stay together; the largest such sets go first, each into the
     block with the most room, and single samples fill what is left.
     """
-    above: dict[Hashable, Hashable] = {}
-
-    def root(key: Hashable) -> Hashable:
-        while (parent := above.setdefault(key, key)) != key:
-            above[key] = above[parent]
-            key = parent
-        return key
-
-    for image, text in pairs:
-        above[root(image)] = root(text)
-    together: dict[Hashable, list[int]] = {}
-    for number in _random_order(len(pairs)):
-        together.setdefault(root(pairs[number][0]), []).append(number)
-    room = [-(-(g + 1) * len(pairs) // groups) + -g * len(pairs) // groups for g in range(groups)]
+    order = _random_order(len(pairs))
+    together = [[order[place] for place in places] for places in sharing(pairs[number] for number in order)]
+    room = [end - start for start, end in itertools.pairwise([0, *ends_of_groups(groups, len(pairs))])]
     blocks: list[list[int]] = [[] for _ in range(groups)]
-    for numbers in sorted(together.values(), key=len, reverse=True):
+    for numbers in sorted(together, key=len, reverse=True):
         block = max(range(groups), key=room.__getitem__)
         if len(numbers) > room[block]:
             return None
