@@ -228,7 +228,9 @@ def plot(
     terminal: Terminal,
     out: Annotated[
         Path,
-        of_output(metavar="FILE", help="The picture; its suffix is the format (.png, .svg, .pdf)."),
+        of_output(
+            metavar="FILE", help="The picture; its suffix is the format (.png, .svg, .pdf, .eps, .jpg, .tif, .webp)."
+        ),
     ] = Path("layers.png"),
     overwrite: Replace = False,
     label: Labels = None,

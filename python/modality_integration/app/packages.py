@@ -21,6 +21,7 @@ EXTRAS = {
         "pyyaml": "yaml",
         "jinja2": "jinja2",
     },
+    "data": {"datasets": "datasets"},
     "processors": {"torchvision": "torchvision", "num2words": "num2words"},
     "demo": {
         "accelerate": "accelerate",

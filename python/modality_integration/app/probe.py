@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from modality_integration.app.batches import CannotBatch, collated
 from modality_integration.app.errors import InputError
 from modality_integration.app.options import MeasureOptions, Template
 from modality_integration.app.prompts import encode, truncate
-from modality_integration.app.samples.choosing import Chosen, seed_of
+from modality_integration.app.samples.choosing import Chosen, choose_among, seed_of, why_none
 from modality_integration.app.samples.images import choose_images, open_image
 from modality_integration.app.samples.pairing import pair
-from modality_integration.app.samples.sample import Text, content_digest
+from modality_integration.app.samples.sample import Text
 from modality_integration.app.samples.texts import choose_texts
 
 
@@ -49,8 +48,13 @@ def build_probe(
     for what cannot be used, and for samples that do not go into one batch.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: takes a whole number >= 1, got {value!r}")
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise InputError(
+            "processor: takes one with a tokenizer and an image processor, as AutoProcessor gives of a vision-language "
+            f"model, got {type(processor).__name__}"
+        )
     pictures = _chosen("images", images, samples, seed)
     prose = _chosen("text", text, samples, seed)
     keys = pictures.digests, prose.digests
@@ -74,9 +78,16 @@ def _chosen(name: str, source: Any, count: int, seed: int) -> Chosen[Any]:
     if isinstance(source, str | Path):
         choose = choose_images if name == "images" else choose_texts
         chosen: Chosen[Any] = choose(source, count, seed, distinct=True)
-        for broken, reason in chosen.skipped:
-            warnings.warn(f"{name}: {broken} is left out: {reason}", stacklevel=3)
-        return chosen
+    else:
+        chosen = _chosen_of_list(name, source, count, seed)
+    for broken, reason in chosen.skipped:
+        warnings.warn(f"{name}: {broken} is left out: {reason}", stacklevel=3)
+    if not chosen.items:
+        raise InputError(f"{name}: holds nothing usable: {why_none(chosen, 'it is empty')}")
+    return chosen
+
+
+def _chosen_of_list(name: str, source: Any, count: int, seed: int) -> Chosen[Any]:
     kinds = (str, Path, Image.Image) if name == "images" else (str,)
     takes = "a folder, a file, or a list of " + ("pictures and files" if name == "images" else "pieces of prose")
     if not isinstance(source, Sequence) or not source:
@@ -88,8 +99,12 @@ def _chosen(name: str, source: Any, count: int, seed: int) -> Chosen[Any]:
             raise InputError(f"{name}[{index}]: takes {takes}, got {item!r:.80}")
     items: list[Any] = [Text(f"text[{i}]", item) for i, item in enumerate(source)] if name == "text" else list(source)
     items = [Path(item) if isinstance(item, str) else item for item in items]
-    random.Random(seed_of(seed, name)).shuffle(items)
-    return Chosen(items[:count], [content_digest(item) for item in items[:count]])
+    check = open_image if name == "images" else lambda item: None
+    return choose_among(items, count, seed_of(seed, name), lambda item: item, check, _name)
+
+
+def _name(item: Any) -> str:
+    return "a picture in memory" if isinstance(item, Image.Image) else str(getattr(item, "name", item))
 
 
 def _of_dtype(value: Any, dtype: torch.dtype | None) -> Any:

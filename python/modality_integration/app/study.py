@@ -204,7 +204,7 @@ def write_rows(path: Path, rows: Sequence[Row], extra: Row | None = None) -> Non
 
 def read(path: Path) -> list[Row]:
     """The rows that `write_rows` wrote, numbers as numbers and empty cells as None."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [{key: _read(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -72,8 +70,10 @@ class Terminal:
         result: JSON as text, or what becomes some; a number that is not finite is a string there, as in mir.json.
         """
         if self.json and os.environ.get("RANK", "0") == "0":
+            from modality_integration.metric.files import json_text
+
             text = result.to_json() if hasattr(result, "to_json") else result
-            text = text if isinstance(text, str) else json.dumps(_finite(text), indent=2, allow_nan=False)
+            text = text if isinstance(text, str) else json_text(text)
             typer.echo(text.rstrip("\n"))
 
     @contextlib.contextmanager
@@ -124,14 +124,6 @@ def _console(kind: type[Console], *, stderr: bool, quiet: bool) -> Console:
     # A pipe or a log has no width: tables there get one that fits them, and never a terminal's guess of 80.
     width = None if kind(stderr=stderr).is_terminal or "COLUMNS" in os.environ else 120
     return kind(stderr=stderr, width=width, quiet=quiet)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(text: str) -> str:

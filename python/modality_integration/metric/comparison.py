@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modality_integration.metric import tables
 from modality_integration.metric.differing_settings import listed, notes_on_settings
+from modality_integration.metric.files import finite, json_text
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.standard_error import (
     chance,
@@ -149,18 +149,20 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON takes: the difference and what it is held against; numbers that are not finite as words."""
-        return {
-            "name": self.names[1],
-            "against": self.names[0],
-            "difference": _plain(self.difference),
-            "error": _plain(self.error),
-            "z": _plain(self.z),
-            "paired": self.paired,
-            "disjoint": self.disjoint,
-            "per_layer": [_plain(ratio) for ratio in self.per_layer],
-            "notes": self.notes,
-            "verdict": self.verdict(),
-        }
+        return finite(
+            {
+                "name": self.names[1],
+                "against": self.names[0],
+                "difference": self.difference,
+                "error": self.error,
+                "z": self.z,
+                "paired": self.paired,
+                "disjoint": self.disjoint,
+                "per_layer": self.per_layer,
+                "notes": self.notes,
+                "verdict": self.verdict(),
+            }
+        )
 
 
 @dataclass(repr=False)
@@ -235,28 +237,29 @@ class Comparisons:
         {"schema", "version", "reference": name, "results": [{"name", "mir", "error", "lower", "upper", "per_layer"}],
         "comparisons": [as `Comparison.to_dict`], "ranking": string or null, "notes": [string], "verdict": [string]}
         """
-        return {
-            "schema": SCHEMA,
-            "version": VERSION,
-            "reference": next(iter(self.results)),
-            "results": [
-                {
-                    "name": name,
-                    **{"mir": _plain(r.value), "error": _plain(r.error)},
-                    **{"lower": _plain(r.lower), "upper": _plain(r.upper)},
-                    "per_layer": [_plain(distance) for distance in r.per_layer],
-                }
-                for name, r in self.results.items()
-            ],
-            "comparisons": [one.to_dict() for one in self.against.values()],
-            "ranking": self.ranking,
-            "notes": self.notes,
-            "verdict": self.lines(),
-        }
+        return finite(
+            {
+                "schema": SCHEMA,
+                "version": VERSION,
+                "reference": next(iter(self.results)),
+                "results": [
+                    {
+                        "name": name,
+                        **{"mir": r.value, "error": r.error, "lower": r.lower, "upper": r.upper},
+                        "per_layer": r.per_layer,
+                    }
+                    for name, r in self.results.items()
+                ],
+                "comparisons": [one.to_dict() for one in self.against.values()],
+                "ranking": self.ranking,
+                "notes": self.notes,
+                "verdict": self.lines(),
+            }
+        )
 
     def to_json(self) -> str:
         """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        return json_text(self.to_dict(), ensure_ascii=False)
 
 
 def compare(
@@ -378,7 +381,3 @@ def _far(difference: float, sign: str = "") -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
-
-
-def _plain(number: float | None) -> float | str | None:
-    return str(number) if number is not None and not math.isfinite(number) else number

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -42,7 +43,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """`value` as JSON, a line an entry. options: of `json.dumps`."""
+    return json.dumps(finite(value), indent=2, allow_nan=False, **options) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can have it: a number that is not finite as a word, "inf", "-inf" or "nan"."""
+    if isinstance(value, dict):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

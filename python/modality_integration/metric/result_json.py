@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from modality_integration.metric import MODALITIES
+from modality_integration.metric.files import json_text
 from modality_integration.metric.options import Sinks
 
 SCHEMA = "modality-integration-rate"
@@ -20,8 +21,7 @@ BOUNDS = ("root_lower", "root_upper", "mean_lower", "mean_upper")
 
 def encode(document: dict[str, Any]) -> str:
     """The document with schema and version, as text."""
-    whole = {"schema": SCHEMA, "version": VERSION, **document}
-    return json.dumps(_encode(whole), indent=2, allow_nan=False) + "\n"
+    return json_text({"schema": SCHEMA, "version": VERSION, **document})
 
 
 def parse(source: str | Path) -> tuple[dict[str, Any], str]:
@@ -79,14 +79,6 @@ def fields(document: dict[str, Any]) -> dict[str, Any]:
         "notes": document["notes"],
         "settings": settings,
     }
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _encode(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_encode(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _terms(layer: dict[str, Any]) -> dict[str, float | None]:

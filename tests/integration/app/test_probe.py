@@ -104,6 +104,8 @@ def test_what_is_broken_is_left_out_with_a_warning(loaded, folders, tmp_path):
     ("wrong", "said"),
     [
         ({"samples": 0}, "samples: takes a whole number >= 1, got 0"),
+        ({"samples": 1.5}, "samples: takes a whole number >= 1, got 1.5"),
+        ({"batch_size": True}, "batch_size: takes a whole number >= 1, got True"),
         ({"batch_size": -1}, "batch_size: takes a whole number >= 1, got -1"),
         ({"images": []}, "images: takes a folder, a file, or a list of pictures and files, got none"),
         ({"images": 3}, "images: takes a folder, .* got int"),
@@ -117,3 +119,19 @@ def test_what_cannot_be_is_refused_by_name(loaded, folders, wrong, said):
     arguments = {"images": folders / "images", "text": folders / "text", "samples": 2, **wrong}
     with pytest.raises(ValueError, match=said):
         build_probe(loaded[1], arguments.pop("images"), arguments.pop("text"), **arguments)
+
+
+def test_what_is_broken_in_a_list_is_left_out_too(loaded, folders, tmp_path):
+    _, processor = loaded
+    good = sorted((folders / "images").iterdir())[0]
+    with pytest.warns(UserWarning, match=r"images: gone\.png is left out: there is no such file"):
+        probe = build_probe(processor, [tmp_path / "gone.png", good], folders / "text", samples=2, text_tokens=20)
+    assert len(probe) == 2
+    gone = [tmp_path / "gone.png"]
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="images: holds nothing usable"):
+        build_probe(processor, gone, folders / "text", samples=2)
+
+
+def test_a_tokenizer_alone_is_no_processor(loaded, folders):
+    with pytest.raises(ValueError, match="processor: takes one with a tokenizer and an image processor"):
+        build_probe(loaded[1].tokenizer, folders / "images", folders / "text")

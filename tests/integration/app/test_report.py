@@ -282,3 +282,17 @@ def test_a_result_is_never_made_a_page(tmp_path, name):
     with pytest.raises(InputError, match=f"out: takes the name of an .html file, got .*{name}"):
         report.run([tmp_path], written, (), Console(quiet=True), overwrite=True)
     assert written.read_bytes() == before
+
+
+def test_a_result_is_never_made_a_page_from_python_either(tmp_path):
+    result().to_json(tmp_path / "mir.json")
+    before = (tmp_path / "mir.json").read_bytes()
+    with pytest.raises(ValueError, match=r"takes the name of an \.html file, got .*mir\.json"):
+        report.write_report({"a": result()}, tmp_path / "mir.json")
+    assert (tmp_path / "mir.json").read_bytes() == before
+
+
+def test_an_empty_table_is_no_study(tmp_path):
+    (tmp_path / "study_layers.csv").write_text("\n")
+    with pytest.raises(InputError, match=r"study_layers\.csv is no table of a study: it is empty"):
+        report.run([tmp_path], tmp_path / "report.html", (), Console(quiet=True))

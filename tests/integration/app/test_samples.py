@@ -1,6 +1,7 @@
 """Choosing, reading and pairing of images and prose."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from modality_integration.app.samples import (
     pair,
 )
 from modality_integration.app.samples.pairing import in_blocks
+from modality_integration.app.samples.sample import content_digest
+from modality_integration.metric.files import read_json, write_json
 
 
 def test_the_same_seed_chooses_the_same_images_and_another_seed_others(tmp_path):
@@ -197,3 +200,28 @@ def test_truncate_gives_a_prefix_of_at_most_so_many_tokens(tokens):
     cut = truncate(prose, tokenizer, tokens)
     assert prose.startswith(cut)
     assert len(tokenizer(cut, add_special_tokens=False)["input_ids"]) == min(tokens, 11)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "red"), True),
+        (Image.new("RGB", (2, 2), "red"), Image.new("RGB", (4, 1), "red"), False),
+        (Image.new("RGB", (2, 2), "red").quantize(), Image.new("RGB", (2, 2), "green").quantize(), False),
+        (Image.new("RGB", (2, 2), "red").quantize(), Image.new("RGB", (2, 2), "red"), True),
+    ],
+)
+def test_pictures_in_memory_are_told_apart_by_what_they_show(one, other, same):
+    assert (content_digest(one) == content_digest(other)) is same
+
+
+def test_written_json_has_words_for_what_is_not_finite(tmp_path):
+    write_json(tmp_path / "a.json", {"mir": -math.inf, "loss": [1.5, math.inf], "of": {1: math.nan}})
+    assert "Infinity" not in (tmp_path / "a.json").read_text()
+    assert read_json(tmp_path / "a.json") == {"mir": "-inf", "loss": [1.5, "inf"], "of": {"1": "nan"}}
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "a.json")

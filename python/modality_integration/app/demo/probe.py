@@ -12,6 +12,7 @@ from modality_integration.app.demo.pictures import KINDS, Pictures
 from modality_integration.app.options import TokenOptions
 from modality_integration.app.samples import Sample, Samples, Text, groups_of, open_image, pair
 from modality_integration.app.stream import finish, stream
+from modality_integration.metric.files import write_text
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.streaming import ModalityIntegrationRate
 
@@ -78,7 +79,7 @@ def measure(
 def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
     """images/ and prose.jsonl in `folder`, as `mir compute` takes them."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    with (folder / "prose.jsonl").open("w") as prose:
-        for index, sample in enumerate(samples):
-            open_image(sample.image).save(folder / "images" / f"{index:03d}.png")
-            prose.write(json.dumps({"text": sample.text.content}) + "\n")
+    for index, sample in enumerate(samples):
+        open_image(sample.image).save(folder / "images" / f"{index:03d}.png")
+    lines = [json.dumps({"text": sample.text.content}) + "\n" for sample in samples]
+    write_text(folder / "prose.jsonl", "".join(lines))

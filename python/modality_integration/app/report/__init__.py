@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from modality_integration.app.errors import InputError, require_unused
+from modality_integration.app.errors import InputError, refusals, require_unused
 from modality_integration.app.labels import labels_of
 from modality_integration.app.report.page import html
 from modality_integration.app.report.runs import Run, read
@@ -26,10 +26,8 @@ def run(paths: Sequence[Path], out: Path, labels: Sequence[str], results: Consol
     """
     if not paths:
         raise InputError("report: takes the folder of one run or more")
-    if out.is_dir():
-        raise InputError(f"out: {out} is a folder; expected the name of a file, such as {out / 'report.html'}")
-    if out.suffix.lower() not in (".html", ".htm"):  # --overwrite would make a page of a result
-        raise InputError(f"out: takes the name of an .html file, got {out}")
+    with refusals("out"):
+        _require_page(out)
     require_unused([out], overwrite)
     named = labels_of(paths, labels)
     text = html([read(path, label) for path, label in zip(paths, named, strict=True)])
@@ -42,11 +40,21 @@ def run(paths: Sequence[Path], out: Path, labels: Sequence[str], results: Consol
 def write_report(results: Mapping[str, MIRResult], path: str | Path) -> Path:
     """Write results of this process, by name, as one self-contained HTML file, in place of what `path` holds.
 
-    It shows what a `MIRResult` knows; `mir report` of the folders of runs adds their samples and versions.
+    It shows what a `MIRResult` knows; `mir report` of the folders of runs adds their samples and versions. ValueError
+    for a name that is not of an .html file, and for no results.
     """
     if not results:
         raise ValueError("results: expected one or more, got none")
     path = Path(path)
+    _require_page(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, html([Run(str(label), result) for label, result in results.items()]))
     return path
+
+
+def _require_page(path: Path) -> None:
+    """ValueError unless this may be a page: the results that it is made of are files, too, and may not become one."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; takes the name of a file, such as {path / 'report.html'}")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"takes the name of an .html file, got {path}")

@@ -193,9 +193,11 @@ def _numbers(values: Sequence[Any]) -> list[float]:
 def _study(file: Path) -> Study:
     try:
         with file.open(newline="", encoding="utf-8") as lines:
-            columns, *rows = filter(None, csv.reader(lines))
+            columns, *rows = list(filter(None, csv.reader(lines))) or [[]]
     except (csv.Error, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"{file} is no table of a study: {error}") from error
+    if not columns:
+        raise InputError(f"{file} is no table of a study: it is empty")
     if any(len(row) != len(columns) for row in rows):
         raise InputError(f"{file} is no table of a study: its rows have other columns than its first")
     return Study(file.stem.removeprefix("study_"), columns, rows)

@@ -52,7 +52,8 @@ def content_digest(item: ImageSource | Text) -> bytes:
     if isinstance(item, Text):
         return hashlib.sha256(item.content.encode()).digest()
     if isinstance(item, Image.Image):
-        return hashlib.sha256(item.tobytes()).digest()
+        pixels = item.convert("RGBA")  # a palette's bytes are no colours, and bytes alone have no shape
+        return hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()
     if not isinstance(item, Path):
         return hashlib.sha256(item.read_bytes()).digest()
     hashed = hashlib.sha256()
