@@ -89,7 +89,7 @@ def run(options: ComputeOptions, console: Console, results: Console | None = Non
         record["seconds"] = round(time.monotonic() - began, 3)
         shown = results or console
         with printed_first(lambda: show_result(result, shown) if rank == 0 else None):
-            with _kept_unless_written(result, metric, passage, checkpoint), all_or_none(world):
+            with _kept_unless_written(result, metric, passage, checkpoint, options.out), all_or_none(world):
                 if rank == 0:
                     write_result(result, options.out)
                     write_json(options.out / "run.json", record | {"samples": sample_cards(samples)})
@@ -205,16 +205,18 @@ def _stream_pass(
 
 @contextlib.contextmanager
 def _kept_unless_written(
-    result: MIRResult, metric: ModalityIntegrationRate, passage: Passage, checkpoint: Checkpoint
+    result: MIRResult, metric: ModalityIntegrationRate, passage: Passage, checkpoint: Checkpoint, out: Path
 ) -> Iterator[None]:
     """What cannot be written inside becomes NotWritten, with a checkpoint from which the same command ends at once."""
     try:
         yield
     except (OSError, InputError) as error:  # InputError: another process could not
         words = in_words(error) if isinstance(error, OSError) else str(error)
-        why_not = checkpoint.try_to_save(metric, passage)
+        why_not, way_on = checkpoint.try_to_save(metric, passage), checkpoint.way_on()
+        if checkpoint.kept is None and (out / "mir.json").exists():
+            way_on = "mir.json is there; there is no checkpoint, the same command begins anew with --overwrite"
         raise NotWritten(
-            "; ".join(filter(None, [f"the result could not be written: {words}", why_not, checkpoint.way_on()])), result
+            "; ".join(filter(None, [f"the result could not be written: {words}", why_not, way_on])), result
         ) from error
 
 

@@ -20,6 +20,7 @@ from modality_integration.app.samples.images import choose_images, open_image
 from modality_integration.app.samples.pairing import pair
 from modality_integration.app.samples.sample import Text
 from modality_integration.app.samples.texts import choose_texts
+from modality_integration.training.measure import require_count
 
 
 def build_probe(
@@ -47,9 +48,8 @@ def build_probe(
     Gives what the processor makes of them, on the CPU. What is broken is left out with a warning. Raises ValueError
     for what cannot be used, and for samples that do not go into one batch.
     """
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: takes a whole number >= 1, got {value!r}")
+    require_count("samples", samples)
+    require_count("batch_size", batch_size)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise InputError(
             "processor: takes one with a tokenizer and an image processor, as AutoProcessor gives of a vision-language "

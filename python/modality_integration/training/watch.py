@@ -14,7 +14,7 @@ from torch import nn
 from modality_integration.metric.comparison import compare
 from modality_integration.metric.result import MIRResult
 from modality_integration.models.placement import is_first_process, parameter_device
-from modality_integration.training.measure import Probe, check_probe, measure_mir
+from modality_integration.training.measure import Probe, check_probe, measure_mir, require_count
 
 
 class Watch:
@@ -35,9 +35,9 @@ class Watch:
         check_probe(probe)
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"name: takes letters, digits and underscores, no digit first, got {name!r}")
-        for option, value in (("every", every), ("patience", patience)):
-            if value is not None and value < 1:
-                raise ValueError(f"{option}: takes a whole number >= 1, got {value!r}")
+        require_count("every", every)
+        if patience is not None:
+            require_count("patience", patience)
         if not min_delta >= 0:
             raise ValueError(f"min_delta: takes a number >= 0, got {min_delta!r}")
         self.probe, self.every, self.patience, self.min_delta = probe, every, patience, min_delta

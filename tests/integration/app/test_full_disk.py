@@ -18,7 +18,7 @@ from integration.results import result
 from modality_integration import MIRResult, ModalityIntegrationRate, save_states
 from modality_integration.app import compute, results, states, study
 from modality_integration.app.checkpoint import Checkpoint, Passage
-from modality_integration.app.errors import Interrupted
+from modality_integration.app.errors import InputError, Interrupted
 from modality_integration.app.options import ComputeOptions, StatesOptions
 from modality_integration.app.results import NotWritten, draw, printed_first
 from modality_integration.metric import streaming
@@ -111,6 +111,19 @@ def test_a_result_that_was_not_written_is_finished_by_the_same_command(options, 
     monkeypatch.setattr(streaming.ModalityIntegrationRate, "update", lambda *a: pytest.fail("measured again"))
     assert quiet_run(options).to_json() == refused.value.result.to_json()
     assert {path.name for path in options.out.iterdir()} == {"mir.json", "run.json", "layers.png"}
+
+
+def test_a_result_without_its_record_and_without_a_checkpoint_says_how_to_begin_anew(options, monkeypatch):
+    blocked = options.out / ".run.json.partial"
+    blocked.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left", "state")))
+        with pytest.raises(NotWritten, match=r"run\.json: .*the same command begins anew with --overwrite$"):
+            quiet_run(options, checkpoint_every=None)
+    blocked.rmdir()
+    with pytest.raises(InputError, match="holds results already"):
+        quiet_run(options)
+    assert quiet_run(options, overwrite=True).value
 
 
 @pytest.fixture

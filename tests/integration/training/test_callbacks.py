@@ -204,6 +204,10 @@ def test_wrong_arguments_are_named_and_a_missing_trainer_too(tmp_path):
             MIRCallback(probe, **options)
     with pytest.raises(ValueError, match="name: takes letters, digits and underscores, no digit first, got 'my mir'"):
         MIRCallback(probe, name="my mir")
+    for option in ("every", "patience"):
+        for wrong in (0, 1.5, True, "5"):
+            with pytest.raises(ValueError, match=f"{option}: takes a whole number >= 1, got {wrong!r}"):
+                MIRCallback(probe, **{option: wrong})
     for wrong in ([], probe[0], iter(probe), [probe[0], 3], "probe"):
         with pytest.raises((TypeError, ValueError), match=r"probe(\[1\])?: takes a"):
             MIRCallback(wrong)
