@@ -20,7 +20,7 @@ from modality_integration.app.samples.images import choose_images, open_image
 from modality_integration.app.samples.pairing import pair
 from modality_integration.app.samples.sample import Text
 from modality_integration.app.samples.texts import choose_texts
-from modality_integration.training.measure import require_count
+from modality_integration.metric.options import require_count
 
 
 def build_probe(

@@ -49,3 +49,9 @@ class MetricOptions:
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"samples: takes None or the number of samples to come, at least 1, got {self.samples}")
         return self
+
+
+def require_count(name: str, value: object) -> None:
+    """ValueError unless `value` is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: takes a whole number >= 1, got {value!r}")

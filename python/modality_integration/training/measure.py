@@ -104,12 +104,6 @@ def check_probe(probe: Any) -> None:
             raise TypeError(f"probe[{index}]: takes a mapping of the model's inputs, got {type(batch).__name__}")
 
 
-def require_count(name: str, value: object) -> None:
-    """ValueError unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: takes a whole number >= 1, got {value!r}")
-
-
 def _rows(batch: Mapping[str, Any]) -> int | None:
     """Samples in a batch, None where its names do not say, or rows are several."""
     tokens = batch.get("input_ids")

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from modality_integration.metric.comparison import compare
+from modality_integration.metric.options import require_count
 from modality_integration.metric.result import MIRResult
 from modality_integration.models.placement import is_first_process, parameter_device
-from modality_integration.training.measure import Probe, check_probe, measure_mir, require_count
+from modality_integration.training.measure import Probe, check_probe, measure_mir
 
 
 class Watch:
