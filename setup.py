@@ -1,12 +1,12 @@
-"""Builds the extension mir_kernels._C out of csrc/ with ninja; all other packaging data stands in pyproject.toml.
+"""Builds the extension mir_kernels._C from csrc/ with ninja; all other packaging data is in pyproject.toml.
 
 Environment variables, read at build time:
   CXX             C++ compiler (default: the first of c++, g++, clang++ on PATH)
-  MIR_NATIVE      0: Python only; 1: the lack of a compiler is an error; unset: built where a compiler is found
-  MIR_CUDA        0: no CUDA; 1: the lack of nvcc is an error; unset: built where nvcc is found (CUDA_HOME, then PATH)
-  MIR_CUDA_ARCHS  compute capabilities, PTX for the last (default 80;86;89;90;100;120)
+  MIR_NATIVE      0: Python only; 1: a missing compiler is an error; unset: build if a compiler is found
+  MIR_CUDA        0: no CUDA; 1: a missing nvcc is an error; unset: build if nvcc is found (CUDA_HOME, then PATH)
+  MIR_CUDA_ARCHS  compute capabilities to compile for, plus PTX for the last (default 80;86;89;90;100;120)
 
-Nothing is downloaded and no GPU is asked for. A compiler that is found and fails is an install error.
+Nothing is downloaded and no GPU is needed. If a compiler is found but fails, the install fails.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "80;86;89;90;100;120"
-# Exactly the arithmetic that the sources spell out: no fast-math, and fused multiply-adds only where written.
+# Exactly the arithmetic written in the sources: no fast-math, and fused multiply-adds only where they are explicit.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Wno-psabi"),
 ]
-# *_cpu.cpp is compiled once per entry, each into the namespace of that name (csrc/common/isa.h).
+# Each *_cpu.cpp is compiled once per entry, into the namespace of that name (csrc/common/isa.h).
 V3_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt"]
 V4_FLAGS = [*V3_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 X86_64_LEVELS = {"baseline": [], "x86_64_v3": V3_FLAGS, "x86_64_v4_vnni": V4_FLAGS}
@@ -44,18 +44,18 @@ def say(text: str) -> None:
 
 
 def wanted(variable: str) -> bool | None:
-    """True, False or, where unset, None."""
+    """True, False or, if unset, None."""
     value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
-        raise SystemExit(f"mir-kernels: {variable} takes 0 or 1, got {value!r}")
+        raise SystemExit(f"mir-kernels: {variable}: expected 0 or 1, got {value!r}")
     return None if value == "" else value == "1"
 
 
 def find_compiler() -> list[str] | None:
-    """The C++ compiler's command, or None where there is none or MIR_NATIVE=0."""
+    """The C++ compiler's command, or None if there is none or MIR_NATIVE=0."""
     native = wanted("MIR_NATIVE")
     if native is False:
-        say("MIR_NATIVE=0: installing the Python part without compiled kernels")
+        say("MIR_NATIVE=0: installing the Python code without compiled kernels")
         return None
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
@@ -70,7 +70,7 @@ def find_compiler() -> list[str] | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc's path, or None where there is none or MIR_CUDA=0."""
+    """nvcc's path, or None if there is none or MIR_CUDA=0."""
     cuda = wanted("MIR_CUDA")
     if cuda is False:
         return None
@@ -85,14 +85,14 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """The listed compute capabilities that this nvcc compiles for."""
+    """The compute capabilities of MIR_CUDA_ARCHS that this nvcc supports."""
     listed = [arch for arch in re.split(r"[;,\s]+", os.environ.get("MIR_CUDA_ARCHS", DEFAULT_ARCHS)) if arch]
     if wrong := [arch for arch in listed if not arch.isdecimal()]:
-        raise SystemExit(f"mir-kernels: MIR_CUDA_ARCHS takes compute capabilities such as 80;90, got {wrong}")
+        raise SystemExit(f"mir-kernels: MIR_CUDA_ARCHS: expected compute capabilities such as 80;90, got {wrong}")
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = re.findall(r"compute_(\d+)", listing)
     if skipped := [arch for arch in listed if arch not in known]:
-        say(f"{nvcc} does not compile for {', '.join(skipped)}: left out")
+        say(f"{nvcc} does not support compute capability {', '.join(skipped)}: skipped")
     archs = [arch for arch in listed if arch in known]
     if not archs:
         raise SystemExit(f"mir-kernels: none of MIR_CUDA_ARCHS={';'.join(listed)} is among nvcc's {', '.join(known)}")
@@ -115,7 +115,7 @@ def has_openmp(cxx: list[str]) -> bool:
 
 
 def write_ninja(path: Path, output: Path, cxx: list[str], nvcc: str | None, version: str) -> None:
-    """Every compilation and the link of `output` as a ninja file at `path`."""
+    """Write a ninja file to `path` with every compile step and the link step of `output`."""
     import pybind11
     from ninja.ninja_syntax import Writer
 
@@ -146,7 +146,7 @@ def write_ninja(path: Path, output: Path, cxx: list[str], nvcc: str | None, vers
             flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "--threads", "0"]
             compile_cuda = shlex.join([nvcc, *host, *flags, *defines, *gencode])
             ninja.rule("nvcc", f"{compile_cuda} -MMD -MF $out.d -c $in -o $out", **compiled)
-            # nvcc links its runtime statically, so that the module loads where there is no driver.
+            # The CUDA runtime is linked statically, so that the module loads on machines without a driver.
             link = [nvcc, *host, "-shared", "-cudart", "static", *(f"-Xcompiler={flag}" for flag in openmp)]
         ninja.rule("link", f"{shlex.join(link)} $in -o $out", description="link $out")
 
@@ -168,7 +168,7 @@ def write_ninja(path: Path, output: Path, cxx: list[str], nvcc: str | None, vers
 
 
 class NinjaBuildExt(build_ext):
-    """build_ext that hands its one extension to ninja."""
+    """A build_ext that builds its one extension with ninja."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -180,17 +180,17 @@ class NinjaBuildExt(build_ext):
             subprocess.run([sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja")], check=True)
         except subprocess.CalledProcessError:
             raise SystemExit(
-                "mir-kernels: the compiler failed, its message stands above (MIR_NATIVE=0 installs without it)"
+                "mir-kernels: the compiler failed, see its output above (MIR_NATIVE=0 installs without these kernels)"
             ) from None
 
     def copy_extensions_to_source(self) -> None:
-        """In place: as a new file, since a process may be running the old one."""
+        """For in-place builds. Replaces the old file atomically, because a running process may have it loaded."""
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
-            beside_sources, built = self._get_inplace_equivalent(build_py, ext)
-            arriving = Path(f"{beside_sources}.{os.getpid()}")
-            shutil.copy2(built, arriving)
-            os.replace(arriving, beside_sources)
+            installed, built = self._get_inplace_equivalent(build_py, ext)
+            temporary = Path(f"{installed}.{os.getpid()}")
+            shutil.copy2(built, temporary)
+            os.replace(temporary, installed)
 
 
 COMPILER = find_compiler()

@@ -1,7 +1,7 @@
-"""Residual addition and RMSNorm in one Triton kernel: what `add_moca_rms_norm` is held against where Liger is missing.
+"""Residual addition and RMSNorm in one Triton kernel: the rival of `add_moca_rms_norm` if Liger is not installed.
 
-A program takes a row, as in the kernels in common use: it reads x and the residual once and writes h and out once,
-which are the bytes of `add_moca_rms_norm`, without a mask, scale and shift.
+One program per row, as in kernels in common use: it reads x and the residual once and writes h and out once. These are
+the bytes of `add_moca_rms_norm` without mask, scale and shift.
 """
 
 from __future__ import annotations

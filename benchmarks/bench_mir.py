@@ -1,15 +1,15 @@
-"""Hidden states to MIR, end to end: ours against the published recipe, torchmetrics + scipy and a plain torch rewrite.
+"""Benchmark MIR end to end from hidden states: ours, the published recipe, torchmetrics, scipy and plain torch.
 
     python benchmarks/bench_mir.py                                   # a small model's shape, minutes on a laptop
     python benchmarks/bench_mir.py --layers 32 --hidden 4096 --samples 100 --vision 576 --text 64   # LLaVA-1.5-7B
-    python benchmarks/bench_mir.py --streamed --stages      # its shape on a CPU: one layer measured, minutes, 7 GB
+    python benchmarks/bench_mir.py --streamed --stages      # the same shape on a CPU: one layer measured, minutes, 7 GB
 
 Every rival gets the same synthetic hidden states, one sample at a time and already in memory, and returns MIR. The
-error is |MIR - reference| with the reference in float64 (symmetrised product, eigenvalues), of all layers or of the
-first `--checked`; peak memory is what a
-process of its own needs beyond the states once it has warmed up, on CUDA what torch allocates beyond them.
+error is |MIR - reference|; the reference is float64 (symmetrised product, eigenvalues), over all layers or the first
+`--checked`. Peak memory is measured beyond the states: on a CPU in a separate process after a warm-up, on CUDA as
+allocated by torch.
 
-`--streamed` is another benchmark, mir_streamed.py: nothing is stored, and `--stages` says where the time goes.
+`--streamed` runs a different benchmark, mir_streamed.py: nothing is stored, and `--stages` breaks down the time.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import recipes
 from modality_integration import ModalityIntegrationRate, mir
 
 Sample = tuple[list[Tensor], Tensor, Tensor]
-REFERENCE = "torch float64, eigh"  # what the others are held to
+REFERENCE = "torch float64, eigh"  # the others are checked against it
 ACCURATE, FAST = "published, accurate (scipy)", "published, fast"
-LIMIT = 1e-3  # difference of MIR
+LIMIT = 1e-3  # largest difference of MIR
 SMALL = {"layers": 2, "hidden": 1024, "samples": 20, "vision": 144, "text": 96}
 LLAVA = {"layers": 32, "hidden": 4096, "samples": 100, "vision": 576, "text": 80}
 
@@ -60,7 +60,7 @@ def listed(data: list[Sample]) -> float:
 
 
 def _sum_over_layers(data: list[Sample], distance: Callable[[Tensor, Tensor], float], dtype: torch.dtype) -> float:
-    """The published loop: all features in memory, scaled by alpha, 3-sigma outliers dropped, one FID a layer."""
+    """The published loop: all features in memory, scaled by alpha, 3-sigma outliers dropped, one FID per layer."""
     total = 0.0
     for k in range(len(data[0][0])):
         v = torch.cat([s[0][k][s[1]] for s in data]).to(dtype)
@@ -80,7 +80,7 @@ def _cov(x: Tensor) -> Tensor:
 
 
 def _by(root_trace: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Callable[[list[Sample]], float]:
-    """MIR by the published loop in `dtype`, the root's trace by one of recipes.py."""
+    """MIR by the published loop in `dtype`, with the trace of the root from recipes.py."""
 
     def fid(v: Tensor, t: Tensor) -> float:
         a, b = _cov(v), _cov(t)
@@ -103,13 +103,13 @@ RIVALS: dict[str, Callable[[list[Sample]], float]] = {
 def rivals_on(
     data: list[Sample], checked: list[Sample], reference: float, peaks: dict[str, float | None]
 ) -> list[harness.Rival]:
-    """The rivals whose peak memory is given, held to the reference's value of what is checked."""
+    """The rivals whose peak memory is given, checked against the reference's value of `checked`."""
     return [
         harness.Rival(
             name,
             lambda i, go=RIVALS[name]: go(data),
             lambda go=RIVALS[name]: abs(go(checked) - reference),
-            None if name == FAST else LIMIT,  # wrong by construction: its error stands beside its time
+            None if name == FAST else LIMIT,  # wrong by construction: timed anyway, and its error is shown
             peak,
         )
         for name, peak in peaks.items()
@@ -117,29 +117,29 @@ def rivals_on(
 
 
 def peak_mb(name: str, shape: dict[str, int]) -> float | None:
-    """What one rival's process holds at its peak beyond the states themselves, in MB; None where it raises."""
+    """Peak memory of one rival's process beyond the states, in MB; None if it raises."""
     argv = [word for flag, value in shape.items() for word in (f"--{flag}", str(value))]
     command = [sys.executable, __file__, "--device", "cpu", *argv, "--only", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"{name}: no peak: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")
+        print(f"{name}: no peak memory: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")
         return None
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
 
 
 def own_peak_mb(name: str, shape: dict[str, int]) -> float:
-    """The same of this process, once all that the rival imports and allocates for good is there."""
-    with contextlib.suppress(RuntimeError, ValueError):  # the published fast mode inverts what may be singular
+    """Peak memory of this process, after the rival's imports and one-time allocations."""
+    with contextlib.suppress(RuntimeError, ValueError):  # the published fast mode may invert a singular matrix
         RIVALS[name](samples(1, 64, 4, 40, 40, "cpu"))
     data = samples(**shape, device="cpu")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts over from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark to current use
     before = _status_kb("VmRSS")
     RIVALS[name](data)
     return (_status_kb("VmHWM") - before) / 1024
 
 
 def cuda_peak_mb(name: str, data: list[Sample]) -> float | None:
-    """What torch allocates beyond the states."""
+    """Peak memory that torch allocates beyond the states, in MB; None if the rival raises."""
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     with contextlib.suppress(RuntimeError, ValueError):
@@ -154,7 +154,7 @@ def _status_kb(field: str) -> int:
 
 
 def stream(flags: argparse.Namespace) -> int:
-    """Rows of mir_streamed.py; `--out` names their CSV, the stages lie beside it."""
+    """Run mir_streamed.py; `--out` is the CSV of its rows, with the CSV of the stages next to it."""
     import mir_streamed
     import stages
 
@@ -175,18 +175,20 @@ def stream(flags: argparse.Namespace) -> int:
 def main() -> int:
     parser = harness.arguments(__doc__.splitlines()[0], "mir")
     for name in SMALL:
-        said = f"default {SMALL[name]}, {LLAVA[name]} of what is streamed"
+        said = f"default {SMALL[name]}, with --streamed {LLAVA[name]}"
         parser.add_argument(
-            f"--{name}", type=int, help=f"tokens a sample; {said}" if name in ("vision", "text") else said
+            f"--{name}", type=int, help=f"tokens per sample; {said}" if name in ("vision", "text") else said
         )
     parser.add_argument(
-        "--checked", type=int, help="hold only so many layers to float64, which takes seconds each; streamed: 1 or 0"
+        "--checked", type=int, help="number of layers to check against float64, seconds each; with --streamed 1 or 0"
     )
     parser.add_argument("--streamed", action="store_true", help="generate the states sample by sample, store none")
     parser.add_argument(
-        "--measured-layers", type=int, help="streamed: run so many, scale the time; default 1 on a CPU, all on a GPU"
+        "--measured-layers",
+        type=int,
+        help="with --streamed: layers to run before scaling the time; default 1 on a CPU, all on a GPU",
     )
-    parser.add_argument("--stages", action="store_true", help="streamed: also the time by stage, in a CSV of its own")
+    parser.add_argument("--stages", action="store_true", help="with --streamed: also write the time by stage to a CSV")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     for name, value in (LLAVA if flags.streamed else SMALL).items():
@@ -194,14 +196,14 @@ def main() -> int:
     if flags.streamed:
         return stream(flags)
     if flags.stages or flags.measured_layers is not None:
-        parser.error("--stages and --measured-layers go with --streamed")
+        parser.error("--stages and --measured-layers require --streamed")
     shape = {name: getattr(flags, name) for name in SMALL}
     if flags.only:
         print(json.dumps({"peak_mb": own_peak_mb(flags.only, shape)}))
         return 0
     chosen = [name for name in RIVALS if not any(word in name for word in flags.skip)]
     cuda = flags.device == "cuda"
-    # Processes of their own first: this one holds no states meanwhile.
+    # First the separate processes, while this one holds no states.
     peaks = {} if cuda else {name: peak_mb(name, shape) for name in chosen}
     data = samples(**shape, device=flags.device)
     checked = [(layers[: flags.checked], *masks) for layers, *masks in data]

@@ -1,14 +1,14 @@
-"""MoCa and its fusion with residual add and RMSNorm against the published formula, boolean indexing and torch.compile.
+"""Benchmark MoCa and its fusion with residual add and RMSNorm: the published formula, boolean indexing, torch.compile.
 
     python benchmarks/bench_moca.py     # bf16, half of the rows vision: (16384, 2048) on a CPU, (16384, 4096) on a GPU
 
-The floor is the faster of two copies of the same bytes. Bytes are the fewest that the job takes: 2 passes over the
-vision rows forward in place (read x, write x), 3 backward (read grad and x, write dx), 2 over the text rows (dx is a
-new tensor). moca_spread.py asks how far the figure of the first case can be trusted, process by process.
-Backward is timed alone, through autograd, with dscale and dshift; errors are the largest of all results in float64.
-"moca in place, training" is what the end of a decoder layer takes both ways, its residual addition included. "1000
-calls" are on (4, 64), where the time is Python's and the launch's: its milliseconds are microseconds of one.
-On a CPU the allocator is told to keep freed memory: else every rival mostly measures page faults of its results.
+The floor is the faster of two copies of the same bytes. Bytes are the minimum of the job: for the forward pass in place
+2 passes over the vision rows (read x, write x); for the backward pass 3 over the vision rows (read grad and x, write
+dx) and 2 over the text rows (dx is a new tensor). moca_spread.py measures the spread of the first case over processes.
+The backward pass is timed alone, through autograd, with dscale and dshift. Errors are the largest of all results,
+against float64. "moca in place, training" covers the end of a decoder layer, forward and backward, with its residual
+addition. "1000 calls" uses (4, 64), where Python and the launch dominate: read ms as microseconds per call.
+On a CPU the allocator is set to keep freed memory; otherwise page faults of the results would dominate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mir_kernels.ops.moca.launch import ADD_MOCA_RMS_NORM, MOCA
 
 LIMIT = 1e-2  # relative, bf16
 CALLS = 1000
-PAST_CACHES = "copy past the caches"
+PAST_CACHES = "copy past the caches"  # by non-temporal stores
 Results = Tensor | tuple[Tensor, ...]
 
 
@@ -39,10 +39,10 @@ def main() -> int:
     parser = harness.arguments(__doc__, "moca")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=None, help="default: 2048 on a CPU, 4096 on a GPU")
-    parser.add_argument("--operations", nargs="+", default=list(JOBS), choices=JOBS, help="what is timed")
+    parser.add_argument("--operations", nargs="+", default=list(JOBS), choices=JOBS, help="operations to time")
     flags = parser.parse_args()
     hidden = flags.hidden or (4096 if flags.device == "cuda" else 2048)
-    torch._functorch.config.donated_buffer = False  # a compiled graph may then run backward twice, as this file does
+    torch._functorch.config.donated_buffer = False  # lets a compiled graph run backward twice
     if flags.device == "cpu":
         keep_freed_memory()
     inputs = Inputs(flags.tokens, hidden, flags.device)
@@ -65,7 +65,8 @@ def main() -> int:
 
 
 class Inputs:
-    """Random tokens, the images in two runs as in a batch of conversations. Scale near 1: in-place calls repeat."""
+    """Random tokens, with images in two runs as in a batch of conversations. The scale is near 1, because in-place
+    calls are repeated."""
 
     def __init__(self, tokens: int, hidden: int, device: str) -> None:
         torch.manual_seed(0)
@@ -84,12 +85,12 @@ class Inputs:
         self.hidden, self.device = hidden, device
 
     def bytes(self, count: Callable[[int, int, int], counts.Count]) -> int:
-        """The fewest bytes that an operation of counts.py moves on these inputs."""
+        """The minimal bytes that an operation of counts.py moves on these inputs."""
         return count(self.rows, self.vision_rows, self.hidden).bytes
 
 
 def formula(x: Tensor, scale: Tensor, shift: Tensor, vision: Tensor) -> Tensor:
-    """As the published code has it, the mask and the arithmetic in float32."""
+    """The published code, with mask and arithmetic in float32."""
     m = vision.float()[:, None]
     return ((1 - m) * x + m * (scale * x + shift)).to(x.dtype)
 
@@ -121,12 +122,12 @@ def separate(x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, vision: 
 
 
 def copies_of(moved: int, device: str) -> list[harness.Rival]:
-    """Copies that read half of the bytes and write half: torch's, and on a CPU one whose stores go past the caches.
+    """Copies that read half of the bytes and write half: torch's, and on a CPU one whose stores bypass the caches.
 
-    An ordinary store to memory reads the line first, so torch's copy moves half as many bytes again.
+    An ordinary store to memory reads the line first, so torch's copy moves 1.5 times the bytes.
     """
     source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
-    target = source.clone()  # every page is there before the first copy
+    target = source.clone()  # maps every page before the first copy
     copies = [harness.Rival("copy of the same bytes", lambda i: target.copy_(source))]
     if device == "cpu" and _native.C is not None:
         d = 2048
@@ -138,7 +139,7 @@ def copies_of(moved: int, device: str) -> list[harness.Rival]:
 
 
 def rival(name: str, call: Callable[[], Results], exact: Results) -> harness.Rival:
-    """A way of computing what `exact` is in float64; nothing runs before its error or its time is asked for."""
+    """A rival that computes `exact`, which is float64; nothing runs until its error or time is requested."""
     return harness.Rival(name, lambda i: call(), lambda: relative(call(), exact), LIMIT)
 
 
@@ -233,7 +234,7 @@ def plain_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 
 def plain_norms(device: str) -> dict[str, Callable]:
-    """add + RMSNorm without MoCa: on a GPU one kernel that moves the bytes of `add_moca_rms_norm`."""
+    """add + RMSNorm without MoCa; on a GPU one kernel that moves the same bytes as `add_moca_rms_norm`."""
     if device != "cuda":
         return {"add + RMSNorm, no MoCa (torch)": plain_norm}
     from add_rms_norm import add_rms_norm
@@ -248,7 +249,7 @@ def fused_backward(t: Inputs) -> tuple[list[harness.Rival], int]:
     upstream = [t.grad, t.grad_h]
     exact = gradients(
         lambda x, r, u, v, w: separate(x, r, u, v, t.vision, w), wide, [g.double() for g in upstream]
-    )  # in float64 Llama's rounding is none
+    )  # in float64 Llama's intermediate rounding is negligible
     rivals = backward_rivals(calls, inputs, (t.vision,), upstream, exact)
     if liger := liger_norm(t):
         outputs = liger(*inputs[:2])
@@ -286,7 +287,7 @@ RIVALS: dict[str, Callable] = {
 def backward_rivals(
     calls: dict[str, Callable], inputs: list[Tensor], constants: tuple, upstream: list[Tensor], exact: Results
 ) -> list[harness.Rival]:
-    """One rival a call: its forward runs once, before the first backward."""
+    """One rival per call; its forward runs once, before the first backward."""
 
     def backward_of(call: Callable) -> Callable[[], Results]:
         outputs = functools.cache(lambda: results(call(*inputs, *constants)))
@@ -311,7 +312,7 @@ def relative(found: Results, exact: Results) -> float:
 
 
 def keep_freed_memory() -> None:
-    """glibc: no mmap for large blocks and no return to the system, as a caching allocator does. Elsewhere nothing."""
+    """With glibc, disable mmap for large blocks and keep freed memory, as a caching allocator does. Otherwise no-op."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_mmap_max = -1, -4
@@ -320,7 +321,7 @@ def keep_freed_memory() -> None:
 
 
 def liger_norm(t: Inputs) -> torch.nn.Module | None:
-    """Liger-Kernel's fused add + RMSNorm, which has no MoCa, where it is installed and there is a GPU."""
+    """Liger-Kernel's fused add + RMSNorm, which has no MoCa; None if it is not installed or there is no GPU."""
     if t.device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
         return None
     from liger_kernel.transformers.fused_add_rms_norm import LigerFusedAddRMSNorm
@@ -328,7 +329,7 @@ def liger_norm(t: Inputs) -> torch.nn.Module | None:
     return LigerFusedAddRMSNorm(t.hidden).to(t.device, torch.bfloat16)
 
 
-# By the operation's name in the CSV; None: the small calls, which have inputs of their own.
+# By the operation's name in the CSV; None: the small calls, which have separate inputs.
 JOBS: dict[str, Callable[[Inputs], tuple[list[harness.Rival], int]] | None] = {
     "moca forward in place": forward_in_place,
     "moca forward": forward,

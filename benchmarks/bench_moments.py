@@ -1,8 +1,8 @@
-"""Streaming mean and covariance, and token norms, against what people use. `--help` for the sizes.
+"""Benchmark streaming mean and covariance, and token norms, against common implementations. `--help` lists the sizes.
 
-Every rival computes sums or moments of (n, d) bfloat16 tokens, one of whose columns has a mean of 150 deviations.
-Beside the time stands the largest error of a covariance entry relative to sigma_i sigma_j. Ours must keep its promise
-to be timed (1e-5, for "exact" 1e-10), a rival only has to give a covariance (1e-1).
+Every rival computes sums or moments of (n, d) bfloat16 tokens; one column has a mean of 150 standard deviations. The
+error shown is the largest error of a covariance entry relative to sigma_i sigma_j. Ours is timed only if it keeps its
+promise (1e-5, for "exact" 1e-10); a rival only has to return a covariance (1e-1).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROMISE = {"auto": 1e-5, "exact": 1e-10, "fast": 1e-1}
 
 
 def tokens(n: int, d: int, device: str) -> Tensor:
-    """(n, d) bfloat16: one column at mean / deviation 150, forty up to 10, the others around zero."""
+    """(n, d) bfloat16: one column with mean / standard deviation 150, forty up to 10, the others around zero."""
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 2 * x[:, 0] + 300
     x[:, 1:41] += torch.linspace(0, 10, 40)[: max(0, min(40, d - 1))]
@@ -37,7 +37,7 @@ def covariance_error(covariance: Tensor, true: Tensor) -> float:
 
 
 def from_sums(total: Tensor, products: Tensor, n: int) -> Tensor:
-    """The covariance out of sum x and sum x x^T, in float64."""
+    """The covariance from sum x and sum x x^T, in float64."""
     mean = total.double() / n
     return (products.double() - n * mean[:, None] * mean) / (n - 1)
 
@@ -45,18 +45,18 @@ def from_sums(total: Tensor, products: Tensor, n: int) -> Tensor:
 def ours(x: Tensor, precision: str, backend: str) -> StreamingMoments:
     moments = StreamingMoments(x.shape[1], device=x.device, precision=precision, backend=backend)
     moments.update(x)
-    moments.mean  # noqa: B018  # what was gathered is folded in
+    moments.mean  # noqa: B018  # folds in the gathered rows
     return moments
 
 
 def float64_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What torchmetrics's FrechetInceptionDistance does for each batch."""
+    """The update of torchmetrics' FrechetInceptionDistance for each batch."""
     features = x.double()
     return features.sum(0), features.t().mm(features)
 
 
 def rival(name: str, run: Callable, xs: list[Tensor], error: Callable, limit: float) -> harness.Rival:
-    """`run` on one set of tokens after the other; error: of what it returns for the first of them."""
+    """`run` on each set of tokens in turn; error: of its result for the first set."""
     return harness.Rival(name, lambda i: run(xs[i % len(xs)]), lambda: error(run(xs[0])), limit)
 
 
@@ -79,8 +79,8 @@ def covariance_rivals(xs: list[Tensor]) -> list[harness.Rival]:
     gram = harness.compiled(lambda x: (x.float().sum(0), x.float().t() @ x.float()), dynamic=False)
     add("torch.compile, float32 sums", gram, lambda out: from_sums(*out, n), 1e-1)
     if device == "cuda":
-        # The product alone is timed, without the sums and the allocations that a covariance takes besides. Its float32
-        # sums may truncate a large mean away; its error stands beside its time, as for any rival's.
+        # Only the product is timed, without the sums and allocations that a covariance also needs. Its float32 sums may
+        # lose a large mean; the error is shown next to the time, as for every rival.
         total, unread = xs[0].double().sum(0), torch.empty(true.shape, device=device)
         product = functools.partial(gram_addmm, unread)
         add("torch.addmm, bf16 to float32", product, lambda out: from_sums(total, out, n), float("inf"))
@@ -154,7 +154,7 @@ def main() -> int:
                 seconds=args.seconds / 4,
                 device=args.device,
             )
-            harness.write_csv(rows, args.out)  # what is known so far, should the next case crash
+            harness.write_csv(rows, args.out)  # after every case, in case the next one crashes
     harness.print_rows(rows)
     return harness.exit_code(rows)
 

@@ -1,16 +1,16 @@
-"""Tr((Sv St)^(1/2)) by every recipe in use, error and time side by side; polar factors; and error against iterations.
+"""Benchmark Tr((Sv St)^(1/2)) by all common methods (error and time), polar factors, and error against iterations.
 
     python benchmarks/bench_sqrtm.py                                            # traces from d = 64 to 4096 on a CPU
     python benchmarks/bench_sqrtm.py --operations polar --d 64 --batch 512      # many small matrices
     python benchmarks/bench_sqrtm.py --device cuda --d 4096 --batch 33          # all layers of a 7B model
     python benchmarks/bench_sqrtm.py --iterations 15      # error against iterations at layer 15 of a real model
 
-For the times, covariances are random rotations of power-law spectra, as hidden states have; the truth is the float64
+Timed covariances are random rotations of power-law spectra, like those of hidden states. The reference is the float64
 singular values of the factors they were made from (on CUDA above d = 1024, eigenvalues of A^(1/2) B A^(1/2)). A rival
-whose error is beyond its limit is printed without a time; the published fast mode, which is no root at all and wrong
-by construction, is timed, for its error stands beside it. On a CPU, LAPACK's three calls for the trace have a process
-of their own (lapack_root.py), and one `eigvalsh` of A, which is no rival but a yardstick, has no error. Slow rivals
-are left out where they take minutes.
+whose error exceeds its limit is printed without a time. The published fast mode, which is not a root and wrong by
+construction, is timed anyway, and its error is shown. On a CPU, LAPACK's three calls for the trace run in a separate
+process (lapack_root.py); one `eigvalsh` of A is a yardstick, not a rival, and has no error. Slow rivals are skipped
+where they take minutes.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from mir_kernels.ops.sqrtm import eager, factor
 from mir_kernels.ops.sqrtm.launch import polar_iteration
 
 POLAR_LIMITS = {"float16": 3e-2, "float32": 1e-3}  # relative error of a polar factor iterated in this precision
-GATE = 1e-2  # relative error of the trace above which a rival's time would mean nothing
-DISTINCT = 1 << 23  # elements of different matrices made on a GPU; a larger batch repeats them
+GATE = 1e-2  # relative error of the trace above which a rival's time would be meaningless
+DISTINCT = 1 << 23  # elements of distinct matrices generated on a GPU; a larger batch repeats them
 SPECTRA = {"i^-1 and i^-1.5": (1.0, 1.5), "i^-2 and i^-2": (2.0, 2.0)}
-# Matrices in a batch by their size: what is timed by default.
+# {size: batches} that are timed by default.
 SHAPES = {512: (1,), 1024: (1,), 2048: (1,)}
 CPU_TRACES = {64: (1, 64), 128: (1, 64), 256: (1,), 1024: (1,), 2048: (1,), 4096: (1,)}
-MIDDLE = range(256, 2048)  # sizes that a CPU takes the default's second spectrum of, and the closer bounds
+MIDDLE = range(256, 2048)  # sizes for which a CPU also runs the second default spectrum and the tighter bounds
 YARDSTICK = "one eigvalsh (torch)"
 OURS, PROVED, CLOSER = "ours (linalg)", "ours (linalg, bounds to 1e-6)", "ours (linalg, bounds to 1e-8)"
 TORCHMETRICS = "torchmetrics (eigvals of AB)"
-# Of medians of one case: name, and whose is divided by whose.
+# {name: (rival, rival)}: ratios of medians of one case.
 RATIOS = {
     "ours / LAPACK": (OURS, lapack_root.NAME),
     "with bounds / ours": (PROVED, OURS),
@@ -56,7 +56,7 @@ RATIOS = {
 
 
 def covariances(d: int, powers: tuple[float, float], batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Two (batch, d, d) float64 covariances and the truth, (batch,)."""
+    """Two (batch, d, d) float64 covariances and the exact traces, (batch,)."""
     made_on = "cuda" if device == "cuda" and d > 1024 else "cpu"
     distinct = min(batch, max(1, DISTINCT // d**2)) if made_on == "cuda" else batch
     generator = torch.Generator(made_on).manual_seed(d)
@@ -66,7 +66,7 @@ def covariances(d: int, powers: tuple[float, float], batch: int, device: str) ->
         normal = torch.randn(distinct, d, d, generator=generator, dtype=torch.float64, device=made_on)
         factors.append(torch.linalg.qr(normal).Q * i ** (-power / 2))
     a, b = (((x + x.mT) / 2).to(device) for x in (c @ c.mT for c in factors))
-    if made_on == "cuda":  # a GPU takes minutes for singular values of this size
+    if made_on == "cuda":  # singular values of this size take minutes on a GPU
         truth = recipes.eigh_trace(a, b).cpu()
     else:
         truth = torch.linalg.svdvals(factors[0].mT @ factors[1]).sum(-1)
@@ -86,9 +86,9 @@ def ours(backend: str, precision: str, bounds: bool = False):
 
 
 def unproved(a: Tensor, b: Tensor) -> Tensor:
-    """<U, N> with U iterated in 16 bits from the float64 factors, as it comes: nothing says how far off it is."""
+    """<U, N> with U iterated in 16 bits from the float64 factors, without any bound of its error."""
     values = []
-    for one, other in zip(a, b, strict=True):  # a batch of 33 at once would hold 13 GB beside its inputs
+    for one, other in zip(a, b, strict=True):  # a batch of 33 at once would need 13 GB besides its inputs
         pair = cross_factor(one[None], other[None], 1e-6)
         u = polar_iteration(pair.n, "float16", "triton" if a.is_cuda else "eager")
         values.append(pair.trace((u * pair.n).sum((-2, -1))))
@@ -96,26 +96,26 @@ def unproved(a: Tensor, b: Tensor) -> Tensor:
 
 
 def trace_rivals(a: Tensor, b: Tensor, truth: Tensor) -> list[harness.Rival]:
-    """What is timed at this size on this device, ours first."""
+    """The rivals to time at this size on this device, ours first."""
     device, d = a.device.type, a.shape[-1]
-    calls = {}  # and the largest error that is timed
-    if device == "cpu" or d <= 1024:  # a GPU finds singular values slowly
+    calls = {}  # {name: (call, largest error that is timed)}
+    if device == "cpu" or d <= 1024:  # singular values are slow on a GPU
         calls[OURS] = ours("linalg", "float64"), TOLERANCE["float64"]
         if device == "cpu":
             calls[PROVED] = ours("linalg", "float32", bounds=True), TOLERANCE["float32"]
         if device == "cuda" or d in MIDDLE:
             calls[CLOSER] = ours("linalg", "float64", bounds=True), TOLERANCE["float64"]
     fast = "triton" if device == "cuda" else "eager"
-    if device == "cuda" or d <= 512:  # on a CPU LAPACK wins by far
+    if device == "cuda" or d <= 512:  # on a CPU LAPACK is much faster
         for precision in ("float32", "bfloat16"):
             calls[f"ours ({fast}, {precision})"] = ours(fast, precision), TOLERANCE[precision]
         calls["ours (16 bits, without proof)"] = unproved, GATE
-    if device == "cuda" or d <= 2048:  # on a CPU these take half a minute a call
+    if device == "cuda" or d <= 2048:  # on a CPU these take half a minute per call
         calls["torch.linalg.eigh twice"] = recipes.eigh_trace, GATE
         calls[TORCHMETRICS] = recipes.torchmetrics_trace, GATE
     if device == "cuda" or d <= 1024:
         calls["published fast mode (float32)"] = recipes.published_fast_trace, None
-    if device == "cuda" or 128 < d <= 1024:  # on a CPU either the compiler takes long or 60 products do
+    if device == "cuda" or 128 < d <= 1024:  # on a CPU either the compiler or the 60 products take long
         calls["coupled Newton-Schulz, compiled"] = compiled_newton_schulz, GATE
     if d <= 1024:
         calls["scipy.linalg.sqrtm (float32 AB)"] = recipes.published_accurate_trace, GATE
@@ -157,7 +157,7 @@ def trace_rows(flags: argparse.Namespace, d: int, batch: int, lapack: lapack_roo
 
 
 def ratio_lines(rows: list[dict]) -> list[str]:
-    """RATIOS of each case that has the rows, a line a case."""
+    """RATIOS of the cases that have the rows, one line per case."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         ms = {row["rival"]: row["p50_ms"] for row in rows if row["case"] == case and row["p50_ms"]}
@@ -168,7 +168,7 @@ def ratio_lines(rows: list[dict]) -> list[str]:
 
 
 def polar_case(d: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """float32 matrices (batch, d, d), and the polar factors of the first four of them in float64."""
+    """float32 matrices (batch, d, d), and float64 polar factors of the first four."""
     m = torch.randn(batch, d, d, generator=torch.Generator(device).manual_seed(d), device=device)
     return m, eager.polar(m[:4].double(), "float64")
 
@@ -178,7 +178,7 @@ def polar_rival(name: str, call: Callable[[], Tensor], exact: Tensor, precision:
 
 
 def polar_rows(flags: argparse.Namespace, d: int, batch: int) -> Iterator[list[dict]]:
-    """The same schedule of steps by our kernels, by cuBLAS or BLAS, and by torch.compile over it."""
+    """The same schedule of steps by our kernels, by cuBLAS or BLAS, and under torch.compile."""
     m, exact = polar_case(d, batch, flags.device)
     compiled = harness.compiled(eager.polar, dynamic=False)
     backend = "triton" if flags.device == "cuda" else "eager"
@@ -203,7 +203,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 
 def shapes(flags: argparse.Namespace, operation: str) -> list[tuple[int, int]]:
-    """(d, batch) of every case: those of `--d` and `--batch`, and the default's where one is not given."""
+    """(d, batch) of every case: `--d` and `--batch`, or the defaults if one is not given."""
     default = CPU_TRACES if (operation, flags.device) == ("trace", "cpu") else SHAPES
     batches = {d: default.get(d, (1,)) if flags.batch is None else (flags.batch,) for d in flags.d or default}
     return [(d, batch) for d, several in batches.items() for batch in several]
@@ -217,14 +217,14 @@ def time_table(flags: argparse.Namespace) -> int:
             for d, batch in shapes(flags, operation):
                 for case in of[operation](flags, d, batch):
                     rows += case
-                    harness.write_csv(rows, flags.out)  # what is known so far, should time run out
+                    harness.write_csv(rows, flags.out)  # after every case, in case time runs out
     harness.print_rows(rows)
     print("", *ratio_lines(rows), sep="\n")
     return harness.exit_code(rows)
 
 
 def iteration_table(flags: argparse.Namespace) -> None:
-    """Error of the trace after k iterations: coupled on the product against the polar factor of N."""
+    """Error of the trace after k iterations: the coupled iteration on the product against the polar factor of N."""
     from layer_covariances import layer_covariances
 
     rows = []
@@ -242,7 +242,7 @@ def iteration_table(flags: argparse.Namespace) -> None:
 
 
 def iteration_rows(case: str, a: Tensor, b: Tensor) -> list[dict]:
-    """One row a method, precision and number of iterations, for covariances (1, d, d)."""
+    """One row per method, precision and number of iterations, for covariances (1, d, d)."""
     truth = trace_sqrt_product(a, b, precision="float64")[0]
     x, y = factor.factor(a), factor.factor(b)
     n, power = cross_product(x.columns, y.columns, triangular=True), torch.exp2(x.exponent + y.exponent)[0]
@@ -252,7 +252,7 @@ def iteration_rows(case: str, a: Tensor, b: Tensor) -> list[dict]:
         for k, value in enumerate(coupled_values(a @ b, dtype, 30), start=1):
             rows.append(row(case, "coupled Newton-Schulz", precision, k, value, truth))
         for k in range(1, 31):
-            # As many steps as are left are what the schedule would be for the interval they can cover.
+            # The schedule for the widest interval that k steps can cover.
             lower = next(
                 low for e in range(1, 13) if len(eager.steps_for(precision, None, low := 10.0**-e)) >= k or e == 12
             )
@@ -262,7 +262,7 @@ def iteration_rows(case: str, a: Tensor, b: Tensor) -> list[dict]:
 
 
 def coupled_values(product: Tensor, dtype: torch.dtype, iterations: int):
-    """Tr(Y) after each textbook coupled step with nothing to hold it, in `dtype` with float32 sums."""
+    """Tr(Y) after each textbook coupled step without safeguards, in `dtype` with float32 sums."""
     scale = torch.linalg.matrix_norm(product)[..., None, None]
     eye = torch.eye(product.shape[-1], dtype=dtype)
     y, z = (product / scale).to(dtype), eye.expand_as(product)
@@ -281,9 +281,11 @@ def main() -> int:
     parser = harness.arguments(__doc__.splitlines()[0], "sqrtm")
     parser.add_argument("--d", type=int, nargs="+", help="sizes of the matrices")
     parser.add_argument("--batch", type=int, help="matrices in a batch")
-    parser.add_argument("--operations", nargs="+", default=["trace"], choices=("trace", "polar"), help="what is timed")
-    parser.add_argument("--spectra", nargs="+", choices=SPECTRA, help="of the two covariances")
-    parser.add_argument("--iterations", type=int, metavar="LAYER", help="error against iterations instead of time")
+    parser.add_argument("--operations", nargs="+", default=["trace"], choices=("trace", "polar"), help="what to time")
+    parser.add_argument("--spectra", nargs="+", choices=SPECTRA, help="spectra of the two covariances")
+    parser.add_argument(
+        "--iterations", type=int, metavar="LAYER", help="measure error against iterations at this layer, not time"
+    )
     parser.set_defaults(default_out=parser.get_default("out"))
     flags = parser.parse_args()
     warnings.simplefilter("ignore")

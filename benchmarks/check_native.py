@@ -1,8 +1,8 @@
-"""Every native MoCa kernel in every dtype, on odd sizes, rows apart, from odd addresses and in place, against float64.
+"""Check every native MoCa kernel in every dtype against float64: odd sizes, strided rows, odd addresses, in place.
 
 compute-sanitizer --tool memcheck python benchmarks/check_native.py --device cuda
 
---module FOLDER: the compiled module of that folder in place of the installed one.
+--module FOLDER: use the compiled module in that folder instead of the installed one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.f
 
 
 class Case(NamedTuple):
-    """A matrix with `offset` elements before it and `gap` behind each row; its results replace it or lie elsewhere."""
+    """A matrix with `offset` elements before it and `gap` after each row; results are in place or elsewhere."""
 
     rows: int
     d: int
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     in_place: bool = False
 
     def placed(self, values: Tensor, device: str) -> Tensor:
-        """The values at this case's offset and distance, in a buffer that ends with their last element."""
+        """The values at this case's offset and row distance, in a buffer that ends with their last element."""
         stride = self.d + self.gap
         size = self.offset + (self.rows - 1) * stride + self.d
         buffer = torch.full((size,), float("nan"), dtype=values.dtype, device=device)
@@ -49,15 +49,15 @@ CASES = [
 
 
 def kernels(folder: Path | None) -> tuple[ModuleType, ModuleType]:
-    """mir_kernels._native and its MoCa launchers, with the compiled module somewhere below `folder` where one is given.
+    """mir_kernels._native and its MoCa launchers, with the compiled module from anywhere below `folder` if given.
 
-    Raises FileNotFoundError where there is none for this interpreter.
+    Raises FileNotFoundError if there is none for this interpreter.
     """
     if folder is not None:
         ends = importlib.machinery.EXTENSION_SUFFIXES
         files = [path for path in sorted(folder.rglob("_C.*")) if path.name.removeprefix("_C") in ends]
         if not files:
-            raise FileNotFoundError(f"--module: wants a folder with _C{ends[0]}, got {folder}")
+            raise FileNotFoundError(f"--module: expected a folder with _C{ends[0]}, got {folder}")
         spec = importlib.util.spec_from_file_location(NAME, files[0])
         sys.modules[NAME] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -70,7 +70,7 @@ def kernels(folder: Path | None) -> tuple[ModuleType, ModuleType]:
 def results(
     native: ModuleType, case: Case, dtype: torch.dtype, device: str, seed: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """{what: (found, what float64 says)}."""
+    """{name: (result, float64 reference)}."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, grad = (torch.randn(case.rows, case.d, generator=generator).to(dtype) for _ in range(2))
@@ -95,14 +95,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--can-run", action="store_true", help="only say whether the compiled kernels are there: 0 or 1"
+        "--can-run", action="store_true", help="only check whether the compiled kernels are available: exit code 0 or 1"
     )
     parser.add_argument("--module", type=Path, help="folder with another compiled module")
     flags = parser.parse_args()
     _native, native = kernels(flags.module)
     reason = _native.cuda_reason() if flags.device == "cuda" else None if _native.C is not None else _native.MISSING
     if flags.can_run or reason:
-        print(reason or "the kernels are there")
+        print(reason or "the kernels are available")
         return int(reason is not None)
     wrong = count = 0
     for dtype, limit in LIMIT.items():
@@ -112,7 +112,7 @@ def main() -> int:
                 count += 1
                 if not error <= limit:
                     wrong += 1
-                    print(f"{name} {dtype} {case}: relative error {error:.1e} beyond {limit:.0e}")
+                    print(f"{name} {dtype} {case}: relative error {error:.1e} exceeds {limit:.0e}")
     print(f"{count} results on {flags.device}, {wrong} wrong")
     return int(wrong > 0)
 

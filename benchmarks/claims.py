@@ -1,10 +1,10 @@
-"""What the project claims of a GPU: each with the benchmark that measures it and the figure that it needs.
+"""The project's performance claims on a GPU, each with the benchmark that measures it and the figure it requires.
 
-    python benchmarks/claims.py                  # what the CSVs of cards in benchmarks/data/ say of each
-    python benchmarks/claims.py DIR/*.csv        # what others say
+    python benchmarks/claims.py                  # verdicts from the GPU CSVs in benchmarks/data/
+    python benchmarks/claims.py DIR/*.csv        # verdicts from other CSVs
 
-A claim holds or fails by medians taken side by side in one run on one card, with the error beside the time. What was
-not measured, and what has an error beyond the claim's, does not hold. README.md shows the table.
+A claim holds or fails by medians measured side by side in one run on one card, together with the error. A claim that
+was not measured, or whose error exceeds its limit, does not hold. docs/gpu.md shows the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import harness
 from gpu_suite_times import Bench
 
-# By the name of the CSV, those of most worth first. Compilers and eigenvalues are left out: they take a GPU minutes.
+# By the name of the CSV, the most important first. Compilers and eigenvalues are skipped: they take minutes on a GPU.
 BENCHES = {
     "claim_moments": Bench(
         "moments", "--seconds 0.3 --tokens 8192 --d 4096 --skip compile torch.cov recipe", "--tokens 40 --d 32", 16
@@ -65,12 +65,12 @@ BENCHES = {
 
 
 class Claim(NamedTuple):
-    """A sentence and the rows that it stands or falls by.
+    """A sentence and the rows that decide it.
 
-    cases: regular expressions, each of which a row's case has to match; the worst of the cases counts.  tiny: the same
-    of a dry run.  ours: how our rivals' names begin; the fastest that is right counts.  other: how the names of those
-    begin that it is held against, the first that has a row counting.  figure: what of FIGURES.  target: what it has to
-    reach.  error: what the error of ours may be.
+    cases: regular expressions for the case of a row; each must match, and the worst case counts.  tiny: the same for a
+    dry run.  ours: prefix of our rivals' names; the fastest correct one counts.  other: prefixes of the names to
+    compare with; the first that has a row counts.  figure: a key of FIGURES.  target: the required value.  error: the
+    largest error of ours.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Claim(NamedTuple):
     error: float
 
 
-# Of a claim's figure: whether more is better, how it is written, and what it is, from our row and the other's.
+# For each figure: whether more is better, its format, and its value from our row and the other's.
 FIGURES: dict[str, tuple[bool, str, Callable[[dict, dict], float]]] = {
     "times as fast": (True, "{:.2f} times as fast", lambda ours, other: other["p50_ms"] / ours["p50_ms"]),
     "as long": (False, "{:.3f} times as long", lambda ours, other: ours["p50_ms"] / other["p50_ms"]),
@@ -149,11 +149,11 @@ CLAIMS = (
 )  # fmt: skip
 
 
-STATES = ("not yet measured", "holds", "fails", "wrong")  # the worst last; wrong: no time, or too large an error
+STATES = ("not yet measured", "holds", "fails", "wrong")  # the worst last; wrong: no time, or an error above the limit
 
 
 class Verdict(NamedTuple):
-    """What the rows say of a claim. state: of STATES. value: its figure, None where there is none."""
+    """The verdict of the rows on a claim. state: one of STATES. value: its figure, None if there is none."""
 
     claim: Claim
     state: str
@@ -163,16 +163,16 @@ class Verdict(NamedTuple):
 
     @property
     def figure(self) -> str:
-        """The value as it is written."""
+        """The formatted value."""
         return FIGURES[self.claim.figure][1].format(self.value) if self.value is not None else ""
 
 
 def verdicts(rows: Sequence[dict], cuda: bool = True) -> list[Verdict]:
-    """One for each claim, from rows of `harness.read_csv` taken on a GPU; of a dry run with cuda=False.
+    """One verdict per claim, from rows of `harness.read_csv` measured on a GPU, or of a dry run with cuda=False.
 
-    Each device is judged by its own rows. Of several, the one that does worst is shown.
+    Each device is judged by its own rows. Of several devices, the worst is shown.
     """
-    # Only rows of CUDA say which driver they ran on.
+    # Only CUDA rows name the driver they ran on.
     rows = [row for row in rows if bool(row["versions"]) == cuda]
     parts = [[row for row in rows if row["device"] == one] for one in dict.fromkeys(row["device"] for row in rows)]
     return [
@@ -198,7 +198,7 @@ def _verdict(claim: Claim, rows: Sequence[dict], cases: Sequence[str]) -> Verdic
             return Verdict(claim, "wrong", None, max(errors, default=None), ours[0]["device"])
         best = min(right, key=lambda row: row["p50_ms"])
         device = best["device"]
-        # In order of the names: a rival that is not installed has no row, and the next one stands in.
+        # In order of the names: a rival that is not installed has no row, and the next one replaces it.
         others = [
             row for name in claim.other.split("|") for row in mine if re.match(name, row["rival"]) and row["p50_ms"]
         ]
@@ -226,23 +226,23 @@ def table(found: Sequence[Verdict]) -> str:
 
 
 def of_cards() -> list[Verdict]:
-    """What the CSVs of cards in benchmarks/data/ say."""
+    """Verdicts from the GPU CSVs in benchmarks/data/."""
     return verdicts(rows_of(harness.DATA.glob("*_cuda_*.csv")))
 
 
 def rows_of(paths: Iterable[Path]) -> list[dict]:
-    """The rows of those files that the claims' own benchmarks wrote: a ratio of two runs would be none."""
+    """The rows of files written by the claims' own benchmarks; ratios across different runs would be meaningless."""
     own = [path for path in sorted(paths) if path.name.startswith(tuple(f"{name}_cuda" for name in BENCHES))]
     return [row for path in own for row in harness.read_csv(path)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("csv", type=Path, nargs="*", help="of benchmarks on a GPU; those in benchmarks/data/")
+    parser.add_argument("csv", type=Path, nargs="*", help="CSVs of GPU benchmarks; default: those in benchmarks/data/")
     flags = parser.parse_args()
     own = tuple(f"{name}_cuda" for name in BENCHES)
     if wrong := [str(path) for path in flags.csv if not (path.is_file() and path.name.startswith(own))]:
-        parser.error(f"csv: takes files that are there and begin with {', '.join(own)}; got {', '.join(wrong)}")
+        parser.error(f"csv: expected existing files that begin with {', '.join(own)}, got {', '.join(wrong)}")
     print(table(verdicts(rows_of(flags.csv)) if flags.csv else of_cards()), end="")
 
 

@@ -1,6 +1,6 @@
-"""The fewest bytes and operations of every benchmarked job: one place for the benchmarks and the roofline.
+"""Minimal bytes and operations of every benchmarked job, shared by the benchmarks and the roofline.
 
-Bytes: every input read once, every output written once. Operations: a multiplication and an addition count two; a
+Bytes: every input is read once, every output written once. Operations: a multiplication and an addition count as two; a
 symmetric product counts one triangle.
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Count(NamedTuple):
-    """What a job takes at least."""
+    """The minimum of a job."""
 
     bytes: int
     flops: int
@@ -23,12 +23,12 @@ class Count(NamedTuple):
 
 
 def masked_rows(rows: int, vision: int, d: int, per_vision: int, per_text: int, element: int = 2) -> Count:
-    """So many passes over the vision rows and over the text rows of (rows, d); the arithmetic does not count."""
+    """Given numbers of passes over the vision rows and the text rows of (rows, d); arithmetic does not count."""
     return Count(element * d * (per_vision * vision + per_text * (rows - vision)), 0)
 
 
 def moca_forward_in_place(rows: int, vision: int, d: int) -> Count:
-    """Read x and write x in vision rows."""
+    """Read and write x in vision rows."""
     return masked_rows(rows, vision, d, 2, 0)
 
 
@@ -63,19 +63,19 @@ def covariance(n: int, d: int) -> Count:
 
 
 def trace_sqrt(d: int) -> Count:
-    """Read two float64 matrices; a Cholesky factor of each and the product of the triangles, d^3/3 each, and the
-    singular values of that product by bidiagonalisation, 8 d^3/3 (Golub and Van Loan, Matrix Computations, 8.6)."""
+    """Read two float64 matrices; a Cholesky factor of each and the product of the triangles, d^3/3 each; singular
+    values of that product by bidiagonalisation, 8 d^3/3 (Golub and Van Loan, Matrix Computations, 8.6)."""
     return Count(16 * d * d, 11 * d**3 // 3)
 
 
 def trace_sqrt_cpu(d: int) -> Count:
-    """The same where one of the two is definite: its Cholesky factor, d^3/3, the standard form C^T A C, d^3, and the
-    reduction of that to a band or a tridiagonal matrix, 4 d^3/3 (Golub and Van Loan, 8.3 and 8.7)."""
+    """The same if one of the two is definite: its Cholesky factor, d^3/3, the standard form C^T A C, d^3, and the
+    reduction to a band or a tridiagonal matrix, 4 d^3/3 (Golub and Van Loan, 8.3 and 8.7)."""
     return Count(16 * d * d, 8 * d**3 // 3)
 
 
 def trace_sqrt_on(device: str, d: int) -> Count:
-    """Of the two the one that is the least on a "cpu" or a GPU."""
+    """`trace_sqrt_cpu` on a "cpu", `trace_sqrt` on a GPU."""
     return trace_sqrt_cpu(d) if device == "cpu" else trace_sqrt(d)
 
 
@@ -85,27 +85,27 @@ def trace_factors(d: int) -> Count:
 
 
 def trace_certificate(d: int) -> Count:
-    """Float64 work that turns an iterated polar factor U of N into a trace with its error (frechet/certificate.py): the
-    last step U (3 I - U^T U)/2, P = U^T N, N R^-1 and X R with R^T R = P, and two Cholesky factors. What is symmetric
-    or triangular counts half. U is read in float32, six matrices of float64 are written."""
+    """Float64 work to turn an iterated polar factor U of N into a trace with its error (frechet/certificate.py): the
+    last step U (3 I - U^T U)/2, P = U^T N, N R^-1 and X R with R^T R = P, and two Cholesky factors. Symmetric or
+    triangular operands count half. U is read in float32, six float64 matrices are written."""
     return Count((4 + 6 * 8) * d * d, (1 + 2 + 2 + 1 + 1) * d**3 + 2 * d**3 // 3)
 
 
-SPLIT_PARTS, SPLIT_BLOCK = 9, 256  # digits of float64, and columns left to it, in mir_kernels/ops/sqrtm/float64.py
+SPLIT_PARTS, SPLIT_BLOCK = 9, 256  # PARTS and BLOCK of mir_kernels/ops/sqrtm/float64.py
 
 
 def trace_split(d: int) -> Count:
-    """The int8 work of factors and certificate where float64 products are split, all but the factor that proves a norm,
-    and the bytes of the integers and their float64 sums: seven products of d x d, PARTS passes each over digits, int32
-    and sums."""
+    """The int8 work of factors and certificate if float64 products are split, except for the factor that proves a norm.
+    Bytes of the integers and their float64 sums: seven products of d x d, PARTS passes each over digits, int32 and
+    sums."""
     wide = trace_factors(d).flops + trace_certificate(d).flops - d**3 // 3
     passes = 7 * SPLIT_PARTS * (2 + 4 + 16) * d * d
     return Count(passes, SPLIT_PARTS * (SPLIT_PARTS + 1) // 2 * wide)
 
 
 def trace_unsplit(d: int) -> Count:
-    """What stays in float64 there: the Cholesky factor that proves the norm of the polar factor; and in each block of
-    columns the triangular solves, d^2/2 a column for three Cholesky factors and d^2 for N R^-1."""
+    """Work that stays in float64 if products are split: the Cholesky factor that proves the norm of the polar factor,
+    and the triangular solves in each block, d^2/2 per column for three Cholesky factors and d^2 for N R^-1."""
     return Count(5 * 16 * d * d, d**3 // 3 + 5 * SPLIT_BLOCK * d * d // 2)
 
 
@@ -115,5 +115,5 @@ def polar_step(d: int, element: int = 2) -> Count:
 
 
 def mir_tokens(layers: int, n: int, d: int) -> Count:
-    """The pass over the hidden states of all layers, n tokens each: norms and covariances from one reading."""
+    """One pass over the hidden states of all layers, n tokens each: norms and covariances from a single read."""
     return Count(2 * n * d, n * d * (d + 1) + 2 * n * d).times(layers)

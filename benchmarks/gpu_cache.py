@@ -1,10 +1,11 @@
-"""Triton's cache for a GPU that is not here: kernels compiled ahead, as an archive that gpu_suite.py --cache unpacks.
+"""Compile Triton kernels ahead of time for another machine's GPU, into an archive for gpu_suite.py --cache.
 
     PYTHONPATH=.:tests:benchmarks python benchmarks/gpu_cache.py FILE    # compiles for sm_90 on every core
 
-Compiled are the candidates of tune.py and the kernels of the suite's first check, which a GPU machine would spend its
-first minute on. A launch finds them where its Triton is this one to the last file, as one wheel's is; else it compiles
-as ever. Of each kernel the archive has what a launch and tune.py read, and not its intermediate stages.
+It compiles the candidates of tune.py and the kernels of the suite's first check, which would take the first minute on a
+GPU machine. A launch finds them if its Triton is identical to this one, file by file, as with the same wheel; otherwise
+it compiles as usual. For each kernel the archive contains the files that a launch and tune.py read, but no intermediate
+stages.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import tempfile
 from pathlib import Path
 
 TARGET = "sm_90"
-GROUP = "__grp__"  # how the name of a file begins that lists those of one kernel, by absolute paths
+GROUP = "__grp__"  # prefix of a file that lists the files of one kernel by absolute paths
 KEPT = (".json", ".cubin", ".ptx", ".ttir")
 SIZE = (129, 577)  # rows and columns of the suite's first check
 
 
 def work() -> list[tuple[str, object]]:
-    """What to compile: ("row", (number of a tuning job, name of a row)) and ("job", (name of a kernel job, dtype))."""
+    """Items to compile: ("row", (number of a tuning job, name of a row)) and ("job", (name of a kernel job, dtype))."""
     import tune
     from kernels.jobs import every_job
 
@@ -36,7 +37,7 @@ def work() -> list[tuple[str, object]]:
 
 
 def compile_one(what: tuple[str, tuple]) -> str:
-    """Compiles into Triton's cache; what is wrong in words, or nothing."""
+    """Compile one item into Triton's cache. Returns an error message, or ""."""
     import torch
 
     import aot
@@ -46,7 +47,7 @@ def compile_one(what: tuple[str, tuple]) -> str:
     kind, (first, second) = what
     try:
         if kind == "row":
-            tune.needs(first, second, TARGET, 227 << 10)  # a row that does not compile is refused there too
+            tune.needs(first, second, TARGET, 227 << 10)  # tune.py rejects a row that does not compile
         else:
             job = next(job for job in every_job() if job.name == first)
             given = {name: t.to("meta") for name, t in job.make(getattr(torch, second), *SIZE).items()}
@@ -58,7 +59,7 @@ def compile_one(what: tuple[str, tuple]) -> str:
 
 
 def save(cache: Path, file: Path) -> None:
-    """A gzipped tar of a cache folder, paths in its lists of files relative to it."""
+    """Write a gzipped tar of a cache folder; paths in its file lists become relative to the folder."""
     with tarfile.open(file, "w:gz") as tar:
         for path in sorted(path for path in cache.rglob("*") if path.suffix in KEPT):
             data = path.read_bytes()
@@ -70,7 +71,7 @@ def save(cache: Path, file: Path) -> None:
 
 
 def fill(file: Path, cache: Path) -> int:
-    """Unpacks an archive of `save` into a cache folder; returns how many kernels it has."""
+    """Unpack an archive of `save` into a cache folder. Returns the number of kernels."""
     with tarfile.open(file) as tar:
         tar.extractall(cache, filter="data")
     groups = list(cache.rglob(f"{GROUP}*"))
@@ -80,7 +81,7 @@ def fill(file: Path, cache: Path) -> int:
 
 
 def moved(group: bytes, old: Path, new: Path) -> str:
-    """A list of files with its paths below `new` in place of `old`, of those that are KEPT."""
+    """A file list with paths below `new` instead of `old`, restricted to KEPT."""
     paths = {name: Path(path) for name, path in json.loads(group)["child_paths"].items()}
     kept = {name: str(new / path.relative_to(old)) for name, path in paths.items() if path.suffix in KEPT}
     return json.dumps({"child_paths": kept})
@@ -89,7 +90,7 @@ def moved(group: bytes, old: Path, new: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, metavar="FILE", help="archive to write")
-    parser.add_argument("--only", default="", help="what has this in its description")
+    parser.add_argument("--only", default="", help="compile only items whose description contains this")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # before anything imports triton

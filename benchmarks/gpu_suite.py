@@ -1,23 +1,23 @@
-"""Everything that needs a GPU, in one command: build, tests, sanitizer, ceilings, benchmarks, tuning, one table last.
+"""Run everything that needs a GPU in one command: build, tests, sanitizer, ceilings, benchmarks, tuning, summary.
 
-    python benchmarks/gpu_suite.py --out DIR                       # under 9 minutes on an H100, nothing is downloaded
-    python benchmarks/gpu_suite.py --out DIR --stages build,tests  # some stages
-    python benchmarks/gpu_suite.py --out DIR --dry                 # on a CPU, tiny: every stage is gone through
+    python benchmarks/gpu_suite.py --out DIR                       # under 9 minutes on an H100, no downloads
+    python benchmarks/gpu_suite.py --out DIR --stages build,tests  # selected stages
+    python benchmarks/gpu_suite.py --out DIR --dry                 # every stage at tiny size on a CPU
 
-Where a GPU is at hand for minutes only, in two calls of at most 270 s, each of which may find a bare machine:
+If a GPU is available only for minutes, use two calls of at most 270 s, each of which may run on a fresh machine:
 
     python benchmarks/gpu_suite.py --out DIR --part first --pack FILE
     python benchmarks/gpu_suite.py --out DIR --part second --resume FILE --pack OTHER
 
-Both have the same stages in order of worth: the kernels at one size each, the claims of claims.py, the tests, tuning,
-the sanitizer, the other benchmarks. The second does not do again what the first has passed (so without --resume where
-kernels changed), and runs first what failed. `--cache KERNELS`, made by gpu_cache.py, spares both some compilation.
+Both parts run the same stages in order of importance: the kernels at one size each, the claims of claims.py, the tests,
+tuning, the sanitizer, the other benchmarks. The second part skips everything that passed in the first and starts with
+the failures; omit --resume if kernels changed. `--cache KERNELS`, made by gpu_cache.py, saves both some compilation.
 
-Each stage is a process of its own with a time limit; one that fails does not hide the others, and the exit code tells:
-1 where one failed, 2 where time ran out before all were done. DIR receives a log and a JSON a stage, reports of the
-tests, the benchmarks' CSVs, tuned.json, tuned.txt, summary.csv, summary.json and decide.txt, which is printed last;
-what an earlier run left there under these names goes first. FILE is all of it but compilers' work, at most 16 MiB,
-written anew after every stage and every 20 s within one.
+Each stage is a separate process with a time limit, so a failed one does not hide the others. Exit code: 1 if a stage
+failed, 2 if time ran out before all were done. DIR receives a log and a JSON file per stage, test reports, the
+benchmarks' CSVs, tuned.json, tuned.txt, summary.csv, summary.json and decide.txt, which is printed last; files of these
+names from an earlier run are deleted first. FILE contains all of DIR except compiler output, at most 16 MiB, and is
+rewritten after every stage and every 20 s within one.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ STAGES: dict[str, tuple[Callable[[Path, bool, float], Result], float]] = {
     "tune": (tune, 63),
     "sanitizer": (sanitizer, 70),
 }
-WHOLE = ("environment", "build", "ceilings", "tests", "bench", "tune", "sanitizer")  # bench and tests have all of both
-PART = ("environment", "build", "check", "claims", "tests", "tune", "sanitizer", "bench")  # in order of worth
-PART_TOTAL = 262.0  # seconds of a part: what is left of 270 goes to starting and packing
-ALWAYS = ("environment", "build")  # what the second part does again
+WHOLE = ("environment", "build", "ceilings", "tests", "bench", "tune", "sanitizer")  # tests and bench cover the others
+PART = ("environment", "build", "check", "claims", "tests", "tune", "sanitizer", "bench")  # in order of importance
+PART_TOTAL = 262.0  # seconds of a part: the rest of 270 is for starting and packing
+ALWAYS = ("environment", "build")  # stages that the second part repeats
 PACKING = 20.0  # seconds between two archives
-ENOUGH = 8.0  # seconds that a stage is started for
+ENOUGH = 8.0  # a stage is started only if it has at least this many seconds
 
 
 def isolated(name: str, out: Path, dry: bool, limit: float, packed: Callable[[], None]) -> Result:
-    """One stage in a process group of its own, whatever it leaves running ended with it."""
+    """Run one stage in its own process group, which is killed at the end."""
     path, start = out / f"{name}.json", time.monotonic()
     path.unlink(missing_ok=True)
     paths = [str(ROOT), str(ROOT / "python"), str(BENCH), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -94,7 +94,7 @@ def isolated(name: str, out: Path, dry: bool, limit: float, packed: Callable[[],
 
 
 def run_stages(names: list[str], out: Path, dry: bool, seconds: float, packed: Callable[[], None]) -> dict[str, Result]:
-    """The results of these stages, in order, as far as time goes; what the part before has passed is not done again."""
+    """Run these stages in order while time is left and return their results; stages that passed before are skipped."""
     end = time.monotonic() + seconds
     results: dict[str, Result] = {name: {"state": "not reached", "note": "", "seconds": 0} for name in names}
     try:
@@ -102,13 +102,13 @@ def run_stages(names: list[str], out: Path, dry: bool, seconds: float, packed: C
             done = before(out, name)
             left = min((PATIENCE if dry else 1) * STAGES[name][1], end - time.monotonic())
             if done.get("state") == "passed" and name not in ALWAYS:
-                again = "" if done["note"].startswith("in the part before") else "in the part before: "
+                again = "" if done["note"].startswith("in the previous part") else "in the previous part: "
                 results[name] = done | {"note": again + done["note"], "seconds": 0}
             elif left >= ENOUGH:
                 print(f"{name} (at most {left:.0f} s)", flush=True)
                 results[name] = {"state": "cut", "note": f"interrupted, see {name}.log", "seconds": 0}
                 results[name] = isolated(name, out, dry, left, packed)
-            else:  # what the part before found is still all that is known
+            else:  # the previous part's findings remain the latest
                 known = {key: value for key, value in done.items() if key in ("counts", "failures", "files", "offers")}
                 results[name] = known | {"state": "not reached", "note": "no time was left", "seconds": 0}
             (out / "summary.json").write_text(json.dumps({"dry": dry, **results}, indent=1) + "\n")
@@ -119,22 +119,24 @@ def run_stages(names: list[str], out: Path, dry: bool, seconds: float, packed: C
 
 
 def stop(*_: object) -> None:
-    """What is known so far is still written."""
+    """Handle SIGTERM like Ctrl-C, so that results so far are still written."""
     raise KeyboardInterrupt
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for logs, CSVs and the summary")
-    parser.add_argument("--stages", default=",".join(WHOLE), help=f"of {','.join(STAGES)}")
-    parser.add_argument("--part", choices=("first", "second"), help="of two short calls, instead of --stages")
-    parser.add_argument("--pack", type=Path, help="archive to write of what is in DIR")
-    parser.add_argument("--resume", type=Path, help="archive of the first part, to go on from")
-    parser.add_argument("--cache", type=Path, help="archive of gpu_cache.py: kernels that need no compilation")
-    parser.add_argument("--seconds", type=float, help=f"for all of it (default {TOTAL:.0f}, a part {PART_TOTAL:.0f})")
-    parser.add_argument("--dry", action="store_true", help="on a CPU at tiny size: shows that every stage runs")
+    parser.add_argument("--stages", default=",".join(WHOLE), help=f"comma-separated, of {','.join(STAGES)}")
+    parser.add_argument("--part", choices=("first", "second"), help="one of two short calls, instead of --stages")
+    parser.add_argument("--pack", type=Path, help="archive of DIR to write")
+    parser.add_argument("--resume", type=Path, help="archive of the first part to resume from")
+    parser.add_argument("--cache", type=Path, help="archive of precompiled kernels, from gpu_cache.py")
+    parser.add_argument(
+        "--seconds", type=float, help=f"time limit in total (default {TOTAL:.0f}, for a part {PART_TOTAL:.0f})"
+    )
+    parser.add_argument("--dry", action="store_true", help="run every stage at tiny size on a CPU")
     parser.add_argument("--one", choices=STAGES, help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # by time.monotonic of the process above
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # in time.monotonic of the parent process
     return parser, parser.parse_args()
 
 
@@ -149,16 +151,16 @@ def main() -> int:
         return int(found["state"] == "failed")
     names = list(PART) if flags.part else flags.stages.split(",")
     if unknown := sorted(set(names) - set(STAGES)):
-        parser.error(f"--stages: takes {','.join(STAGES)}, got {','.join(unknown)}")
+        parser.error(f"--stages: expected {','.join(STAGES)}, got {','.join(unknown)}")
     if flags.resume and flags.part != "second":
-        parser.error(f"--resume: goes with --part second, got --part {flags.part}")
+        parser.error(f"--resume: expected --part second, got --part {flags.part}")
     for name, file in (("--resume", flags.resume), ("--cache", flags.cache)):
         if file and not file.is_file():
-            parser.error(f"{name}: takes an archive, there is no {file}")
+            parser.error(f"{name}: expected an archive, but {file} does not exist")
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     if flags.cache:
-        print(f"{fill(flags.cache, out / 'triton')} kernels were compiled ahead", flush=True)
+        print(f"{fill(flags.cache, out / 'triton')} precompiled kernels", flush=True)
     if flags.resume:
         unpack(flags.resume, out)
     if flags.part == "second":
@@ -176,7 +178,7 @@ def main() -> int:
     results = run_stages(names, out, flags.dry, seconds - (time.monotonic() - start), packed)
     summary(results, out, flags.dry, rows_too=flags.part is None)
     if flags.pack and (dropped := pack(out, flags.pack)):
-        print(f"{flags.pack} lacks {', '.join(dropped)}: it would be too large", flush=True)
+        print(f"{flags.pack} does not contain {', '.join(dropped)}: it would be too large", flush=True)
     states = {r["state"] for r in results.values()}
     return 1 if "failed" in states else 2 if states & {"cut", "not reached"} else 0
 

@@ -1,4 +1,4 @@
-"""The stages of gpu_suite.py that come first: what this machine has, and the extension built on it."""
+"""The first stages of gpu_suite.py: the environment of this machine, and the build of the extension."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from gpu_suite_processes import GRACE, ROOT, Result, cuda_tool, run, state, words
 
-SETUPTOOLS = 77  # the first that reads pyproject.toml's `license`
+SETUPTOOLS = 77  # the first major version that reads pyproject.toml's `license`
 
 
 def environment(out: Path, dry: bool, limit: float) -> Result:
-    """Device, driver, versions, commit; and which optional packages are missing."""
+    """Device, driver, versions, commit, and missing optional packages."""
     import torch
 
     found: Result = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -41,14 +41,14 @@ def environment(out: Path, dry: bool, limit: float) -> Result:
     parts = [f"{n} {found[n]}" for n in ("device", "driver", "torch", "triton", "commit") if found.get(n)]
     parts += [f"missing: {', '.join(found['missing'])}"] if found["missing"] else []
     if old := old_setuptools():
-        parts.append(f"setuptools {old} does not read this pyproject.toml: the build leaves its license out")
+        parts.append(f"setuptools {old} cannot read this pyproject.toml: the build omits its license")
     return found | {"state": "passed", "note": "; ".join(parts)}
 
 
 def build(out: Path, dry: bool, limit: float) -> Result:
-    """The extension in place for the device at hand, its CPU part alone where nvcc is missing; dry: that, into DIR.
+    """Build the extension in place for this device, without nvcc only its CPU part; dry: the CPU part, into DIR.
 
-    DIR/module keeps it: a part that goes on from another with the same sources takes it from there.
+    DIR/module keeps a copy, which a resumed part reuses if the sources are the same.
     """
     nvcc = None if dry else cuda_tool("nvcc")
     env = {"MIR_CUDA": "1" if nvcc else "0", "MIR_NATIVE": "1"}
@@ -62,7 +62,7 @@ def build(out: Path, dry: bool, limit: float) -> Result:
     shutil.rmtree(built, ignore_errors=True)
     modules = list(kept.glob("_C.*"))
     if modules and (kept / "key.txt").exists() and (kept / "key.txt").read_text() == key:
-        how = "as the part before built it"
+        how = "reused from the previous part"
         (built / "mir_kernels").mkdir(parents=True)
         for module in modules:
             shutil.copy2(module, built / "mir_kernels" / module.name)
@@ -83,12 +83,12 @@ def build(out: Path, dry: bool, limit: float) -> Result:
         for module in modules:
             arriving = ROOT / "mir_kernels" / f"{module.name}.arriving"
             shutil.copy2(module, arriving)
-            os.replace(arriving, ROOT / "mir_kernels" / module.name)  # a process may be running the old one
+            os.replace(arriving, ROOT / "mir_kernels" / module.name)  # a process may still be using the old one
     return state(code == 0 and bool(modules), f"{what} ({how})") | {"cuda": bool(nvcc)}
 
 
 def made_of(env: dict[str, str]) -> str:
-    """A digest of all that decides what is built: sources, flags, this interpreter and this processor."""
+    """A digest of everything that determines the build: sources, flags, interpreter and processor."""
     digest = hashlib.sha256(repr((env, sys.version, platform.machine())).encode())
     for path in [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted((ROOT / "csrc").rglob("*"))]:
         if path.is_file():
@@ -97,7 +97,7 @@ def made_of(env: dict[str, str]) -> str:
 
 
 def old_setuptools() -> str:
-    """The version of a setuptools that refuses `license = "Apache-2.0"`, or ""."""
+    """The version of setuptools if it rejects `license = "Apache-2.0"`, else ""."""
     try:
         version = importlib.metadata.version("setuptools")
     except importlib.metadata.PackageNotFoundError:
@@ -106,7 +106,7 @@ def old_setuptools() -> str:
 
 
 def source_tree(out: Path) -> Path:
-    """What a build reads, with a pyproject.toml that older setuptools understands."""
+    """A copy of the sources with a pyproject.toml that older setuptools can read."""
     tree = out / "source"
     shutil.rmtree(tree, ignore_errors=True)
     for name in ("csrc", "mir_kernels", "python"):

@@ -1,4 +1,4 @@
-"""The stages of gpu_suite.py that check results: the kernels, the GPU tests, compute-sanitizer over native kernels."""
+"""The stages of gpu_suite.py that check results: kernels, GPU tests, compute-sanitizer on native kernels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gpu_suite_processes import BENCH, GRACE, ROOT, Result, cuda_tool, earlier, 
 
 SANITIZERS = ("memcheck", "racecheck")
 GUARDED = "tests/kernels/test_guarded.py"  # the GPU checks whose bodies also run on interpreted kernels
-ONE = "test_right_twice_the_same_and_nothing_else_is_written and {}"  # of them, each kernel at one size
-SIZE = {True: "13-37", False: "129-577"}  # dry or not: rows and columns that no tile divides
+ONE = "test_right_twice_the_same_and_nothing_else_is_written and {}"  # selects each kernel at one size
+SIZE = {True: "13-37", False: "129-577"}  # dry or not: rows and columns that are no multiple of any tile
 
 
 def check(out: Path, dry: bool, limit: float) -> Result:
-    """Every kernel in every dtype at one odd size, in guarded memory, twice, against float64: what is red shows early.
+    """Every kernel in every dtype at one odd size, in guarded memory, twice, against float64: failures show early.
 
     Without pytest: every kernel job by tests/kernels/check_jobs.py.
     """
@@ -31,7 +31,7 @@ def check(out: Path, dry: bool, limit: float) -> Result:
 
 
 def tests(out: Path, dry: bool, limit: float) -> Result:
-    """The GPU tests of the files whose imports are here, in several processes; dry: the same bodies, interpreted.
+    """The GPU tests of files whose imports are installed, in several processes; dry: the same bodies, interpreted.
 
     Without pytest: every kernel job by tests/kernels/check_jobs.py.
     """
@@ -43,12 +43,12 @@ def tests(out: Path, dry: bool, limit: float) -> Result:
 def reported(
     out: Path, name: str, files: list[Path], chosen: list[str], dry: bool, limit: float, jobs: list[str]
 ) -> Result:
-    """Tests in several processes, with a report each (<name>0.jsonl, ...); what failed in an earlier part comes first.
+    """Run tests in several processes with one report each (<name>0.jsonl, ...); failures of earlier parts come first.
 
-    A process that a test ends (a lost CUDA context, a crash) is followed by another, which goes on behind that test.
+    If a test ends its process (a lost CUDA context, a crash), a new process continues after that test.
     """
     end = time.monotonic() + limit - GRACE - 2
-    shards = 1 if dry else max(1, min(14, (os.cpu_count() or 1) - 2))  # compilation takes most of the time
+    shards = 1 if dry else max(1, min(14, (os.cpu_count() or 1) - 2))  # most of the time is compilation
     before = earlier(out, f"{name}*.jsonl")
     paths = [out / f"{name}{i}.jsonl" for i in range(shards)]
     for path in out.glob(f"{name}*.jsonl"):
@@ -66,7 +66,7 @@ def reported(
         how = ""
     environ = {"TRITON_INTERPRET": "1"} if dry else {}
     environ["MIR_EARLIER"] = os.pathsep.join(map(str, before))
-    environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // shards))  # processes share the cores
+    environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // shards))  # the processes share the cores
     todo, codes, ended = list(range(shards)), [0] * shards, 0
     while todo and (left := end - time.monotonic()) > 0:
         shares = {i: {"MIR_SHARD": f"{i}/{shards}", "MIR_REPORT": str(paths[i])} for i in todo}
@@ -74,7 +74,7 @@ def reported(
         ending = run_together([command + scripts[i] for i in todo], left, [environ | shares[i] for i in todo])
         for i, code in zip(todo, ending, strict=True):
             codes[i] = code
-        # 0: all passed, 1: some failed, 5: nothing to do, 124: stopped at the limit.
+        # 0: all passed, 1: some failed, 5: no tests, 124: stopped at the limit.
         todo = [i for i in todo if codes[i] not in (0, 1, 5, 124) and reports.ended_in_a_test(paths[i], codes[i])]
         ended += len(todo)
     counts = reports.counts(paths, before)
@@ -83,7 +83,7 @@ def reported(
     bad = [code for i, code in enumerate(codes) if code not in (0, 1, 5, 124) and i not in todo]
     note += f"; exit codes {sorted(set(bad))} of {len(bad)} of {shards} processes" if bad else ""
     note += f"; {ended} times a test ended its process" if ended else ""
-    note += f"; left out for missing packages: {', '.join(left_out)}" if left_out else ""
+    note += f"; skipped for missing packages: {', '.join(left_out)}" if left_out else ""
     found = state(not (bad or failed) and counts["passed"] > 0, note)
     if found["state"] == "passed" and counts["not finished"]:
         found["state"] = "cut"
@@ -91,7 +91,7 @@ def reported(
 
 
 def sanitizer(out: Path, dry: bool, limit: float) -> Result:
-    """compute-sanitizer over the native kernels; dry: says what it would run and runs it on the CPU kernels."""
+    """compute-sanitizer on the native kernels; dry: print its commands and run the check on the CPU kernels."""
     script = [sys.executable, str(BENCH / "check_native.py"), "--device", "cpu" if dry else "cuda"]
     tool = cuda_tool("compute-sanitizer")
     commands = {
@@ -104,17 +104,17 @@ def sanitizer(out: Path, dry: bool, limit: float) -> Result:
         code = run([*script, *built], limit=each)
         return state(code == 0, f"would run {len(commands)} tools; check_native.py on the CPU: exit code {code}")
     if subprocess.run([*script, "--can-run"], cwd=ROOT, check=False).returncode:
-        return {"state": "skipped", "note": "the module has no CUDA C++: see build"}
+        return {"state": "skipped", "note": "the module has no CUDA C++ kernels, see build"}
     if tool is None:
         code = run(script, limit=each)
         note = f"compute-sanitizer is not installed; check_native.py without it: exit code {code}"
         return {"state": "failed" if code else "skipped", "note": note}
     codes = {name: run(command, limit=each, PYTORCH_NO_CUDA_MEMORY_CACHING="1") for name, command in commands.items()}
-    return state(not any(codes.values()), f"exit codes {codes} (9: an error was found)")
+    return state(not any(codes.values()), f"exit codes {codes} (9: errors found)")
 
 
 def gpu_files() -> list[Path]:
-    """Test files with a gpu mark of their own, or of a conftest.py beside them."""
+    """Test files with a gpu mark, or with one in the conftest.py of their folder."""
 
     def marked(path: Path) -> bool:
         return path.exists() and "mark.gpu" in path.read_text()
@@ -127,8 +127,10 @@ def gpu_files() -> list[Path]:
 
 
 def missing_imports(path: Path, seen: set[Path] | None = None) -> list[str]:
-    """Packages that are not installed and that a file, or a file of the repository that it imports, imports at its
-    head. `pytest.importorskip` is no import: such a file says itself what it lacks."""
+    """Missing packages that a file imports at its top level, directly or through other files of the repository.
+
+    `pytest.importorskip` does not count: such a file reports itself what it lacks.
+    """
     seen = set() if seen is None else seen
     seen.add(path)
     missing: set[str] = set()
@@ -139,14 +141,14 @@ def missing_imports(path: Path, seen: set[Path] | None = None) -> list[str]:
                 missing |= set(missing_imports(file, seen))
         top = name.partition(".")[0]
         if not any((root / top).is_dir() or (root / f"{top}.py").is_file() for root in roots):
-            with contextlib.suppress(ValueError):  # a module that somebody made up and put into sys.modules
+            with contextlib.suppress(ValueError):  # a module without a spec, put into sys.modules by hand
                 missing |= {top} if importlib.util.find_spec(top) is None else set()
     return sorted(missing)
 
 
 @functools.cache
 def head_imports(path: Path) -> set[str]:
-    """Dotted names of what a file imports outside of functions, classes and conditions."""
+    """Dotted names of the imports outside of functions, classes and conditions."""
     names: set[str] = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
@@ -157,7 +159,7 @@ def head_imports(path: Path) -> set[str]:
 
 
 def files_of(root: Path, name: str) -> list[Path]:
-    """The files below `root` that an import of this dotted name runs, the packages' own ones among them."""
+    """The files below `root` that an import of this dotted name runs, including `__init__.py` of its packages."""
     parts = name.split(".")
     packages = [root.joinpath(*parts[:i], "__init__.py") for i in range(1, len(parts) + 1)]
     found = [file for file in (*packages, root.joinpath(*parts).with_suffix(".py")) if file.is_file()]
@@ -168,7 +170,7 @@ def files_of(root: Path, name: str) -> list[Path]:
 
 @functools.cache
 def lazy_names(package: Path) -> dict[str, str]:
-    """{name: the module it is loaded from when first used}: what an `__init__.py` imports for type checkers alone."""
+    """{name: the module it is lazily loaded from}: the imports of an `__init__.py` under TYPE_CHECKING."""
     names: dict[str, str] = {}
     for block in ast.parse(package.read_text()).body:
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":

@@ -1,4 +1,4 @@
-"""What a run of gpu_suite.py leaves, as one small archive, and a run that goes on from it."""
+"""Pack the results of a run of gpu_suite.py into one small archive, and resume from it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import tarfile
 from pathlib import Path
 
 MOST = 16 << 20  # bytes of the archive
-LEFT = ("build", "built", "source", "triton")  # made again faster than carried
+LEFT = ("build", "built", "source", "triton")  # faster to rebuild than to transfer
 
 
 def pack(out: Path, file: Path, most: int = MOST) -> list[str]:
-    """Writes `out` to the archive `file`, all of it or nothing; returns the names of the files that were too large.
+    """Write `out` to the archive `file` atomically and return the names of dropped files.
 
-    The largest files go first where the archive would be larger than `most` bytes.
+    The largest files are dropped until the archive has at most `most` bytes.
     """
     files = sorted(
         (path for path in out.rglob("*") if path.is_file() and path.relative_to(out).parts[0] not in LEFT),
@@ -31,7 +31,7 @@ def pack(out: Path, file: Path, most: int = MOST) -> list[str]:
 
 
 def archive(out: Path, files: list[Path]) -> bytes:
-    """A gzipped tar of files below `out`; one that has gone by now is left out."""
+    """A gzipped tar of files below `out`, skipping files deleted in the meantime."""
     memory = io.BytesIO()
     with tarfile.open(fileobj=memory, mode="w:gz", compresslevel=3) as tar:
         for path in files:
@@ -46,13 +46,13 @@ def archive(out: Path, files: list[Path]) -> bytes:
 
 
 def unpack(file: Path, out: Path) -> None:
-    """An archive's files, below `out`."""
+    """Extract an archive below `out`."""
     with tarfile.open(file) as tar:
         tar.extractall(out, filter="data")
 
 
 def go_on(out: Path) -> None:
-    """What the part before left for people to read becomes what this part goes on from: earlier/1/, earlier/2/, ..."""
+    """Move the results of the previous part to earlier/1/, earlier/2/, ..., where this part resumes from them."""
     if (out / "summary.json").exists():
         folder = out / "earlier" / str(1 + len(list((out / "earlier").glob("*"))))
         folder.mkdir(parents=True)
@@ -62,7 +62,7 @@ def go_on(out: Path) -> None:
 
 
 def start_afresh(out: Path, stages: list[str]) -> None:
-    """Removes what an earlier run left of these stages, and all that it made of several."""
+    """Delete an earlier run's results of these stages, and its summaries."""
     shutil.rmtree(out / "earlier", ignore_errors=True)
     for name in ("summary.json", "summary.csv", "decide.txt"):
         (out / name).unlink(missing_ok=True)

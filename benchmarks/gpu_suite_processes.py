@@ -1,4 +1,4 @@
-"""How a stage of gpu_suite.py runs other programs, and the result it hands back."""
+"""How a stage of gpu_suite.py runs other programs, and the result it returns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "benchmarks"
-GRACE = 3  # seconds in which a command that is interrupted at its limit may write what it has
-PATIENCE = 3  # times as long in a dry run: a laptop's two busy cores are no GPU machine
-# "state": "passed", "failed", "skipped", "cut" (right as far as it came) or "not reached"; "note": one line; whatever
-# else the stage found.
+GRACE = 3  # seconds that a command interrupted at its limit has to write its results
+PATIENCE = 3  # factor on time limits in a dry run: a laptop's two busy cores are slower than a GPU machine
+# "state": "passed", "failed", "skipped", "cut" (correct so far) or "not reached"; "note": one line; other keys depend
+# on the stage.
 Result = dict[str, Any]
 
 
@@ -26,31 +26,31 @@ def state(passed: bool, note: str) -> Result:
 
 
 def earlier(out: Path, pattern: str) -> list[Path]:
-    """What the parts before this one left under such a name, the last part's file last."""
+    """Files of earlier parts that match a pattern, the latest part's file last."""
     return sorted((out / "earlier").glob(f"*/{pattern}"))
 
 
 def before(out: Path, name: str) -> Result:
-    """What the part before found in this stage, or nothing."""
+    """The previous part's result of this stage, or {}."""
     files = earlier(out, "summary.json")
     return json.loads(files[-1].read_text()).get(name, {}) if files else {}
 
 
 def words(*command: str) -> str:
-    """What a command prints, or nothing where it is missing or fails."""
+    """The output of a command; empty if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def cuda_tool(name: str) -> str | None:
-    """The path of a program of the CUDA toolkit, in CUDA_HOME first."""
+    """The path of a program of the CUDA toolkit, looked up in CUDA_HOME first."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
     return shutil.which(name, path=str(home)) or shutil.which(name)
 
 
 def run(command: list[str], *, limit: float | None = None, folder: Path = ROOT, **environ: str) -> int:
-    """Exit code of a command run in the repository, its output in the stage's log; 124 where it was stopped."""
+    """Exit code of a command run in the repository, with output in the stage's log; 124 if it was stopped."""
     return run_together([command], limit, [environ], folder)[0]
 
 
@@ -59,7 +59,7 @@ def run_together(
 ) -> list[int]:
     """Exit codes of commands that run at the same time.
 
-    At the limit each is interrupted, as by Ctrl-C, and has GRACE seconds to write what it has: pytest its report.
+    At the limit each is interrupted, as by Ctrl-C, and has GRACE seconds to write its results, such as pytest's report.
     """
     children = []
     for command, environ in zip(commands, environs, strict=True):

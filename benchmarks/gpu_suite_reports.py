@@ -1,4 +1,4 @@
-"""Reports of tests that are written while the tests run: a file of JSON lines, a line when a test starts and ends."""
+"""Test reports written while the tests run: a file of JSON lines, one when a test starts and one when it ends."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-LOST = 77  # the exit code of a process that ends because a test lost its CUDA context
-WORST = ("failed", "skipped", "passed", "started")  # of several lines about a test the first of these counts
+LOST = 77  # exit code of a process that ends because a test lost its CUDA context
+WORST = ("failed", "skipped", "passed", "started")  # if a test has several lines, the first of these counts
 
 
 def write(path: str | Path, line: dict) -> None:
-    """One line more, on the disk when this returns."""
+    """Append one line; it is in the file when this returns."""
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read(paths: Iterable[Path]) -> dict[str, dict]:
-    """{test: its line}; a later file overrides an earlier one. One that never ended is "started"."""
+    """{test: its line}; later files override earlier ones. A test that never ended is "started"."""
     found: dict[str, dict] = {}
     for path in paths:
         here: dict[str, dict] = {}
@@ -34,7 +34,7 @@ def rank(line: dict) -> int:
 
 
 def lines(path: Path) -> list[dict]:
-    """The lines of a report; one that a killed process left half written is no line."""
+    """The lines of a report, without lines left incomplete by a killed process."""
     found = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -45,17 +45,17 @@ def lines(path: Path) -> list[dict]:
 
 
 def ended_in_a_test(path: Path, code: int) -> bool:
-    """Whether a process that ended with this code ended for one test, which its report now says has failed."""
+    """Whether a test ended the process with this exit code; the test is then reported as failed."""
     unfinished = [test for test, line in read([path]).items() if line["outcome"] == "started"]
     for test in unfinished:
-        write(path, {"test": test, "outcome": "failed", "message": f"the process ended in it, with exit code {code}"})
+        write(path, {"test": test, "outcome": "failed", "message": f"it ended its process with exit code {code}"})
     return code == LOST or bool(unfinished)
 
 
 def counts(paths: Sequence[Path], earlier: Sequence[Path] = ()) -> dict[str, int]:
-    """How many tests passed, failed, were skipped, and were collected but not reached or not finished.
+    """How many tests passed, failed, were skipped, and were collected but not finished.
 
-    earlier: reports whose tests count too where `paths` have no word of them.
+    earlier: reports whose tests also count unless they are in `paths`.
     """
     new, number = read(paths), Counter(line["outcome"] for line in read([*earlier, *paths]).values())
     collected = sum(line.get("collected", 0) for path in paths for line in lines(path))
@@ -65,7 +65,7 @@ def counts(paths: Sequence[Path], earlier: Sequence[Path] = ()) -> dict[str, int
 
 
 def failures(found: dict[str, dict]) -> list[str]:
-    """A line for each test that failed: its name and the first line of what it said."""
+    """One line for each failed test: its name and the first line of its message."""
     return [
         f"{test.rpartition('::')[2] or test}: {((line.get('message') or '').strip().splitlines() or ['no message'])[0]}"
         for test, line in found.items()
@@ -74,7 +74,7 @@ def failures(found: dict[str, dict]) -> list[str]:
 
 
 def lost_context() -> str:
-    """What CUDA says to everything from now on, or nothing: after an illegal access its context is of no more use."""
+    """CUDA's error message if the context is lost, as after an illegal access, else ""."""
     import torch
 
     if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""What gpu_suite.py leaves and prints when its stages are done: summary.json, summary.csv and what is to decide."""
+"""The final output of gpu_suite.py: summary.json, summary.csv, and decide.txt with the decisions to make."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from gpu_suite_processes import Result
 
-LINES = 90  # of all that is printed last, at most
-DECIDE = 58  # of them, those that a person has to decide on
-KERNELS, CLAIMS, OFFERS = 16, 16, 12  # lines of each part
+LINES = 90  # most lines printed at the end
+DECIDE = 58  # of these, lines that need a decision
+KERNELS, CLAIMS, OFFERS = 16, 16, 12  # lines of each section
 WIDTH = 160
 
 
 def summary(results: dict[str, Result], out: Path, dry: bool, rows_too: bool) -> None:
-    """summary.json, summary.csv, decide.txt; prints the last and, with rows_too, a line for each time."""
+    """Write summary.json, summary.csv and decide.txt; print the last and, with rows_too, a line per benchmark row."""
     (out / "summary.json").write_text(json.dumps({"dry": dry, **results}, indent=1) + "\n")
     rows = []
     for path in dict.fromkeys(path for r in results.values() for path in r.get("files", [])):
@@ -37,8 +37,8 @@ def summary(results: dict[str, Result], out: Path, dry: bool, rows_too: bool) ->
 
 
 def decide(results: dict[str, Result], dry: bool) -> list[str]:
-    """The stages, which kernels are wrong, which claims hold, which rows are offered: under 60 lines."""
-    lines = [f"{'stage':<12}{'state':<12}{'s':>6}  note{'  (dry run on a CPU: no figure counts)' * dry}"]
+    """Stages, wrong kernels, claims that hold, and rows to commit: under 60 lines."""
+    lines = [f"{'stage':<12}{'state':<12}{'s':>6}  note{'  (dry run on a CPU: figures are meaningless)' * dry}"]
     lines += [f"{name:<12}{r['state']:<12}{r['seconds']:>6}  {r['note']}" for name, r in results.items()]
     failed = dict.fromkeys(text for r in results.values() for text in r.get("failures", []))
     tested = [r["counts"]["passed"] for r in results.values() if "counts" in r]
@@ -53,24 +53,24 @@ def decide(results: dict[str, Result], dry: bool) -> list[str]:
         lines += ["CLAIMS", *short([f"  {line}" for line in claims], CLAIMS)]
     offers = [text for r in results.values() for text in r.get("offers", [])]
     if "tune" in results and results["tune"]["state"] != "not reached":
-        lines.append("ROWS TO COMMIT (tuned.txt has them in full)" if offers else "ROWS TO COMMIT: none")
+        lines.append("ROWS TO COMMIT (in full in tuned.txt)" if offers else "ROWS TO COMMIT: none")
         lines += short([f"  {text}" for text in offers], OFFERS)
     return [line[:WIDTH] for line in lines[:DECIDE]]
 
 
 def short(lines: list[str], most: int) -> list[str]:
-    """At most so many lines, the last of them saying how many more there are."""
+    """At most `most` lines; the last one counts those omitted."""
     return lines if len(lines) <= most else [*lines[: most - 1], f"  ... and {len(lines) - most + 1} more"]
 
 
 def kernel_of(failure: str) -> str:
-    """The kernel's name out of a failed test's, `test[moca forward, triton-float32-129-577]`, or the test's own."""
+    """The kernel in the name of a failed test, `test[moca forward, triton-float32-129-577]`, else the test's name."""
     found = re.match(r"(?:\w+\[)?([^\[\]:]+?)-(?:b?float\d+)\b", failure)
     return found[1] if found else re.split(r"[\[:]", failure)[0]
 
 
 def times(rows: list[dict]) -> list[str]:
-    """A line for each row of the benchmarks."""
+    """One line for each row of the benchmarks."""
     lines = [f"{'operation':<28}{'rival':<36}{'p50 ms':>10}{'of floor':>9}{'error':>9}  case"] if rows else []
     for r in rows:
         ms = f"{float(r['p50_ms']):10.4g}" if r["p50_ms"] else f"{'raised' if r['failure'] else 'red':>10}"

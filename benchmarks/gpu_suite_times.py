@@ -1,4 +1,4 @@
-"""The stages of gpu_suite.py that take times: the machine's ceilings, the benchmarks, the kernels' block sizes."""
+"""The stages of gpu_suite.py that measure time: the machine's ceilings, the benchmarks, the kernels' block sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Bench(NamedTuple):
     limit: int
 
 
-# By the name of the CSV. Left out is what takes a GPU minutes: eigenvalues of general matrices, compilers twice.
+# By the name of the CSV. Rivals that take minutes on a GPU are skipped: eigenvalues of general matrices, compilers.
 BENCHMARKS = {
     "moca": Bench("moca", "--seconds 0.3", "--tokens 64 --hidden 64", 41),
     "moments": Bench("moments", "--seconds 0.3", "--tokens 64 --d 32", 22),
@@ -55,7 +55,7 @@ BENCHMARKS = {
 
 
 def ceilings(out: Path, dry: bool, limit: float) -> Result:
-    """Copy bandwidth and the largest matrix rates, as every benchmark measures them."""
+    """Copy bandwidth and the rates of the largest matrix products, as in every benchmark."""
     import harness
 
     found = harness.ceilings("cpu" if dry else "cuda")
@@ -64,7 +64,7 @@ def ceilings(out: Path, dry: bool, limit: float) -> Result:
 
 
 def claims(out: Path, dry: bool, limit: float) -> Result:
-    """The benchmarks that the claims of claims.py are read from, those of most worth first; a line for each claim."""
+    """The benchmarks behind the claims of claims.py, the most important first; one line for each claim."""
     end = time.monotonic() + limit
     import harness
     from claims import BENCHES, FIGURES, verdicts
@@ -80,13 +80,13 @@ def claims(out: Path, dry: bool, limit: float) -> Result:
 
 
 def bench(out: Path, dry: bool, limit: float) -> Result:
-    """Every line of BENCHMARKS."""
+    """Every benchmark of BENCHMARKS."""
     return measured("bench", BENCHMARKS, out, dry, time.monotonic() + limit)
 
 
 def measured(stage: str, benches: Mapping[str, Bench], out: Path, dry: bool, end: float) -> Result:
-    """Benchmarks with a time limit each, until `end` (of time.monotonic) at most; what was written before one stopped
-    counts, and what the part before has done is not done again on the same card."""
+    """Run benchmarks until `end` (in time.monotonic), each with a time limit. Rows written before a stop count, and
+    benchmarks that the previous part finished on the same card are skipped."""
     import harness
 
     device, notes, files, done, late = "cpu" if dry else "cuda", {}, [], [], []
@@ -105,7 +105,7 @@ def measured(stage: str, benches: Mapping[str, Bench], out: Path, dry: bool, end
         given = "--seconds 0.01 " + one.tiny if dry else one.cuda
         command = [sys.executable, str(BENCH / f"bench_{one.script}.py"), "--device", device]
         command += ["--out", str(path), *shlex.split(given)]
-        # Compilers take longest of all in a dry run, and are not ours to check.
+        # Compilation would dominate a dry run and is not under test.
         environ = {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"} if dry else {}
         code = run(command, limit=most, **environ)
         rows = harness.read_csv(path) if path.exists() else []
@@ -125,7 +125,7 @@ def measured(stage: str, benches: Mapping[str, Bench], out: Path, dry: bool, end
 
 
 def tune(out: Path, dry: bool, limit: float) -> Result:
-    """Block tables by measurement; dry: compiled ahead of time. Writes tuned.json, and tuned.txt to commit."""
+    """Tune block tables by measurement; dry: only compile. Writes tuned.json, and tuned.txt with lines to commit."""
     path = out / "tuned.json"
     path.unlink(missing_ok=True)
     path.with_suffix(".txt").unlink(missing_ok=True)

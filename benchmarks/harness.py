@@ -1,12 +1,11 @@
-"""What every benchmark shares: correctness before speed, rivals side by side, medians, counted bytes, CSV.
+"""Shared by all benchmarks: correctness before speed, rivals side by side, medians, counted bytes, CSV.
 
-A benchmark lists its rivals as `Rival(name, call, error)`. `compare` first looks at each one's error against float64 (a
-red check prints no time), then runs all of them in turn, round after round, so that a noisy machine is noisy for all
-alike. One that raises gets a row with what it said and no time. On CUDA it times with events after the L2 cache was
-read full of something else; on a CPU with a clock, and calls that waited for a core count only where there are too few
-others (waiting.py). Every row shows its fraction of the floor: a copy of as many bytes as the job moves at least, or
-its operations at the rate of a large matrix product, whichever is longer, both measured in the same run (`copies_of`,
-`rate`).
+A benchmark lists its rivals as `Rival(name, call, error)`. `compare` first checks each rival's error against float64
+(beyond the limit no time is printed), then runs all rivals in turn, round after round, so that noise affects all alike.
+A rival that raises gets a row with its message and no time. CUDA is timed with events after the L2 cache was filled
+with other data, a CPU with a clock; calls that waited for a core count only if there are too few others (waiting.py).
+Every row shows its fraction of the floor, the longer of two times measured in the same run: a copy of the minimal bytes
+of the job (`copies_of`), and its operations at the rate of a large matrix product (`rate`).
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from mir_kernels import _native
 from mir_kernels._dispatch import Operation
 
 DATA = Path(__file__).parent / "data"
-# Edge of the matrices whose product's rate counts as the machine's, and bytes that the largest copy reads.
+# Edge of the matrices whose product defines the machine's rate, and bytes read by the largest copy.
 MATRIX = {"cpu": 1536, "cuda": 8192}
 COPIED = {"cpu": 128 << 20, "cuda": 2 << 30}
-REPEATS = 11  # of each product and copy that the machine's rates are taken from
+REPEATS = 11  # of each product and copy that measures the machine's rates
 BEARABLE = 10.0  # seconds for all repeats of one product
-FLUSHED = 512 << 20  # bytes read before each CUDA timing: past any L2, and longer than a launch takes from Python
-# What the products of a job may be made of. The native second moment multiplies integers; no CUDA kernel does.
+FLUSHED = 512 << 20  # bytes read before each CUDA timing: exceeds any L2, and takes longer than a launch from Python
+# Dtypes that the products of a job may use. The native second moment multiplies integers; no CUDA kernel does.
 UNITS = {
     "cpu": {"any": (torch.bfloat16, torch.float32, torch.int8), "float64": (torch.float64,)},
     "cuda": {"any": (torch.bfloat16, torch.float32), "float64": (torch.float64,)},
 }
-OURS = ("ours", "mir_kernels")  # how the names of our own rivals begin
+OURS = ("ours", "mir_kernels")  # name prefixes of our own rivals
 ENVIRONMENT = ("device", "threads", "torch", "python", "commit")  # the last columns of every CSV
 COLUMNS = (
     "operation", "case", "rival", "p20_ms", "p50_ms", "p80_ms", "error", "limit", "peak_mb", "bytes", "flops", "rounds",
@@ -57,11 +56,11 @@ TEXTS = {"operation", "case", "rival", "failure", "versions", *ENVIRONMENT}
 class Rival:
     """One way of doing a job.
 
-    call(i): does the job the i-th time, on another set of inputs where the benchmark has several; drops its result.
-    error: relative error against float64, or what computes it: an exception is then the rival's, not the benchmark's.
-        None where it has no meaning.
-    limit: what the error may be at most; a larger one is printed in place of a time.
-    peak_mb: memory beyond the inputs, where the benchmark measured it.
+    call(i): does the job for the i-th time, on another set of inputs if the benchmark has several; drops its result.
+    error: relative error against float64, or a function that computes it, whose exceptions count against the rival.
+        None if an error is meaningless.
+    limit: the largest error that is timed; a larger one is printed instead of a time.
+    peak_mb: memory beyond the inputs, if the benchmark measured it.
     """
 
     name: str
@@ -71,7 +70,7 @@ class Rival:
     peak_mb: float | None = None
 
     def found_error(self) -> float | None:
-        """The error, computed now where it has yet to be."""
+        """The error, computed now if necessary."""
         return self.error() if callable(self.error) else self.error
 
 
@@ -89,10 +88,10 @@ def compare(
 ) -> list[dict]:
     """Time all rivals in turn and return one row each (see COLUMNS).
 
-    bytes_moved, flops: the fewest that the job takes (counts.py), so that a row tells its fraction of the floor.
-    float64_flops: those that need float64, beside `flops`, which any unit of the machine may do.
-    seconds: how long each rival is run in all, within `rounds` (fewest, most) repetitions, spread over the whole run.
-    The row's `waited` is the share of its times that the process waited for a core: more than 0.02 is a busy machine.
+    bytes_moved, flops: the minimum of the job (counts.py), for its fraction of the floor.
+    float64_flops: operations that need float64, in addition to `flops`, which any unit of the machine may do.
+    seconds: total time of each rival, within `rounds` (fewest, most) repetitions spread over the whole run.
+    The row's `waited` is the share of its time that the process waited for a core: above 0.02 the machine was busy.
     """
     clock = _cuda_ms if device == "cuda" else _cpu_ms
     copies, share = copies_of(bytes_moved, device)
@@ -107,7 +106,7 @@ def compare(
                 clock(r.call, 0)  # compiles, allocates
                 affordable = int(seconds * 1e3 / max(clock(r.call, 1), 1e-3))
                 turns[r.name] = max(rounds[0], min(rounds[1], affordable))
-        except Exception as problem:  # of a library, or of a kernel: the others go on
+        except Exception as problem:  # of a library or a kernel: the other rivals continue
             failures[r.name] = first_line(problem)
     calls: dict[str, list[tuple[float, float | None]]] = {name: [] for name in turns}
     most = max(turns.values(), default=0)
@@ -145,41 +144,41 @@ def compare(
 
 
 def without(rivals: Sequence[Rival], words: Sequence[str]) -> list[Rival]:
-    """Those whose name has none of the words: `--skip`."""
+    """The rivals whose name contains none of the words, for `--skip`."""
     return [rival for rival in rivals if not any(word in rival.name for word in words)]
 
 
 def backends(operation: Operation, device: str) -> list[str]:
-    """The backends of an operation that run here on a device, the one that is taken by default first."""
+    """The backends of an operation that can run on this device, the default first."""
     return [b for b in operation.orders[device] if operation.reason(b, torch.device(device)) is None]
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
-    """torch.compile(function, **options), at the first call: to load the compiler takes longer than most benchmarks."""
+    """torch.compile(function, **options) at the first call: loading the compiler takes longer than most benchmarks."""
     made = functools.cache(lambda: torch.compile(function, **options))
     return lambda *arguments: made()(*arguments)
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
-    """The nearest of sorted values, no mean of two: a time that was taken."""
+    """The nearest of sorted values, without interpolation: a time that was measured."""
     return ordered[int(q * (len(ordered) - 1) + 0.5)]
 
 
 def first_line(problem: BaseException) -> str:
-    """The kind of an exception and the first line of what it says, which may be nothing."""
+    """The type of an exception and the first line of its message, which may be empty."""
     return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:160]}".rstrip(": ")
 
 
 def exit_code(rows: Sequence[dict]) -> int:
-    """1 where one of ours raised or was wrong: what a benchmark's script returns, so that nobody takes it for done."""
+    """The exit code of a benchmark: 1 if one of ours raised or was wrong."""
     return int(any(r["p50_ms"] is None for r in rows if r["rival"].startswith(OURS)))
 
 
 def copies_of(moved: int, device: str) -> tuple[list[Rival], float]:
-    """Ways to copy so many bytes, read plus written, which `compare` times among the rivals, caches as cold as theirs;
-    and how many times as many bytes as these copies the job moves, more than 1 beyond 2 COPIED.
+    """Copies of `moved` bytes, read plus written, which `compare` times among the rivals with equally cold caches; and
+    the ratio of the job's bytes to the copies', above 1 beyond 2 COPIED.
 
-    torch's copy, and the native MoCa kernel with nothing masked, which writes past the caches.
+    They are torch's copy and the native MoCa kernel with an all-false mask, whose stores bypass the caches.
     """
     if not moved:
         return [], 1.0
@@ -199,10 +198,10 @@ def copies_of(moved: int, device: str) -> tuple[list[Rival], float]:
 
 @functools.cache
 def rate(device: str, unit: str) -> float:
-    """GFLOP/s of the fastest large product of a unit's dtypes, on random data; those that torch lacks here are none."""
+    """GFLOP/s of the fastest large product of a unit's dtypes, on random data; dtypes without support count as 0."""
     n = MATRIX[device] // (2 if unit == "float64" else 1)
     small = {dtype: _product_rate(device, dtype, n // 4) for dtype in UNITS[device][unit]}
-    # A dtype that this machine has no instructions for takes minutes at full size, and is not the fastest.
+    # A dtype without hardware instructions would take minutes at full size, and is not the fastest.
     least = min(max(small.values()), 2 * n**3 * REPEATS / BEARABLE / 1e9)
     return max(_product_rate(device, dtype, n) for dtype in small if small[dtype] >= least)
 
@@ -221,7 +220,7 @@ def _product_rate(device: str, dtype: torch.dtype, n: int) -> float:
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """What the machine reaches: GB/s of a large copy, read plus written, and GFLOP/s of large products."""
+    """The machine's ceilings: GB/s of a large copy, read plus written, and GFLOP/s of large products."""
     moved = 2 * COPIED[device]
     ways, _ = copies_of(moved, device)
     copied = moved / min(_median(device, way.call) for way in ways) / 1e6
@@ -229,7 +228,7 @@ def ceilings(device: str) -> dict[str, float]:
 
 
 def _median(device: str, call: Callable[[int], object]) -> float:
-    """Of REPEATS times without the first two, which warm up."""
+    """The median of REPEATS times without the first two, which warm up."""
     clock = _cuda_ms if device == "cuda" else _cpu_ms
     return quantile(sorted([clock(call, i) for i in range(REPEATS)][2:]), 0.5)
 
@@ -247,19 +246,19 @@ def environment_columns(device: str = "cpu") -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str:
-    """The commit at hand, "+changes" where a file of the code differs from it; "unknown" without git or a clone."""
+    """The current commit, with "+changes" if the code differs from it; "unknown" without git or a clone."""
     if shutil.which("git") is None:
         return "unknown"
     git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=DATA.parent.parent, check=False)
     head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-    made = [f":!{path}" for path in ("benchmarks/data", "README.md", "docs")]  # by the benchmarks themselves
+    made = [f":!{path}" for path in ("benchmarks/data", "README.md", "docs")]  # written by the benchmarks themselves
     changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *made]).stdout.strip()
     return f"{head}+changes" if head and changed else head or "unknown"
 
 
 @functools.cache
 def versions(device: str) -> str:
-    """On CUDA: the driver's, CUDA's and triton's."""
+    """On CUDA, the versions of the driver, CUDA and triton; else ""."""
     if device != "cuda":
         return ""
     import triton
@@ -272,7 +271,7 @@ def versions(device: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name with the widest vector instructions torch uses on it."""
+    """The processor's model name with the widest vector instructions that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -282,7 +281,7 @@ def cpu_name() -> str:
 
 
 def print_rows(rows: Sequence[dict]) -> None:
-    """A table of the rows, with each rival's median against the first's of its case."""
+    """Print a table of the rows, with each rival's median relative to the first one of its case."""
     cases = dict.fromkeys((r["operation"], r["case"]) for r in rows)
     for key in cases:
         mine = [r for r in rows if (r["operation"], r["case"]) == key]
@@ -293,7 +292,7 @@ def print_rows(rows: Sequence[dict]) -> None:
         for r in mine:
             error = "" if r["error"] is None else f"{r['error']:.1e}"
             if r["p50_ms"] is None:
-                why = r.get("failure") or f"not timed: its error is beyond the limit of {r['limit']:.0e}"
+                why = r.get("failure") or f"not timed: its error exceeds the limit of {r['limit']:.0e}"
                 print(f"  {r['rival']:<34}  {why}  {error}")
                 continue
             ms = r["p50_ms"]
@@ -308,8 +307,8 @@ def print_rows(rows: Sequence[dict]) -> None:
 
 
 def write_csv(rows: Sequence[dict], path: Path) -> None:
-    """Write the rows to `path` in the order of COLUMNS, replacing what was there: after every case, so that the next
-    one's crash loses nothing."""
+    """Write the rows to `path` in the order of COLUMNS, replacing the file. Called after every case, so that a crash of
+    the next one loses nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arriving = path.with_name(f"{path.name}.{os.getpid()}")
     with arriving.open("w", newline="") as file:
@@ -320,7 +319,7 @@ def write_csv(rows: Sequence[dict], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a file that `write_csv` wrote, numbers as numbers. Files older than a column lack it."""
+    """The rows of a file written by `write_csv`, with numbers parsed. Files older than a column lack it."""
     numbers = set(COLUMNS) - TEXTS
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -328,21 +327,21 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def csv_name(name: str, device: str) -> str:
-    """<name>_cpu.csv, or with the card in it, so that two cards do not overwrite each other: <name>_cuda_h100.csv."""
+    """<name>_cpu.csv, or <name>_cuda_h100.csv with the card, so that two cards do not overwrite each other."""
     if device != "cuda" or not torch.cuda.is_available():
         return f"{name}_{device}.csv"
     return f"{name}_{device}_{card(torch.cuda.get_device_name())}.csv"
 
 
 def card(device_name: str) -> str:
-    """h100 of "NVIDIA H100 80GB HBM3", rtx_4090 of "NVIDIA GeForce RTX 4090": the words up to the first number."""
+    """h100 for "NVIDIA H100 80GB HBM3", rtx_4090 for "NVIDIA GeForce RTX 4090": the words up to the first number."""
     words = [w for w in re.split(r"\W+", device_name.lower()) if w not in ("nvidia", "geforce", "tesla", "amd", "")]
     end = next((i for i, word in enumerate(words, 1) if re.search(r"\d", word)), len(words))
     return "_".join(words[:end])
 
 
 class _Arguments(argparse.ArgumentParser):
-    """Knows that the default of `--out` follows from `--device`."""
+    """A parser whose default of `--out` depends on `--device`."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         flags, rest = super().parse_known_args(args, namespace)
@@ -352,14 +351,14 @@ class _Arguments(argparse.ArgumentParser):
 
 
 def arguments(description: str, name: str) -> argparse.ArgumentParser:
-    """The flags that all benchmarks share; `--out` defaults to benchmarks/data/`csv_name`."""
+    """The flags shared by all benchmarks; `--out` defaults to benchmarks/data/`csv_name`."""
     parser = _Arguments(description=description)
     parser.name = name
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=DATA / csv_name(name, device), help="CSV to write")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each rival of each case")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="leave out rivals whose name has it")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="skip rivals whose name contains a WORD")
     return parser
 
 
@@ -371,7 +370,7 @@ def _cpu_ms(call: Callable[[int], object], i: int) -> float:
 
 def _cuda_ms(call: Callable[[int], object], i: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # A cold cache without lines to write back, and a running queue before the first event: launch time is then hidden.
+    # Leaves a cold cache with nothing to write back, and keeps the GPU busy, so that launch time is hidden.
     _flush().sum()
     start.record()
     call(i)

@@ -1,13 +1,13 @@
-"""Tr((AB)^(1/2)) by three calls of LAPACK, which the root on a CPU is held against.
+"""Tr((AB)^(1/2)) by three calls of LAPACK, the rival of the root on a CPU.
 
 A Cholesky factor of B (potrf), the standard form C^T A C (sygst, itype 2) and its eigenvalues (Golub and Van Loan,
-Matrix Computations, 8.7.2), in float64. scipy's OpenBLAS does the first two; the eigenvalues are by its syevd or by
-torch.linalg.eigvalsh, whichever is the faster one.
+Matrix Computations, 8.7.2), in float64. scipy's OpenBLAS does the first two; the eigenvalues come from its syevd or
+from torch.linalg.eigvalsh, whichever is faster.
 
-Threads of OpenBLAS go on waiting for work for a tenth of a second after a call, on cores that threads of torch then
-have to share: called in turn, both take up to twice as long. So LAPACK has a process of its own, with as many threads,
-which takes its times itself: PAUSE before each of the calls, inputs already copied to where they are overwritten. The
-sum of the three is what they take at best: a program that calls them one after the other does not see it.
+OpenBLAS threads keep spinning for a tenth of a second after a call, on cores that torch threads then have to share:
+called in turn, both take up to twice as long. LAPACK therefore runs in a separate process with as many threads, which
+times itself: with a PAUSE before each call, and inputs already copied to where they are overwritten. The sum of the
+three times is a best case that a program calling them in sequence does not reach.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ import harness
 import waiting
 
 NAME = "LAPACK: potrf + sygst + eigvalsh"
-PAUSE = 0.15  # seconds until threads have given up waiting, those of the other process too
-ENOUGH, MOST = 20.0, 25  # ms for which a call is repeated, and times; of these the median counts
+PAUSE = 0.15  # seconds until threads stop spinning, also those of the other process
+ENOUGH, MOST = 20.0, 25  # a call is repeated for so many ms, at most so many times; the median counts
 
 
 @dataclass
 class SelfTimed(harness.Rival):
-    """A rival whose calls append their own ms, and ms waited for a core, to `visits`."""
+    """A rival whose calls append their own time and the time waited for a core, in ms, to `visits`."""
 
     visits: list[tuple[float, float | None]] = field(default_factory=list)
 
     def retimed(self, row: dict, fewest: int) -> dict:
-        """Its row of `harness.compare` with these times in place of all that passed. fewest: rounds, as there."""
+        """Its row of `harness.compare` with these times instead of the elapsed ones. fewest: rounds, as there."""
         if row["p50_ms"] is None:
             return row
         times, waited = waiting.undisturbed(self.visits[-row["rounds"] :], fewest)
@@ -52,7 +52,7 @@ class SelfTimed(harness.Rival):
 
 
 def rested(rival: harness.Rival) -> SelfTimed:
-    """The same with a PAUSE after each call: one that uses OpenBLAS leaves the next rival the cores."""
+    """The rival with a PAUSE after each call, so that OpenBLAS frees the cores for the next rival."""
     visits: list[tuple[float, float | None]] = []
 
     def call(i: int) -> None:
@@ -64,10 +64,10 @@ def rested(rival: harness.Rival) -> SelfTimed:
 
 
 class LapackRoot:
-    """The process, started by the first call of a rival and ended by `with`."""
+    """LAPACK's process: started by the first call of a rival, stopped at the end of `with`."""
 
     def __init__(self, threads: int) -> None:
-        self.solver = ""  # by which the eigenvalues were found last
+        self.solver = ""  # the solver of the latest eigenvalues
         self._threads = threads
         self._folder = tempfile.TemporaryDirectory()
         self._child: subprocess.Popen[str] | None = None
@@ -77,11 +77,11 @@ class LapackRoot:
 
     def __exit__(self, *_: object) -> None:
         if self._child is not None:
-            self._child.communicate()  # the end of its input ends it
+            self._child.communicate()  # closing its input ends it
         self._folder.cleanup()
 
     def rival(self, a: Tensor, b: Tensor, error: Callable[[Tensor], float], limit: float) -> SelfTimed:
-        """On float64 covariances (batch, d, d) on the CPU, until the next ones are given. error: of the traces."""
+        """A rival on float64 CPU covariances (batch, d, d), valid until the next call. error: of the traces."""
         for path in Path(self._folder.name).iterdir():
             path.unlink()
         path = Path(self._folder.name) / f"{time.monotonic_ns()}.npy"
@@ -97,7 +97,7 @@ class LapackRoot:
         return SelfTimed(NAME, lambda i: visit(), lambda: error(visit()), limit, visits=visits)
 
     def _visit(self, path: Path) -> dict[str, Any]:
-        """What the process answers: `Job.visit`."""
+        """The answer of the process: `Job.visit`."""
         if self._child is None:
             pools = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
             self._child = subprocess.Popen(
@@ -108,14 +108,14 @@ class LapackRoot:
         assert self._child.stdout is not None
         print(path, file=self._child.stdin, flush=True)
         answer = self._child.stdout.readline()
-        found = json.loads(answer) if answer else {"failure": "the process of LAPACK has ended"}
+        found = json.loads(answer) if answer else {"failure": "the LAPACK process has ended"}
         if "failure" in found:
             raise RuntimeError(found["failure"])
         return found
 
 
 class Timed(NamedTuple):
-    """The time of a call and what it waited for a core, in ms, and what it returned. Of several the median."""
+    """The time of a call and the time it waited for a core, in ms, and its result. The median if repeated."""
 
     ms: float
     waited: float | None
@@ -123,7 +123,7 @@ class Timed(NamedTuple):
 
 
 def once(call: Callable[[Any], Any], given: Any) -> Timed:
-    """call(given)."""
+    """Time call(given) once."""
     before = waiting.waited_ms()
     start = time.perf_counter()
     result = call(given)
@@ -132,7 +132,7 @@ def once(call: Callable[[Any], Any], given: Any) -> Timed:
 
 
 def repeated(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Timed:
-    """prepare: makes the input, which the call may overwrite."""
+    """Time a call repeatedly. prepare: returns a fresh input, which the call may overwrite."""
     time.sleep(PAUSE)
     times: list[Timed] = []
     while not times or (sum(one.ms for one in times) < ENOUGH and len(times) < MOST):
@@ -141,7 +141,7 @@ def repeated(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> Timed:
 
 
 class Job:
-    """One pair of batches in the process of LAPACK."""
+    """One pair of batches in the LAPACK process."""
 
     def __init__(self, path: Path) -> None:
         from scipy.linalg import lapack
@@ -151,7 +151,7 @@ class Job:
         self.solver: str | None = None
 
     def visit(self) -> dict[str, Any]:
-        """ms, the sum of the three calls; waited, of these; values, the traces; solver."""
+        """ms: sum of the three calls; waited: the part of it waiting for a core; values: the traces; solver."""
         factor = repeated(lambda: _columns(self._b), self._potrf)
         _check("potrf", factor.result)
         form = repeated(lambda: [*zip(_columns(self._a), (c for c, _ in factor.result), strict=True)], self._sygst)
@@ -159,7 +159,7 @@ class Job:
         rows = [m.T for m, _ in form.result]
         solvers = {
             "scipy's syevd": lambda: repeated(lambda: _columns(rows), self._syevd),
-            # In torch's order of rows the lower triangle is the upper one.
+            # In torch's row-major order the lower triangle is the upper one.
             "torch.linalg.eigvalsh": lambda: repeated(
                 lambda: torch.from_numpy(np.stack(rows)), lambda m: torch.linalg.eigvalsh(m, UPLO="U").numpy()
             ),
@@ -182,7 +182,7 @@ class Job:
         return [self._lapack.dsygst(a, c, itype=2, lower=1, overwrite_a=1) for a, c in batch]
 
     def _syevd(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        # The default workspace is the least, with which it reduces the matrix a column at a time.
+        # The default workspace is the minimum, with which LAPACK reduces the matrix one column at a time.
         work, integers, _ = self._lapack.dsyevd_lwork(len(batch[0]), compute_v=0, lower=1)
         options = {"compute_v": 0, "lower": 1, "lwork": int(work), "liwork": int(integers), "overwrite_a": 1}
         found = [self._lapack.dsyevd(m, **options) for m in batch]
@@ -191,7 +191,7 @@ class Job:
 
 
 def _columns(batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Copies of symmetric matrices, or of triangles stored row by row, in LAPACK's order of columns."""
+    """Copies of symmetric matrices, or of triangles stored by rows, in LAPACK's column-major order."""
     return [x.copy().T for x in batch]
 
 
@@ -201,7 +201,7 @@ def _check(name: str, results: Sequence[tuple[np.ndarray, int]]) -> None:
 
 
 def serve() -> None:
-    """Each line of the input is a file of two batches; each of the output is one visit as JSON."""
+    """Read file names of batch pairs, one per line, and write one visit as a JSON line each."""
     torch.linalg.eigvalsh(torch.eye(128, dtype=torch.float64))  # the first call loads libraries
     job = None
     for line in sys.stdin:
@@ -211,7 +211,7 @@ def serve() -> None:
                 job = None
                 job = Job(path)
             answer = job.visit()
-        except Exception as problem:  # told to the other process, which goes on
+        except Exception as problem:  # reported to the other process, which continues
             answer = {"failure": harness.first_line(problem)}
         print(json.dumps(answer), flush=True)
 

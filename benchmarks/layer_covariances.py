@@ -18,10 +18,10 @@ SAMPLES = 96
 
 @torch.inference_mode()
 def layer_covariances(layer: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """(vision, text) covariances, (d, d) float64: of all tokens, and without those that MIR's 3-sigma rule removes.
+    """(vision, text) covariances, (d, d) float64: of all tokens, and without the outliers of MIR's 3-sigma rule.
 
-    SmolLM2-135M behind the demo's projector as it is before training, on held-out pictures and unrelated prose.
-    layer: 1 to the number of decoder layers; the last is taken before the final norm.
+    SmolLM2-135M with the demo's untrained projector, on held-out pictures and unrelated prose.
+    layer: 1 to the number of decoder layers; the last one is captured before the final norm.
     """
     demo.check_installed(DemoOptions())
     torch.manual_seed(0)

@@ -1,8 +1,9 @@
-"""Rows of bench_mir.py whose hidden states are generated sample by sample and never stored, and where their time goes.
+"""Benchmark MIR on hidden states generated sample by sample and never stored, with a breakdown of the time.
 
-Ours takes one sample after the other; only what `update` and `compute` take is counted, the generation is told apart.
-`measured` layers are run and the time is scaled to all of them: every layer costs the same. The published recipes keep
-all features of a layer; they get one layer, stored, and their time is scaled likewise. All of it is said in the names.
+Ours processes one sample at a time; only the time of `update` and `compute` counts, and generation is reported
+separately. `measured` layers are run and the time is scaled to all layers, which cost the same. The published recipes
+keep all features of a layer: they run on one stored layer, and their time is scaled likewise. The names of cases and
+rivals state the scaling.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RECIPES = (bench_mir.ACCURATE, bench_mir.FAST)
 
 @dataclass(frozen=True)
 class Shape:
-    """Hidden states of `layers` layers, and how many of them are run. Counts of tokens are a sample's."""
+    """Hidden states of `layers` layers, of which `measured` are run. vision, text: tokens per sample."""
 
     layers: int
     hidden: int
@@ -47,11 +48,11 @@ class Shape:
 
     def __post_init__(self) -> None:
         if not 1 <= self.measured <= self.layers:
-            raise ValueError(f"measured-layers: takes 1 to {self.layers}, the layers, got {self.measured}")
+            raise ValueError(f"measured-layers: expected 1 to {self.layers}, the number of layers, got {self.measured}")
 
     @property
     def case(self) -> str:
-        """What the rows are about."""
+        """The case of the rows."""
         scaled = f"; {self.measured} measured, time x {self.layers / self.measured:g}"
         return (
             f"{self.layers} layers, d {self.hidden}, {self.samples} x ({self.vision} vision + {self.text} text), "
@@ -60,12 +61,12 @@ class Shape:
 
     @property
     def tokens(self) -> stages.Tokens:
-        """Of the layers that are run."""
+        """The tokens of the layers that are run."""
         n = self.samples * (self.vision + self.text)
         return stages.Tokens(n, self.samples * self.text, self.hidden, self.measured)
 
     def states(self, layers: int) -> recipes.HiddenStates:
-        """The same samples each time."""
+        """A new generator of the same samples."""
         return recipes.HiddenStates(layers, self.hidden, self.vision, self.text, self.device)
 
     def stored(self) -> list[bench_mir.Sample]:
@@ -75,7 +76,7 @@ class Shape:
 
 
 class Streamed(NamedTuple):
-    """One run: its value, and the ms counted, spent on generating states, and waited for a core (None: not known)."""
+    """One run: its value, and ms counted, spent generating states, and waiting for a core (None: not known)."""
 
     value: float
     ms: float
@@ -84,7 +85,7 @@ class Streamed(NamedTuple):
 
 
 def streamed(shape: Shape, options: dict[str, Any], watch: contextlib.AbstractContextManager) -> Streamed:
-    """MIR of the measured layers, within `watch` where it is counted."""
+    """MIR of the measured layers; counted time runs within `watch`."""
     states, metric = shape.states(shape.measured), ModalityIntegrationRate(**options)
     counted = generating = 0.0
     before = waiting.waited_ms()
@@ -105,7 +106,7 @@ def streamed(shape: Shape, options: dict[str, Any], watch: contextlib.AbstractCo
 
 
 def reference(data: Sequence[bench_mir.Sample]) -> float:
-    """MIR of one stored layer in float64, by two passes that hold one sample's tokens in float64 at a time."""
+    """MIR of one stored layer in float64, by two passes with one sample's tokens in float64 at a time."""
     (vision_mean, vision), (text_mean, text), alpha = _float64_moments(data)
     gap = (vision_mean - text_mean).square().sum() + vision.trace() + text.trace()
     distance = (gap - 2 * recipes.eigh_trace(vision, text)) * alpha**2
@@ -117,7 +118,7 @@ def _float64_moments(data: Sequence[bench_mir.Sample]) -> tuple[tuple[Tensor, Te
     found, alpha = [], 0.0
     for index in (1, 2):
         norms = torch.cat([rows.norm(dim=-1) for rows in _rows(data, index)])
-        alpha = 1 / norms.mean().item()  # at last the text's
+        alpha = 1 / norms.mean().item()  # the last iteration leaves the text's
         center, radius = norms.median(), 3 * norms.std()
 
         def kept(index: int = index, center: Tensor = center, radius: Tensor = radius) -> Iterator[Tensor]:
@@ -140,10 +141,10 @@ def _rows(data: Sequence[bench_mir.Sample], index: int) -> Iterator[Tensor]:
 
 
 def measure(shape: Shape, skip: Sequence[str], checked: bool, by_stage: bool) -> tuple[list[dict], list[dict]]:
-    """The rows of the CSV, and those of the stages if they are asked for.
+    """The rows of the CSV, and the rows of the stages if `by_stage`.
 
-    checked: hold the values to float64, which takes as long as three of ours. by_stage: watching costs a microsecond a
-    Python call, within the times: nothing where a layer takes seconds.
+    checked: check the values against float64, which takes as long as three runs of ours. by_stage: watching adds a
+    microsecond per Python call to the times, negligible if a layer takes seconds.
     """
     ceilings = harness.ceilings(shape.device)
     truth = reference(shape.stored()) if checked else None
@@ -155,9 +156,9 @@ def measure(shape: Shape, skip: Sequence[str], checked: bool, by_stage: bool) ->
         _warm_up(shape, options)
         watch = stages.Watch() if by_stage else contextlib.nullcontext()
         run = streamed(shape, options, watch)
-        print(f"{rival}: {run.ms / 1e3:.2f} s counted, {run.generating_ms / 1e3:.2f} s to generate", flush=True)
+        print(f"{rival}: {run.ms / 1e3:.2f} s counted, {run.generating_ms / 1e3:.2f} s generating", flush=True)
         error = None
-        if truth is not None:  # of one layer: the distances of the others are not in it
+        if truth is not None:  # the reference covers one layer
             one = (
                 run if shape.measured == 1 else streamed(replace(shape, measured=1), options, contextlib.nullcontext())
             )
@@ -189,7 +190,7 @@ def _of_recipe(
 
 
 def _row(shape: Shape, rival: str, ms: float | None, error: float | None, ceilings: dict[str, float]) -> dict:
-    """A row of harness.COLUMNS; ms and the floor are those of all layers. One whose error is too large has no time."""
+    """A row of harness.COLUMNS with ms and floor of all layers. If the error exceeds the limit, it has no time."""
     limit = None if bench_mir.FAST in rival else bench_mir.LIMIT
     if error is not None and limit is not None and not error <= limit:
         ms = None
@@ -209,13 +210,13 @@ def _row(shape: Shape, rival: str, ms: float | None, error: float | None, ceilin
 
 
 def _warm_up(shape: Shape, options: dict[str, Any]) -> None:
-    """What is loaded, compiled and allocated once is nobody's time."""
+    """Load, compile and allocate everything that happens once, outside the timing."""
     small = replace(shape, layers=1, measured=1, hidden=64, samples=2 * GROUPS, vision=80, text=40)
     streamed(small, options, contextlib.nullcontext())
 
 
 def _now(device: str) -> float:
-    """Milliseconds, after all that the device was given."""
+    """Current time in ms, after the device has finished all work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() * 1e3

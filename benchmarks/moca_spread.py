@@ -1,10 +1,10 @@
-"""How far the time of MoCa in place on a CPU depends on what its benchmark does not choose, by fresh processes.
+"""Measure how the time of MoCa in place on a CPU varies between processes and conditions that the benchmark ignores.
 
     python benchmarks/moca_spread.py                 # two minutes on a quiet machine
 
-Each condition of CONDITIONS runs the first case of bench_moca.py in so many processes of its own, in turns, so that a
-machine's hour is all conditions' alike. A row has the quartiles over the processes of their medians: of the time, and
-of its ratio to each of the two copies in the same process. One process is one layout of the tensors in memory.
+Each condition of CONDITIONS runs the first case of bench_moca.py in several fresh processes, interleaved, so that load
+changes affect all conditions alike. A row has quartiles over the processes' medians: of the time, and of its ratio to
+each of the two copies in the same process. Every process has a different memory layout of the tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mir_kernels import _native
 CASE = "moca forward in place"
 PLAIN, OURS = "copy of the same bytes", "ours, native"
 BUSY = "beside a busy process"
-# The environment variables that make each. The second asks glibc's malloc for huge pages.
+# {condition: environment variables}. The second makes glibc's malloc use huge pages.
 CONDITIONS = {
     "as in the benchmark": {},
     "pages of 2 MB": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
@@ -69,7 +69,7 @@ def process(condition: str, flags: argparse.Namespace) -> dict[str, dict]:
                 other.kill()
                 other.wait()
         if done.returncode:
-            raise RuntimeError(f"{condition}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+            raise RuntimeError(f"{condition}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         return {row["rival"]: row for row in harness.read_csv(out)}
 
 
@@ -88,7 +88,7 @@ def summary(condition: str, runs: Sequence[dict[str, dict]]) -> dict:
 
 
 def runnable() -> list[str]:
-    """The conditions that this machine can make: narrower vectors than its own, and one thread where it has more."""
+    """The conditions that differ on this machine: vectors narrower than its own, one thread if it has more."""
     isas = _native.C.CPU_ISAS
     narrower = isas[isas.index(_native.C.CPU_ISA) + 1 :]
     return [
@@ -101,7 +101,7 @@ def runnable() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=5, help="of each condition")
+    parser.add_argument("--processes", type=int, default=5, help="processes per condition")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each rival in each process")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=2048)

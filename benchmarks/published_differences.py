@@ -1,10 +1,10 @@
-"""What each difference from the published code does to MIR, on fixed synthetic features.
+"""Measure how each difference from the published code changes MIR, on fixed synthetic features.
 
-    python benchmarks/published_differences.py           # the CSV and the table in the docs
-    python benchmarks/published_differences.py --check   # exit 1 where the docs and the CSV differ
+    python benchmarks/published_differences.py           # write the CSV and the table in the docs
+    python benchmarks/published_differences.py --check   # exit code 1 if the docs and the CSV differ
 
-The features have power-law spectra, a mean in a few columns, a gap between the modalities that shrinks with depth, and
-in each modality one token in fifty with a norm eight times larger. Seeds are fixed; no model is needed.
+The features have power-law spectra, a large mean in a few columns, a gap between the modalities that shrinks with
+depth, and in each modality one token in fifty with an eight times larger norm. Seeds are fixed; no model is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = {  # vision tokens, text tokens, d
     "tokens few: 576 vision, 64 text, d 1024": (576, 64, 1024),
 }
 LAYERS = 4
-Features = tuple[list[Tensor], list[Tensor]]  # vision and text, one tensor (n, d) a layer, float32
+Features = tuple[list[Tensor], list[Tensor]]  # vision and text, one float32 tensor (n, d) per layer
 
 
 def features(vision: int, text: int, d: int) -> Features:
@@ -50,7 +50,7 @@ def features(vision: int, text: int, d: int) -> Features:
 
 
 def published(data: Features, distance: Callable[[Tensor, Tensor], float], outliers: str) -> float:
-    """The published loop in its own float32: scale, treat outliers, one distance a layer, log10 of the sum."""
+    """The published loop, in float32 as published: scale, treat outliers, one distance per layer, log10 of the sum."""
     total = 0.0
     for vision, text in zip(*data, strict=True):
         alpha = 1 / text.norm(dim=-1).mean()
@@ -92,7 +92,7 @@ VARIANTS: dict[str, Callable[[Features], float]] = {
 
 
 def rows() -> list[dict]:
-    """One row a case and way of computing, the difference against the first way."""
+    """One row per case and way of computing, with the difference from the first way."""
     found = []
     for case, shape in CASES.items():
         data = features(*shape)
@@ -123,7 +123,7 @@ def table(rows: list[dict]) -> str:
 
 
 def rendered(page: str) -> str:
-    """The docs page with its table as the CSV has it."""
+    """The docs page with its table from the CSV."""
     with (harness.DATA / f"{NAME}.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     return BLOCK.sub(lambda m: m[1] + table(found) + m[2], page)
@@ -135,7 +135,7 @@ def main() -> int:
         return 2
     if sys.argv[1:]:
         same = rendered(PAGE.read_text()) == PAGE.read_text()
-        print(f"{PAGE.name}: {'as its CSV' if same else 'its table differs from its CSV'}")
+        print(f"{PAGE.name}: its table {'matches' if same else 'differs from'} its CSV")
         return int(not same)
     with (harness.DATA / f"{NAME}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

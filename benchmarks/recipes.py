@@ -1,6 +1,6 @@
-"""What the benchmarks hold ours against, as others compute it, and the synthetic hidden states that all of it gets.
+"""Rival methods for the trace of a root, and the synthetic hidden states of the benchmarks.
 
-A root's trace is Tr((AB)^(1/2)) for covariances (..., d, d), returned as (...).
+Each method returns Tr((AB)^(1/2)) (...) of covariances (..., d, d).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class HiddenStates:
-    """Draws one sample after the other: power-law spectra, a large mean in a few columns, a massive first token.
+    """Generates samples one at a time: power-law spectra, a large mean in a few columns, a massive first token.
 
     vision, text: (1 + vision + text,) bool masks; the first token is neither.
     """
 
     def __init__(self, layers: int, hidden: int, vision: int, text: int, device: str = "cpu") -> None:
-        self._generator = torch.Generator(device).manual_seed(0)  # a GPU draws gigabytes in a second
+        self._generator = torch.Generator(device).manual_seed(0)  # a GPU generates gigabytes per second
         self._device = device
         masks = torch.zeros(2, 1 + vision + text, dtype=torch.bool)
         masks[0, 1 : 1 + vision] = True
@@ -38,7 +38,7 @@ class HiddenStates:
             x = torch.randn(len(self.vision), len(gap), generator=self._generator, device=self._device)
             x = x.add_(self._means).mul_(self._spectrum)
             x[self.vision] = x[self.vision].roll(1, -1) + gap
-            x[0] *= 300  # the attention sink that real decoders show
+            x[0] *= 300  # an attention sink, as in real decoders
             yield x.bfloat16()
 
 
@@ -50,7 +50,7 @@ def eigh_trace(a: Tensor, b: Tensor) -> Tensor:
 
 
 def torchmetrics_trace(a: Tensor, b: Tensor) -> Tensor:
-    """torchmetrics' FID: the real part of the square roots of the eigenvalues of AB, a general matrix."""
+    """torchmetrics' FID: the real parts of the square roots of the eigenvalues of AB, a nonsymmetric matrix."""
     return torch.linalg.eigvals(a @ b).sqrt().real.sum(-1)
 
 
@@ -73,7 +73,7 @@ def published_fast_trace(a: Tensor, b: Tensor, iterations: int = 10) -> Tensor:
 
 
 def coupled_newton_schulz_trace(a: Tensor, b: Tensor, iterations: int = 20) -> Tensor:
-    """The usual fast recipe: coupled Newton-Schulz on the product, scaled by its Frobenius norm, in float32."""
+    """The common fast method: coupled Newton-Schulz on the product, scaled by its Frobenius norm, in float32."""
     product = (a @ b).float()
     scale = torch.linalg.matrix_norm(product)[..., None, None]
     eye = torch.eye(a.shape[-1], device=a.device)

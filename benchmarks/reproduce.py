@@ -1,7 +1,8 @@
-"""The paper's claims in small, on the demo's model: benchmarks/data/reproduce_*.csv and .png, for docs/reproduction.md.
+"""Reproduce the paper's claims at small scale with the demo's model, as benchmarks/data/reproduce_*.csv and .png.
 
-A few hundred captioned pictures stand in for LLaVA's 558,000, SmolLM2-135M for Vicuna, EfficientNet-Lite0 for CLIP, the
-loss on held-out captions for the benchmarks. What comes out is written down, whatever it says.
+A few hundred captioned pictures replace LLaVA's 558,000, SmolLM2-135M replaces Vicuna, EfficientNet-Lite0 replaces
+CLIP, and the loss on held-out captions replaces the benchmarks. docs/reproduction.md reports all results, whether they
+support the claims or not.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from reproduce_units import TINY, Row, Scale, Training, Workshop, captions, desc
 
 
 def data(shop: Workshop) -> Iterator[Row]:
-    """Figures 1 and 6, Table 1: MIR and the held-out loss after more and more pre-training data."""
+    """Figures 1 and 6, Table 1: MIR and the held-out loss for increasing amounts of pre-training data."""
     for images in shop.scale.images:
         for seed in shop.scale.seeds:
             yield {"images": images, "seed": seed, **shop.train(Training(images=images, seed=seed))[-1]}
 
 
 def training(shop: Workshop) -> Iterator[Row]:
-    """Figure 4: both while the largest of those trainings runs."""
+    """Figure 4: MIR and the held-out loss during the largest of those trainings."""
     for seed in shop.scale.seeds:
         for row in shop.train(Training(images=shop.scale.images[-1], seed=seed)):
             yield {"seed": seed, **row}
@@ -42,7 +43,7 @@ def projector(shop: Workshop) -> Iterator[Row]:
 
 
 def moca(shop: Workshop) -> Iterator[Row]:
-    """Table 5: with MoCa and without, from the same weights on the same batches."""
+    """Table 5: with and without MoCa, from the same weights on the same batches."""
     for with_moca in (False, True):
         for seed in shop.scale.moca_seeds:
             done = shop.train(Training(images=shop.scale.reference, seed=seed, moca=with_moca))
@@ -50,7 +51,7 @@ def moca(shop: Workshop) -> Iterator[Row]:
 
 
 def content(shop: Workshop) -> Iterator[Row]:
-    """Figure 3: kinds of pictures with kinds of text, and the image at the very beginning."""
+    """Figure 3: kinds of pictures and kinds of text, and the image at the very beginning of the prompt."""
     texts = {"reference": prose(), "descriptions": descriptions(), "captions": captions()}
     cells = [(kind, (kind,), "reference", "chat") for kind in demo.KINDS]
     cells += [("all", demo.KINDS, text, "chat") for text in texts]
@@ -66,7 +67,7 @@ def samples(shop: Workshop) -> Iterator[Row]:
 
 
 def normalization(shop: Workshop) -> Iterator[Row]:
-    """Figure 7: each layer's distance with the text-centric normalisation and without."""
+    """Figure 7: each layer's distance with and without the text-centric normalisation."""
     yield from shop.study("normalization", shop.scale.samples)
 
 
@@ -84,10 +85,10 @@ EXPERIMENTS: dict[str, Callable[[Workshop], Iterator[Row]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=harness.DATA, help="folder of the tables and figures")
-    parser.add_argument("--work", type=Path, default=Path("reproduce-out"), help="folder of what is finished")
-    parser.add_argument("--language-model", type=Path, help="a folder with another language model, in place of SmolLM2")
-    parser.add_argument("--tiny", action="store_true", help="everything once, as small as it can be")
+    parser.add_argument("--out", type=Path, default=harness.DATA, help="folder for tables and figures")
+    parser.add_argument("--work", type=Path, default=Path("reproduce-out"), help="folder for finished units of work")
+    parser.add_argument("--language-model", type=Path, help="folder of another language model, instead of SmolLM2")
+    parser.add_argument("--tiny", action="store_true", help="run everything once at the smallest size")
     flags = parser.parse_args()
 
     demo.check_installed(DemoOptions(language_model=flags.language_model))

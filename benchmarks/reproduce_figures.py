@@ -1,4 +1,5 @@
-"""The figures of `reproduce.py`, one a table: seeds as thin lines or small points, their mean thick, errors as bars."""
+"""The figures of `reproduce.py`, one per table: seeds as thin lines or small points, their mean as a thick line,
+standard errors as bars."""
 
 from __future__ import annotations
 
@@ -32,14 +33,14 @@ def plot(name: str, rows: Sequence[Row], path: Path) -> Path:
 
 
 def _runs(rows: Sequence[Row], key: str, label: str, path: Path) -> Path:
-    """MIR above and the held-out loss below, against the values of `key`: numbers as they are, words side by side."""
+    """MIR above and the held-out loss below, against the values of `key`; values that are words are evenly spaced."""
     figure, (above, below) = figures.stacked_figure((1, 1))
     values = list(dict.fromkeys(row[key] for row in rows))
     numbers = isinstance(values[0], int)
     place = {value: value if numbers else index for index, value in enumerate(values)}
     for index, seed in enumerate(
         sorted({row["seed"] for row in rows})
-    ):  # a line a seed: the same first weights and batches
+    ):  # one line per seed, which fixes the initial weights and the batches
         own = [row for row in rows if row["seed"] == seed]
         at, errors = [place[row[key]] for row in own], [row["error"] or 0.0 for row in own]
         look = drawing.look(index) | {"lw": 0.8, "markersize": 3, "label": f"seed {seed}"}
@@ -49,7 +50,7 @@ def _runs(rows: Sequence[Row], key: str, label: str, path: Path) -> Path:
         mean = [fmean(row[name] for row in rows if row[key] == value) for value in values]
         part.plot(list(place.values()), mean, lw=1.8, color="black", label="mean of the seeds")
     above.set_ylabel("MIR")
-    below.set(xlabel=label, ylabel="held-out loss,\nnats a token")
+    below.set(xlabel=label, ylabel="held-out loss,\nnats per token")
     if key == "images":
         below.set_xscale("log")
     if not numbers:
@@ -63,7 +64,7 @@ def _runs(rows: Sequence[Row], key: str, label: str, path: Path) -> Path:
 
 
 def _cells(rows: Sequence[Row], path: Path) -> Path:
-    """Contents on the left; templates on an axis of their own, since an attention sink dwarfs what contents do."""
+    """Contents on the left; templates on a separate axis, because an attention sink dwarfs the effect of contents."""
     chat = [row for row in rows if row["template"] == "chat"]
     plain = [row for row in rows if row["template"] != "chat"]
     same = [row for row in chat if all(row[key] == plain[0][key] for key in ("images", "text"))]

@@ -1,4 +1,4 @@
-"""The tables of docs/reproduction.md: the rows of `reproduce.py` by seed, and below each what its claim turns on."""
+"""The tables of docs/reproduction.md: the rows of `reproduce.py` by seed, each with the figure its claim rests on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lines(name: str, rows: Sequence[Row]) -> list[str]:
 
 
 def _by_seed(rows: Sequence[Row], key: str, heading: str) -> list[str]:
-    """A row a value of `key`; MIR and the held-out loss of each seed, and their means."""
+    """One row per value of `key`: MIR and the held-out loss of each seed, and their means."""
     seeds = sorted({row["seed"] for row in rows})
     titles = [f"{title}, {column}" for title in MEASURED.values() for column in (*(f"seed {s}" for s in seeds), "mean")]
     side = "---:" if isinstance(rows[0][key], int) else "---"
@@ -58,7 +58,7 @@ def _cell(row: Row, column: str) -> str:
 
 
 def _difference(rows: Sequence[Row]) -> str:
-    """With MoCa less without, seed by seed; the mean's standard error is that of the seeds' differences."""
+    """With MoCa minus without, seed by seed; the standard error of the mean comes from the seeds' differences."""
     seeds = sorted({row["seed"] for row in rows})
     at = {(str(row["moca"]), row["seed"]): row for row in rows}
     cells = ["difference"]
@@ -70,7 +70,7 @@ def _difference(rows: Sequence[Row]) -> str:
 
 
 def _follows(rows: Sequence[Row], key: str) -> str:
-    """Whether MIR goes with the held-out loss, within each seed: two seeds are measured on different pictures."""
+    """Rank correlation of MIR with the held-out loss within each seed; seeds are measured on different pictures."""
     from scipy.stats import spearmanr
 
     found, count = [], 0
@@ -92,7 +92,7 @@ def _content(rows: Sequence[Row]) -> list[str]:
 
 
 def _spread(rows: Sequence[Row]) -> str:
-    """The range over kinds of pictures and over kinds of text beside the standard errors."""
+    """The range over kinds of pictures and over kinds of text, compared with the standard errors."""
     chat = [row for row in rows if row["template"] == "chat"]
     pictures = [row["mir"] for row in chat if row["images"] != "all"]
     texts = [row["mir"] for row in chat if row["images"] == "all"]
@@ -112,7 +112,7 @@ def _samples(rows: Sequence[Row]) -> list[str]:
 
 
 def _normalization(rows: Sequence[Row]) -> list[str]:
-    """The shape of both curves: the first layer, the least and the greatest distance, the last layer."""
+    """The shape of both curves: first layer, smallest and largest distance, last layer."""
     made = [f"| normalisation | layer 1 | least | greatest | layer {rows[-1]['layer']} |", f"| --- |{' ---: |' * 4}"]
     for column, word in (("normalized", "with"), ("unnormalized", "without")):
         least, greatest = min(rows, key=lambda row: row[column]), max(rows, key=lambda row: row[column])

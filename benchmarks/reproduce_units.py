@@ -1,7 +1,7 @@
-"""The work that `reproduce.py` is made of: trainings of the demo's model, and measurements of a trained one.
+"""The units of work of `reproduce.py`: trainings of the demo's model, and measurements of a trained one.
 
-A unit's result is a JSON file in the work folder beside all that it depends on, written in one step: what is finished
-is never done again, and a killed run goes on where it was. After a change of the code, remove the folder.
+The result of a unit is a JSON file in the work folder, written atomically together with everything it depends on.
+Finished units are never repeated, and a killed run resumes. After a code change, remove the folder.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Row = dict[str, Any]
 PIECE = 600  # characters of prose: more than the demo's TEXT_TOKENS tokens
 
 
-pictures = cache(demo.Pictures)  # of a seed; to read and split them anew for every unit takes seconds
+pictures = cache(demo.Pictures)  # by seed; reading and splitting them for every unit would take seconds
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is. images: sizes of the training set, least first; samples: of a measurement; groups: of
-    those, for the standard error; captions: held-out ones, for the loss; most_samples: of the study of their number.
+    """The size of everything. images: sizes of the training set, ascending; samples: per measurement; groups: of
+    samples, for the standard error; captions: held out, for the loss; most_samples: in the study of sample counts.
     """
 
     images: tuple[int, ...] = (40, 80, 160, 320)
@@ -53,7 +53,7 @@ TINY = Scale(images=(4, 8), reference=4, moca_seeds=(0,), samples=6, groups=2, c
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One epoch on `images` captioned pictures; curve: measured on the way as well, and the projector kept."""
+    """One epoch on `images` captioned pictures; curve: also measure during training, and keep the projector."""
 
     images: int
     seed: int
@@ -63,13 +63,13 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file."""
         words = ("train", self.images, f"seed{self.seed}", self.projector, *["moca"] * self.moca)
         return "-".join(map(str, words))
 
     @property
     def steps(self) -> int:
-        """Of the optimizer."""
+        """The number of optimizer steps."""
         return self.images // demo.BATCH
 
     @property
@@ -80,7 +80,7 @@ class Training:
 
 
 class Workshop:
-    """Does units of work, and finds those that are done."""
+    """Runs units of work, and finds finished ones."""
 
     def __init__(self, folder: Path, scale: Scale, language_model: Path | None, console: Console) -> None:
         self.folder, self.scale, self.language_model, self.console = folder, scale, language_model, console
@@ -88,7 +88,7 @@ class Workshop:
         self._began = time.monotonic()
 
     def unit(self, name: str, depends: Row, work: Callable[[], Any]) -> Any:
-        """What `work` gives, from the file of this name if that was made of the same `depends`."""
+        """The result of `work`, read from the file of this name if that has the same `depends`."""
         file = self.folder / f"{name}.json"
         depends = json.loads(json.dumps({**depends, "language_model": str(self.language_model)}))
         if file.exists():
@@ -106,7 +106,7 @@ class Workshop:
 
     def train(self, training: Training) -> list[Row]:
         """Rows of step, mir, error and held_out_loss, the last one after all steps."""
-        # A curve's steps have the end among them, so it serves where only that is wanted.
+        # A curve includes the last step, so it also serves requests for that step only.
         if training.images == self.scale.images[-1] and training.projector == "mlp2" and not training.moca:
             training = replace(training, curve=True)
         depends = {**asdict(training), **self._measured()}
@@ -131,7 +131,7 @@ class Workshop:
         return self.unit(f"study-{name}", {"count": count, "seed": self.scale.seeds[0], **self._measured()}, work)
 
     def measure(self, name: str, kinds: Sequence[str], texts: Sequence[Text], template: str) -> Row:
-        """MIR of the trained model on pictures of some kinds with some prose."""
+        """MIR of the trained model on pictures of these kinds with these texts."""
 
         def work() -> Row:
             model, processor = self.trained
@@ -149,14 +149,14 @@ class Workshop:
         kinds: Sequence[str] = demo.KINDS,
         in_turn: bool = False,
     ) -> Sequence[Sample]:
-        """Held-out pictures with unrelated prose, in groups that share neither, dealt in turn or as blocks."""
+        """Held-out pictures with unrelated prose, in groups that share neither, assigned in turn or as blocks."""
         return demo.probe_samples(own, count, 0, kinds, texts, groups=self.scale.groups, in_turn=in_turn)
 
     @cached_property
     def trained(self) -> tuple[Any, Any]:
         """The model after the largest training of the first seed, and its processor."""
         training = Training(images=self.scale.images[-1], seed=self.scale.seeds[0], curve=True)
-        if not self._weights(training).exists():  # lost, or never kept: what is said of the training goes with them
+        if not self._weights(training).exists():  # without weights the finished unit is useless: train again
             (self.folder / f"{training.name}.json").unlink(missing_ok=True)
         self.train(training)
         model, processor = self._build(training)
@@ -165,7 +165,7 @@ class Workshop:
 
     def _train(self, training: Training) -> list[Row]:
         model, processor = self._build(training)
-        # A seed has held-out pictures of its own, so only trainings of one seed are measured on the same.
+        # Each seed has different held-out pictures, so only trainings of one seed are measured on the same ones.
         own = pictures(training.seed)
         samples = self.samples(self.scale.samples, prose(), own)
         captions = own.held_out(self.scale.captions)[:]
@@ -213,12 +213,12 @@ class Workshop:
 
 
 def values(result: MIRResult) -> Row:
-    """What the tables keep of a result."""
+    """The values of a result that the tables keep."""
     return {"mir": result.value, "error": result.error, "mir_without_sinks": result.value_without_sinks}
 
 
 def prose() -> list[Text]:
-    """Pieces of Python's language reference, none of which comes twice."""
+    """Distinct pieces of Python's language reference."""
     return _pieces([text.content for text in demo.language_reference()])
 
 

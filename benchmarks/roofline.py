@@ -1,11 +1,11 @@
-"""PREDICTED times on GPUs, from the counted bytes and operations: a roofline, no measurement.
+"""PREDICTED times on GPUs from counted bytes and operations: a roofline, not a measurement.
 
     python benchmarks/roofline.py                                   # kernels, and a full MIR of 7B, 13B and 34B models
     python benchmarks/roofline.py --samples 200 --vision 2880       # other data
-    python benchmarks/roofline.py --measured DIR/summary.csv        # the measured medians beside the kernels
+    python benchmarks/roofline.py --measured DIR/summary.csv        # with measured medians next to the predictions
 
 A kernel takes bytes / bandwidth or operations / rate, whichever is longer, at the share of the data sheet's peak that
-large copies and products are assumed to reach. Launches, the host, and reading the states from elsewhere are not in it.
+large copies and products are assumed to reach. Launches, the host, and loading the states are not included.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import harness
 from mir_kernels.ops.sqrtm import eager, float64
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "triton_resources.json"
-FLOPS_PER_CYCLE = 4096  # of 16-bit products on a multiprocessor of sm_90: 989 TFLOP/s, 132 of them, 1.83 GHz
+FLOPS_PER_CYCLE = 4096  # of 16-bit products per multiprocessor of sm_90: 989 TFLOP/s on 132 of them at 1.83 GHz
 
 
 class Gpu(NamedTuple):
-    """Data sheet peaks: GB/s, dense TFLOP/s of 16-bit products with float32 sums and of float64 ones (on tensor cores
-    where there are any); where they stand; and dense int8 TOP/s, for cards whose float64 runs at 1/64 of float32."""
+    """Data sheet peaks: GB/s; dense TFLOP/s of 16-bit products with float32 sums and of float64 products (on tensor
+    cores if available); their source; dense int8 TOP/s, for cards whose float64 runs at 1/64 of float32."""
 
     bandwidth: float
     bf16: float
@@ -40,33 +40,34 @@ GPUS = {
     "H200": Gpu(4800, 989, 67, "NVIDIA H200 Tensor Core GPU data sheet, SXM, without sparsity"),
     "B200": Gpu(8000, 2250, 40, "NVIDIA HGX B200 data sheet, one of eight, without sparsity"),
 }
-# Float64 at 1/64 of the float32 rate, which the sheets of most leave out.
+# Float64 at 1/64 of the float32 rate, which most data sheets omit.
 WITHOUT_FLOAT64 = {
     "RTX 4090": Gpu(1008, 165.2, 1.29, "NVIDIA Ada GPU architecture white paper, appendix A", 660.6),
     "L40S": Gpu(864, 362, 1.43, "NVIDIA L40S data sheet, without sparsity", 733),
     "A10": Gpu(600, 125, 0.49, "NVIDIA A10 data sheet, without sparsity", 250),
     "RTX PRO 6000": Gpu(1792, 503.8, 1.97, "NVIDIA RTX Blackwell PRO architecture white paper, Workstation", 1007.6),
 }
-# Shares of the peak, rounded from H100s: a copy of 3.0 TB/s and a bf16 product of 798 TFLOP/s on random data. That
-# of float64, where factors and triangular solves are among the products, and that of int8 are guesses.
+# Shares of the peak, rounded from H100s: a copy at 3.0 TB/s and a bf16 product at 798 TFLOP/s on random data. The
+# shares of float64, whose work includes factors and triangular solves, and of int8 are guesses.
 REACHED = {"bandwidth": 0.9, "bf16": 0.8, "float64": 0.4, "int8": 0.6}
-FLOAT16_PRODUCTS = 3  # that make one in float32
-# What `mir` takes by default on CUDA, certified to 1e-6, and what its sqrt_precision="bfloat16" takes, to 2e-3.
-GRADES = {"float32": "float32", "bfloat16": "float16"}  # precision asked for: that of the iteration
+FLOAT16_PRODUCTS = 3  # float16 products per float32 product
+# {requested precision: precision of the iteration}: the default of `mir` on CUDA, certified to 1e-6, and
+# sqrt_precision="bfloat16", certified to 2e-3.
+GRADES = {"float32": "float32", "bfloat16": "float16"}
 # Layers and hidden size of the language models under LLaVA-1.5-7B, LLaVA-1.5-13B and LLaVA-NeXT-34B.
 MODELS = {"7B": (32, 4096), "13B": (40, 5120), "34B": (60, 7168)}
-ROWS, WIDTH = 16384, 4096  # of the kernels' table; half of the rows are vision
+ROWS, WIDTH = 16384, 4096  # of the kernels' table; half of the rows are vision tokens
 
 
 def seconds(count: counts.Count, gpu: Gpu, unit: str = "bf16") -> float:
-    """The longer of moving the bytes and doing the operations."""
+    """The longer of the times to move the bytes and to do the operations."""
     moved = count.bytes / (gpu.bandwidth * 1e9 * REACHED["bandwidth"])
     done = count.flops / (getattr(gpu, unit) * 1e12 * REACHED[unit])
     return max(moved, done)
 
 
 def kernels() -> dict[str, tuple[str, counts.Count]]:
-    """{operation as in the benchmarks' CSVs: the case, and what it takes}."""
+    """{operation as in the benchmarks' CSVs: (case, count)}."""
     rows = (ROWS, ROWS // 2, WIDTH)
     moca = {
         "moca forward in place": counts.moca_forward_in_place,
@@ -83,7 +84,7 @@ def kernels() -> dict[str, tuple[str, counts.Count]]:
 
 
 class MirTime(NamedTuple):
-    """Seconds of the parts of one MIR."""
+    """Seconds of each part of one MIR."""
 
     tokens: float
     factors: float
@@ -96,7 +97,7 @@ class MirTime(NamedTuple):
 
 
 def mir_time(gpu: Gpu, layers: int, d: int, tokens: int, precision: str = "float32") -> MirTime:
-    """Norms and covariances of all tokens; of each layer's root the float64 factors, polar steps and certificate."""
+    """Norms and covariances of all tokens; for each layer's root the float64 factors, polar steps and certificate."""
     steps = layers * len(eager.steps_for(GRADES[precision]))
     if precision == "float32":
         one = counts.polar_step(d, element=4)
@@ -112,7 +113,7 @@ def mir_time(gpu: Gpu, layers: int, d: int, tokens: int, precision: str = "float
 
 
 class WithoutFloat64(NamedTuple):
-    """Seconds of one MIR on a card that hardly has float64, and of its roots' float64 work, both ways."""
+    """Seconds of one MIR on a card with few float64 units; the float64 work of its roots in float64, and split."""
 
     rest: float
     float64: float
@@ -120,7 +121,7 @@ class WithoutFloat64(NamedTuple):
 
 
 def without_float64(gpu: Gpu, layers: int, d: int, tokens: int) -> WithoutFloat64:
-    """Tokens and polar steps; factors and certificate in float64; the same with products split into int8."""
+    """Tokens and polar steps; factors and certificate in float64; the same with products split into int8 products."""
     whole = mir_time(gpu, layers, d, tokens)
     digits = seconds(counts.trace_split(d).times(layers), gpu, "int8")
     left = seconds(counts.trace_unsplit(d).times(layers), gpu, "float64")
@@ -128,11 +129,11 @@ def without_float64(gpu: Gpu, layers: int, d: int, tokens: int) -> WithoutFloat6
 
 
 def loop_share(loop: dict, warps: int) -> float:
-    """The share of the tensor cores' rate that a step of a loop on sm_90 allows, by what stands in its PTX.
+    """The share of the tensor cores' rate that a step of a loop on sm_90 allows, judging by its PTX.
 
-    A step's `wgmma` take a multiprocessor 64 columns 32 / 4096 cycles each, in every warpgroup; its lines take one
-    issue slot each of four a cycle, in every warp. They go on beside the products where some stay in flight, and before
-    or after them where the loop waits for all. Memory is not in it.
+    Each `wgmma` of a step takes a multiprocessor 64 columns 32 / 4096 cycles, in every warpgroup; each line takes one
+    of four issue slots per cycle, in every warp. Lines overlap with the products if some stay in flight, and run before
+    or after them if the loop waits for all. Memory is not included.
     """
     products = loop["products"] * (warps // 4) * 64 * loop["columns"] * 32 / FLOPS_PER_CYCLE
     others = loop["lines"] * warps / 4
@@ -140,7 +141,7 @@ def loop_share(loop: dict, warps: int) -> float:
 
 
 def loops() -> dict[str, float]:
-    """{large product: the smallest `loop_share` of its loops}, as the golden table of the compiled kernels has them."""
+    """{large product: the smallest `loop_share` of its loops}, from the golden table of the compiled kernels."""
     kernels = json.loads(GOLDEN.read_text())["kernels"]["sm_90"]
     return {
         name: min(loop_share(loop, kernel["warps"]) for loop in kernel["loops"])
@@ -150,12 +151,12 @@ def loops() -> dict[str, float]:
 
 
 def mir_case(layers: int, d: int, samples: int, vision: int, text: int) -> str:
-    """As bench_mir.py names it."""
+    """The case as named by bench_mir.py."""
     return f"{layers} layers, d {d}, {samples} x ({vision} vision + {text} text)"
 
 
 def measured(paths: list[Path], cases: dict[str, str]) -> dict[str, str]:
-    """{name: the best median of ours with its device}, out of benchmark CSVs; cases: {name: part of the CSV's case}."""
+    """{name: our best median with its device}, from benchmark CSVs; cases: {name: part of the CSV's case}."""
     best: dict[str, tuple[float, str]] = {}
     for path in paths:
         for row in harness.read_csv(path):
@@ -207,19 +208,19 @@ def report(samples: int, vision: int, text: int, paths: list[Path]) -> str:
     lines += [f"| {name} | {share:.2f} |" for name, share in loops().items()]
     steps = {grade: len(eager.steps_for(precision)) for grade, precision in GRADES.items()}
     lines += ["", "Assumptions:"]
-    lines += [f"- reached of the peak: {', '.join(f'{k} {v}' for k, v in REACHED.items())}"]
+    lines += [f"- share of the peak reached: {', '.join(f'{k} {v}' for k, v in REACHED.items())}"]
     for name, g in (GPUS | WITHOUT_FLOAT64).items():
         peaks = f"16 bits {g.bf16}, float64 {g.float64}{f', int8 {g.int8}' if g.int8 else ''} TFLOP/s"
         lines.append(f"- {name}: {g.bandwidth} GB/s, {peaks} ({g.source})")
     lines += [
-        "- bytes and operations are the fewest (benchmarks/counts.py); half of the kernels' rows are vision rows",
+        "- bytes and operations are minimal (benchmarks/counts.py); half of the kernels' rows are vision tokens",
         f"- a root: float64 Cholesky factors and their product, {steps['float32']} polar steps in float32 by "
         f"{FLOAT16_PRODUCTS} float16 products each, or {steps['bfloat16']} in 16 bits, and the float64 certificate of "
         "either; one precision suffices",
-        f"- split: {float64.PARTS * (float64.PARTS + 1) // 2} products of integers for one of float64, all products, "
-        "factors and solves but the Cholesky factor that proves a norm and what lies within blocks of "
-        f"{float64.BLOCK} columns; seven products' digits and sums count as bytes",
-        "- hidden states lie in GPU memory; launches, the forward pass of the model and the host are not counted",
+        f"- split: {float64.PARTS * (float64.PARTS + 1) // 2} integer products per float64 product, for all products, "
+        "factors and solves except the Cholesky factor that proves a norm and the work within blocks of "
+        f"{float64.BLOCK} columns; digits and sums of seven products count as bytes",
+        "- hidden states are in GPU memory; launches, the forward pass of the model and the host are not counted",
     ]
     return "\n".join(lines)
 
@@ -227,8 +228,8 @@ def report(samples: int, vision: int, text: int, paths: list[Path]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--vision", type=int, default=576, help="vision tokens a sample")
-    parser.add_argument("--text", type=int, default=64, help="text tokens a sample")
+    parser.add_argument("--vision", type=int, default=576, help="vision tokens per sample")
+    parser.add_argument("--text", type=int, default=64, help="text tokens per sample")
     parser.add_argument("--measured", type=Path, nargs="*", default=sorted(harness.DATA.glob("*_cuda*.csv")))
     flags = parser.parse_args()
     print(report(flags.samples, flags.vision, flags.text, flags.measured))

@@ -1,9 +1,9 @@
-"""A pytest plugin: the tests of one shard, and a report that is written line by line.
+"""A pytest plugin that runs one shard of the tests and writes a report line by line.
 
-MIR_SHARD    "I/N": of the collected tests those of one shard, in runs of neighbours, which share kernels.
-MIR_REPORT   a file that gets a line of JSON when a test starts and when it has ended, so that what a process has found
-             outlives it. Tests that stand there already are left out: the process before this one did not get past one.
-MIR_EARLIER  the reports of an earlier run: what failed there comes first, what passed last.
+MIR_SHARD    "I/N": run shard I of N of the collected tests, in runs of neighbours, which share kernels.
+MIR_REPORT   a file that gets a JSON line when a test starts and when it ends, so that results survive a crash of the
+             process. Tests already in it are skipped: a previous process stopped in one of them.
+MIR_EARLIER  reports of an earlier run: its failures run first, its passed tests last.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import pytest
 
 import gpu_suite_reports as reports
 
-TOGETHER = 8  # neighbours compile the same kernels
+TOGETHER = 8  # tests per run of neighbours, which compile the same kernels
 REPORT = os.environ.get("MIR_REPORT", "")
-ENDED = {"failed": 0, None: 1, "skipped": 2, "passed": 2}  # what comes first
+ENDED = {"failed": 0, None: 1, "skipped": 2, "passed": 2}  # order by earlier outcome
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
@@ -41,12 +41,12 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """The end of a test. A process whose CUDA context is lost ends here: every test after it would fail for that."""
+    """Report the end of a test. If its CUDA context is lost, end the process: every later test would fail."""
     if not REPORT or (report.when != "call" and report.passed):
         return
     reports.write(REPORT, ended(report))
     if report.failed and (why := reports.lost_context()):
-        print(f"{report.nodeid} lost the CUDA context ({why}): the process ends\n{report.longreprtext}", flush=True)
+        print(f"{report.nodeid} lost the CUDA context ({why}), exiting\n{report.longreprtext}", flush=True)
         sys.stderr.flush()
         os._exit(reports.LOST)
 
@@ -57,7 +57,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def ended(report: pytest.TestReport | pytest.CollectReport) -> dict:
-    """The line of a report; of a failure the message that stands last in the traceback, and the traceback's end."""
+    """The report line of a test; for a failure with its message and the end of the traceback."""
     line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(getattr(report, "duration", 0.0), 2)}
     if report.failed:
         text = report.longreprtext

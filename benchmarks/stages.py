@@ -1,8 +1,8 @@
-"""Where the time of MIR goes: seconds by stage, each beside the least that this machine could take for it.
+"""A breakdown of MIR's time into stages, each with a lower bound of its time on this machine.
 
-`Watch` follows the calls of Python functions while it is entered and charges the time to the innermost one that
-belongs to a stage of STAGES; what runs within a section of SECTIONS is charged under that section's name. The least is
-the bytes of the stage at the rate of a copy, or its operations at the rate of a large matrix product.
+While entered, `Watch` follows Python function calls and charges time to the innermost function that belongs to a stage
+of STAGES; time within a section of SECTIONS is charged under that section's name. The lower bound is the bytes of the
+stage at the rate of a copy, or its operations at the rate of a large matrix product.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METRIC = "modality_integration.metric"
 MOMENTS = "mir_kernels.ops.moments.streaming:StreamingMoments"
 CENTRING = "mir_kernels.ops.frechet.centring"
 REST = "rest"
-SHOWN = 0.05  # share of a run's time from which a stage stands in a page's table
+SHOWN = 0.05  # share of a run's time from which a table lists a stage
 COLUMNS = (
     "case", "run", "stage", "calls", "seconds", "share", "least_seconds", "least_is", "copy_gbs", "matmul_gflops",
     "float64_gflops", *harness.ENVIRONMENT,
@@ -34,7 +34,7 @@ COLUMNS = (
 
 
 class Tokens(NamedTuple):
-    """What passes by in a run: n tokens of a layer, those of text among them, d, and the number of layers."""
+    """The tokens of a run: n tokens per layer, of which `text` are text tokens, their size d, and the layers."""
 
     n: int
     text: int
@@ -43,13 +43,13 @@ class Tokens(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The functions that a stage is made of, as module:qualified.name, and the least that it takes, in words and as a
-    count of bytes or operations: of a run (`calls` is 1), or of each call of one of its first `entries` functions."""
+    """The functions of a stage, as module:qualified.name, and its lower bound, in words and as a count of bytes or
+    operations: per run (`calls` is 1), or per call of one of its first `entries` functions."""
 
     functions: tuple[str, ...]
     least: Callable[[Tokens], counts.Count]
     words: str
-    unit: str = "any"  # of the operations: "any" unit of the machine, or "float64"
+    unit: str = "any"  # unit for the operations: "any" of the machine, or "float64"
     each_call: bool = False
     entries: int = 1
 
@@ -85,7 +85,7 @@ STAGES = {
         (f"{METRIC}.tokens:sum_of_norms",), _bytes(lambda t: 2 * t.text * t.d * t.layers), "text tokens read"
     ),
     "covariance update": Stage(
-        # of a stream, and of features that are all in memory, without bounds and with them
+        # for streams, and for features in memory without and with bounds
         (f"{MOMENTS}.update", f"{MOMENTS}._fold_pending", f"{CENTRING}:moments", f"{CENTRING}:covariance"),
         lambda t: counts.Count(0, t.n * t.d * (t.d + 1) * t.layers),
         "one triangle of the products",
@@ -140,7 +140,7 @@ SECTIONS = {"standard error": (f"{METRIC}.layer:_left_out", f"{METRIC}.accumulat
 
 
 def code_of(path: str) -> CodeType:
-    """The code object of module:qualified.name. AttributeError where there is none: the stage then needs a new name."""
+    """The code object of module:qualified.name. AttributeError if there is none: STAGES then needs an update."""
     module, _, name = path.partition(":")
     owner: Any = importlib.import_module(module)
     found = reduce(inspect.getattr_static, name.split("."), owner)
@@ -149,12 +149,12 @@ def code_of(path: str) -> CodeType:
 
 
 class Watch:
-    """Seconds and calls by stage, "section: stage" within a section. May be entered again and goes on counting."""
+    """Seconds and calls by stage, "section: stage" within a section. Entering it again continues the counts."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
-        # By identity: the hash of a code object is computed anew each time.
+        # By identity, because the hash of a code object is not cached.
         self._stages = {id(code_of(path)): name for name, stage in STAGES.items() for path in stage.functions}
         self._first = {id(code_of(path)) for stage in STAGES.values() for path in stage.functions[: stage.entries]}
         self._sections = {id(code_of(path)): name for name, paths in SECTIONS.items() for path in paths}
@@ -183,7 +183,7 @@ class Watch:
             return
         above, within = self._stack[-1]
         self._stack.append((section or above, REST if stage is None else stage))
-        # A call out of its own stage is part of it: an update that a merge makes counts, one of an update does not.
+        # A call from within the same stage is part of it: an update called by a merge counts, by an update it does not.
         if code in self._first and stage != within:
             self.calls[self._label()] += 1
 
@@ -198,14 +198,14 @@ class Watch:
 
 
 def rows(case: str, run: str, watch: Watch, tokens: Tokens, ceilings: dict[str, float]) -> list[dict]:
-    """One row a stage, of most time first. ceilings: `harness.ceilings` of this run."""
+    """One row per stage, the longest first. ceilings: `harness.ceilings` of this run."""
     total = sum(watch.seconds.values())
     found = []
     for label, seconds in sorted(watch.seconds.items(), key=lambda item: -item[1]):
         stage = STAGES.get(label.rpartition(": ")[2])
         row = {"case": case, "run": run, "stage": label, "calls": watch.calls[label], "seconds": seconds}
         row |= {"share": seconds / total, "least_seconds": None, "least_is": ""}
-        # A pass over the tokens happens once: within a section it has no least of its own.
+        # A pass over the tokens happens once: within a section it has no separate lower bound.
         if stage is not None and (stage.each_call or label in STAGES):
             least = stage.least(tokens)
             rate = ceilings["float64_gflops" if stage.unit == "float64" else "matmul_gflops"]
@@ -226,7 +226,7 @@ def write(found: Sequence[dict], path: Path, device: str) -> None:
 
 
 def lines(found: Sequence[dict]) -> list[str]:
-    """A table of the stages from SHOWN on, in Markdown; rows as `rows` gives them or as the CSV has them."""
+    """A Markdown table of the stages from SHOWN on; `found` are rows of `rows` or of the CSV."""
     head = (found[0]["case"], "stage", "calls", "seconds", "share", "least, s", "x least", "the least is")
     made = [f"| {' | '.join(head)} |", "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]
     before = None

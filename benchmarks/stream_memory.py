@@ -1,16 +1,16 @@
-"""Memory of a stream of LLaVA-1.5-7B's shape through `ModalityIntegrationRate`: the peak, and what it is made of.
+"""Measure the memory of a stream of LLaVA-1.5-7B's shape through `ModalityIntegrationRate`: the peak and its parts.
 
     python benchmarks/stream_memory.py                          # 32 layers, d 4096, 100 samples: twenty minutes
     python benchmarks/stream_memory.py --layers 2 --hidden 512 --samples 20 --out FILE  # seconds
     python benchmarks/stream_memory.py --device cuda --out FILE
 
-Synthetic hidden states (those of bench_mir.py) of one sample at a time, all layers, as a forward pass leaves them. The
-peak is what the process holds beyond what it held before the first sample, read from the kernel (of a GPU, from torch)
-once after the last sample and once after `compute()`; the parts are counted from the tensors. All but one sample's
-states is the same for every layer, so that the accumulators of the 5 groups that `mir compute` deals samples into by
-default, for the standard error, are measured with an eighth of the layers. Finished groups' accumulators leave a GPU
-for the host. On a CPU they stay; to count what would be on a GPU at once, a further case moves them all the same, from
-the CPU to another place on it. Each case runs in a process of its own.
+Synthetic hidden states (those of bench_mir.py), one sample at a time with all layers, as returned by a forward pass.
+The peak is the process memory beyond its use before the first sample, read from the kernel (for a GPU, from torch)
+after the last sample and after `compute()`; the parts are counted from the tensors. Apart from one sample's states,
+memory is the same for every layer. The accumulators of 5 groups, the default of `mir compute` for the standard error,
+are therefore measured with an eighth of the layers. Accumulators of finished groups move from a GPU to the host. On a
+CPU they stay; to count how much a GPU would hold at once, a further case moves them to another place in CPU memory.
+Each case runs in a separate process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = ("case", "part", "mb", *harness.ENVIRONMENT)
 
 
 def measure(flags: argparse.Namespace, layers: int, groups: int, moving: bool) -> dict[str, float]:
-    """MB by part; see the module. moving: finished groups' accumulators, from a CPU too."""
+    """MB by part, see the module docstring. moving: move accumulators of finished groups, also from a CPU."""
     states, memory = recipes.HiddenStates(layers, flags.hidden, flags.vision, flags.text), _Memory(flags.device)
     _warm_up(memory)
     before = memory.now()
@@ -62,7 +62,7 @@ def measure(flags: argparse.Namespace, layers: int, groups: int, moving: bool) -
     resting = memory.now() - before
     result = metric.compute()
     computing = memory.peak() - before
-    print(f"{result}\n{time.monotonic() - began:.0f} s in all")
+    print(f"{result}\n{time.monotonic() - began:.0f} s in total")
     features = layers * flags.samples * (flags.vision + flags.text) * flags.hidden
     return parts | {
         AT_ONCE: at_once,
@@ -76,7 +76,7 @@ def measure(flags: argparse.Namespace, layers: int, groups: int, moving: bool) -
 
 
 def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
-    """Buffers as they are allocated; the public state has only what is in them."""
+    """Buffers as allocated; the public state has only their contents."""
     triangles = gathered = norms = 0
     for layer in metric._layers:
         for moments in layer.moments.here:
@@ -84,7 +84,7 @@ def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
             gathered += waiting
             triangles += moments.memory_bytes - waiting
         for tokens in layer.tokens.values():
-            norms += tokens.others.norms.nbytes + tokens.others.count()  # and a byte for the group of each
+            norms += tokens.others.norms.nbytes + tokens.others.count()  # plus one byte each for the group
     return {
         TRIANGLES: triangles / 1e6,
         GATHERED: gathered / 1e6,
@@ -94,7 +94,7 @@ def _parts(metric: ModalityIntegrationRate) -> dict[str, float]:
 
 
 class _Memory:
-    """MB of this process, or of a GPU's tensors: now, and at most since the peak was started over."""
+    """MB of this process, or of a GPU's tensors: now, and the peak since its last reset."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -113,7 +113,7 @@ class _Memory:
 
 
 def _warm_up(memory: _Memory) -> None:
-    """What a process allocates once, for BLAS, LAPACK and the kernels, is no part of the stream."""
+    """Do the one-time allocations of BLAS, LAPACK and the kernels, which are not part of the stream."""
     states = recipes.HiddenStates(1, 64, 80, 80)
     metric = ModalityIntegrationRate(hold=2)
     for _ in range(2):
@@ -137,13 +137,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--vision", type=int, default=576, help="vision tokens a sample")
-    parser.add_argument("--text", type=int, default=80, help="text tokens a sample")
+    parser.add_argument("--vision", type=int, default=576, help="vision tokens per sample")
+    parser.add_argument("--text", type=int, default=80, help="text tokens per sample")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=harness.DATA / "stream_memory.csv", help="CSV to write")
     flags = parser.parse_args()
     if flags.device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        sys.exit("stream_memory: reads the peak from /proc, which only Linux has")
+        sys.exit("stream_memory: measuring the peak requires /proc, which only Linux has")
     parts = _alone(flags, flags.layers, 0, False)
     parts = {part: mb for part, mb in parts.items() if part not in (AT_ONCE, PUT_AWAY)}
     fewer = max(1, flags.layers // 8)

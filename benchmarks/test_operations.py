@@ -1,8 +1,8 @@
-"""One benchmark an operation, by pytest-benchmark: `make bench-watch`, or `pytest benchmarks --benchmark-only`.
+"""One pytest-benchmark per operation: `make bench-watch`, or `pytest benchmarks --benchmark-only`.
 
-To watch one machine over time (`--benchmark-autosave`, `--benchmark-compare`). Inputs, errors and limits are those of
-bench_*.py, which times rivals side by side and makes the figures; here are ours alone, small. Each is held to its limit
-before it is timed.
+They track one machine over time (`--benchmark-autosave`, `--benchmark-compare`). Inputs, errors and limits are those of
+bench_*.py, which times rivals side by side and produces the figures; here only ours runs, at small sizes. Each error is
+checked against its limit before timing.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ N, D = 2048, 512  # tokens; matrices are half as wide
 
 
 def timed(benchmark, rivals: Sequence[harness.Rival], name: str | tuple = harness.OURS, limit: float = 1.0) -> None:
-    """Times the first rival whose name begins so: of ours, what is taken by default. limit: a closer one than its."""
+    """Time the first rival whose name begins with `name`: by default our default. limit: tighter than the rival's."""
     rival = next(r for r in rivals if r.name.startswith(name))
     assert rival.found_error() <= min(rival.limit, limit)
     benchmark(rival.call, 0)
@@ -86,7 +86,7 @@ def test_mir(benchmark):
     )
 
 
-# What no bench_*.py times for want of a rival: on its covariances, with a reference and a limit of its own.
+# Operations without a rival in bench_*.py: on its covariances, with a separate reference and limit.
 
 
 def alone(call: Callable[[], Tensor], exact: Tensor, limit: float) -> list[harness.Rival]:

@@ -1,11 +1,11 @@
-"""Block sizes of the Triton kernels by measurement: candidates, a correctness gate against float64, time.
+"""Tune block sizes of the Triton kernels by measurement: candidates, a correctness check against float64, timing.
 
     python benchmarks/tune.py --out tuned.json          # on a GPU: times every candidate, writes the rows to commit
-    python benchmarks/tune.py --out tuned.json --dry    # anywhere: two candidates a table, compiled for sm_90
+    python benchmarks/tune.py --out tuned.json --dry    # anywhere: two candidates per table, compiled for sm_90
 
-All candidates are first compiled ahead of time, in as many processes as there are cores: those that spill or do not fit
-into shared memory are out, and a launch finds the others in Triton's cache. Nothing in the repository changes. A row is
-offered in place of the shipped one where it is at least 3% faster, in tuned.json and as lines to commit in tuned.txt.
+All candidates are first compiled ahead of time, in as many processes as there are cores. Those that spill or do not fit
+into shared memory are rejected; a launch finds the others in Triton's cache. The repository is not changed. A row that
+is at least 3% faster replaces the shipped one in tuned.json, and in tuned.txt as lines to commit.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from mir_kernels.ops.sqrtm import triton as sqrtm
 from mir_kernels.ops.sqrtm import triton_products as products
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-WORTH = 0.97  # of the shipped row's median: what another row must reach to be offered
+WORTH = 0.97  # fraction of the shipped row's median below which another row is offered
 STEP = (3.2, -2.4, 0.5)
 Calls = list[tuple[Callable, tuple]]  # launchers and their arguments
 
 
 class Job(NamedTuple):
-    """A table row to choose: `calls(device)` gives what to time and a function of its error against float64."""
+    """A table row to choose. `calls(device)` returns the calls to time and a function that returns their error."""
 
     name: str
     table: dict
@@ -50,7 +50,7 @@ class Job(NamedTuple):
     limit: float
 
     def rows(self, architecture: str) -> dict[str, NamedTuple]:
-        """{name: row}, the shipped one first, no row twice."""
+        """{name: row}, the shipped one first, without duplicates."""
         shipped = self.table[architecture]
         found = {"shipped": shipped}
         for change in self.candidates(shipped):
@@ -97,7 +97,7 @@ def second_moment(device: str) -> tuple[Calls, Callable[[], float]]:
     calls = [
         (moments.accumulate, (second, x, None, zeros(d) + mean, zeros(2, d), zeros(2), precision))
         for mean, precision in ((0, "fast"), (64, "auto"))
-    ]  # as it is, and as if it were to be split
+    ]  # whole products, and split ones as for large means
 
     def error() -> float:
         found = []
@@ -113,7 +113,7 @@ def second_moment(device: str) -> tuple[Calls, Callable[[], float]]:
 
 def polynomial_step(dtype: torch.dtype, d: int, device: str) -> tuple[Calls, Callable[[], float]]:
     x = (torch.randn(2 if d >= products.LARGE else 64, d, d, device=device) / (2 * d**0.5)).to(dtype)
-    held: dict[bool, Tensor] = {}  # made once: what is timed is the step
+    held: dict[bool, Tensor] = {}  # split once, so that only the step is timed
 
     def step() -> Tensor:
         tiles = products.tiles_for(d, d, dtype, x.device)
@@ -143,13 +143,13 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def grid(**values: tuple) -> Callable[[NamedTuple], list[dict]]:
-    """Every combination of the values, as changes to any row."""
+    """Every combination of the values, as changes to a row."""
     changes = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
     return lambda row: changes
 
 
 def warps_at(edge: int) -> Callable[[NamedTuple], list[dict]]:
-    """Warps of the kernel that holds a matrix of this edge in registers."""
+    """Numbers of warps of the kernel that keeps a matrix of this edge in registers."""
     return lambda row: [{"small": {**row.small, edge: warps}} for warps in (1, 2, 4, 8)]
 
 
@@ -158,18 +158,18 @@ def either(*parts: Callable[[NamedTuple], list[dict]]) -> Callable[[NamedTuple],
 
 
 def waves(row: NamedTuple) -> list[dict]:
-    """Half and twice as many programs as fit a GPU at once, in the kernels that loop over rows."""
+    """Half and twice the number of programs in the kernels that loop over rows."""
     return [{"processors": row.processors // 2}, {"processors": row.processors * 2}]
 
 
-# Of the covariances, a tile has a total beside its accumulator: 128^2 is the largest that leaves registers.
+# In covariance kernels a tile has a total besides its accumulator: 128^2 is the largest that fits in registers.
 LARGE = either(
     grid(tile=(128,), step=(32, 64), warps=(4, 8), stages=(3, 4)),
     grid(tile=(64,), step=(32, 64), warps=(4,), stages=(3,)),
 )
 
 
-# rows, columns, step, warps, stages of the large products, by the way they multiply.
+# rows, columns, step, warps, stages of the large products, by `Tiles.halves`.
 SHAPES = {
     "none": ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
              (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)),
@@ -181,7 +181,7 @@ SHAPES = {
 
 
 def tiles(row: NamedTuple) -> list[dict]:
-    """Shapes of the large products; of the shipped one also wider bands, and tiles fetched by the threads."""
+    """Shapes of the large products; for the shipped one also other bands, and tiles loaded by the threads."""
     ways = ("none",) if row.halves == "none" else tuple(SHAPES)[1:]
     names = ("rows", "columns", "step", "warps", "stages")
     shapes = [{**dict(zip(names, shape, strict=True)), "halves": way} for way in ways for shape in SHAPES[way]]
@@ -216,7 +216,7 @@ JOBS = [
 
 
 def needs(number: int, name: str, architecture: str, shared: int) -> tuple[str, str]:
-    """What one candidate of one job takes, compiled ahead of time: why it cannot run or "", and its resources."""
+    """Compile one candidate of one job ahead of time. Returns why it cannot run, or "", and its resources."""
     import aot
 
     job = JOBS[number]
@@ -245,21 +245,21 @@ def compiled(
     workers = max(1, min(len(rows), os.cpu_count() or 1))
     if workers == 1:
         return {row: needs(*row, architecture, shared) for row in rows}
-    # Spawned, for a fork would inherit the CUDA context.
+    # Spawned, because a fork would inherit the CUDA context.
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         found = [pool.submit(needs, *row, architecture, shared) for row in rows]
         return dict(zip(rows, (one.result() for one in found), strict=True))
 
 
 def run_all(calls: Calls, table: dict, architecture: str, row: NamedTuple, i: int = 0) -> None:
-    """The calls with `row` in the table; the row stays there."""
+    """Run the calls with `row` in the table, where it stays."""
     table[architecture] = row
     for launcher, arguments in calls:
         launcher(*arguments)
 
 
 def choose(job: Job, architecture: str, seconds: float, refused: dict[str, str]) -> dict:
-    """Times every candidate that was not refused and is right; the best stays in the table, for what follows."""
+    """Time every correct candidate that was not rejected; the best stays in the table for the jobs that follow."""
     shipped = job.table[architecture]
     calls, error = job.calls("cuda")
     rows = {name: row for name, row in job.rows(architecture).items() if name not in refused}
@@ -290,13 +290,13 @@ def choose(job: Job, architecture: str, seconds: float, refused: dict[str, str])
 
 
 def fastest(medians: dict[str, float]) -> str:
-    """The name of the row to take: the shipped one unless another is WORTH it."""
+    """The name of the best row: the shipped one unless another reaches WORTH."""
     best = min(medians, key=medians.__getitem__, default="shipped")
     return best if medians.get(best, 1.0) <= WORTH * medians.get("shipped", float("inf")) else "shipped"
 
 
 def lines_to_commit(found: Sequence[dict], before: dict[str, str]) -> str:
-    """For each table that changes, its row as it is and as it would be: `before` and the last offer."""
+    """For each table that changes, its row before and after: `before` and the last offer."""
     last = {one["table"]: one for one in found}
     text = []
     for table, one in last.items():
@@ -313,11 +313,11 @@ def lines_to_commit(found: Sequence[dict], before: dict[str, str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, required=True, help="JSON to write; the lines to commit go beside it as .txt"
+        "--out", type=Path, required=True, help="JSON to write; the lines to commit are written next to it as .txt"
     )
     parser.add_argument("--seconds", type=float, default=0.1, help="time for each candidate")
-    parser.add_argument("--only", default="", help="tables whose name contains this")
-    parser.add_argument("--dry", action="store_true", help="compile ahead of time, time nothing")
+    parser.add_argument("--only", default="", help="only tables whose name contains this")
+    parser.add_argument("--dry", action="store_true", help="only compile ahead of time, without timing")
     flags = parser.parse_args()
     torch.manual_seed(0)
     numbers = [number for number, job in enumerate(JOBS) if flags.only in job.name]
@@ -339,12 +339,12 @@ def main() -> int:
                           "compiled": {name: text for name, (_, text) in mine.items()}})  # fmt: skip
         else:
             found.append(choose(job, architecture, flags.seconds, refused))
-        # What is known so far, should time run out.
+        # Written after every job, in case time runs out.
         flags.out.write_text(json.dumps({"of": len(numbers), "tables": found}, indent=1) + "\n")
         flags.out.with_suffix(".txt").write_text(lines_to_commit(found, before))
         one = found[-1]
         speed = f"{one['shipped_ms']} ms -> {one['best_ms']} ms" if "best_ms" in one else f"{len(mine)} rows"
-        print(f'{one["table"]}: {speed}, {len(refused)} refused\n    "{architecture}": {one["offer"]},', flush=True)
+        print(f'{one["table"]}: {speed}, {len(refused)} rejected\n    "{architecture}": {one["offer"]},', flush=True)
     print(lines_to_commit(found, before) or "no row changes")
     return int(any("shipped" in one["refused"] for one in found))
 

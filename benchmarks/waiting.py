@@ -1,7 +1,7 @@
-"""How long this process waited for a core while it was timed: on a busy machine a time tells of the other processes.
+"""Measure how long this process waited for a core while it was timed: on a busy machine, times depend on other load.
 
-Two threads on two cores beside one more busy process take turns of the scheduler's slices, 4 ms or so: a call of 2 ms
-then takes 8 or 12. Linux counts what each thread waited for a core, in /proc/self/task/*/schedstat.
+Two threads on two cores with one more busy process share the scheduler's slices of about 4 ms: a call of 2 ms then
+takes 8 or 12. Linux counts how long each thread waited for a core in /proc/self/task/*/schedstat.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TASKS = Path("/proc/self/task")
-BEARABLE = 0.02  # share of a call's time that its threads may have waited, all together
+BEARABLE = 0.02  # accepted total waiting time of a call's threads, as a share of its time
 
 
 def waited_ms() -> float | None:
-    """What all threads of this process have waited for a core so far, or None where the kernel does not say."""
+    """Total time that the threads of this process have waited for a core so far, or None if the kernel has no data."""
     found = []
     for task in TASKS.glob("*/schedstat"):
         try:
@@ -25,8 +25,8 @@ def waited_ms() -> float | None:
 
 
 def undisturbed(calls: Sequence[tuple[float, float | None]], fewest: int) -> tuple[list[float], float | None]:
-    """Of calls as (ms, ms waited): the sorted times of those that hardly waited, of all if these are under `fewest`;
-    and the median share of the time that the chosen ones waited, None where it is not known.
+    """The sorted times of calls (ms, ms waited) that hardly waited, or of all calls if those are fewer than `fewest`;
+    and the median share of their time spent waiting, None if unknown.
     """
     quiet = [(ms, waited) for ms, waited in calls if waited is not None and waited <= BEARABLE * ms]
     chosen = quiet if len(quiet) >= fewest else list(calls)

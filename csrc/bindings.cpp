@@ -1,7 +1,8 @@
-// The Python module mir_kernels._C: addresses, sizes and a stream in, nothing out. The only file that names pybind11.
+// The Python module mir_kernels._C. Functions accept addresses, sizes and a stream, and write their results to memory.
+// This is the only file that uses pybind11.
 //
-// Nothing is checked here but what would be undefined behaviour for any address: the Python callers in
-// mir_kernels/*/native.py own the tensors and their shapes. The interpreter lock is released during every call.
+// Only arguments that would be undefined behaviour for any address are checked here. The Python callers in
+// mir_kernels/ops/*/native.py own the tensors and their shapes. The interpreter lock is released during every call.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -27,7 +28,7 @@ void* at(Address address) { return reinterpret_cast<void*>(address); }
 const uint8_t* mask_at(Address address) { return reinterpret_cast<const uint8_t*>(address); }
 
 DType dtype_of(int code) {
-  if (code < 0 || code > 3) throw std::invalid_argument("dtype: takes a code of DTYPES, got " + std::to_string(code));
+  if (code < 0 || code > 3) throw std::invalid_argument("dtype: expected a DTYPES code, got " + std::to_string(code));
   return static_cast<DType>(code);
 }
 
@@ -68,7 +69,7 @@ TokenNorms token_norms(Address x, int64_t x_stride, Address out, int64_t rows, i
 SecondMoment second_moment(Address x, int64_t x_stride, Address shift, Address vectors, Address weights,
                            Address second, int64_t panel, Address sums, Address packed, int64_t rows, int64_t cols,
                            int dtype) {
-  if (dtype_of(dtype) == DType::kFloat64) throw std::invalid_argument("dtype: takes 16- and 32-bit floats");
+  if (dtype_of(dtype) == DType::kFloat64) throw std::invalid_argument("dtype: expected float32, float16 or bfloat16");
   return {at(x), x_stride, static_cast<float*>(at(shift)), static_cast<double*>(at(vectors)),
           static_cast<double*>(at(weights)), static_cast<double*>(at(second)), panel, static_cast<double*>(at(sums)),
           static_cast<float*>(at(packed)), rows, cols, dtype_of(dtype)};
@@ -102,22 +103,22 @@ BandInverseTraces band_inverse_traces(Address band, Address shifts, Address trac
           static_cast<double*>(at(workspace)), rows, width, count};
 }
 
-// The flags of `Symmetric`, as a number.
+// Returns the flags of `Symmetric` as an integer.
 int64_t symmetry(Address x, Address workspace, int64_t count, int64_t d, double allowed, int dtype, int threads) {
   const Symmetry params = {at(x), static_cast<double*>(at(workspace)), count, d, allowed, dtype_of(dtype)};
   py::gil_scoped_release release;
   return MIR_AT_ISA(symmetry_cpu).check(params, threads);
 }
 
-// Numbers that `checked_standard_form` takes to work in: both matrices in float64, and what its kernels take in turn.
+// Workspace of `checked_standard_form` in doubles: both matrices in float64, and the workspace of its kernels.
 int64_t checked_standard_form_workspace(int64_t count, int64_t d, int64_t rows, int threads) {
   return 2 * count * d * d +
          std::max(count * kSymmetryNumbers * symmetry_tiles(d), standard_form_workspace(count, rows, threads));
 }
 
-// Checks a and b (count, d, d) and computes their standard form (count, rows, rows), all in one call: for a small pair
-// the calls would take longer than the arithmetic. Returns the flags of `Symmetric` but kNotMirrored of both; if there
-// are any, there is no form.
+// Checks a and b (count, d, d) and computes their standard form (count, rows, rows), all in one call: for a small pair,
+// separate calls would take longer than the arithmetic. Returns the flags of `Symmetric` of the first matrix that has
+// any except kNotMirrored, and then computes no form; otherwise 0.
 int64_t checked_standard_form(Address a, Address b, Address form, Address rounding, Address exponent,
                               Address workspace, int64_t count, int64_t d, int64_t rows, double allowed_a,
                               double allowed_b, int dtype_a, int dtype_b, int threads) {
@@ -149,8 +150,8 @@ Symmetrize symmetrize(Address x, Address out, int64_t count, int64_t d, int dtyp
   return {at(x), static_cast<double*>(at(out)), count, d, dtype_of(dtype)};
 }
 
-// A Python function whose arguments are those of `make`, which packs them into the parameter struct, followed by
-// those of `run` after the struct (threads, or device and stream).
+// A Python function with the arguments of `make`, which packs them into the parameter struct, followed by the arguments
+// of `run` after the struct (threads, or device and stream).
 template <class Params, class... Packed, class... Extra>
 auto unlocked(Params (*make)(Packed...), void (*run)(const Params&, Extra...)) {
   return [make, run](Packed... packed, Extra... extra) {
@@ -169,7 +170,7 @@ void moca_backward_on_stream(const MocaBackward& p, int device, Address stream) 
 }
 #endif
 
-// The names of the instruction set levels that run here, best first.
+// Names of the instruction set levels that run here, best first.
 py::tuple cpu_isas() {
   py::list names;
   for (Isa isa : kIsas) {
@@ -178,7 +179,7 @@ py::tuple cpu_isas() {
   return py::tuple(names);
 }
 
-// "80;90" as (80, 90): what nvcc compiled for; empty where the module was built without nvcc.
+// The compute capabilities that nvcc compiled for, "80;90" as (80, 90). Empty if the module was built without nvcc.
 py::tuple cuda_archs() {
   py::list archs;
   std::istringstream text(MIR_CUDA_ARCHS);
@@ -191,7 +192,7 @@ py::tuple cuda_archs() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace mir;
-  m.doc() = "Compiled kernels of mir_kernels. Takes addresses: call them through mir_kernels, which checks.";
+  m.doc() = "Compiled kernels that accept addresses. Call them through mir_kernels, which checks arguments.";
   m.attr("VERSION") = MIR_VERSION;
   m.attr("CPU_ISA") = isa_name(cpu_isa());
   m.attr("CPU_ISAS") = cpu_isas();

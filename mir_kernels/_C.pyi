@@ -1,7 +1,7 @@
-"""The compiled module: addresses (`Tensor.data_ptr()`), strides in elements, sizes, and codes of `DTYPES`.
+"""The compiled module. Arguments are addresses (`Tensor.data_ptr()`), strides in elements, sizes and `DTYPES` codes.
 
-Call it through the `native` modules of the operations, which check. tests/native/test_stub.py compares this file with
-the module. The last two functions are there where it was built with nvcc.
+Call it through the `native` modules of the operations, which check their arguments. tests/native/test_stub.py compares
+this file with the module. The last two functions exist only in builds with nvcc.
 """
 
 VERSION: str

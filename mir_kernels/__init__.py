@@ -1,6 +1,6 @@
 """Kernels for the Modality Integration Rate and MoCa: streaming moments, matrix square roots, masked scale-shift.
 
-Every public name of the package is here; the operations live in `mir_kernels.ops`, a folder each.
+All public names of the package are here; the operations live in `mir_kernels.ops`, one folder per operation.
 """
 
 from mir_kernels import _dispatch, ops
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def backends() -> _dispatch.BackendTable:
-    """What can run here, for each operation and device, and why the rest cannot.
+    """The backends of each operation and device that can run here, and why the others cannot.
 
     A mapping {operation: {"cpu" | "cuda": {backend: None or the reason}}}, best backend first; `print` shows a table.
     """

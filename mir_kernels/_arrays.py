@@ -1,4 +1,4 @@
-"""What is taken where a tensor is: torch.Tensor as it is, and numpy arrays, as tensors that share their memory."""
+"""Accepts NumPy arrays wherever tensors are expected, as tensors that share their memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 def tensor_of(name: str, value: Any) -> Tensor:
-    """`value` as a tensor; an array as one on the CPU, without a copy where torch can use its memory.
+    """`value` as a tensor. An array becomes a CPU tensor, without a copy if torch can use its memory.
 
-    Copied is what torch does not know: read-only memory, negative strides, another byte order. TypeError for anything
-    else, an array with a mask or of a dtype that torch has not; the message names the argument.
+    Arrays with read-only memory, strides that are negative or no multiple of the item size, or a foreign byte order are
+    copied. Masked arrays, dtypes that torch lacks and all other types raise a TypeError that names the argument.
     """
     if isinstance(value, Tensor):
         return value
-    numpy = sys.modules.get("numpy")  # who has an array has loaded it
+    numpy = sys.modules.get("numpy")  # loaded already if value is an array
     if numpy is None or not isinstance(value, numpy.ndarray):
-        raise TypeError(f"{name}: takes a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if isinstance(value, numpy.ma.MaskedArray):
-        raise TypeError(f"{name}: takes a torch.Tensor or an array without a mask, got a MaskedArray")
-    if value.dtype.name == "bfloat16":  # of ml_dtypes, as JAX has it
+        raise TypeError(f"{name}: expected a torch.Tensor or an array without a mask, got a MaskedArray")
+    if value.dtype.name == "bfloat16":  # from ml_dtypes, as in JAX
         return tensor_of(name, value.view(numpy.int16)).view(torch.bfloat16)
     if not value.dtype.isnative:
         value = value.astype(value.dtype.newbyteorder("="))
@@ -38,4 +38,4 @@ def tensor_of(name: str, value: Any) -> Tensor:
     try:
         return torch.from_numpy(value)
     except TypeError:
-        raise TypeError(f"{name}: takes numbers of a dtype that torch has, got an array of {value.dtype}") from None
+        raise TypeError(f"{name}: expected a dtype that torch supports, got an array of {value.dtype}") from None

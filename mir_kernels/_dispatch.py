@@ -1,7 +1,7 @@
-"""Which implementation of an operation runs: one ordered tuple per device, and a reason for everything that cannot.
+"""Selects the backend of an operation: one ordered tuple per device type, and a reason for each that cannot run.
 
-An operation lists its backends once. `backend=None` takes the first that can run on the tensors' device; a backend
-asked for by name either runs or raises with the reason. Nothing falls back in silence.
+An operation lists its backends once. `backend=None` selects the first that can run on the tensors' device. A backend
+requested by name either runs or raises an error with the reason. There is no silent fallback.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from mir_kernels import _native
 
 Reason = Callable[[torch.device], "str | None"]
-OLDEST_TRITON = (3, 4)  # of torch 2.8; `make test-versions` runs the kernels' tests with it
+OLDEST_TRITON = (3, 4)  # ships with torch 2.8; `make test-versions` runs the kernels' tests with it
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: the order in which backends are tried per device type, and what each has against running.
+    """One operation: the order in which its backends are tried per device type, and why each may be unable to run.
 
-    orders: device type to backend names, best first. "reference" may be asked for by name but is never in an order.
-    reasons: backend name to a function of the device that returns None (can run) or a sentence (cannot, and why).
+    orders: device type to backend names, best first. "reference" may be requested by name but is never in an order.
+    reasons: backend name to a function of the device that returns None (can run) or a sentence that says why not.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Operation:
         """Why `backend` cannot run on `device`, or None."""
         check = self.reasons.get(backend, REASONS.get(backend))
         if check is None:
-            raise ValueError(f"backend: {self.name} has no backend {backend!r}, it takes one of {self.names()}")
+            raise ValueError(f"backend: {self.name} has no backend {backend!r}, expected one of {self.names()}")
         return check(device)
 
     def choose(self, backend: str | None, device: torch.device) -> str:
-        """The backend that runs: the one named, or the first of the device's order that can."""
+        """The backend to run: the one named, or the first in the device's order that can run."""
         if backend is not None:
             if backend not in self.names():
-                raise ValueError(f"backend: {self.name} has no backend {backend!r}, it takes one of {self.names()}")
+                raise ValueError(f"backend: {self.name} has no backend {backend!r}, expected one of {self.names()}")
             why = self.reason(backend, device)
             if why is not None:
                 raise RuntimeError(f"backend {backend!r} of {self.name} cannot run on {device}: {why}")
@@ -54,7 +54,7 @@ class Operation:
         raise RuntimeError(f"{self.name} has no backend that runs on {device}")
 
     def names(self) -> tuple[str, ...]:
-        """Every backend that may be asked for by name."""
+        """Every backend that may be requested by name."""
         seen = dict.fromkeys(name for order in self.orders.values() for name in order)
         return (*seen, "reference")
 
@@ -70,7 +70,7 @@ def _triton_reason(device: torch.device) -> str | None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         return None
-    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):  # the second asks the driver on every call
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):  # the second queries the driver on every call
         return "torch sees no CUDA device"
     return None
 
@@ -78,20 +78,20 @@ def _triton_reason(device: torch.device) -> str | None:
 @functools.cache
 def _too_old(version: str) -> str | None:
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None:  # a folder of that name, say
-        return f"triton is not installed (what is imported as triton has the version {version!r})"
+    if numbers is None:  # such as a folder named triton
+        return f"triton is not installed (the imported module named triton has version {version!r})"
     if (int(numbers[1]), int(numbers[2])) < OLDEST_TRITON:
-        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}, which the kernels need"
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}, which the kernels require"
     return None
 
 
 def _native_reason(device: torch.device) -> str | None:
-    return _native.cpu_reason() if device.type == "cpu" else f"the native CPU kernels do not take {device.type} tensors"
+    return _native.cpu_reason() if device.type == "cpu" else f"the native kernels do not support {device.type} tensors"
 
 
 def _cuda_reason(device: torch.device) -> str | None:
     return (
-        _native.cuda_reason(device) if device.type == "cuda" else f"the CUDA kernels do not take {device.type} tensors"
+        _native.cuda_reason(device) if device.type == "cuda" else f"CUDA kernels do not support {device.type} tensors"
     )
 
 
@@ -99,7 +99,7 @@ def _anywhere(device: torch.device) -> None:
     return None
 
 
-# What the backends of every operation have in common; an operation overrides an entry through `reasons`.
+# Checks that apply to every operation. An operation overrides an entry through `reasons`.
 REASONS: dict[str, Reason] = {
     "native": _native_reason,
     "cuda": _cuda_reason,
@@ -110,7 +110,7 @@ REASONS: dict[str, Reason] = {
 
 
 class BackendTable(dict):
-    """{operation: {device: {backend: None or the reason why it cannot run}}}; printed as a table."""
+    """{operation: {device: {backend: None or the reason why it cannot run}}}, printed as a table."""
 
     def __str__(self) -> str:
         rows = [("operation", "device", "backend", "here")]
@@ -118,7 +118,7 @@ class BackendTable(dict):
             for device, backends in devices.items():
                 chosen = next((name for name, why in backends.items() if why is None), None)
                 for name, why in backends.items():
-                    state = "taken by default" if name == chosen else "can run" if why is None else f"no: {why}"
+                    state = "default" if name == chosen else "can run" if why is None else f"no: {why}"
                     if name == "native" and why is None:
                         state += f" (instruction set {_native.C.CPU_ISA})"
                     rows.append((operation, device, name, state))
@@ -129,7 +129,7 @@ class BackendTable(dict):
 
 
 def table(operations: tuple[Operation, ...]) -> BackendTable:
-    """What can run here for each operation, on the CPU and on CUDA."""
+    """The backends of each operation that can run here, on the CPU and on CUDA."""
     devices = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda")}
     return BackendTable(
         {

@@ -1,8 +1,8 @@
-"""The one gate before every native and Triton call: whether an argument's memory may be read at its address.
+"""The check before every native and Triton call: may the memory of an argument be read at its address?
 
-Raw calls read and write addresses. A trace does not see that, a subclass may have no memory of its own, and that of a
-negative view does not hold the numbers it means. Where any of this is so, the registered operator is called instead
-(`by_operator`), which torch's dispatcher gives plain tensors; what has no operator takes what `with_memory` gives.
+Raw calls read and write addresses. A trace does not record that, a subclass may have no memory, and the memory of a
+negative view holds negated values. In all these cases the registered operator is called instead (`by_operator`), and
+torch's dispatcher passes it plain tensors. Code without an operator uses the tensors that `with_memory` returns.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from mir_kernels import _registration
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PLAIN = (Tensor, torch.nn.Parameter)  # other subclasses go through the dispatcher, where they can say what they do
+PLAIN = (Tensor, torch.nn.Parameter)  # other subclasses go through the dispatcher, where they can intervene
 
 
 def by_operator(name: str, *tensors: Tensor | None) -> bool:
-    """Whether the registered operator is called: someone traces or listens, or an argument is no plain memory.
+    """Whether to call the registered operator: under a trace or dispatch mode, or if an argument is not plain memory.
 
     Raises:
-        RuntimeError: an argument is wrapped by a torch.func transform, or carries a tangent, which would be dropped.
-        TypeError: some arguments are DTensors and others are not.
+        RuntimeError: An argument is wrapped by a torch.func transform, or has a tangent, which would be dropped.
+        TypeError: Some arguments are DTensors and others are not.
     """
     if torch.compiler.is_compiling():
         _registration.shard_operators()
@@ -49,19 +49,19 @@ def by_operator(name: str, *tensors: Tensor | None) -> bool:
 
 
 def is_memory(tensor: Tensor | None) -> bool:
-    """Whether there is nothing to read, or it can be read at its address: no subclass, no negative view, no zero
-    without memory, no tensor without values."""
+    """Whether `tensor` is None or can be read at its address: not a subclass, negative view, zero tensor or meta
+    tensor."""
     return tensor is None or not (
         type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_meta
     )
 
 
 def with_memory(name: str, argument: str, tensor: Tensor) -> Tensor:
-    """`tensor` as plain memory with the numbers that it means, for what keeps state or has no operator.
+    """`tensor` as plain memory that holds its values, for code that keeps state or has no operator.
 
     Raises:
-        RuntimeError: in a trace, under a torch.func transform, or of a fake tensor: there are no numbers.
-        TypeError: of another subclass that has no plain memory, as a DTensor.
+        RuntimeError: There are no values: in a trace, under a torch.func transform, or for a fake tensor.
+        TypeError: `tensor` is another subclass without plain memory, such as a DTensor.
     """
     watched = _len_torch_dispatch_stack() or _are_functorch_transforms_active() or _get_tracing_state() is not None
     if is_memory(tensor) and not watched:
@@ -70,18 +70,17 @@ def with_memory(name: str, argument: str, tensor: Tensor) -> Tensor:
     fake = _is_fake(tensor) or any(mode.is_infra_mode() for mode in modes)
     if fake or _functionalized(name, tensor) or _get_tracing_state() is not None:
         raise RuntimeError(
-            f"{name}: keeps or tells numbers, so it takes tensors that have some, outside fake tensors, traces and "
-            "functionalization"
+            f"{name}: requires tensors with values, so it does not support fake tensors, traces and functionalization"
         )
     if type(tensor) not in PLAIN and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
         tensor = tensor.as_subclass(Tensor)
     if type(tensor) in PLAIN:
         return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
-    found = tensor.detach().clone()  # of a result that a collective still owes: the result
+    found = tensor.detach().clone()  # waits for the result of an asynchronous collective
     if type(found) in PLAIN:
         return found
-    advice = "; give it .to_local() or .full_tensor()" if type(tensor).__name__ == "DTensor" else ""
-    raise TypeError(f"{argument}: takes a plain torch.Tensor, got {type(tensor).__name__}{advice}")
+    advice = "; pass .to_local() or .full_tensor()" if type(tensor).__name__ == "DTensor" else ""
+    raise TypeError(f"{argument}: expected a plain torch.Tensor, got {type(tensor).__name__}{advice}")
 
 
 def _is_fake(tensor: Tensor) -> bool:
@@ -91,9 +90,9 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 def _functionalized(name: str, *tensors: Tensor | None) -> bool:
-    """Whether a tensor is wrapped by torch.func.functionalize, which knows what to do with an operator.
+    """Whether a tensor is wrapped by torch.func.functionalize, which supports operators.
 
-    RuntimeError where one is wrapped by another transform, and has no memory, or has a tangent, which would be dropped.
+    RuntimeError if one is wrapped by another transform, and so has no memory, or has a tangent, which would be dropped.
     """
     dual, wrapped = forward_ad._current_level >= 0, False
     for tensor in tensors:
@@ -109,27 +108,28 @@ def _functionalized(name: str, *tensors: Tensor | None) -> bool:
 
 def _refuse(name: str) -> NoReturn:
     raise RuntimeError(
-        f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode derivatives are not supported; autograd is, "
-        "where the operation has a gradient, and a batch needs no vmap: arguments may have any number of leading axes"
+        f"{name}: torch.func transforms (vmap, grad, jvp) and forward-mode derivatives are not supported; use autograd "
+        "if the operation has a gradient, and leading axes instead of vmap: arguments may have any number of them"
     )
 
 
 def _look_for_dtensors(name: str, *tensors: Tensor | None) -> None:
-    """DTensors stand beside DTensors alone; once there are some, the operators know how they may be sharded."""
+    """Require that all tensors are DTensors or none is; register the sharding of the operators with the first ones."""
     kinds = [type(tensor).__name__ for tensor in tensors if tensor is not None]
     if "DTensor" not in kinds:
         return
     if set(kinds) != {"DTensor"}:
         raise TypeError(
-            f"{name}: takes DTensors in every place or in none, got {', '.join(kinds)}; distribute_tensor(..., "
-            "placements=[Replicate()]) makes one of what every rank has"
+            f"{name}: expected all tensors to be DTensors or none, got {', '.join(kinds)}; convert a tensor that is "
+            "equal on all ranks by distribute_tensor(..., placements=[Replicate()])"
         )
     _registration.shard_operators()
 
 
 def outside_compilation(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that torch.compile does not look into, but calls: `torch.compiler.disable` once a compiler is loaded,
-    which that would load (seconds).
+    """Make torch.compile call `function` without tracing into it.
+
+    Applies `torch.compiler.disable`, but only once a compiler is loaded: the call itself would load one (seconds).
     """
     disabled: Callable[P, R] | None = None
 

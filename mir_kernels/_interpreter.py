@@ -1,6 +1,6 @@
-"""What the interpreter of Triton 3.4 to 3.6 lacks and later ones have: loop bounds, products added in one rounding.
+"""Fixes for the interpreter of Triton 3.4 to 3.6: runtime loop bounds, and fused multiply-adds with one rounding.
 
-Private names of these versions are replaced, and only where kernels are interpreted: on a GPU nothing is.
+They replace private names of these versions, and only if kernels are interpreted. Nothing changes on a GPU.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 import triton
 from triton.runtime import interpreter
 
-MENDED = (3, 7)  # the first version of Triton that needs none of this
+MENDED = (3, 7)  # the first version of Triton that needs no fixes
 
 
 def mend() -> None:
-    """Replaces what is amiss in Triton's interpreter, where this is a version in which it is."""
+    """Patch Triton's interpreter if its version needs the fixes."""
     if tuple(map(int, triton.__version__.split(".")[:2])) >= MENDED:
         return
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor: type, *scope: Any) -> None:  # the scope that takes it back came with 3.6
+    def patched(tensor: type, *scope: Any) -> None:  # the scope, which undoes the patch, exists since 3.6
         patch(tensor, *scope)
-        # A scalar is an array of one entry there, which numpy 2.4 and later no longer convert to int.
+        # These versions store a scalar as an array of one entry, which numpy 2.4 and later do not convert to int.
         (scope[0].set_attr if scope else setattr)(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
@@ -33,10 +33,10 @@ def mend() -> None:
 
 
 def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """x * y + z of arrays of one dtype, in float32 with one rounding; in float64 with two.
+    """x * y + z of arrays of one dtype, with one rounding in float32 and two in float64.
 
-    A product of float32 is exact in float64. The sum is rounded to odd there (one that is not exact ends in a 1 bit),
-    which float64 is wide enough for: rounding it again to float32 is as good as rounding once.
+    The product of two float32 numbers is exact in float64. The float64 sum is rounded to odd (an inexact sum ends in a
+    1 bit). float64 is wide enough that rounding this sum to float32 equals a single rounding.
     """
     if z.dtype != np.float32:
         return x * y + z

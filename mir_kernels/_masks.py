@@ -1,4 +1,4 @@
-"""Masks that come as whole numbers, 0 and 1, as tokenizers make them: as bool, once no other number is among them."""
+"""Converts integer masks of 0 and 1, as tokenizers produce them, to bool after checking that they hold nothing else."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.
 
 
 def of_whole_numbers(name: str, mask: Tensor) -> Tensor:
-    """A mask of a dtype of `WHOLE` as bool. ValueError that names it and a number that is neither 0 nor 1.
+    """A mask with a dtype of `WHOLE` as bool. ValueError, naming the mask and an entry, if one is neither 0 nor 1.
 
-    Waits for the device, which is asked for its numbers; compiled code refuses the same, when it runs.
+    Reads the values, so it waits for the device. Compiled code makes the same check when it runs.
     """
     run = torch.ops.mir_kernels.mask_of_whole_numbers if by_operator("mask_of_whole_numbers", mask) else _checked
     return run(mask, name)
@@ -27,7 +27,7 @@ def _checked(mask: Tensor, name: str) -> Tensor:
         if lowest < 0 or highest > 1:
             got = lowest if lowest < 0 else highest
             dtype = str(mask.dtype).removeprefix("torch.")
-            raise ValueError(f"{name}: takes True and False, or 0 and 1, got {got} in a mask of {dtype}")
+            raise ValueError(f"{name}: expected True and False, or 0 and 1, got {got} in a mask of {dtype}")
     return mask.to(torch.bool).contiguous()
 
 

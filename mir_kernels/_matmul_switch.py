@@ -1,9 +1,9 @@
-"""The process's precision of float32 products, held at full float32 while anyone needs it, then given back exactly.
+"""Holds the process-wide precision of float32 products at full float32 while any thread needs it, then restores it.
 
-torch offers it neither per call nor per thread. Up to torch 2.8 it is one value, `torch.set_float32_matmul_precision`.
-From 2.9 on it is a tree: `torch.backends.fp32_precision` over one value each for "cuda" and "mkldnn" (the CPU's), each
-of those over one for "matmul"; "none" takes the parent's. The old function then sets both "matmul" and a value of its
-own, which the old getters compare with them and raise where they contradict each other.
+torch has no setting per call or per thread. Up to torch 2.8 there is one value, `torch.set_float32_matmul_precision`.
+Since 2.9 there is a tree: `torch.backends.fp32_precision` is the parent of "cuda" and "mkldnn" (the CPU), each of which
+is the parent of a "matmul" value; "none" inherits from the parent. The old function sets both "matmul" values and a
+value of its own. The old getters compare that with the tree and raise an error if they contradict each other.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _LOCK = RLock()
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Products of float32 tensors on `device` are made in float32 inside; all threads share the setting.
+    """Compute products of float32 tensors on `device` in float32 inside the context. All threads share the setting.
 
-    Where they would be anyway, nothing is set. When the last thread leaves, the setting is restored as it was, unless
-    someone else has set it meanwhile. (That someone else has set "ieee" or "highest" is seen from torch 2.9 on, and
-    only where nothing above "matmul" is set.)
+    If they are computed in float32 already, nothing is set. When the last thread leaves, the previous setting is
+    restored, unless other code has changed it meanwhile. (A change to "ieee" or "highest" is only noticed since torch
+    2.9, and only if nothing above "matmul" is set.)
     """
     switch, me = switch_of(device), get_ident()
     depth = switch.users.get(me, 0)
@@ -46,13 +46,13 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 
 class Switch(ABC):
-    """One setting and those who need it at full float32: the first of them sets it, the last restores it."""
+    """One setting and the users that need full float32. The first user sets it, the last one restores it."""
 
     def __init__(self) -> None:
-        self.users: Counter[Hashable] = Counter()  # by thread: a forked child has one of them only
+        self.users: Counter[Hashable] = Counter()  # per thread, because a forked child keeps only one of them
 
     def enter(self, user: Hashable, device: torch.device) -> None:
-        """Full float32 from here on, until `back_to`."""
+        """Require full float32 until `back_to`."""
         with _LOCK:
             reduced = self.is_reduced(device)
             if reduced or self.users:
@@ -61,30 +61,30 @@ class Switch(ABC):
                 self.set()
 
     def back_to(self, user: Hashable, depth: int) -> None:
-        """`user` has entered no more than `depth` times; right also where an interrupt came in the midst of `enter`."""
+        """Reduce the entries of `user` to `depth`. Also correct if an interrupt came in the middle of `enter`."""
         with _LOCK:
             if self.users[user] > depth:
                 self.users[user] = depth
-                self.users = +self.users  # only those that are left
+                self.users = +self.users  # drops users with a count of 0
                 if not self.users:
                     self.restore()
 
     def keep(self, *users: Hashable) -> None:
-        """All but these are gone."""
+        """Remove all users except these."""
         for user in set(self.users) - set(users):
             self.back_to(user, 0)
 
     @abstractmethod
     def is_reduced(self, device: torch.device) -> bool:
-        """Whether float32 products on `device` would now be made in less."""
+        """Whether float32 products on `device` currently use reduced precision."""
 
     @abstractmethod
     def set(self) -> None:
-        """Remembers what is set, which someone may have changed since the last time, and sets full float32."""
+        """Save the current setting, which may have changed since the last call, and set full float32."""
 
     @abstractmethod
     def restore(self) -> None:
-        """What is remembered, unless something else has been set since."""
+        """Restore the saved setting, unless other code has changed it since."""
 
 
 class OneValue(Switch):
@@ -93,7 +93,7 @@ class OneValue(Switch):
     before = "highest"
 
     def is_reduced(self, device: torch.device) -> bool:
-        # A CPU has no products in tf32 there.
+        # Up to torch 2.8 the CPU has no tf32 products.
         return torch.get_float32_matmul_precision() in (("medium",) if device.type == "cpu" else ("medium", "high"))
 
     def set(self) -> None:
@@ -107,7 +107,7 @@ class OneValue(Switch):
 
 
 class Matmul(Switch):
-    """The "matmul" of one backend, "cuda" or "mkldnn", from torch 2.9 on."""
+    """The "matmul" setting of one backend, "cuda" or "mkldnn", since torch 2.9."""
 
     def __init__(self, backend: str) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Matmul(Switch):
 
     def set(self) -> None:
         self.before = own_value(self.backend)
-        # Where the parent's value is as good, that is taken: then an "ieee" found at the end is someone else's.
+        # Inherit from the parent if its value suffices: an "ieee" found at the end was then set by other code.
         self.during = "ieee" if _get(self.backend, "all") in _REDUCED else "none"
         _set(self.backend, "matmul", self.during)
 
@@ -129,12 +129,12 @@ class Matmul(Switch):
         self.before = self.during = "none"
 
     def is_untouched(self) -> bool:
-        """Whether what `set` has set is still there."""
+        """Whether the value set by `set` is still in place."""
         return own_value(self.backend) == self.during
 
 
 class CudaMatmul(Matmul):
-    """The "matmul" of "cuda", and the old function's own value where that allows less: its getters work inside, too."""
+    """The "matmul" setting of "cuda", and the old function's value if it allows less, so that the old getters work."""
 
     def __init__(self) -> None:
         super().__init__("cuda")
@@ -147,7 +147,7 @@ class CudaMatmul(Matmul):
         if self.old == "highest":
             super().set()
             return
-        # "highest" contradicts less than full float32 on the CPU.
+        # "highest" would contradict a reduced precision on the CPU.
         SWITCHES["cpu"].enter(self, _CPU)
         self.before = own_value("cuda")
         self.during = "ieee" if _get("cuda", "all") in _REDUCED else "none"
@@ -159,22 +159,22 @@ class CudaMatmul(Matmul):
             return
         if self.is_untouched():
             _set_old(self.old, self.before)
-        elif old_value() is None:  # what was set since is no value of the old function's
+        elif old_value() is None:  # the value set since is not one of the old function's
             _set_old(self.old, own_value("cuda"))
         self.old, self.before, self.during = "highest", "none", "none"
         SWITCHES["cpu"].back_to(self, 0)
 
 
 def own_value(backend: str, op: str = "matmul") -> str:
-    """What is set at (backend, op) itself: "none" where its parent's value holds."""
+    """The value set at (backend, op) itself; "none" if it inherits its parent's."""
     value = _get(backend, op)
     if value == "none" or backend == "generic":
         return value
     parent = (backend, "all") if op == "matmul" else ("generic", "all")
     if _get(*parent) != value:
         return value
-    # Both are the same: inherited if it follows the parent, which is changed for a moment, where it can to full
-    # float32, which does no harm.
+    # Both are equal. To find out whether the value is inherited, change the parent for a moment: to full float32 if
+    # possible, which does no harm.
     other = "ieee" if value != "ieee" else "tf32"
     found = _at_once(
         partial(_set, *parent, other), partial(_get, backend, op), partial(_set, *parent, own_value(*parent))
@@ -183,7 +183,7 @@ def own_value(backend: str, op: str = "matmul") -> str:
 
 
 def old_value() -> str | None:
-    """The old function's own value; None where it is "highest" and contradicts the tree."""
+    """The old function's own value; None if it is "highest" and contradicts the tree."""
     try:
         if not torch.backends.cuda.matmul.allow_tf32:
             return "highest"
@@ -191,12 +191,12 @@ def old_value() -> str | None:
         return None
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the CPU's contradicts it, by which it is known
+    except RuntimeError:  # raised if the CPU's value contradicts it, which determines it
         return "high" if _get("mkldnn", "matmul") == "bf16" else "medium"
 
 
 def _set_old(precision: str, cuda: str) -> None:
-    """The old function's own value, with `cuda` for the "matmul" of "cuda", and that of "mkldnn" as it is."""
+    """Set the old function's own value and `cuda` as the "matmul" of "cuda"; keep the "matmul" of "mkldnn"."""
     _at_once(
         partial(torch._C._set_float32_matmul_precision, precision),
         partial(_set, "cuda", "matmul", cuda),
@@ -205,7 +205,7 @@ def _set_old(precision: str, cuda: str) -> None:
 
 
 def _at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """The results of calls into torch that no other thread of Python comes between: no bytecode runs."""
+    """Make several calls into torch without letting another Python thread run in between: no bytecode is executed."""
     return list(map(_call, calls))
 
 
@@ -214,7 +214,7 @@ SWITCHES = {"cuda": CudaMatmul(), "cpu": Matmul("mkldnn")} if HAS_TREE else {"cu
 
 
 def switch_of(device: torch.device) -> Switch:
-    """Which setting holds for products on `device`."""
+    """The setting that applies to products on `device`."""
     return SWITCHES["cpu" if HAS_TREE and device.type != "cuda" else "cuda"]
 
 
@@ -225,5 +225,5 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # Nobody is midway then, and the threads that are inside do not live on in the child.
+    # With the lock held, no thread is between two steps at the fork. Threads inside the context end in the child.
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_after_fork_in_child)

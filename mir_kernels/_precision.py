@@ -1,4 +1,4 @@
-"""What arithmetic is done in: the dtype of accumulators, and float32 products in float32 whatever the process set."""
+"""Precision of the arithmetic: the dtype of accumulators, and full float32 products whatever the process has set."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ R = TypeVar("R")
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype of an operation's arithmetic and sums, and of its column sums: float32, or float64 for float64."""
+    """The dtype of an operation's arithmetic and sums, including column sums: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @contextlib.contextmanager
 def float32_products(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Around matrix products of torch on `device`: no autocast, no tf32 or bf16 passes.
+    """A context for torch's matrix products on `device` without autocast and without tf32 or bf16 passes.
 
-    dtype: what is asked for. Products of float64 are what they are, so "float64" sets nothing.
+    dtype: of the products. float64 products have no reduced precision, so torch.float64 changes no setting.
     """
     if dtype == torch.float64:
         yield
@@ -39,7 +39,7 @@ def float32_products(device: torch.device, dtype: torch.dtype = torch.float32) -
 
 
 def with_float32_products(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run in `float32_products` of the device of its first tensor."""
+    """Run the function in `float32_products` on the device of its first tensor argument."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,7 +1,7 @@
-"""How an operation becomes an operator of torch's, `torch.ops.mir_kernels.<name>`: one way for all of them.
+"""Registers operations with torch as `torch.ops.mir_kernels.<name>`, in one way for all of them.
 
-Eager code calls the functions behind the operators directly, since a call through torch's dispatcher costs microseconds
-and the first one may load the compiler. torch.compile, torch.export and tensor subclasses take the operators.
+Eager code calls the functions behind the operators directly: a call through torch's dispatcher costs microseconds, and
+the first one may load the compiler. torch.compile, torch.export and tensor subclasses use the operators.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NAMESPACE = "mir_kernels"
 
 @dataclass(frozen=True)
 class Sharding:
-    """How an operator takes DTensors: whole on every rank, or cut along one of the leading axes that they share.
+    """How the DTensors of an operator may be placed: replicated, or sharded along one of their common leading axes.
 
-    inputs, outputs: a letter for each argument and result. "x": has the leading axes, and is cut; "w": is whole on
-    every rank; "+": a sum over the rows, of which each rank has its own; "-": no tensor. last: axes of the first "x"
-    that are not leading: 1 for tokens, 2 for matrices.
+    inputs, outputs: one letter per argument and result. "x": has the leading axes and is sharded; "w": is replicated;
+    "+": is a partial sum over the rows of each rank; "-": is not a tensor. last: the number of trailing axes of the
+    first "x" that are not leading: 1 for tokens, 2 for matrices.
     """
 
     inputs: str
@@ -32,7 +32,7 @@ class Sharding:
     last: int
 
 
-_shardings: dict[str, Sharding] = {}  # of the operators that DTensor does not know of yet
+_shardings: dict[str, Sharding] = {}  # of operators not yet registered with DTensor
 
 
 def register(
@@ -46,9 +46,9 @@ def register(
 ) -> None:
     """Define `torch.ops.mir_kernels.<name>` with one implementation for all devices.
 
-    schema: "name(Tensor x, ...) -> ..."; no result may share memory with an argument. fake: shapes and dtypes of the
-    results. sharding: of DTensors. backward, setup_context: as torch.library.register_autograd takes them; without,
-    backward raises.
+    schema: "name(Tensor x, ...) -> ..."; no result may share memory with an argument. fake: computes the shapes and
+    dtypes of the results. sharding: of DTensors. backward, setup_context: as in torch.library.register_autograd;
+    without them, a backward pass raises an error.
     """
     name, _, signature = schema.partition("(")
     qualified = f"{NAMESPACE}::{name}"
@@ -57,14 +57,14 @@ def register(
     torch.library.register_fake(qualified, fake)
 
     def refuse(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(f"{name}: has no derivative; operations of mir_kernels are differentiable once at most")
+        raise RuntimeError(f"{name}: has no derivative; operations of mir_kernels are differentiable at most once")
 
     torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context)
     _shardings[name] = sharding
 
 
 def shard_operators() -> None:
-    """Tell DTensor, once it is loaded, how the operators may be sharded. Loading it takes longer than all of this."""
+    """Register the sharding rules with DTensor if it is loaded. Loading it takes longer than everything else here."""
     if not _shardings or "torch.distributed.tensor" not in sys.modules:
         return
     from torch.distributed.tensor.experimental import register_sharding
@@ -74,11 +74,11 @@ def shard_operators() -> None:
     _shardings.clear()
 
 
-shard_operators._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile runs it while it traces
+shard_operators._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile runs it while tracing
 
 
 def _placements(sharding: Sharding, *arguments: Any) -> list[tuple[list[Any], list[Any]]]:
-    """Every way to place results and arguments: all whole, or cut along one leading axis."""
+    """All placements of results and arguments: replicated, or sharded along one leading axis."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     def place(letters: str, cut: int | None) -> list[Any]:
@@ -96,7 +96,7 @@ def _placements(sharding: Sharding, *arguments: Any) -> list[tuple[list[Any], li
 def eager_function(
     name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
-    """The autograd.Function that eager code calls where a gradient is wanted: `forward` itself, differentiable once."""
+    """The autograd.Function that eager code calls if a gradient is required: `forward` itself, differentiable once."""
     members = {
         "forward": staticmethod(forward),
         "setup_context": staticmethod(setup_context),

@@ -1,4 +1,4 @@
-"""Symmetric matrices: whether they are, and what is symmetric in them. On a CPU by one pass of the compiled kernel."""
+"""Symmetry of matrices: checks and the symmetric part. On a CPU, one pass of the compiled kernel."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mir_kernels._native import DTYPE_CODES, MISSING, C
 
 
 def mirrored(x: Tensor) -> bool:
-    """Whether x (..., d, d) is its own transpose, entry for entry."""
+    """Whether x (..., d, d) equals its transpose entry for entry."""
     if native_reads(x):
         return not _flags(x, 1.0) & C.NOT_MIRRORED
-    # Panels stay in cache while they are read across: on a CPU four times faster than one comparison at d = 2048.
+    # Panels stay in cache for the transposed reads: on a CPU, four times faster than one comparison at d = 2048.
     block = 128 if x.device.type == "cpu" else x.shape[-1]
     return all(
         torch.equal(x[..., j:, j : j + block], x[..., j : j + block, j:].mT) for j in range(0, x.shape[-1], block)
@@ -21,14 +21,16 @@ def mirrored(x: Tensor) -> bool:
 
 
 def surely_semidefinite_like(x: Tensor, allowed: float) -> bool:
-    """Whether x (..., d, d) is known to be finite and, up to `allowed` of its largest entry, symmetric with a diagonal
-    of no negative entry and no entry beside a diagonal one of zero. False where that was not looked at.
+    """Whether x (..., d, d) is known to pass all checks; False if they were not made.
+
+    It is finite. Up to `allowed` of its largest entry it is symmetric, has no negative diagonal entry, and no nonzero
+    entry in a row whose diagonal entry is zero.
     """
     return native_reads(x) and not _flags(x, allowed) & ~C.NOT_MIRRORED
 
 
 def symmetrize(a: Tensor) -> Tensor:
-    """(A + A^T) / 2 in float64, without overflow; A itself where it is symmetric."""
+    """(A + A^T) / 2 in float64, without overflow; A itself if it is symmetric."""
     if mirrored(a):
         return a.double()
     if not native_reads(a):
@@ -41,7 +43,7 @@ def symmetrize(a: Tensor) -> Tensor:
 
 
 def native_reads(x: Tensor) -> bool:
-    """Whether the compiled kernels take x (..., d, d) as it lies in memory."""
+    """Whether the compiled kernels can read x (..., d, d) without a copy."""
     return (
         MISSING is None
         and x.device.type == "cpu"

@@ -27,10 +27,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ACTIVE = "_active" if hasattr(driver, "_active") else "active"  # where Triton keeps the driver; a property since 3.5
-# Bytes a thread may spill: Triton 3.4 spills 16 to 184 in three of the products' rows that are tuned for later ones.
+# Bytes that a thread may spill: Triton 3.4 spills 16 to 184 in three rows of the products, tuned for later versions.
 SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else 192
 
-# Bytes a thread moves in one instruction: PTX spells a vector length and an element, AMD the words.
+# Bytes that a thread moves in one instruction: PTX names vector length and element, AMD the number of words.
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.(?!v\d|[bufs]\d)[\w:]+)*(?:\.v(\d))?\.[bufs](\d+)\b")
 AMD_ACCESS = re.compile(r"\b(?:global|buffer)_(load|store)_(?:[us](?=short|byte))?(dwordx\d|dword|short|byte)(?=[_\s])")
 AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
@@ -38,7 +38,7 @@ AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2,
 
 @dataclass(frozen=True)
 class Binary:
-    """One kernel compiled for one target. `asm` is its PTX or AMD assembly, `ttir` the IR before any target is known.
+    """One kernel compiled for one target. `asm` is its PTX or AMD assembly, `ttir` the target-independent IR.
 
     spills: bytes of stack and local memory a thread uses (NVIDIA), or spilled registers plus private bytes (AMD).
     shared: bytes of shared memory a program uses.
@@ -57,7 +57,7 @@ class Binary:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as a launcher asked for it: the kernel, the grid, its arguments in order, constexprs and options."""
+    """One recorded launch: the kernel, the grid, its arguments in order, constexprs and options."""
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
@@ -66,9 +66,10 @@ class Launch:
 
 
 def record(launcher: Callable, *arguments: object, target: str) -> list[Launch]:
-    """What `launcher(*arguments)` launches on `target`, with nothing run: every kernel of mir_kernels is replaced.
+    """The launches of `launcher(*arguments)` on `target`, recorded without running: all kernels of mir_kernels are
+    replaced.
 
-    Give tensors on the device "meta", which have shapes and strides but no memory.
+    Pass tensors on the device "meta", which have shapes and strides but no memory.
     """
     modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("mir_kernels.")]
     launches: list[Launch] = []
@@ -85,7 +86,7 @@ def record(launcher: Callable, *arguments: object, target: str) -> list[Launch]:
 def compile_launch(target: str, launch: Launch, **constexprs: object) -> Binary:
     """Compile a recorded launch just as Triton would on its first run on `target`: same types, constants and options.
 
-    constexprs: values to use in place of the recorded ones.
+    constexprs: values that replace recorded ones.
     """
     _skip_without_linker(target)
     given = [a.dtype if isinstance(a, torch.Tensor) else a for a in launch.arguments]
@@ -114,7 +115,7 @@ def compile_launch(target: str, launch: Launch, **constexprs: object) -> Binary:
 
 
 class _Device:
-    """Stands in for Triton's driver on a machine with a GPU of `target`. Nothing runs on it."""
+    """Replaces Triton's driver with that of a machine with a `target` GPU. Nothing runs on it."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -123,14 +124,14 @@ class _Device:
         return TARGETS[self.target]
 
     def get_current_device(self) -> str:
-        return self.target  # what Triton keeps compiled kernels under
+        return self.target  # the key under which Triton caches compiled kernels
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
 
 class _Recorder:
-    """Stands in for a kernel: kernel[grid](...) is written down instead of run."""
+    """Replaces a kernel: kernel[grid](...) is recorded instead of run."""
 
     def __init__(self, kernel: triton.JITFunction, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -140,19 +141,19 @@ class _Recorder:
 
 
 def _skip_without_linker(target: str) -> None:
-    """Triton 3.4 links binaries for AMD with ROCm's linker, which few machines have; later versions bring one."""
+    """Triton 3.4 links AMD binaries with ROCm's linker, which few machines have; later versions include one."""
     find = getattr(backends["amd"].compiler, "path_to_rocm_lld", None) if TARGETS[target].backend == "hip" else None
     if find is not None:
         try:
             find()
         except Exception as error:
-            import pytest  # which the benchmarks that come here run without
+            import pytest  # here, because benchmarks that use this module run without pytest
 
             pytest.skip(f"{target}: Triton {triton.__version__} has no linker for it: {error}")
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack and local memory a thread, from the cuobjdump inside the triton wheel."""
+    """Registers, and bytes of stack and local memory, per thread, from the cuobjdump in the triton wheel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -1,4 +1,4 @@
-"""What the inner loops of a kernel do on sm_90, read off its PTX: products in flight, copies, and the threads' part."""
+"""Analyse the inner loops of a kernel on sm_90 from its PTX: products in flight, copies, and the threads' work."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ WAIT = re.compile(r"\bwgmma\.wait_group\.sync\.aligned\s+(\d+)")
 
 
 class Loop(NamedTuple):
-    """A step of a loop with matrix products, along its shortest way back.
+    """One step of a loop with matrix products, along its shortest backward path.
 
-    products: `wgmma` instructions.  columns: of the widest, at most 256.  groups: asynchronous groups they come in.
-    in_flight: groups that may run on while the loop goes on, at the strictest wait; 0 means that everything stops.
+    products: `wgmma` instructions.  columns: of the widest, at most 256.  groups: asynchronous groups of products.
+    in_flight: groups that may still run while the loop continues, at the strictest wait; 0: the loop waits for all.
     copies: into shared memory by the copy engine or without a register.  stores: into shared memory from registers.
     loads: from global memory into registers.  lines: of PTX.
     """
@@ -31,7 +31,7 @@ class Loop(NamedTuple):
 
 
 def matrix_loops(ptx: str) -> list[Loop]:
-    """The innermost loops with matrix products, in the order of the text."""
+    """The innermost loops with matrix products, in order of appearance."""
     lines = ptx.splitlines()
     places = {found[1]: n for n, line in enumerate(lines) if (found := LABEL.match(line))}
     ways = []
@@ -40,7 +40,7 @@ def matrix_loops(ptx: str) -> list[Loop]:
         start = places.get(found[1], n) if found else n
         if start < n and PRODUCT.search("\n".join(lines[start:n])):
             ways.append(range(start, n + 1))
-    # The shortest first: what overlaps it is a longer way through the same step, or a loop around it.
+    # The shortest first: overlapping ranges are longer paths through the same step, or enclosing loops.
     kept: list[range] = []
     for way in sorted(ways, key=len):
         if all(way.stop <= other.start or other.stop <= way.start for other in kept):

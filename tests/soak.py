@@ -1,11 +1,11 @@
-"""`make soak`: long streams with memory flat and the result right at the end. Exits 1 where one is not.
+"""`make soak`: long streams must keep memory flat and end with a correct result. Exits with 1 if one does not.
 
     moments   StreamingMoments, updates of 1 to 3000 rows, masked and whole, against float64 sums
-    metric    ModalityIntegrationRate, a sample at a time and a second pass, against float64 sums by the two-pass rule
-    moca      MoCa training steps, forward, backward, optimiser, against the scale and shift that made the targets
+    metric    ModalityIntegrationRate, one sample at a time and a second pass, against float64 sums by the two-pass rule
+    moca      MoCa training steps, forward, backward, optimiser, against the scale and shift of the targets
 
-Memory is the process's resident size: what it is at the end may exceed what it was after a tenth of the stream by
-ALLOWED_MB, and in the metric by 16 bytes a token and layer: the norms and groups that are kept, and copies of them.
+Memory is the resident size of the process. From a tenth of the stream to its end it may grow by ALLOWED_MB, and for the
+metric by 16 bytes per token and layer: the stored norms and groups, and copies of them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def moments(tokens: int) -> tuple[int, float, float, Memory]:
         x = (torch.randn(rows, d, generator=generator) + mean).bfloat16()
         mask = torch.rand(rows, generator=generator) < 0.7 if rows % 2 else None
         streamed.update(x, mask)
-        kept = (x if mask is None else x[mask]).double() - mean  # around a constant, so that nothing cancels
+        kept = (x if mask is None else x[mask]).double() - mean  # centred on a constant, to avoid cancellation
         count, total, gram = count + len(kept), total + kept.sum(0), gram + kept.T @ kept
         memory.passed(count)
     true = (gram - total.outer(total) / count) / (count - 1)
@@ -87,7 +87,7 @@ def metric(tokens: int) -> tuple[int, float, float, Memory]:
     for layers in stream():
         again.update(layers, vision, ~vision)
     second = again.compute()
-    assert second.total_missed == 0  # of the first pass: more outliers than it holds back, each of them told
+    assert second.total_missed == 0  # the first pass may miss outliers beyond the rows held back, and reports them
     for modality in ("vision", "text"):
         pairs = zip(first.kept[modality], first.missed[modality], second.kept[modality], strict=True)
         assert all(kept - missed == exact for kept, missed, exact in pairs)
@@ -95,7 +95,7 @@ def metric(tokens: int) -> tuple[int, float, float, Memory]:
 
 
 def _two_passes(stream: Callable[[], Iterator[list[Tensor]]], vision: Tensor) -> float:
-    """MIR as the paper has it, from float64 sums over a stream that can be drawn again."""
+    """MIR as in the paper, from float64 sums over a stream that can be generated repeatedly."""
     norms: dict[tuple[int, int], list[Tensor]] = {}
     for layers in stream():
         for k, x in enumerate(layers):
@@ -147,7 +147,7 @@ def moca(tokens: int) -> tuple[int, float, float, Memory]:
 
 
 SOAKS: dict[str, tuple[Callable[[int], tuple[int, float, float, Memory]], float, float]] = {
-    # Memory a token in MB, and the share of the tokens: the metric passes four times over its stream.
+    # Memory per token in MB, and the share of the tokens: the metric makes four passes over its stream.
     "moments": (moments, 0.0, 1.0),
     "metric": (metric, 16e-6 * LAYERS, 0.2),
     "moca": (moca, 0.0, 1.0),
@@ -156,7 +156,7 @@ SOAKS: dict[str, tuple[Callable[[int], tuple[int, float, float, Memory]], float,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--millions", type=float, default=10.0, help="tokens for the longest of them")
+    parser.add_argument("--millions", type=float, default=10.0, help="millions of tokens in the longest stream")
     flags = parser.parse_args()
     failed = 0
     for name, (soak, per_token, share) in SOAKS.items():

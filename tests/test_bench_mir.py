@@ -1,4 +1,4 @@
-"""The end-to-end benchmark: its rivals compute one thing, and one that raises costs no other its row."""
+"""The end-to-end benchmark: all rivals compute the same value, and one that raises does not affect the others' rows."""
 
 import subprocess
 import sys
@@ -68,4 +68,4 @@ def test_a_rival_that_raises_has_no_peak_and_the_others_have_rows(monkeypatch, t
     assert rows["published, fast"]["failure"].endswith("The diagonal element 3 is zero")
     assert (rows["published, fast"]["p50_ms"], rows["published, fast"]["peak_mb"]) == (None, None)
     assert all(row["p50_ms"] > 0 and row["peak_mb"] == 2.5 for name, row in rows.items() if name != "published, fast")
-    assert "published, fast: no peak: LinAlgError: singular" in capsys.readouterr().out
+    assert "published, fast: no peak memory: LinAlgError: singular" in capsys.readouterr().out

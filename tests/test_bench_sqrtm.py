@@ -1,4 +1,4 @@
-"""The benchmark of the root: what it times by default, LAPACK in a process of its own, and the ratios it prints."""
+"""The benchmark of the root: its default rivals, LAPACK in a separate process, and the printed ratios."""
 
 import argparse
 import json
@@ -94,7 +94,7 @@ def test_times_are_those_of_the_last_rounds_that_the_rival_took_itself():
     found = rival.retimed(row, 2)
     assert [found[name] for name in ("p20_ms", "p50_ms", "p80_ms", "rounds")] == [2.0, 3.0, 4.0, 3]
     assert (found["of_floor"], found["waited"]) == (pytest.approx(1 / 3), 0.0)
-    # Calls that waited for a core count only where there are too few others.
+    # Calls that waited for a core count only if there are too few others.
     busy = replace(rival, visits=[*visits, (8.0, 4.0)]).retimed(row, 2)
     assert (busy["p50_ms"], busy["p80_ms"]) == (3.0, 3.0)
 

@@ -1,4 +1,4 @@
-"""Every tensor that the packages make names its device and its dtype: none is what the process has set for itself."""
+"""Every tensor that the packages create names its device and dtype, so that process-wide defaults have no effect."""
 
 import ast
 from pathlib import Path
@@ -26,10 +26,10 @@ FACTORIES = {
 
 
 def unnamed(tree: ast.AST) -> list[str]:
-    """What calls of torch's factories leave open."""
+    """The arguments that calls of torch's factories omit."""
     found = []
     for node in ast.walk(tree):
-        # Called, or handed on by functools.partial, whose keywords count.
+        # Called, or passed to functools.partial, whose keywords count.
         for made in (node.func, *node.args[:1]) if isinstance(node, ast.Call) else ():
             if not (isinstance(made, ast.Attribute) and isinstance(made.value, ast.Name) and made.value.id == "torch"):
                 continue

@@ -1,4 +1,4 @@
-"""The GPU suite goes through its stages on a CPU, and says so where one fails."""
+"""The GPU suite runs all its stages on a CPU, and reports failures."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def suite(out, *arguments, code=0):
-    """summary.json and what was printed."""
+    """summary.json and the printed output."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     logs = "\n".join(path.read_text()[-2000:] for path in out.glob("*.log"))
@@ -41,7 +41,7 @@ def test_quick_stages_pass_dry(tmp_path):
 
 
 def test_a_stage_that_fails_hides_no_other_and_shows_in_the_exit_code(tmp_path):
-    # Without --dry a machine without a GPU cannot pass the first two.
+    # Without --dry these stages fail on a machine without a GPU.
     import torch
 
     if torch.cuda.is_available():
@@ -58,7 +58,7 @@ def test_an_archive_that_is_not_there_is_named(tmp_path, flag, part):
     command += ["--part", part, flag, str(tmp_path / "none.tgz")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert f"{flag}: takes an archive, there is no {tmp_path / 'none.tgz'}" in done.stderr
+    assert f"{flag}: expected an archive, but {tmp_path / 'none.tgz'} does not exist" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -76,7 +76,7 @@ def test_a_candidate_row_compiles_and_is_printed_as_it_would_be_committed(tmp_pa
     for one in found["tables"]:
         assert len(one["compiled"]) == 2
         assert " 0 B spills" in one["compiled"]["shipped"]
-    assert (tmp_path / "t.txt").read_text() == ""  # nothing was timed, nothing is to commit
+    assert (tmp_path / "t.txt").read_text() == ""  # nothing was timed, so there is nothing to commit
 
 
 def test_a_candidate_that_spills_or_outgrows_shared_memory_is_refused_before_it_is_timed():
@@ -100,7 +100,7 @@ def test_a_row_is_offered_where_it_is_worth_it_and_as_lines_to_commit():
 
     assert tune.fastest({"shipped": 1.0, "other": 0.98}) == "shipped"
     assert tune.fastest({"shipped": 1.0, "other": 0.9, "third": 0.95}) == "other"
-    assert tune.fastest({"other": 0.9}) == "other"  # the shipped row was wrong or did not fit
+    assert tune.fastest({"other": 0.9}) == "other"  # the shipped row was wrong or too large
     assert tune.fastest({}) == "shipped"
     tables = [job.name.partition("[")[0] for job in tune.JOBS]
     assert all(getattr(sys.modules["mir_kernels.ops." + n.rpartition(".")[0]], n.rpartition(".")[2]) for n in tables)
@@ -119,7 +119,7 @@ def test_a_row_is_offered_where_it_is_worth_it_and_as_lines_to_commit():
 def test_limits_add_up_to_those_of_the_run():
     limits = {name: limit for name, (_, limit) in gpu_suite.STAGES.items()}
     assert sum(limits[name] for name in gpu_suite.WHOLE) <= gpu_suite.TOTAL <= 9 * 60
-    own = gpu_suite_processes.GRACE + 2  # that a stage keeps back of its limit
+    own = gpu_suite_processes.GRACE + 2  # seconds that a stage reserves from its limit
     waits = gpu_suite_processes.GRACE * len(gpu_suite_times.BENCHMARKS)
     assert sum(one.limit for one in gpu_suite_times.BENCHMARKS.values()) + waits <= limits["bench"] - own
 
@@ -201,7 +201,7 @@ def test_without_pytest_every_kernel_job_is_checked_by_a_script(tmp_path):
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "tests", "benchmarks"))
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     command += ["--report", str(report), "--shard", "1/15"]
-    for written in (4, 0):  # the second finds that all is done
+    for written in (4, 0):  # the second run finds everything done
         before = len(gpu_suite_reports.lines(report))
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

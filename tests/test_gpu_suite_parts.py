@@ -1,4 +1,4 @@
-"""The GPU suite in two short calls: what is cut leaves what it found, the second goes on where the first stopped."""
+"""The GPU suite in two short calls: an interrupted stage keeps its results, the second part resumes after the first."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_a_test_that_ends_its_process_is_named_and_the_others_still_run(tmp_path
     assert found["state"] == "failed"
     assert found["counts"] == {"passed": 3, "failed": 3, "skipped": 1, "not finished": 0}
     assert "2 times a test ended its process" in found["note"]
-    assert "test_crashes: the process ended in it, with exit code 9" in found["failures"]
+    assert "test_crashes: it ended its process with exit code 9" in found["failures"]
     assert any(text.startswith("test_wrong: AssertionError: sums") for text in found["failures"])
 
 
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_collected_is_a_failure(tmp_path, paths):
 
 def test_a_line_that_is_half_written_is_none_and_the_worst_line_of_a_test_counts(tmp_path):
     path = tmp_path / "t.jsonl"
-    for outcome in ("started", "passed", "failed"):  # it passed, and failed when it was torn down
+    for outcome in ("started", "passed", "failed"):  # it passed, then failed in its teardown
         reports.write(path, {"test": "a", "outcome": outcome, "message": ""})
     with path.open("a") as file:
         file.write('{"test": "b", "outc')
@@ -127,7 +127,7 @@ def test_what_matters_most_fits_the_first_part():
     assert {*gpu_suite.PART, "ceilings"} == {*gpu_suite.STAGES}
     waits = gpu_suite_processes.GRACE * (len(BENCHES) + 1) + 2
     assert sum(one.limit for one in BENCHES.values()) + waits <= limits["claims"] <= gpu_suite.PART_TOTAL
-    assert not {*BENCHES} & {*gpu_suite_times.BENCHMARKS}  # their CSVs lie in one folder
+    assert not {*BENCHES} & {*gpu_suite_times.BENCHMARKS}  # their CSVs share a folder
 
 
 def test_each_claim_gets_a_line(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_each_claim_gets_a_line(tmp_path, monkeypatch):
 
 
 class Machine:
-    """Stands in for the stages: {stage: the state it ends in}; `ran` are those that were started."""
+    """Replaces the stages: states is {stage: its final state}; `ran` lists the stages that were started."""
 
     def __init__(self, states):
         self.states, self.ran = states, []
@@ -189,7 +189,7 @@ def test_the_second_part_goes_on_where_the_first_stopped(tmp_path, monkeypatch, 
     )
     assert machine.ran == ["environment", "build", "check", "tests", "tune", "sanitizer", "bench"]
     found = json.loads((second / "summary.json").read_text())
-    assert found["claims"] == first["claims"] | {"note": "in the part before: claims says", "seconds": 0}
+    assert found["claims"] == first["claims"] | {"note": "in the previous part: claims says", "seconds": 0}
     assert sorted(path.name for path in (second / "earlier" / "1").glob("*.jsonl"))[0] == "build0.jsonl"
     assert {one["state"] for one in found.values() if isinstance(one, dict)} == {"passed"}
 
@@ -290,14 +290,14 @@ def test_benchmarks_that_are_done_are_not_taken_again_and_those_without_time_are
     (tmp_path / "earlier" / "1" / "summary.json").write_text('{"claims": {"done": ["one", "three"]}}')
     (tmp_path / "one_cpu.csv").write_text("kept")
     found = gpu_suite_times.measured("claims", benches, tmp_path, True, time.monotonic() + 60)
-    assert ran == ["two_cpu.csv", "three_cpu.csv"]  # what three left is not here
+    assert ran == ["two_cpu.csv", "three_cpu.csv"]  # the CSV of three is missing
     assert (found["state"], found["done"]) == ("passed", ["one", "two", "three"])
     found = gpu_suite_times.measured("claims", benches, tmp_path, True, time.monotonic() + 6)
     assert (found["state"], found["note"]) == ("cut", "2 CSVs; no time was left for two")
 
 
 def test_the_module_of_a_folder_is_checked_and_not_the_installed_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--module: wants a folder with _C\."):
+    with pytest.raises(FileNotFoundError, match=r"--module: expected a folder with _C\."):
         check_native.kernels(tmp_path)
     (tmp_path / f"_C{check_native.importlib.machinery.EXTENSION_SUFFIXES[0]}").write_text("no module")
     command = [sys.executable, "benchmarks/check_native.py", "--device", "cpu", "--module", str(tmp_path)]

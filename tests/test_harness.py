@@ -1,4 +1,4 @@
-"""The benchmarks' harness: the gate, the rounds, the floor, and what becomes of a rival that raises."""
+"""The benchmarks' harness: the error check, the rounds, the floor, and rivals that raise."""
 
 import math
 import subprocess
@@ -14,7 +14,7 @@ RATE = harness.rate.__wrapped__  # without its cache, and before any test replac
 
 @pytest.fixture(autouse=True)
 def measured_once(monkeypatch):
-    """A machine of 100 GFLOP/s and half of it in float64, so that floors are known."""
+    """A machine with 100 GFLOP/s, half of that in float64, so that floors are known."""
     monkeypatch.setattr(harness, "rate", lambda device, unit: {"any": 100.0, "float64": 50.0}[unit])
 
 
@@ -85,7 +85,7 @@ def test_calls_that_waited_for_a_core_count_only_where_there_are_too_few_others(
     monkeypatch.setattr(harness.waiting, "waited_ms", lambda: clock["waited"])
 
     def taking(name, waits):
-        """2 ms, and 8 more in the turns in which it waits for them."""
+        """2 ms, plus 8 ms of waiting in the turns where `waits` says so."""
 
         def call(i):
             clock["waited"] += 8.0 * waits(i)
@@ -144,7 +144,7 @@ def test_the_floor_is_the_longer_of_bytes_and_operations_each_at_its_own_rate(mo
     row = compared(rival, bytes_moved=2 * 10**7, flops=10**8, float64_flops=10**8)["ours"]
     assert row["floor_ms"] == pytest.approx(1.0 + 2.0)
     assert (row["flops"], row["float64_gflops"]) == (2 * 10**8, 50.0)
-    assert set(compared(rival, bytes_moved=2 * 10**7)) == {"ours"}  # the copies are no rows of their own
+    assert set(compared(rival, bytes_moved=2 * 10**7)) == {"ours"}  # copies get no rows
 
 
 def test_a_written_csv_reads_back_and_an_older_one_lacks_columns(tmp_path):

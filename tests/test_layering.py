@@ -1,4 +1,4 @@
-"""Who may know whom: the rooms of the house, held by a test that reads every import and include."""
+"""Layering: which parts of the code may import which others, checked on every import and include."""
 
 import ast
 import graphlib
@@ -14,7 +14,7 @@ PACKAGES = {"mir_kernels": ROOT / "mir_kernels", "modality_integration": ROOT / 
 OPERATIONS = ("moca", "moments", "sqrtm", "frechet")
 # Which operations an operation may build on.
 BELOW = {"moca": set(), "moments": set(), "sqrtm": set(), "frechet": {"sqrtm"}}
-# What each room of modality_integration may import from, itself included; "__init__" is the package's own file.
+# What each part of modality_integration may import from, itself included; "__init__" is the package's own file.
 ROOMS = {
     "metric": {"metric"},
     "models": {"metric", "models"},
@@ -31,7 +31,7 @@ SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh")
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """{dotted name: file} of a package; a folder goes by the name of its `__init__.py`."""
+    """{dotted name: file} of a package; a folder's name stands for its `__init__.py`."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -40,7 +40,7 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(source: str) -> set[str]:
-    """Every name a source imports, in functions and for type checkers too: a.b of `import a.b` or `from a import b`."""
+    """All imported names, also in functions and for type checkers: a.b for `import a.b` or `from a import b`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -52,7 +52,7 @@ def imports(source: str) -> set[str]:
 
 
 def used(source: str, known: dict[str, Path]) -> set[str]:
-    """The modules of `known` that a source imports: of "a.b.c" the longest part that is one."""
+    """The modules of `known` that a source imports: for "a.b.c" the longest prefix that is one."""
     found = set()
     for name in imports(source) - {COMPILED}:
         while name and name not in known:

@@ -1,4 +1,4 @@
-"""The benchmark of generated hidden states: true values, times scaled as said, the stages that ran."""
+"""The benchmark with generated hidden states: correct values, times scaled as stated, the stages that ran."""
 
 import contextlib
 import sys
@@ -40,7 +40,7 @@ def test_a_run_gives_the_value_of_its_layers_and_counts_time_apart_from_generati
 
 @pytest.mark.parametrize("measured", [0, 7])
 def test_layers_that_are_not_there_are_not_measured(measured):
-    with pytest.raises(ValueError, match=f"measured-layers: takes 1 to 6, the layers, got {measured}"):
+    with pytest.raises(ValueError, match=f"measured-layers: expected 1 to 6, the number of layers, got {measured}"):
         mir_streamed.Shape(**{**vars(SHAPE), "measured": measured})
 
 
@@ -76,7 +76,7 @@ def test_a_value_that_is_wrong_has_no_time_and_fails_the_command(monkeypatch):
         ("mir_kernels, with bounds", None),
     ]
     assert rows[0]["error"] == pytest.approx(0.1)
-    assert rows[2]["p50_ms"] > 0  # the published fast mode is no root, and says so by its error
+    assert rows[2]["p50_ms"] > 0  # the published fast mode is timed despite its error
     assert harness.exit_code(rows) == 1
 
 
@@ -104,7 +104,7 @@ def test_stages_go_with_streamed_alone(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_mir.py", "--stages"])
     with pytest.raises(SystemExit):
         bench_mir.main()
-    assert "--stages and --measured-layers go with --streamed" in capsys.readouterr().err
+    assert "--stages and --measured-layers require --streamed" in capsys.readouterr().err
 
 
 def inner(seconds):

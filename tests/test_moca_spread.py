@@ -1,4 +1,4 @@
-"""The spread of MoCa in place over processes: what a row says, and what a condition leaves behind."""
+"""The spread of MoCa in place over processes: the contents of a row, and the cleanup after each condition."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def rows_of(ours, waited=0.0):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The processes that were started in place of the benchmark's, as (command, environment), each with its times."""
+    """Fake benchmark processes with given times; returns those started, as (command, environment)."""
     found, times = [], iter([3.0, 1.0, 2.0, 9.0, 4.0] * 9)
 
     def run(command, env, **_):

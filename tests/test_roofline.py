@@ -1,4 +1,4 @@
-"""The predicted times follow from the counts, say that they are predictions, and take measured rows beside them."""
+"""The predicted times follow from the counts, are labelled as predictions, and are shown next to measured rows."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""`make soak` in short: half a million tokens through each stream, memory flat and results right."""
+"""A short `make soak`: half a million tokens through each stream, with flat memory and correct results."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""benchmarks/stream_memory.py on a small shape: the parts are the tensors', and next to nothing is held beside them."""
+"""benchmarks/stream_memory.py on a small shape: the parts match the tensors, and little else uses memory."""
 
 import csv
 import subprocess
@@ -24,15 +24,15 @@ def test_parts_are_those_of_the_shape_and_make_up_the_peak(tmp_path):
         parts = {row["part"]: float(row["mb"]) for row in csv.DictReader(file)}
     features = samples * (vision + text) * layers * d * 2 / 1e6
     assert parts["for comparison: all features kept, bf16"] == pytest.approx(features, abs=0.06)
-    # Both modalities outgrow what is held back, whose buffer is full then.
+    # Both modalities have more rows than the buffer of rows held back, so it is full.
     triangle = 8 * (entries(d) + 3 * d) / 1e6
     assert parts["accumulators: means and triangles, float64"] == pytest.approx(2 * layers * triangle, abs=0.06)
     assert parts["rows held back"] == pytest.approx(2 * layers * 2048 * d * 2 / 1e6, abs=0.06)
     stays, moves = "groups=5, 1 layer, on a CPU: ", "groups=5, 1 layer, moving: "
-    # The text of the last group is all held back.
+    # All text of the last group is held back.
     assert parts[f"{stays}accumulators: means and triangles, float64"] == pytest.approx(2 * 5 * triangle, abs=0.12)
     assert parts[f"{moves}accumulators on the device, at most at once"] == pytest.approx(2 * triangle, abs=0.06)
     assert parts[f"{moves}put into the host's memory"] > 2 * 3 * triangle
-    # One block of a layer in float, packed, and what the allocator keeps: all features would not fit in.
+    # One block of a layer as packed floats, plus memory kept by the allocator; all features would not fit.
     assert -1 < parts["rest: copies of a layer's rows, products"] < 45 < features
     assert parts["peak while streaming"] <= parts["peak in compute()"] < parts["peak while streaming"] + 150

@@ -1,4 +1,4 @@
-"""The script behind `make test-versions`: its sets, its copy of the checkout, and what it reads out of its logs."""
+"""The script behind `make test-versions`: its sets, its copy of the checkout, and its parsing of logs."""
 
 import re
 import sys
@@ -26,7 +26,7 @@ def place(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """The script's main() with arguments, in a folder."""
+    """Call the script's main() with arguments, in a folder."""
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["versions.py", str(tmp_path), *arguments])
@@ -36,7 +36,7 @@ def run(monkeypatch, tmp_path):
 
 
 def promised():
-    """The lower ends in pyproject.toml of its dependencies, of the extras that tests need, and of the build."""
+    """The lower version bounds in pyproject.toml: dependencies, extras that tests need, and build requirements."""
     text = (ROOT / "pyproject.toml").read_text()
     sections = [
         re.search(rf"^{name} = \[(.*?)\]$", text, flags=re.MULTILINE | re.DOTALL)[1]
@@ -96,7 +96,7 @@ def test_every_step_has_commands_that_run_in_the_environment(tmp_path, name):
 
 
 def test_the_table_counts_what_ran_in_each_set_and_failures_make_the_exit_code(run, monkeypatch, tmp_path, capsys):
-    """With a stand-in for every step: the second set's packages cannot be had, the first's kernels fail."""
+    """With a fake for every step: the second set's packages cannot be installed, the first's kernels fail."""
     for name in versions.SETS:
         python = tmp_path / name / "venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
@@ -127,10 +127,10 @@ def test_the_table_counts_what_ran_in_each_set_and_failures_make_the_exit_code(r
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "aot,tea"], "--only: takes packages,build,collect,aot,kernels,metric,suite, got tea"),
-        (["--sets", "newest"], "--sets: takes oldest,gpu, got newest"),
-        (["--python", "new=python3"], "--python: takes oldest,gpu, got new"),
-        (["--sets", "gpu", "--only", "aot"], "--only: takes packages too where there is no "),
+        (["--only", "aot,tea"], "--only: expected packages,build,collect,aot,kernels,metric,suite, got tea"),
+        (["--sets", "newest"], "--sets: expected oldest,gpu, got newest"),
+        (["--python", "new=python3"], "--python: expected oldest,gpu, got new"),
+        (["--sets", "gpu", "--only", "aot"], "--only: expected packages too where there is no "),
     ],
 )
 def test_a_name_that_it_does_not_know_is_refused(run, capsys, tmp_path, arguments, message):
@@ -154,6 +154,6 @@ def test_an_interpreter_that_will_not_do_is_named_before_anything_is_made(run, t
     with pytest.raises(SystemExit):
         run("--sets", "gpu", "--python", f"gpu={path}")
     version = versions.SETS["gpu"].python
-    wanted = f"--python: takes gpu=PATH, an interpreter of Python {version}; {why}"
+    wanted = f"--python: expected gpu=PATH, an interpreter of Python {version}; {why}"
     assert wanted in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "gpu").exists()

@@ -1,15 +1,15 @@
-"""`make test-versions`: an environment for each set of versions that is promised, and the tests run in each.
+"""`make test-versions`: create an environment for each supported set of versions, and run the tests in each.
 
     python3 tests/versions.py DIR                                # Linux; a set takes 6 GB and an hour on two cores
-    python3 tests/versions.py DIR --sets gpu --only aot,suite    # one of the sets, some of the steps, and the build
+    python3 tests/versions.py DIR --sets gpu --only aot,suite    # one set, the build and selected steps
     python3 tests/versions.py DIR --python oldest=/opt/python3.10/bin/python
 
-"oldest" is the lower end of everything that pyproject.toml promises, "gpu" what a machine with a GPU has that is at
-hand for minutes: here is found out before what does not run there. torch from the package index brings CUDA; CPU builds
-are taken instead where PIP_EXTRA_INDEX_URL names an index of them. DIR/SET/venv gets the set's pins and is used again;
-DIR/SET/tree is a copy of what git knows or would add of this checkout, made anew, so nothing is built beside its
-sources. CUDA C++ is compiled where there is an nvcc. Each step writes DIR/SET/STEP.log, in it what was skipped and why.
-Printed last is a table of what passed, failed and was skipped; the exit code is 1 where a step failed.
+"oldest" is the lower end of every version range in pyproject.toml. "gpu" has the versions of a GPU machine that is
+available only for minutes, so that incompatibilities show up beforehand. torch from the package index includes CUDA; to
+use CPU builds instead, set PIP_EXTRA_INDEX_URL to their index. DIR/SET/venv gets the set's pins and is reused;
+DIR/SET/tree is a fresh copy of the files that git tracks or would add, so that nothing is built next to the sources.
+CUDA C++ is compiled if nvcc is available. Each step writes DIR/SET/STEP.log, including skipped tests and reasons. A
+table of passed, failed and skipped tests is printed last; the exit code is 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Versions(NamedTuple):
-    """A Python, and packages of one version each; what these need beside is the newest that fits."""
+    """A Python version and pinned packages; their other dependencies are the newest compatible ones."""
 
     python: str
     pins: dict[str, str]
@@ -39,7 +39,7 @@ OLDEST = Versions(
     "3.10",
     {
         "torch": "2.8.0",
-        "triton": "3.4.0",  # what torch 2.8 comes with
+        "triton": "3.4.0",  # the version that torch 2.8 requires
         "numpy": "1.24.0",
         "transformers": "5.0.0",
         "torchmetrics": "1.4.0",
@@ -113,7 +113,7 @@ print("Python", platform.python_version(), *(f", {{name}} {{version(name)}}" for
 
 
 class Place(NamedTuple):
-    """The folder of a set, its versions, the interpreter that its environment is made from, and how many processes."""
+    """The folder of a set, its versions, the interpreter for its environment, and the number of processes."""
 
     folder: Path
     versions: Versions
@@ -130,7 +130,7 @@ class Place(NamedTuple):
 
 
 def packages(place: Place) -> list[list[str]]:
-    """The environment, where there is none, the pins in it, and a line of what it has."""
+    """Create the environment if necessary, install the pins, and print one line with its versions."""
     file = place.folder / "requirements.txt"
     file.write_text("".join(f"{name}=={version}\n" for name, version in place.versions.pins.items()))
     made = [] if Path(place.python).exists() else [[place.base, "-m", "venv", str(place.folder / "venv")]]
@@ -167,7 +167,7 @@ def collect(place: Place) -> list[list[str]]:
 
 
 def suite(place: Place) -> list[list[str]]:
-    """Both parts of the GPU suite, dry: the second in another folder, from the archive of the first."""
+    """Both parts of the GPU suite, dry: the second in another folder, resumed from the archive of the first."""
     script, out = [place.python, "benchmarks/gpu_suite.py", "--dry"], place.folder / "suite"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -188,7 +188,7 @@ STEPS: dict[str, Callable[[Place], list[list[str]]]] = {
 
 
 def copy_tree(place: Place) -> None:
-    """What git tracks here, and what it would add."""
+    """Copy the files that git tracks or would add."""
     shutil.rmtree(place.tree, ignore_errors=True)
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -198,7 +198,7 @@ def copy_tree(place: Place) -> None:
 
 
 def run_step(name: str, place: Place) -> tuple[int, str]:
-    """The exit code of a step's first command that fails, or 0, and all that its commands wrote."""
+    """The exit code of the first failing command of a step, or 0, and the output of its commands."""
     path, code = place.folder / f"{name}.log", 0
     paths = [place.tree, place.tree / "python", place.tree / "benchmarks", place.tree / "tests"]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
@@ -214,7 +214,7 @@ def run_step(name: str, place: Place) -> tuple[int, str]:
 
 
 def tally(text: str) -> dict[str, int]:
-    """Out of a log: how many tests passed, failed (or could not be set up) and were skipped, by pytest's last lines."""
+    """How many tests passed, failed (or had errors in setup) and were skipped, from pytest's summary lines in a log."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for line in re.findall(r"^(?:=+ )?(\d+ \w+(?:, \d+ \w+)*) in [\d.]+s", text, flags=re.MULTILINE):
         for count, state in re.findall(r"(\d+) (\w+)", line):
@@ -225,12 +225,12 @@ def tally(text: str) -> dict[str, int]:
 
 
 def failures(text: str) -> list[str]:
-    """Out of a log: the lines of what failed, as pytest and the suite write them."""
+    """The lines about failures in a log, as written by pytest and the suite."""
     return re.findall(r"^(?:FAILED|ERROR) .*|^\w+ +failed .*|^  \d+x .*", text, flags=re.MULTILINE)
 
 
 def run_set(name: str, place: Place, steps: list[str]) -> list[str]:
-    """The table's rows of a set; "failed" stands in those of steps that did. Without its packages no step is tried."""
+    """Run the steps of a set and return its rows of the table. If installing packages fails, no other step runs."""
     place.folder.mkdir(parents=True, exist_ok=True)
     copy_tree(place)
     rows = []
@@ -251,7 +251,7 @@ def run_set(name: str, place: Place, steps: list[str]) -> list[str]:
 
 
 def complaint(command: str, version: str) -> str | None:
-    """What is amiss with `command` as an interpreter of Python `version`, or None. A shim may be there and not run."""
+    """Why `command` is not a working interpreter of Python `version`, or None. A shim may exist but not run."""
     say = [command, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     try:
         found = subprocess.run(say, capture_output=True, text=True)
@@ -265,19 +265,19 @@ def complaint(command: str, version: str) -> str | None:
 def chosen(parser: argparse.ArgumentParser, option: str, given: str, known: dict) -> list[str]:
     """The names in `given`, in the order of `known`."""
     if unknown := sorted(set(given.split(",")) - set(known)):
-        parser.error(f"{option}: takes {','.join(known)}, got {','.join(unknown)}")
+        parser.error(f"{option}: expected {','.join(known)}, got {','.join(unknown)}")
     return [name for name in known if name in given.split(",")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where the environments are made, or are already")
-    parser.add_argument("--sets", default=",".join(SETS), help="sets of versions, of %(default)s")
-    parser.add_argument("--only", default="packages,aot,kernels,metric", help=f"steps, of {','.join(STEPS)}")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the new or existing environments")
+    parser.add_argument("--sets", default=",".join(SETS), help="comma-separated sets of versions, of %(default)s")
+    parser.add_argument("--only", default="packages,aot,kernels,metric", help=f"comma-separated, of {','.join(STEPS)}")
     parser.add_argument(
         "--python", action="append", default=[], metavar="SET=PATH", help="interpreter of a set (default pythonX.Y)"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that run tests")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of test processes")
     flags = parser.parse_args()
     sets, steps = chosen(parser, "--sets", flags.sets, SETS), chosen(parser, "--only", flags.only, STEPS)
     steps = [name for name in STEPS if name in steps or name == "build"]  # the copy has no module yet
@@ -288,9 +288,9 @@ def main() -> int:
         if Path(place.python).exists():
             continue
         if "packages" not in steps:
-            parser.error(f"--only: takes packages too where there is no {place.python}")
+            parser.error(f"--only: expected packages too where there is no {place.python}")
         if why := complaint(place.base, place.versions.python):
-            parser.error(f"--python: takes {name}=PATH, an interpreter of Python {place.versions.python}; {why}")
+            parser.error(f"--python: expected {name}=PATH, an interpreter of Python {place.versions.python}; {why}")
     rows = [row for name, place in places.items() for row in run_set(name, place, steps)]
     header = f"{'set':<10}{'step':<10}{'state':<14}{'time':>8}   passed   failed  skipped"
     print("\n".join(["", header, *rows]))

@@ -1,4 +1,4 @@
-// CUDA errors as exceptions, launches, and the device of a launch.
+// CUDA errors as exceptions, kernel launches, and the device of a launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,8 +14,8 @@ inline void cuda_check(cudaError_t status, const char* what) {
   }
 }
 
-// Launches without dynamic shared memory. A function in place of <<<>>>, so that every C++ compiler can read a .cu file
-// and its kernels can be run without a GPU. A refused launch leaves no error behind for whoever asks CUDA next.
+// Launches a kernel without dynamic shared memory. It is a function instead of <<<>>>, so that every C++ compiler can
+// parse a .cu file and its kernels can run without a GPU. A failed launch leaves no error for the next CUDA call.
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
             Arguments... arguments) {
@@ -28,7 +28,7 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   cuda_check(status, what);
 }
 
-// Makes `device` the current one for as long as it lives.
+// Makes `device` the current device during its lifetime.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

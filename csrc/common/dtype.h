@@ -1,4 +1,4 @@
-// Element types that cross the language border, by the code numbers that Python passes.
+// Element types passed from Python to C++, with their codes.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace mir {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-// Sixteen-bit elements on the CPU: bits only, converted in simd.h.
+// 16-bit elements on the CPU: raw bits, converted in simd.h.
 struct BF16 {
   uint16_t bits;
 };
@@ -15,7 +15,7 @@ struct F16 {
   uint16_t bits;
 };
 
-// What arithmetic and column sums are done in: double for double, else float.
+// The type of arithmetic and column sums: double for double, otherwise float.
 template <class T>
 struct AccumulateIn {
   using type = float;

@@ -1,4 +1,4 @@
-// Choice of the instruction set level, once per process.
+// Selects the instruction set level, once per process.
 #include "isa.h"
 
 #include <cstdlib>
@@ -15,7 +15,7 @@ bool runs_here(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512vnni") && runs_here(Isa::kX86_64V3);
-    case Isa::kX86_64V3:  // every CPU with AVX2 and FMA converts half precision (F16C) too
+    case Isa::kX86_64V3:  // every CPU with AVX2 and FMA also converts half precision (F16C)
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::kBaseline:
       return true;
@@ -32,11 +32,11 @@ Isa choose() {
   for (Isa isa : kIsas) {
     if (by_name ? std::strcmp(wanted, isa_name(isa)) == 0 && runs_here(isa) : runs_here(isa)) return isa;
   }
-  std::string takes;
+  std::string available;
   for (Isa isa : kIsas) {
-    if (runs_here(isa)) takes += (takes.empty() ? "" : ", ") + std::string(isa_name(isa));
+    if (runs_here(isa)) available += (available.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  throw std::runtime_error("MIR_CPU_ISA: takes one of " + takes + " on this CPU, got " + wanted);
+  throw std::runtime_error("MIR_CPU_ISA: expected one of " + available + " on this CPU, got " + wanted);
 }
 
 }  // namespace

@@ -7,9 +7,9 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// f(i) for i in [0, n), on up to `threads` threads, in any order: whoever needs the same bits for every thread count
-// must let f(i) depend on i alone. Work below `bytes` of a quarter megabyte stays on the calling thread. Where n is the
-// number of threads, f(i) runs on the same one in every call, and finds what it wrote last time in that core's cache.
+// Calls f(i) for i in [0, n) on up to `threads` threads, in any order. For results with the same bits at every thread
+// count, f(i) must depend on i alone. If `bytes` is below a quarter megabyte, all work stays on the calling thread. If
+// n is the number of threads, f(i) runs on the same thread in every call, with its last results in that core's cache.
 template <class F>
 void parallel_for(int64_t n, int threads, int64_t bytes, const F& f) {
 #ifdef _OPENMP

@@ -1,7 +1,7 @@
 // Vectors of one register for CPU kernels: load and store of every element type, fused multiply-add, sums.
 //
-// Written with the vector extensions of GCC and Clang, so one text serves SSE2, AVX2, AVX-512 and other CPUs; the
-// intrinsics below are where the extensions have no word for an instruction. Included by *_cpu.cpp only (isa.h).
+// Written with the vector extensions of GCC and Clang, so the same code serves SSE2, AVX2, AVX-512 and other CPUs.
+// Intrinsics are used for instructions that the extensions cannot express. Included by *_cpu.cpp only (isa.h).
 // Narrowing rounds to nearest, ties to even, and keeps NaN.
 #pragma once
 
@@ -33,7 +33,7 @@ typedef double F64Vec __attribute__((vector_size(kRegisterBytes)));
 typedef uint32_t U32Vec __attribute__((vector_size(kRegisterBytes)));
 typedef int32_t I32Vec __attribute__((vector_size(kRegisterBytes)));
 typedef float F32Half __attribute__((vector_size(kRegisterBytes / 2)));
-typedef uint16_t U16Half __attribute__((vector_size(kRegisterBytes / 2)));  // as many lanes as F32Vec
+typedef uint16_t U16Half __attribute__((vector_size(kRegisterBytes / 2)));  // the same number of lanes as F32Vec
 
 template <class V>
 MIR_INLINE V load_bits(const void* p) {
@@ -47,8 +47,8 @@ MIR_INLINE void store_bits(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Past the caches, to memory that nobody reads soon: saves reading the line first. p is aligned to the size of V;
-// stream_fence() comes before another thread may read.
+// Stores past the caches, for memory that is not read soon: this avoids reading the cache line first. p is aligned to
+// the size of V. Call stream_fence() before another thread may read.
 template <class V>
 MIR_INLINE void stream_bits(void* p, V v) {
 #if defined(__AVX512F__)
@@ -70,7 +70,7 @@ MIR_INLINE void stream_fence() {
 
 MIR_INLINE U32Vec select(U32Vec where, U32Vec yes, U32Vec no) { return (yes & where) | (no & ~where); }
 
-// The two halves of v in double precision, and back.
+// Converts the two halves of v to double precision, and back.
 struct F64Pair {
   F64Vec low, high;
 };
@@ -92,7 +92,7 @@ MIR_INLINE F32Vec narrow(F64Pair v) {
   return load_bits<F32Vec>(halves);
 }
 
-// Lanes of 16 bits to lanes of 32 and, of what fits 16 bits, back.
+// Converts 16-bit lanes to 32-bit lanes and, for values that fit in 16 bits, back.
 MIR_INLINE U32Vec widen(U16Half v) {
 #if defined(__AVX512F__)
   return (U32Vec)_mm512_cvtepu16_epi32((__m256i)v);
@@ -130,13 +130,13 @@ MIR_INLINE F32Vec fma(F32Vec a, F32Vec b, F32Vec c) {
 #elif defined(__FMA__)
   return (F32Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  // Through double: the product is exact there; rounding the sum twice differs from once in about 1 of 2^29 cases.
+  // Via double, where the product is exact. Rounding the sum twice differs from rounding once in about 1 of 2^29 cases.
   const F64Pair wa = widen(a), wb = widen(b), wc = widen(c);
   return narrow(F64Pair{wa.low * wb.low + wc.low, wa.high * wb.high + wc.high});
 #endif
 }
 
-// a * b + c for sums, where one rounding more does no harm: fused where the CPU can, else two instructions.
+// a * b + c for sums, where an additional rounding does no harm: fused if the CPU supports it, else two instructions.
 template <class V>
 MIR_INLINE V multiply_add(V a, V b, V c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -146,8 +146,8 @@ MIR_INLINE V multiply_add(V a, V b, V c) {
 #endif
 }
 
-// Element type T in memory, as a vector of what it is computed in. pack() is what a store writes, round() the value
-// that a load would then give, pack_rounded() the pack of what is rounded already.
+// Elements of type T as a vector of the type used for arithmetic. pack() returns what a store writes, round() the value
+// that a load would then return, and pack_rounded() packs values that are already rounded.
 template <class T>
 struct Simd;
 
@@ -178,8 +178,8 @@ struct Simd<BF16> {
   static MIR_INLINE U16Half pack_rounded(Vec v) { return narrow((U32Vec)v >> 16); }
 
  private:
-  // Right in the upper 16 bits. NaN is cut off, not rounded, lest it carry into the sign: it stays NaN because what
-  // comes out of arithmetic is quiet, with its uppermost fraction bit set.
+  // Only the upper 16 bits are correct. NaN is truncated, not rounded, because rounding may carry into the sign. It
+  // stays NaN because arithmetic returns quiet NaN, whose uppermost fraction bit is set.
   static MIR_INLINE U32Vec rounded(Vec v) {
     const U32Vec bits = (U32Vec)v;
     return bits + ((0x7fffu + ((bits >> 16) & 1u)) & (U32Vec)(v == v));
@@ -202,8 +202,8 @@ struct Simd<F16> {
   static MIR_INLINE Vec from_bits(U16Half h) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
   static MIR_INLINE U16Half to_bits(Vec v) { return (U16Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-  // Half and single differ in bias by 112 and in fraction by 13 bits; subnormal halves go through a float addition
-  // whose unit in the last place is theirs, 2^-24, so that the adder shifts and rounds.
+  // Half and single precision differ in bias by 112 and in fraction by 13 bits. Subnormal halves use a float addition
+  // with their unit in the last place, 2^-24, so that the adder shifts and rounds.
   static MIR_INLINE Vec from_bits(U16Half h) {
     const U32Vec bits = widen(h);
     const U32Vec sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu, shifted = magnitude << 13;
@@ -233,7 +233,7 @@ MIR_INLINE Vec broadcast(decltype(Vec{}[0] + 0) value) {
   return Vec{} + value;
 }
 
-// A whole vector of columns, or the first n lanes of one: lanes beyond n load as zero and are not stored.
+// A whole vector of columns, or its first n lanes: lanes beyond n load as zero and are not stored.
 struct Whole {};
 struct First {
   int64_t n;
@@ -269,7 +269,7 @@ template <class T, class Lanes>
 MIR_INLINE void store_rounded(T* p, typename Simd<T>::Vec v, Lanes lanes) {
   store_packed(p, Simd<T>::pack_rounded(v), sizeof(T), lanes);
 }
-// store(), past the caches where kStream.
+// store(), past the caches if kStream.
 template <bool kStream, class T, class Lanes>
 MIR_INLINE void store_to(T* p, typename Simd<T>::Vec v, Lanes lanes) {
   if constexpr (kStream && kIsWhole<Lanes>) {
@@ -279,8 +279,8 @@ MIR_INLINE void store_to(T* p, typename Simd<T>::Vec v, Lanes lanes) {
   }
 }
 
-// Whether rows from `base` on, `stride_bytes` apart, may be streamed, and are so many that it pays: they would not be
-// in cache any more when the next operation reads them.
+// Whether rows at `base` with stride `stride_bytes` can be streamed, and are too many to stay in cache until the next
+// operation reads them.
 MIR_INLINE bool worth_streaming(const void* base, int64_t stride_bytes, int64_t total_bytes) {
   const bool aligned = (reinterpret_cast<uintptr_t>(base) | static_cast<uintptr_t>(stride_bytes)) % 64 == 0;
   return aligned && total_bytes >= (int64_t{1} << 24);
@@ -310,14 +310,14 @@ MIR_INLINE double total(F64Vec v) {
   return total;
 }
 
-// Ask for the cache line of p[c] where column c begins one: with c going up by vectors, each line once. For the row
-// that comes next, whose first touch would otherwise wait for memory. Any p + c: nothing is read.
+// Prefetches the cache line of p[c] if column c begins one: once per line if c increases by vectors. Used for the next
+// row, whose first access would otherwise wait for memory. Any p + c is allowed, because nothing is read.
 template <class T>
 MIR_INLINE void prefetch_line(const T* p, int64_t c) {
   if (c % static_cast<int64_t>(64 / sizeof(T)) == 0) __builtin_prefetch(p + c);
 }
 
-// f(column, Whole) for each whole vector of T's arithmetic, then f(column, First) for the rest.
+// Calls f(column, Whole) for each whole vector, then f(column, First) for the remaining columns.
 template <class T, class F>
 MIR_INLINE void for_columns(int64_t cols, const F& f) {
   int64_t c = 0;
@@ -325,8 +325,8 @@ MIR_INLINE void for_columns(int64_t cols, const F& f) {
   if (c < cols) f(c, First{cols - c});
 }
 
-// Sum over columns of a[c] * b[c], where f(column, lanes, a, b) sets the two vectors: in T's arithmetic over runs of
-// 512 columns, so that few roundings pile up, and in double over the runs.
+// Sum over columns of a[c] * b[c], where f(column, lanes, a, b) sets the two vectors. Runs of 512 columns are summed in
+// T's arithmetic, so that few rounding errors accumulate, and the runs in double.
 template <class T, class F>
 MIR_INLINE double sum_of_products(int64_t cols, const F& f) {
   using Vec = typename Simd<T>::Vec;

@@ -1,4 +1,4 @@
-// Vectors of elements that a thread moves with one instruction, and their arithmetic type.
+// Vectors of elements that a thread moves with one instruction, and conversions to and from their arithmetic type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,7 +8,7 @@
 
 namespace mir {
 
-// kSize elements of T, aligned so that 16 bytes of them are one load or store.
+// kSize elements of T, aligned so that 16 bytes are one load or store.
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize) Vector {
   T at[kSize];

@@ -1,7 +1,7 @@
 // Traces of inverses of shifted band matrices on the CPU. Compiled once per instruction set (isa.h).
 //
-// T + s I = L D L^T, one shift s a lane, and every entry with its derivative in s beside it: the logarithm of the
-// determinant is the sum of log d_j, so the trace of the inverse, its derivative, is the sum of d_j' / d_j.
+// Factors T + s I = L D L^T with one shift s per lane, and differentiates every entry with respect to s. The logarithm
+// of the determinant is the sum of log d_j, so its derivative, the trace of the inverse, is the sum of d_j' / d_j.
 #include "frechet.h"
 
 #include "../common/parallel.h"
@@ -12,10 +12,10 @@ namespace MIR_ISA {
 namespace {
 
 constexpr int kWide = kLanes<double>;
-constexpr int kRows = kRegisterBytes == 64 ? 8 : 4;  // two accumulators a row stay in registers
+constexpr int kRows = kRegisterBytes == 64 ? 8 : 4;  // two accumulators per row stay in registers
 
-// A ring of the last width + 1 columns of L and L', each `length` vectors, whose entries beyond `width` stay zero; the
-// column at hand; row j of L D, negated; the pivots of the ring.
+// A ring buffer of the last width + 1 columns of L and L', `length` vectors each, with zeros beyond `width`; the
+// current column; row j of L D, negated; the pivots of the columns in the ring.
 struct Ring {
   int64_t slots, length;
   double *lower, *lower_ds, *column, *column_ds, *row, *row_ds, *pivot, *pivot_ds;
@@ -37,7 +37,7 @@ struct Ring {
 MIR_INLINE F64Vec at(const double* p, int64_t vector) { return load_bits<F64Vec>(p + vector * kWide); }
 MIR_INLINE void put(double* p, int64_t vector, F64Vec v) { store_bits(p + vector * kWide, v); }
 
-// Entries [r0, r0 + kRows) of the column below pivot j, from the columns [from, j) of the ring.
+// Entries [r0, r0 + kRows) of the column from pivot j down, computed from the columns [from, j) of the ring.
 MIR_INLINE void column_entries(const BandInverseTraces& p, const Ring& ring, F64Vec shift, int64_t j, int64_t r0,
                                int64_t first) {
   F64Vec sum[kRows] = {}, sum_ds[kRows] = {};

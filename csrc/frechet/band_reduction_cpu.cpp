@@ -1,9 +1,10 @@
-// A symmetric matrix to a band by orthogonal transformations on the CPU. Compiled once per instruction set (isa.h).
+// Reduces a symmetric matrix to a band by orthogonal transformations on the CPU. Compiled once per instruction set
+// (isa.h).
 //
-// The first stage of two-stage eigenvalue solvers (Bischof, Lang and Sun, ACM TOMS 26, 2000). A panel of kBand columns
-// is made upper triangular below the band by reflectors of length sqrt(2), Q = I - V S V^T with S^-1 the upper triangle
-// of V^T V with half its diagonal (Puglisi), and what follows it, M, becomes Q^T M Q = M - V Y^T - Y V^T. One sweep over
-// M applies that and multiplies with the next V, so that M passes through the caches once a panel, not twice.
+// This is the first stage of two-stage eigenvalue solvers (Bischof, Lang and Sun, ACM TOMS 26, 2000). Reflectors of
+// length sqrt(2) make a panel of kBand columns upper triangular below the band: Q = I - V S V^T, where S^-1 is the
+// upper triangle of V^T V with half its diagonal (Puglisi). The trailing matrix M becomes Q^T M Q = M - V Y^T - Y V^T.
+// One sweep over M applies this and multiplies by the next V, so M passes through the caches once per panel, not twice.
 #include "frechet.h"
 #include "products.h"
 
@@ -11,7 +12,7 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-constexpr int kBand = 48;  // columns of a panel, and diagonals below the main one in the end
+constexpr int kBand = 48;  // columns per panel, and diagonals below the main one in the result
 constexpr int64_t kPair = 2 * kBand;
 static_assert(kBand % kBlock == 0 && kBand % kTall == 0, "micro-tiles fill panels");
 
@@ -39,7 +40,7 @@ class Reduction {
   }
 
   void run() {
-    bool pending = false;  // whether old_ = (V, Y) of the panel before is still to be applied, from row c on
+    bool pending = false;  // whether (V, Y) of the previous panel still has to be applied, from row c on
     for (int64_t c = 0; c + kBand < n_; c += kBand) {
       const int64_t r = c + kBand;
       if (pending) update_panel(c);
@@ -56,12 +57,13 @@ class Reduction {
   }
 
  private:
-  // Rows of pairs_ are those of m: V on the left, Y on the right. [0] is being made, [1] is the one before.
+  // Rows of pairs_ correspond to rows of m, with V on the left and Y on the right. pairs_[0] belongs to the current
+  // panel, pairs_[1] to the previous one.
   double* m_at(int64_t row, int64_t column) const { return p_.m + row * p_.stride + column; }
   double* fresh(int64_t row) const { return pairs_[0] + row * kPair; }
   double* old(int64_t row) const { return pairs_[1] + row * kPair; }
 
-  // f(first, last, share) of rows [from, n_) in whole kBand, each share always the same rows.
+  // Calls f(first, last, share) for rows [from, n_) in multiples of kBand; each share always has the same rows.
   template <class F>
   void shares_of_rows(int64_t from, int64_t bytes_a_row, const F& f) {
     const int64_t blocks = (n_ - from) / kBand;
@@ -70,7 +72,7 @@ class Reduction {
     });
   }
 
-  // m[i, j] -= V_i Y_j^T + Y_i V_j^T of the panel before, for a block of kBand rows and columns.
+  // m[i, j] -= V_i Y_j^T + Y_i V_j^T of the previous panel, for a block of kBand rows and columns.
   void update(int64_t i, int64_t j) {
     for (int64_t m = 0; m < kBand; m += kTall) {
       for (int64_t n = 0; n < kBand; n += kBlock) {
@@ -85,17 +87,17 @@ class Reduction {
     });
   }
 
-  // The panel of columns [c, c + kBand) below the band: its reflectors to fresh, R to m.
+  // Factors the panel of columns [c, c + kBand) below the band: writes its reflectors to fresh and R to m.
   void panel(int64_t c) {
     const int64_t r = c + kBand;
     shares_of_rows(r, kBand * 8, [&](int64_t first, int64_t last, int64_t) {
       for (int64_t i = first; i < last; ++i) __builtin_memcpy(fresh(i), m_at(i, c), kBand * sizeof(double));
     });
-    double reflect[kBand];  // what the last reflector does to each column, and its length's reciprocal
-    double v_scale = 0;
+    double reflect[kBand];  // multiples of the last reflector to subtract from each column
+    double v_scale = 0;  // scales it to length sqrt(2)
     for (int64_t j = 0; j <= kBand; ++j) {
-      // Applies reflector j - 1, and gathers what column j and each other give below row r + j. A team is worth its
-      // waiting from a thousand rows on.
+      // Applies reflector j - 1, and computes the dot products of column j with the other columns below row r + j.
+      // Several threads are faster from a thousand rows on.
       shares_of_rows(r, 256, [&](int64_t first, int64_t last, int64_t share) {
         alignas(64) double sums[kBand] = {};
         for (int64_t i = larger(first, r + j - 1); i < last; ++i) {
@@ -125,7 +127,7 @@ class Reduction {
       for (int64_t t = 0; t <= j; ++t) *m_at(r + t, c + j) = fresh(r + t)[j];
       for (double& entry : reflect) entry = 0;
       v_scale = 0;
-      if (dots[j] == 0) continue;  // the column is zero below its first entry: no reflector
+      if (dots[j] == 0) continue;  // the column is zero below its first entry and needs no reflector
       double* pivot_row = fresh(r + j);
       const double alpha = pivot_row[j];
       for (int64_t t = j; t < kBand; ++t) dots[t] += alpha * pivot_row[t];
@@ -141,8 +143,8 @@ class Reduction {
     }
   }
 
-  // Applies the panel before to m from row r on, below the diagonal and in blocks on it, and sums m V to the right half
-  // of fresh. Every share has its tiles and a sum of its own.
+  // Applies the previous panel to m from row r on, below the diagonal and in the blocks on it, and writes m V to the
+  // right half of fresh. Every share has separate tiles and a separate sum.
   void sweep(int64_t r, bool pending) {
     const int64_t blocks = (n_ - r) / kBand, tiles = blocks * (blocks + 1) / 2;
     parallel_for(shares_, shares_, tiles * kBand * kBand * 64, [&](int64_t share) {
@@ -184,7 +186,7 @@ class Reduction {
     }
   }
 
-  // out = V^T of the columns of fresh from `columns` on.
+  // out = V^T times the columns of fresh from `columns` on.
   void multiply_transposed(int64_t r, int64_t columns, double* out) {
     shares_of_rows(r, kBand * 64, [&](int64_t first, int64_t last, int64_t share) {
       double* to = small_ + share * kBand * kBand;
@@ -205,7 +207,7 @@ class Reduction {
     }
   }
 
-  // Y = Z S - V (S^T V^T Z S) / 2 for Z = m V in the right half of fresh; and (Y, V) packed for the update.
+  // Y = Z S - V (S^T V^T Z S) / 2 for Z = m V in the right half of fresh. Also packs (Y, V) for the update.
   void finish(int64_t r) {
     double *gram = squares_[0], *s = squares_[1], *w = squares_[2], *k = squares_[3];
     multiply_transposed(r, 0, gram);
@@ -219,7 +221,7 @@ class Reduction {
         for (int64_t t = p; t < kBand; ++t) row[t] -= entry * s[p * kBand + t];
       }
     }
-    // k = -S^T (V^T Z) S / 2, by way of gram = (V^T Z) S.
+    // k = -S^T (V^T Z) S / 2, with gram = (V^T Z) S as an intermediate result.
     square_product(w, kBand, 1, s, gram, 1);
     square_product(s, 1, kBand, gram, k, -0.5);
     shares_of_rows(r, kBand * kBand * 8, [&](int64_t first, int64_t last, int64_t) {
@@ -241,7 +243,7 @@ class Reduction {
     });
   }
 
-  // out = scale * left right of kBand^2 matrices, left by its strides.
+  // out = scale * left right for kBand x kBand matrices, with left given by its strides.
   static void square_product(const double* left, int64_t row, int64_t step, const double* right, double* out,
                              double scale) {
     for (int64_t i = 0; i < kBand; ++i) {
@@ -254,7 +256,7 @@ class Reduction {
     }
   }
 
-  // The diagonal and kBand below it.
+  // Copies the diagonal and the kBand diagonals below it.
   void band() {
     for (int64_t j = 0; j < p_.d; ++j) {
       for (int64_t r = 0; r <= kBand; ++r) p_.band[j * (kBand + 1) + r] = j + r < p_.d ? *m_at(j + r, j) : 0;

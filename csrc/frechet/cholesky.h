@@ -1,4 +1,4 @@
-// Cholesky factors of one matrix, left-looking by tiles. Included by *_cpu.cpp only (isa.h).
+// Left-looking Cholesky factorisation of one matrix by tiles. Included by *_cpu.cpp only (isa.h).
 #pragma once
 
 #include "products.h"
@@ -10,14 +10,14 @@ namespace {
 MIR_INLINE Range tile(int64_t i, int64_t n) { return {i * kTile, smaller((i + 1) * kTile, n)}; }
 
 struct Cholesky {
-  Packed lower;    // takes L
-  double* column;  // kTile^2 for each tile of rows
-  int64_t n;       // in whole blocks
+  Packed lower;    // receives L
+  double* column;  // kTile^2 entries per tile of rows
+  int64_t n;       // a multiple of kBlock
   int threads;
-  double least;    // a pivot of at most this is lost
+  double least;    // pivots must be larger than this
 
-  // Whether all pivots were kept. entries(rows, columns, to) sets to[r][c], rows kTile apart, to the matrix's entries;
-  // done(rows, columns, x) is told x[r][c] = L^T[r][c], in any order for one `rows`.
+  // Returns whether all pivots were large enough. entries(rows, columns, to) writes entries of the matrix to to[r][c],
+  // with row stride kTile. done(rows, columns, x) receives x[r][c] = L^T[r][c], in any order for the same `rows`.
   template <class Entries, class Done>
   bool run(const Entries& entries, const Done& done) const {
     for (int64_t j = 0; j < tiles_of(n); ++j) {
@@ -43,7 +43,7 @@ struct Cholesky {
     return true;
   }
 
-  // U^T U of the upper triangle of a symmetric tile, into it, with zeros below.
+  // Factors a symmetric tile, given by its upper triangle, as U^T U in place, with zeros below U.
   bool factor(double* s, int64_t size) const {
     for (int64_t r = 0; r < size; r += kTall) {
       const int64_t from = r / kBlock * kBlock;
@@ -66,7 +66,7 @@ struct Cholesky {
     return true;
   }
 
-  // x with U^T x = what x holds, (size, wide).
+  // Solves U^T y = x in place, x (size, wide).
   static void solve(const double* u, int64_t size, double* x, int64_t wide) {
     for (int64_t c = 0; c < wide; c += kBlock) {
       for (int64_t r = 0; r < size; r += kTall) {

@@ -1,4 +1,4 @@
-// The trace of the root of a product of covariances: what of it is native.
+// Kernels for the trace of the square root of a product of covariances: parameters and kernel tables.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace mir {
 
-// m = C^T A C 4^-exponent with C C^T = B, for `count` pairs of symmetric matrices (d, d), and how far rounding moved it.
+// m = C^T A C 4^-exponent with C C^T = B, for `count` pairs of symmetric matrices (d, d), and its rounding error.
 struct StandardForm {
   const double *a, *b;  // (count, d, d)
   double* m;            // (count, rows, stride): symmetric, zero beyond d
-  double* rounding;     // (count,): an estimate of |m - C^T A C|_F, infinite where B is singular up to rounding
+  double* rounding;     // (count,): an estimate of |m - C^T A C|_F, infinite if B is singular up to rounding
   double* exponent;     // (count,)
-  double* workspace;    // as many as workspace() tells
+  double* workspace;    // of workspace() doubles
   int64_t count, d, rows, stride;  // stride >= rows >= d, rows a multiple of `block`
 };
 
@@ -24,14 +24,14 @@ struct StandardFormCpu {
 };
 MIR_DECLARE_PER_ISA(const StandardFormCpu standard_form_cpu)
 
-// The Cholesky factors L of m + shifts[p] I: their diagonals, |L|_F and a bound of the spectral norm of |L|. The norms
-// are NaN where m + shifts[p] I is not positive definite to rounding.
+// The Cholesky factors L of m + shifts[p] I: their diagonals, |L|_F and a bound on the spectral norm of |L|. The norms
+// are NaN if m + shifts[p] I is not positive definite up to rounding.
 struct ShiftedFactors {
-  const double* m;       // (d, stride): symmetric, its upper triangle is read
+  const double* m;       // (d, stride): symmetric; only its upper triangle is read
   const double* shifts;  // (count,)
   double* pivots;        // (count, d)
   double* norms;         // (count, kFactorNorms)
-  double* workspace;     // as many as workspace() tells
+  double* workspace;     // of workspace() doubles
   int64_t count, d, stride;
 };
 constexpr int kFactorNorms = 2;
@@ -39,16 +39,16 @@ constexpr int kFactorNorms = 2;
 struct ShiftedFactorsCpu {
   void (*run)(const ShiftedFactors&, int threads);
   int64_t (*workspace)(int64_t d);
-  int64_t (*roundings)(int64_t d);  // that any term of an entry passes through, here and in StandardFormCpu
+  int64_t (*roundings)(int64_t d);  // bound on the roundings of any term of an entry, here and in StandardFormCpu
 };
 MIR_DECLARE_PER_ISA(const ShiftedFactorsCpu shifted_factors_cpu)
 
-// band[j][r] = T[j + r][j] for a band T with the eigenvalues of m, zero beyond the last row.
+// band[j][r] = T[j + r][j] for a band matrix T with the eigenvalues of m, zero beyond the last row.
 struct BandReduction {
   double* m;          // (rows, stride): symmetric, zero beyond d; overwritten
   double* band;       // (d, width + 1)
-  double* workspace;  // as many as workspace() tells
-  int64_t d, stride;  // stride >= rows, d in whole panels of `width`
+  double* workspace;  // of workspace() doubles
+  int64_t d, stride;  // stride >= rows, which is d rounded up to a multiple of `width`
 };
 
 struct BandReductionCpu {
@@ -58,12 +58,12 @@ struct BandReductionCpu {
 };
 MIR_DECLARE_PER_ISA(const BandReductionCpu band_reduction_cpu)
 
-// traces[p] = Tr((T + shifts[p] I)^-1) for a symmetric band matrix T, NaN where a pivot is not positive.
+// traces[p] = Tr((T + shifts[p] I)^-1) for a symmetric band matrix T, NaN if a pivot is not positive.
 struct BandInverseTraces {
   const double* band;    // (rows, width + 1): band[j][r] = T[j + r][j], zero beyond the last row
   const double* shifts;  // (count,)
   double* traces;        // (count,)
-  double* workspace;     // as many as workspace() tells
+  double* workspace;     // of workspace() doubles
   int64_t rows, width, count;
 };
 

@@ -1,8 +1,8 @@
-// Products of double matrices on the CPU, for the sizes and the symmetries of this folder. Included by *_cpu.cpp only
+// Products of double matrices on the CPU, for the sizes and symmetries in this folder. Included by *_cpu.cpp only
 // (isa.h).
 //
-// Every product is a sum over depth of left[m][k] right[n][k]. Right operands, and left ones that are read more than
-// once, are packed: micro-panels of kBlock rows, in each the rows' entries of one depth side by side.
+// Every product is a sum over depth k of left[m][k] right[n][k]. Right operands, and left ones that are read more than
+// once, are packed into micro-panels of kBlock rows, in which the entries of all rows at one depth are contiguous.
 #pragma once
 
 #include "../common/parallel.h"
@@ -12,12 +12,12 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// Micro-tile: kTall rows and kBlock columns fill the registers but for one row of vectors and one broadcast.
+// Micro-tile: kTall rows and kBlock columns fill the registers except for one row of vectors and one broadcast.
 constexpr int kLanes64 = kLanes<double>;
 constexpr int kVectors = 3;
 constexpr int kTall = kRegisterBytes == 64 ? 8 : kRegisterBytes == 32 ? 4 : 3;
 constexpr int kBlock = kVectors * kLanes64;
-// Macro-tile, a multiple of kBlock for every register width, and the depth for which two micro-panels share the
+// Macro-tile, a multiple of kBlock for every register width, and the depth at which two micro-panels fit in the
 // first-level cache.
 constexpr int kTile = 96;
 constexpr int64_t kRun = kRegisterBytes == 64 ? 64 : 128;
@@ -33,7 +33,7 @@ struct Left {
   const double* at;
   int64_t row, depth;
 };
-// Entries (k, n) of one k side by side, those of the next `depth` further on.
+// Entry (k, n) at `at[k * depth + n]`.
 struct Right {
   const double* at;
   int64_t depth;
@@ -66,11 +66,11 @@ MIR_INLINE void multiply(Left left, Right right, int64_t depth, double* c, int64
   }
 }
 
-// A matrix in micro-panels of rows, each with room for `depth` entries a row.
+// A matrix in micro-panels of rows with `depth` entries per row.
 struct Packed {
   double* at;
   int64_t depth;
-  // Where rows from r (a multiple of kTall) on begin at depth k.
+  // The address of row r, a multiple of kTall, at depth k.
   MIR_INLINE double* place(int64_t r, int64_t k) const {
     return at + (r / kBlock * depth + k) * kBlock + r % kBlock;
   }
@@ -82,8 +82,8 @@ struct Range {
   int64_t from, to;
 };
 
-// c[m - rows.from][n - columns.from] += sign * sum over k of left[m][k] right[n][k], rows and columns in whole blocks.
-// depth(m, n) is the range of k for the block of rows from m and of columns from n on; an empty one leaves it alone.
+// c[m - rows.from][n - columns.from] += sign * sum over k of left[m][k] right[n][k], for whole blocks of rows and
+// columns. depth(m, n) is the range of k for the block that begins at row m and column n; an empty range skips it.
 template <int kSign, class F>
 void add_product(const Packed& left, Range rows, const Packed& right, Range columns, double* c, int64_t c_stride,
                  const F& depth) {
@@ -104,7 +104,8 @@ void add_product(const Packed& left, Range rows, const Packed& right, Range colu
   }
 }
 
-// Rows [r, r + rows) of `to`, in whole blocks, at depth [k, k + depth): entry(row, step), counted from r and k.
+// Fills rows [r, r + rows) of `to`, in whole blocks, at depth [k, k + depth) with entry(row, step), counted from r
+// and k.
 template <class F>
 MIR_INLINE void pack(int64_t rows, int64_t depth, const Packed& to, int64_t r, int64_t k, const F& entry) {
   for (int64_t m = 0; m < rows; m += kBlock) {

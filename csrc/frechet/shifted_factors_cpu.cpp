@@ -1,5 +1,5 @@
-// Cholesky factors of a symmetric matrix plus shifts on the CPU: their pivots and what bounds their rounding. Compiled
-// once per instruction set (isa.h).
+// Cholesky factors of a symmetric matrix plus shifts on the CPU: their pivots, and norms that bound their rounding
+// error. Compiled once per instruction set (isa.h).
 #include "cholesky.h"
 #include "frechet.h"
 #include "products.h"
@@ -8,9 +8,9 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// A term of any entry of L L^T, of T C or of C^T A C passes through no more roundings than this: a sum in registers, of
-// kRun products or of a tile's, then one for each such sum that is added (twice the runs of a depth in Z + Z^T), and what
-// is done within a tile: divisions, a root, a strip, a shift.
+// Upper bound on the number of roundings of a term in any entry of L L^T, T C or C^T A C: those of a sum in registers
+// of kRun products or of a tile's; one per addition of such a sum (twice the runs of a depth in Z + Z^T); and those of
+// operations within a tile: divisions, a root, a strip, a shift.
 int64_t roundings(int64_t d) { return larger(kRun, kTile) + 2 * ((d + kRun - 1) / kRun + kTile / kRun + 2 * kTall + 12); }
 
 int64_t workspace(int64_t d) {
@@ -23,9 +23,9 @@ void factor(const ShiftedFactors& p, int64_t index, int threads) {
   const double shift = p.shifts[index];
   double *pivots = p.pivots + index * p.d, *norms = p.norms + index * kFactorNorms;
   double* column = p.workspace + n * n;
-  double* columns_of_tiles = column + tiles * kTile * kTile;  // sums of |L| down the columns, by tiles of rows
+  double* columns_of_tiles = column + tiles * kTile * kTile;  // sums of |L| down the columns, per tile of rows
   double* across = columns_of_tiles + tiles * n;              // sums of |L| along the rows
-  double* squares = across + n;                               // and of L^2
+  double* squares = across + n;                               // sums of L^2 along the rows
   __builtin_memset(columns_of_tiles, 0, (tiles + 2) * n * sizeof(double));
   for (int t = 0; t < kFactorNorms; ++t) norms[t] = __builtin_nan("");
 

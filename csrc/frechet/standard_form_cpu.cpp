@@ -1,8 +1,9 @@
-// C^T A C with C C^T = B on the CPU, in d^3 operations beside the Cholesky factor, and how far rounding moved it.
+// C^T A C with C C^T = B on the CPU, in d^3 operations besides the Cholesky factorisation, and its rounding error.
 // Compiled once per instruction set (isa.h).
 //
-// With A = T + T^T, T its lower triangle with half the diagonal, C^T A C = Z + Z^T for Z = C^T (T C): T C is a product
-// of two lower triangles, and of Z + Z^T one triangle is computed. What LAPACK's sygst (itype 2) does by columns.
+// Let T be the lower triangle of A with half the diagonal, so A = T + T^T. Then C^T A C = Z + Z^T for Z = C^T (T C).
+// T C is a product of two lower triangles, and only one triangle of Z + Z^T is computed. LAPACK's sygst (itype 2) does
+// the same by columns.
 #include "cholesky.h"
 #include "frechet.h"
 #include "products.h"
@@ -11,11 +12,11 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// Vectors of signs that go through both ways of multiplying.
+// Vectors of random signs, multiplied by m and by C, A and C^T in turn: the differences estimate the rounding error.
 constexpr int kProbeVectors = kLanes64 >= 8 ? 1 : kLanes64 >= 4 ? 2 : 3;
 constexpr int kProbes = kProbeVectors * kLanes64;
 
-// k with x / 4^k in [1/4, 1), 0 for x <= 0.
+// The k with x / 4^k in [1/4, 1); 0 for x <= 0.
 MIR_INLINE int half_exponent(double x) {
   if (!(x > 0)) return 0;
   int exponent;
@@ -23,7 +24,7 @@ MIR_INLINE int half_exponent(double x) {
   return exponent > 0 ? (exponent + 1) / 2 : -(-exponent / 2);
 }
 
-// One pair of matrices; what lies beyond d is an identity in B and zero in A.
+// One pair of matrices, padded beyond d by an identity in B and by zeros in A.
 class Form {
  public:
   Form(const StandardForm& p, int64_t index, double* memory, int threads)
@@ -40,7 +41,7 @@ class Form {
     inverse_ = take(n_);
     scale_ = take(n_);
     for (double*& probe : probes_) probe = take(n_ * kProbes);
-    // Until it takes the result, m holds C and then T.
+    // m holds C and then T before it receives the result.
     lower_ = {m_, n_};
   }
 
@@ -69,7 +70,7 @@ class Form {
     });
     rows(1, [&](Range r) { multiply_probes(upper_, r, {r.from, n_}, probes_[2], probes_[3]); });  // C^T A C g
     multiply_upper();
-    rows(1, [&](Range r) {  // less m g
+    rows(1, [&](Range r) {  // minus m g
       for (int64_t m = r.from; m < r.to; m += kTall) {
         multiply<kProbeVectors, -1>({m_ + m * p_.stride, p_.stride, 1}, {probes_[0], kProbes}, n_,
                                     probes_[3] + m * kProbes, kProbes);
@@ -81,13 +82,13 @@ class Form {
   }
 
  private:
-  // f of every tile of rows, `weight` of which take the time of one product of tiles.
+  // Calls f for every tile of rows; `weight` scales the estimated work, which decides whether threads are used.
   template <class F>
   void rows(int64_t weight, const F& f) {
     parallel_for(tiles_of(n_), threads_, n_ * n_ * weight, [&](int64_t i) { f(tile(i, n_)); });
   }
 
-  // f of every pair i >= j of tiles.
+  // Calls f for every pair i >= j of tiles.
   template <class F>
   void pairs(const F& f) {
     const int64_t tiles = tiles_of(n_);
@@ -98,8 +99,8 @@ class Form {
     });
   }
 
-  // B scaled by inverse[i] inverse[j] has its diagonal in [1/4, 1); C is its factor with rows times scale. All powers
-  // of two.
+  // Scales B by inverse[i] inverse[j], so that its diagonal is in [1/4, 1). C is the factor of this matrix with its
+  // rows multiplied by scale. All scales are powers of two.
   void equilibrate() {
     double largest_a = 0, largest_b = 0;
     for (int64_t i = 0; i < p_.d; ++i) {
@@ -117,7 +118,7 @@ class Form {
     *exponent_ = exponent + half;
   }
 
-  // The factor of the equilibrated B into lower_ and, transposed and scaled, C^T into upper_.
+  // Writes the factor of the equilibrated B to lower_ and its scaled transpose, C^T, to upper_.
   bool cholesky() {
     const Cholesky factor = {lower_, column_, n_, threads_, 16 * static_cast<double>(p_.d) * 0x1p-53};
     return factor.run([&](Range rows, Range columns, double* to) { equilibrated(rows, columns, to); },
@@ -151,7 +152,7 @@ class Form {
     for (int t = 1; t < 4; ++t) __builtin_memset(probes_[t], 0, n_ * kProbes * sizeof(double));
   }
 
-  // y[rows] += left[rows][depth] x[depth], and y times the scale where left is C's factor without it.
+  // y[rows] += left[rows][depth] x[depth]. For C g, left is the factor without its scale, so y is multiplied by it.
   void multiply_probes(const Packed& left, Range rows, Range depth, const double* x, double* y) {
     for (int64_t m = rows.from; m < rows.to; m += kTall) {
       multiply<kProbeVectors, 1>(left.left(m, depth.from), {x + depth.from * kProbes, kProbes}, depth.to - depth.from,
@@ -161,7 +162,7 @@ class Form {
     for (int64_t i = rows.from * kProbes; i < rows.to * kProbes; ++i) y[i] *= scale_[i / kProbes];
   }
 
-  // T, zero beyond d, with whole tiles on the diagonal.
+  // Packs T, with zeros beyond d and whole tiles on the diagonal.
   void pack_lower() {
     rows(1, [&](Range r) {
       pack(r.to - r.from, r.to, lower_, r.from, 0, [&](int64_t m, int64_t k) {
@@ -172,7 +173,7 @@ class Form {
     });
   }
 
-  // (T C)^T into product_.
+  // Writes (T C)^T to product_.
   void multiply_lower() {
     pairs([&](Range i, Range j) {
       alignas(64) double to[kTile * kTile] = {};
@@ -182,7 +183,7 @@ class Form {
     });
   }
 
-  // Z + Z^T for Z = C^T (T C).
+  // Writes Z + Z^T for Z = C^T (T C) to m.
   void multiply_upper() {
     pairs([&](Range i, Range j) {
       alignas(64) double to[kTile * kTile] = {};
@@ -210,8 +211,8 @@ class Form {
   double *column_, *inverse_, *scale_, *probes_[4];
 };
 
-// Small matrices are shared out among the threads, the tiles of each large one. Of one that is smaller still the tiles
-// are done before a team has met.
+// Small matrices are divided among the threads; a large one is divided by tiles. Up to kAlone rows, one thread computes
+// the tiles faster than several threads would start.
 constexpr int64_t kAlone = 128;
 int64_t at_a_time(const StandardForm& p, int threads) {
   return p.rows <= 4 * kTile ? larger(1, smaller(threads, p.count)) : 1;

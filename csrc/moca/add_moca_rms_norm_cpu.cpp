@@ -9,7 +9,7 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// Row r of a matrix of T whose rows lie `stride` elements apart.
+// Row r of a matrix of T with row stride `stride` in elements.
 template <class T>
 const T* row(const void* base, int64_t r, int64_t stride) {
   return static_cast<const T*>(base) + r * stride;
@@ -32,7 +32,7 @@ void forward_row(const AddRmsForward& p, int64_t r) {
   T* h = row<T>(p.h, r, p.h_stride);
   const bool inside = p.mask[r] != 0;
 
-  // Lanes beyond the row are zero, so they add nothing.
+  // Lanes beyond the row are zero and add nothing.
   const double squares = sum_of_products<T>(p.cols, [&](int64_t c, auto lanes, Vec& a, Vec& b) {
     Vec v = Simd<T>::round(load(x + c, lanes) + load(residual + c, lanes));
     if (inside) v = Simd<T>::round(fma(v, load(scale + c, lanes), load(shift + c, lanes)));

@@ -1,4 +1,4 @@
-// Partial rows to column sums on the CPU, in fixed order (see isa.h for the namespace rule).
+// Adds partial rows to column sums on the CPU, in fixed order (see isa.h for the namespace rule).
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// sums[s][c] = the sum over chunks of partials[chunk][s][c], in the order of chunks, in double.
+// sums[s][c] = sum over chunks of partials[chunk][s][c], in the order of chunks, in double.
 template <int kSums, class A>
 void add_partial_rows(const A* partials, int64_t chunks, int64_t cols, A* const (&sums)[kSums], int threads) {
   constexpr int64_t kBlock = 256;

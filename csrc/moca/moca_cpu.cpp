@@ -1,4 +1,4 @@
-// MoCa on the CPU: one pass over the data each way, at memory speed. Compiled once per instruction set (isa.h).
+// MoCa on the CPU: one pass over the data per direction, at memory speed. Compiled once per instruction set (isa.h).
 #include "moca.h"
 
 #include "../common/parallel.h"
@@ -9,7 +9,7 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// Work is handed out in pieces of about this many bytes of x.
+// Work is divided into pieces of about this many bytes of x.
 constexpr int64_t kPieceBytes = int64_t{1} << 16;
 
 template <class T, bool kStream>
@@ -48,8 +48,8 @@ void forward(const MocaForward& p, int threads) {
   return stream ? forward_rows<T, true>(p, threads) : forward_rows<T, false>(p, threads);
 }
 
-// A row inside the mask: dx, and its part of the two column sums added to `partial`. One row at a time: several at
-// once would touch the partial sums less often, but streaming lines of several rows in turn takes four times as long.
+// For a row inside the mask, computes dx and adds to the two column sums in `partial`. Several rows at once would
+// access the partial sums less often, but streaming lines of several rows alternately takes four times as long.
 template <class T, bool kStream>
 void backward_row(const MocaBackward& p, int64_t r, typename AccumulateIn<T>::type* partial) {
   using A = typename AccumulateIn<T>::type;

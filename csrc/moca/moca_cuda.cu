@@ -1,8 +1,8 @@
-// MoCa on CUDA: one launch forward, two backward (rows, then the sum of the partial rows).
+// MoCa on CUDA: one launch for forward, two for backward (rows, then the sum of the partial rows).
 //
-// A block owns a chunk of rows and a strip of columns. A thread owns one vector of columns, 16 bytes of elements, for
-// all rows of the chunk, so that scale, shift and the column sums stay in registers. All threads of a warp are in one
-// row: rows outside the mask cost no divergence, and in place not even a load. Offsets are 64 bits wide.
+// A block owns a chunk of rows and a strip of columns. A thread owns one vector of columns, 16 bytes of elements, and
+// loops over rows of the chunk, so that scale, shift and the column sums stay in registers. All threads of a warp are
+// in one row: rows outside the mask cause no divergence, and in place not even a load. Offsets are 64-bit.
 #include "moca.h"
 
 #include <stdexcept>
@@ -14,9 +14,9 @@
 namespace mir {
 namespace {
 
-constexpr int kThreads = 256;     // of a block, at most
-constexpr int kUnroll = 4;        // rows that a thread has in flight at once
-constexpr int kForwardRows = 32;  // chunk of the forward kernel; the backward's is moca_chunk_rows()
+constexpr int kThreads = 256;     // maximum per block
+constexpr int kUnroll = 4;        // rows in flight per thread
+constexpr int kForwardRows = 32;  // chunk of the forward kernel; backward uses moca_chunk_rows()
 
 std::invalid_argument too_many(const char* name, int64_t most, int64_t got) {
   return std::invalid_argument(std::string(name) + ": expected at most " + std::to_string(most) +
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// kGathered: row r of x lies at x_rows[r]. Its place takes the registers of two rows in flight, and up to 128.
+// kGathered: row r of x is at x_rows[r]. The index needs the registers of two rows in flight, so there are two fewer,
+// and up to 128 registers.
 template <class T, class A, int kSize, bool kGathered>
 __global__ void __launch_bounds__(kThreads, kGathered ? 2 : 0)
     backward_kernel(const T* grad, int64_t grad_stride, const T* __restrict__ x, int64_t x_stride,
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kGathered ? 2 : 0)
     }
   }
 
-  // The block's rows of threads, added in order into its partial row: (chunk, sum, column).
+  // Adds the block's rows of threads in order and writes its partial row: (chunk, sum, column).
   __shared__ Column sums[2][kThreads];
   const int lane = threadIdx.y * blockDim.x + threadIdx.x;
   sums[0][lane] = dscale;
@@ -145,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, kGathered ? 2 : 0)
   reinterpret_cast<Column*>(partial)[(static_cast<int64_t>(blockIdx.x) * 2 + sum) * vectors + column] = total;
 }
 
-// Partial rows (chunks, 2, cols) to dscale and dshift. 32 columns a block; 8 threads a column take every eighth
-// partial row, in double, and are then added in order.
+// Adds partial rows (chunks, 2, cols) to dscale and dshift. 32 columns per block. Each of 8 threads per column sums
+// every eighth partial row in double, and these sums are added in order.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     column_sums_kernel(const A* __restrict__ partial, int64_t chunks, int64_t cols, A* __restrict__ dscale,
@@ -186,7 +187,7 @@ void launch_backward(const MocaBackward& p, cudaStream_t stream) {
          static_cast<T*>(p.dx), p.dx_stride, static_cast<A*>(p.partial), p.rows, chunk, vectors, p.dx == p.grad);
 }
 
-// 16 bytes a thread where rows, columns and addresses allow, else an element a thread.
+// 16 bytes per thread if strides, columns and addresses allow, else one element per thread.
 template <class T>
 void forward(const MocaForward& p, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);

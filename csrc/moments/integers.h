@@ -1,14 +1,14 @@
-// The second moment of bfloat16 rows by 16-bit integers, of which a CPU multiplies twice as many at a time as floats.
+// The second moment of bfloat16 rows in 16-bit integers: a CPU multiplies twice as many of them at a time as floats.
 // Included by second_moment_cpu.cpp only (isa.h).
 //
-// A bfloat16 has 8 significant bits: counted in units of about 2^-12 of its column's root mean square it fits 16 bits,
-// and is exact but where it is less than a few hundredths of that. Each column has such a unit, a power of two, in each
-// run of 64 rows, as small as sums of 32 bits allow:
+// A bfloat16 has 8 significant bits. In units of about 2^-12 of its column's root mean square it fits in 16 bits, and
+// is exact unless it is less than a few hundredths of the root mean square. Each column has such a unit, a power of
+// two, in each run of 64 rows, as small as 32-bit sums allow:
 //
-//     |sum over a run of v_i v_j| <= |v_i| |v_j| < 2^31    (Cauchy-Schwarz; so are all partial sums)
+//     |sum over a run of v_i v_j| <= |v_i| |v_j| < 2^31    (Cauchy-Schwarz; also for all partial sums)
 //
-// so that a run is summed without rounding. Columns in which rounding to the unit leaves more than kLeft of their norm,
-// those with outliers, enter once more with what was left; where they are many, floats are the shorter way.
+// so a run is summed without rounding. If rounding to the unit leaves more than kLeft of a column's norm, as in columns
+// with outliers, the remainder of the column is multiplied as well. If there are many such columns, floats are faster.
 #pragma once
 
 #include "triangle.h"
@@ -17,17 +17,17 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// Rounding a column of n rows moves its covariances by about this over sqrt(n) of sigma_i sigma_j; the largest of all
-// by five times that.
+// Rounding a column of n rows changes its covariances by about kLeft / sqrt(n) of sigma_i sigma_j, and the largest
+// change is about five times that.
 constexpr float kLeft = 2.5e-5f;
-// With fewer rows that is too much, and there is little to gain.
+// With fewer rows the error is too large and there is little to gain.
 constexpr int64_t kFewestRows = 1024;
 
 #if MIR_INTEGER_PRODUCTS
-constexpr int64_t kRows = 2 * Words<Pair>::kRun;  // of a run
+constexpr int64_t kRows = 2 * Words<Pair>::kRun;  // rows per run
 constexpr float kLargestNorm = 46300.0f;          // sqrt(2^31), less what rounding can add to the norm of a run
 constexpr float kLargestValue = 32767.0f;
-constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the lowest bits
+constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, stored in the lowest bits
 
 MIR_INLINE int64_t pairs_of(int64_t rows) { return (rows + 1) / 2; }
 MIR_INLINE int64_t most_remainders(int64_t cols) { return cols / 8; }
@@ -43,33 +43,33 @@ MIR_INLINE F32Vec root(F32Vec v) {
 #endif
 }
 
-// The shift of a column is its centre to a sixteenth of its deviation or, if that is more, to a bfloat16: then x -
-// shift is no finer than x, and as good as centred.
+// The shift of a column is its centre rounded to a sixteenth of the deviation or to a bfloat16, whichever is coarser:
+// then x - shift is no finer than x, and nearly centred.
 MIR_INLINE F32Vec coarse(F32Vec centre, F32Vec variance) {
-  // The root of a power of two, over 16: half its exponent.
+  // A power of two near sqrt(variance) / 16, from half the exponent.
   const F32Vec grid = (F32Vec)(((((U32Vec)variance >> 23) >> 1) + (64 - 5)) << 23);
   const F32Vec rounds = (F32Vec)((U32Vec)(variance > 0) & (U32Vec)(grid * kRounds));
   return (Simd<BF16>::round(centre) + rounds) - rounds;
 }
 
-// One run of one vector of columns, in float.
+// One run of rows of one vector of columns, in float.
 struct Run {
   F32Vec row[kRows];
   int64_t rows;
 };
 
-// What rounding has left so far in two series of rows, which the next row of a series takes along: values that repeat
-// are rounded now up and now down, and the covariance with a column that knows of them (a mark of special tokens, say)
-// does not gather their errors. Which row belongs to which series is random, lest another pattern does.
+// Accumulated rounding errors of two series of rows, added to the next row of the series: repeated values are rounded
+// sometimes up and sometimes down, so their errors do not add up in the covariance with a correlated column, such as
+// one that marks special tokens. Rows are assigned to the series pseudo-randomly, so that no other pattern correlates.
 struct Carry {
   F32Vec of[2];
 };
 constexpr uint64_t kSeries = 0x9e6c63d0876a9a35u;
-constexpr float kCarried = 0.996f;  // of what is left: with it an integer stays the integer it is
+constexpr float kCarried = 0.996f;  // part of the error that is carried, below 1 so that integers stay unchanged
 
 MIR_INLINE F32Vec within_half(F32Vec v) { return least(most(v, F32Vec{} - 0.5f), F32Vec{} + 0.5f); }
 
-// f(row, its integer in the lowest 16 bits, what rounding left of it in units) for the rows of a run; scale = 1 / unit.
+// Calls f(row, its integer in the lowest 16 bits, its rounding error in units) for the rows of a run; scale = 1 / unit.
 template <class F>
 MIR_INLINE void round_run(const Run& run, int64_t index, F32Vec unit, F32Vec scale, Carry& carry, const F& f) {
   for (F32Vec& c : carry.of) c = within_half(c * scale);
@@ -83,12 +83,12 @@ MIR_INLINE void round_run(const Run& run, int64_t index, F32Vec unit, F32Vec sca
   for (F32Vec& c : carry.of) c *= unit;
 }
 
-// The sum over the rows of a run of a value squared, and of what was left of it squared.
+// Sums over the rows of a run: the squared values, and their squared rounding errors.
 struct Squares {
   F32Vec all, left;
 };
 
-// Packs a run, and writes its unit: the power of two with which neither the norm nor a value is too large.
+// Packs a run and writes its unit: the power of two for which neither the norm nor a value is too large.
 MIR_INLINE Squares quantize(const Run& run, int64_t index, Carry& carry, Pair* to, float* unit_to) {
   F32Vec all[2] = {}, largest[2] = {}, left[2] = {};
   for (int64_t r = 0; r < run.rows; ++r) {
@@ -98,7 +98,7 @@ MIR_INLINE Squares quantize(const Run& run, int64_t index, Carry& carry, Pair* t
   const F32Vec norm = root(all[0] + all[1]);
   F32Vec scale = least(kLargestNorm / norm, kLargestValue / most(largest[0], largest[1]));
   scale = (F32Vec)((U32Vec)least(scale, F32Vec{} + 0x1p100f) & 0x7f800000u);
-  const F32Vec unit = 1.0f / scale + (norm - norm);  // NaN for what cannot be packed, Inf and NaN
+  const F32Vec unit = 1.0f / scale + (norm - norm);  // NaN if the run contains Inf or NaN, which cannot be packed
   store_bits(unit_to, unit);
   U32Vec low = {};
   round_run(run, index, unit, scale, carry, [&](int64_t r, U32Vec integer, F32Vec rest) {
@@ -113,7 +113,7 @@ MIR_INLINE Squares quantize(const Run& run, int64_t index, Carry& carry, Pair* t
 }
 
 // The workspace: pairs of all columns and of the remainders, the units of both, the products of the remainders, whether
-// each column has one, the owners, and the first of each group.
+// each column has a remainder, the owners, and the first remainder of each group.
 struct PairWorkspace {
   Pair *packed, *packed_remainders;
   float *units, *units_of_remainders;
@@ -138,7 +138,7 @@ struct PairWorkspace {
   }
 };
 
-// Packs the vector of columns that begins at `column`, `left` of them real and the others zero, and adds them up.
+// Packs the vector of columns that begins at `column`, with `left` real columns and zeros after them, and sums each.
 void pack_pairs(const SecondMoment& p, const PairWorkspace& work, int64_t column, int64_t left, Pair* to, float* unit) {
   const BF16* x = static_cast<const BF16*>(p.x) + column;
   F32Vec shift = columns(p.shift + column, left), all = {}, lost = {};
@@ -167,7 +167,7 @@ void pack_pairs(const SecondMoment& p, const PairWorkspace& work, int64_t column
   store_bits(work.inexact + column, (U32Vec)(lost > kLeft * kLeft * all));
 }
 
-// Lists the columns with remainders; false where they are too many.
+// Lists the columns with remainders; returns false if there are too many.
 bool list_remainders(const SecondMoment& p, PairWorkspace& work) {
   Remainders& out = work.left_out;
   for (int64_t c = 0; c < p.cols; ++c) {
@@ -180,7 +180,7 @@ bool list_remainders(const SecondMoment& p, PairWorkspace& work) {
   return true;
 }
 
-// Packs one vector of remainders, those from `begin` on.
+// Packs one vector of remainders, starting with the one at `begin`.
 void pack_remainders(const SecondMoment& p, const PairWorkspace& work, int64_t begin, Pair* to, float* unit) {
   const int64_t count = smaller(work.left_out.count - begin, kLanes<float>);
   const int32_t* owner = work.left_out.owner + begin;
@@ -202,7 +202,7 @@ void pack_remainders(const SecondMoment& p, const PairWorkspace& work, int64_t b
       for (int64_t k = 0; k < count; ++k) lanes[k] = row[owner[k]];
       run.row[r] = Simd<BF16>::load(lanes) - shift;
     }
-    const U32Vec real = (U32Vec)(in_units != 0);  // lanes without an owner have no unit either
+    const U32Vec real = (U32Vec)(in_units != 0);  // lanes without an owner have unit 0
     round_run(run, i, in_units, 1.0f / in_units, carry, [&](int64_t r, U32Vec, F32Vec left) {
       rest.row[r] = (F32Vec)(real & (U32Vec)(left * in_units));
     });
@@ -212,7 +212,7 @@ void pack_remainders(const SecondMoment& p, const PairWorkspace& work, int64_t b
   }
 }
 
-// The products of macro-tile (i, j) of remainders and columns.
+// Products of remainders and columns in macro-tile (i, j).
 void multiply_remainders(const PairWorkspace& work, int64_t depth, int64_t i, int64_t j) {
   alignas(64) float tile[kTile * kTile] = {};
   const int64_t size = group_size<Pair>(depth), runs = runs_of<Pair>(depth) * kTile;
@@ -226,7 +226,8 @@ void multiply_remainders(const PairWorkspace& work, int64_t depth, int64_t i, in
   }
 }
 
-// False where too many columns have remainders: then only the sums and the shift have been written.
+// Returns false if there are too few rows, or if too many columns have remainders; then at most the sums and the shift
+// have been written.
 bool second_moment_of_pairs(const SecondMoment& p, int threads) {
   if (p.rows < kFewestRows) return false;
   PairWorkspace work(p.packed, p.rows, p.cols);

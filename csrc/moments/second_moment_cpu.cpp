@@ -1,8 +1,9 @@
-// One block's share of the second moment on the CPU, one triangle only. Compiled once per instruction set (isa.h).
+// Adds one block of rows to the second moment on the CPU, one triangle only. Compiled once per instruction set (isa.h).
 //
-// The rows are shifted, packed into micro-panels of columns, and one triangle of macro-tiles (triangle.h) is shared out
-// among the threads: each is summed in float over runs of rows in a buffer that stays in the cache, and added to the
-// double triangle once. Rows are packed as float; bfloat16 rows, where the CPU can, as 16-bit integers (integers.h).
+// The rows are shifted and packed into micro-panels of columns, and one triangle of macro-tiles (triangle.h) is divided
+// among the threads. Each tile is summed in float over runs of rows in a buffer that stays in cache, and added to the
+// double triangle once. Rows are packed as float, or bfloat16 rows as 16-bit integers if the CPU supports it
+// (integers.h).
 #include "../common/parallel.h"
 #include "../common/simd.h"
 #include "integers.h"
@@ -13,7 +14,7 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// Packs one group of columns, and adds up its columns: in float over runs of rows, in double over the runs.
+// Packs one group of columns and sums each column: in float over runs of rows, in double over the runs.
 template <class T>
 void pack(const SecondMoment& p, int64_t group) {
   constexpr int64_t kRun = Words<float>::kRun;
@@ -43,7 +44,7 @@ void second_moment(const SecondMoment& p, int threads) {
       case DType::kFloat32: return pack<float>(p, group);
       case DType::kBFloat16: return pack<BF16>(p, group);
       case DType::kFloat16: return pack<F16>(p, group);
-      case DType::kFloat64: return;  // refused by the caller
+      case DType::kFloat64: return;  // rejected by the caller
     }
   });
   add_triangle<float>(p, p.packed, nullptr, p.rows, nullptr, threads);

@@ -1,7 +1,7 @@
-// Products of packed columns, one triangle of macro-tiles, in float or in 16-bit integers. Included by
+// Products of packed columns over one triangle of macro-tiles, in float or in 16-bit integers. Included by
 // second_moment_cpu.cpp only (isa.h).
 //
-// Columns are packed as 32-bit words, `depth` of them a column: one float of a row, or two integers of a pair of rows.
+// Columns are packed as `depth` 32-bit words each: the float of a row, or the two integers of a pair of rows.
 #pragma once
 
 #include "../common/parallel.h"
@@ -12,7 +12,7 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// Micro-tile: kTall rows and kBlock columns fill the registers but for one row of vectors and one broadcast.
+// Micro-tile: kTall rows and kBlock columns fill the registers except for one row of vectors and one broadcast.
 constexpr int kVectors = 3;
 constexpr int kTall = kRegisterBytes == 64 ? 8 : 4;
 constexpr int kBlock = kVectors * kLanes<float>;
@@ -23,8 +23,8 @@ static_assert(kTile % kBlock == 0 && kBlock % kTall == 0, "micro-tiles fill macr
 MIR_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 MIR_INLINE int64_t groups_of(int64_t cols) { return (cols + kTile - 1) / kTile; }
 
-// f(column, left, block) for each vector of columns of a group: `left` of them are real, and the vector begins at column
-// `block` of the group.
+// Calls f(column, left, block) for each vector of columns of a group: it begins at column `block` of the group, and
+// `left` real columns remain from there on.
 template <class F>
 MIR_INLINE void for_vectors(int64_t cols, int64_t group, const F& f) {
   for (int block = 0; block < kTile; block += kLanes<float>) {
@@ -33,7 +33,7 @@ MIR_INLINE void for_vectors(int64_t cols, int64_t group, const F& f) {
   }
 }
 
-// The vector of columns that x points to; zero where fewer are left.
+// The vector of columns at x, filled with zeros if fewer are left.
 template <class T>
 MIR_INLINE F32Vec columns(const T* x, int64_t left) {
   return left >= kLanes<float> ? load(x, Whole{}) : left > 0 ? load(x, First{left}) : F32Vec{};
@@ -48,8 +48,8 @@ struct Pair {
   uint32_t bits;
 };
 
-// How many words are summed before the tile gets them, what a word times a word adds to that sum, and what the sum
-// then adds to the tile.
+// The number of words summed before the sum is added to the tile, how a product of words is added to the sum, and the
+// value of the sum.
 template <class Word>
 struct Words;
 
@@ -69,9 +69,9 @@ template <>
 struct Words<Pair> {
   using Vec = U32Vec;
   using Sum = I32Vec;
-  static constexpr int64_t kRun = 32;  // the longer, the coarser the integers (integers.h)
+  static constexpr int64_t kRun = 32;  // longer runs have coarser integers (integers.h)
   static MIR_INLINE Vec all(Pair word) { return word.bits + U32Vec{}; }
-  // Sums wrap: those of a column that holds Inf or NaN overflow, and its unit makes NaN of them.
+  // Sums wrap around: those of a column with Inf or NaN overflow, and its unit turns them into NaN.
   static MIR_INLINE Sum add_product(Vec a, Vec b, Sum sum) {
 #if defined(__AVX512VNNI__)
     return (Sum)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
@@ -94,19 +94,19 @@ MIR_INLINE int64_t runs_of(int64_t depth) {
   return (depth + Words<Word>::kRun - 1) / Words<Word>::kRun;
 }
 
-// Columns [group * kTile, + kTile) of `depth` words: runs, in each micro-panel by micro-panel, word by word.
+// Words of a group of kTile columns with `depth` words each. They are ordered by run, micro-panel, word.
 template <class Word>
 MIR_INLINE int64_t group_size(int64_t depth) {
   return kTile * Words<Word>::kRun * runs_of<Word>(depth);
 }
 
-// Where column `block` of a group, a multiple of the lanes, begins in a run.
+// The offset of column `block` of a group, a multiple of the lanes, in a run.
 template <class Word>
 MIR_INLINE int64_t place(int64_t run, int block) {
   return (run * kTile + block / kBlock * kBlock) * Words<Word>::kRun + block % kBlock;
 }
 
-// A group of packed columns and, of integers, the value of a unit in each run and column: `units` is (runs, kTile).
+// A group of packed columns and, for integers, the unit of each run and column: `units` is (runs, kTile).
 template <class Word>
 struct Panel {
   const Word* words;
@@ -114,7 +114,7 @@ struct Panel {
 };
 
 // tile[m][n] += sum over words of a[word][m] * b[word][n], for kWide vectors of b; a and b are micro-panels, tile has
-// kTile columns. Meanwhile its share of the next panel, kTall words for each from `ahead` on, comes closer.
+// kTile columns. Prefetches a share of the next panel: kTall words per word, from `ahead` on.
 template <int kWide, class Word>
 void multiply(Panel<Word> left, Panel<Word> right, int64_t words, float* tile, const Word* ahead) {
   using W = Words<Word>;
@@ -143,14 +143,14 @@ void multiply(Panel<Word> left, Panel<Word> right, int64_t words, float* tile, c
   }
 }
 
-// tile[m][n] += sum over words of left[word][m] * right[word][n] for m < tall and n < wide, and of a few more; where
-// `diagonal`, left is right and what lies right of the diagonal is not wanted.
+// tile[m][n] += sum over words of left[word][m] * right[word][n] for m < tall, n < wide and a few entries beyond. If
+// `diagonal`, left is right and entries right of the diagonal are not needed.
 template <class Word>
 void add_product(Panel<Word> left, Panel<Word> right, int64_t depth, int tall, int wide, bool diagonal, float* tile) {
   constexpr int64_t kRun = Words<Word>::kRun;
   for (int64_t run = 0; run < runs_of<Word>(depth); ++run) {
     const int64_t words = smaller(depth - run * kRun, kRun), unit = run * kTile;
-    // One panel of the left and one of the right lie in the first-level cache for kBlock / kTall micro-tiles.
+    // One panel of the left and one of the right stay in the first-level cache for kBlock / kTall micro-tiles.
     for (int m = 0; m < tall; m += kBlock) {
       for (int n = 0; n < (diagonal ? m + 1 : wide); n += kBlock) {
         const Panel<Word> b = {right.words + place<Word>(run, n), right.units + unit + n};
@@ -172,8 +172,8 @@ void add_product(Panel<Word> left, Panel<Word> right, int64_t depth, int tall, i
   }
 }
 
-// What the packed columns left out of x - shift: products[l][c] = sum over rows of what is left of column owner[l],
-// times column c of x - shift. Owners ascend; those of group g are first[g] up to first[g + 1].
+// Remainders of x - shift after packing: products[l][c] = sum over rows of the remainder of column owner[l] times
+// column c of x - shift. Owners ascend; those of group g have indices first[g] to first[g + 1] - 1.
 struct Remainders {
   int64_t count;
   int32_t *owner, *first;
@@ -181,13 +181,13 @@ struct Remainders {
   int64_t stride;
 };
 
-// The first entry of a row of the packed triangle.
+// The first entry of a row in the packed triangle.
 MIR_INLINE double* row_of(const SecondMoment& p, int64_t row) {
   const int64_t panel = row / p.panel, end = (panel + 1) * p.panel;
   return p.second + p.panel * p.panel * (panel * (panel + 1) / 2) + (row - panel * p.panel) * smaller(end, p.cols);
 }
 
-// Adds macro-tile (i, j), i >= j, of the product of left and right, and the owed outer products to the triangle.
+// Adds macro-tile (i, j), i >= j, of the product of left and right, and the deferred outer products to the triangle.
 template <class Word>
 void add_tile(const SecondMoment& p, Panel<Word> left, Panel<Word> right, int64_t depth, const Remainders* left_out,
               int64_t i, int64_t j) {
@@ -199,7 +199,7 @@ void add_tile(const SecondMoment& p, Panel<Word> left, Panel<Word> right, int64_
   const double *u = p.vectors, *v = p.vectors + p.cols;
   const double *__restrict u_j = u + first_column, *__restrict v_j = v + first_column;
   for (int64_t row = first_row; row < last; ++row) {
-    // A row of the tile is too short for the hardware to see it coming.
+    // A row of the tile is too short for the hardware prefetcher.
     if (row + 4 < last) {
       for (int64_t c = 0; c < kTile; c += 8) __builtin_prefetch(row_of(p, row + 4) + first_column + c, 1);
     }
@@ -210,7 +210,8 @@ void add_tile(const SecondMoment& p, Panel<Word> left, Panel<Word> right, int64_
     for (int64_t c = 0; c < count; ++c) to[c] += static_cast<double>(from[c]) + (a * u_j[c] + b * v_j[c]);
   }
   if (left_out == nullptr) return;
-  // An entry whose row and column both have remainders takes both products; one on the diagonal, its own one twice.
+  // If both the row and the column of an entry have remainders, both products are added. A diagonal entry gets its
+  // product twice.
   for (int32_t l = left_out->first[i]; l < left_out->first[i + 1]; ++l) {
     const int64_t row = left_out->owner[l], count = smaller(kTile, row + 1 - first_column);
     double* to = row_of(p, row) + first_column;
@@ -226,8 +227,8 @@ void add_tile(const SecondMoment& p, Panel<Word> left, Panel<Word> right, int64_
   }
 }
 
-// The triangle of the products of all packed columns, (groups) panels one after the other. Every thread keeps to its
-// part of the triangle: passing that from core to core took a fifth of the time of a block of (1024, 2048) on two.
+// Adds the products of all packed columns, one panel per group, to the triangle. Every thread keeps the same part of
+// the triangle: moving it between two cores took a fifth of the time of a block of (1024, 2048).
 template <class Word>
 void add_triangle(const SecondMoment& p, const Word* packed, const float* units, int64_t depth,
                   const Remainders* left_out, int threads) {

@@ -1,4 +1,4 @@
-// Whether matrices are symmetric, and what is symmetric in them.
+// Checks of symmetric matrices, and their symmetric part.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace mir {
 
-// What a batch of matrices is found to be; several may hold.
+// Flags of a batch of matrices; several may be set.
 enum Symmetric : int64_t {
   kNotMirrored = 1,        // an entry differs from its mirror image
   kNotFinite = 2,
-  kAsymmetric = 4,         // by more than `allowed` of the largest entry
+  kAsymmetric = 4,         // an asymmetry above `allowed` of the largest entry
   kNegativeVariance = 8,   // a diagonal entry below -`allowed` of the largest entry
-  kZeroVariance = 16,      // a diagonal entry of at most zero whose row holds more than `allowed` of the largest entry
+  kZeroVariance = 16,      // a diagonal entry <= 0 whose row has an entry above `allowed` of the largest entry
 };
 
 struct Symmetry {

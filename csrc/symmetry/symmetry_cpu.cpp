@@ -13,7 +13,7 @@ constexpr int64_t kTile = kSymmetryTile;
 
 MIR_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// f(matrix, i) of every row of tiles of every matrix.
+// Calls f(matrix, i) for every row of tiles of every matrix.
 template <class T, class F>
 void tile_rows(int64_t count, int64_t d, int threads, const F& f) {
   const int64_t tiles = (d + kTile - 1) / kTile;
@@ -21,7 +21,7 @@ void tile_rows(int64_t count, int64_t d, int threads, const F& f) {
                [&](int64_t index) { f(index / tiles, index % tiles); });
 }
 
-// A tile transposed, so that the pair is compared along rows.
+// Transposes a tile, so that the pair is compared along rows.
 template <class T>
 MIR_INLINE void transpose(const T* from, int64_t stride, int64_t rows, int64_t columns, T* to) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -38,7 +38,7 @@ struct Found {
   double largest = 0, apart = 0, not_finite = 0;
 };
 
-// Largest magnitudes over rows [i0, i1) of tile column j and its mirror image. Sums of 0 * x are NaN where x is not
+// Largest magnitudes over rows [i0, i1) of tile column j and its mirror image. Sums of 0 * x are NaN if an x is not
 // finite.
 template <class T>
 void compare(const T* x, int64_t d, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Found& found) {
@@ -50,7 +50,7 @@ void compare(const T* x, int64_t d, int64_t i0, int64_t i1, int64_t j0, int64_t 
     const T *row = x + i * d + j0, *other = mirror + (i - i0) * kTile;
     for_columns<T>(j1 - j0, [&](int64_t c, auto lanes) {
       const Vec a = load(row + c, lanes), b = load(other + c, lanes);
-      const Vec gap = a / 2 - b / 2;  // halves, since a difference may leave the range
+      const Vec gap = a / 2 - b / 2;  // halved, because the full difference may overflow
       largest = greater(greater(largest, a), greater(-a, greater(b, -b)));
       apart = greater(apart, greater(gap, -gap));
       zero += a * 0 + b * 0;

@@ -1,4 +1,4 @@
-"""The operations, a folder each, all alike (see README.md). `OPERATIONS` lists them for `mir_kernels.backends`."""
+"""The operations, one folder each with the same layout (README.md). `OPERATIONS` lists them for `backends()`."""
 
 from mir_kernels.ops import frechet, moca, moments, sqrtm
 

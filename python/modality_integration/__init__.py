@@ -1,14 +1,15 @@
-"""The Modality Integration Rate of real vision-language models, and MoCa inside them, on the kernels of `mir_kernels`.
+"""The Modality Integration Rate (MIR) of vision-language models, and MoCa inside them, built on `mir_kernels`.
 
-Rooms, each importing only from those after it: `app` (the `mir` command), `training` (MIR while a model trains),
-`models` (hidden states, token roles and MoCa of transformers models), `metric` (MIR of features and hidden states).
-Names are loaded when first used, so that `import modality_integration` and `mir --help` do not wait for transformers.
+Subpackages, each importing only from those listed after it: `app` (the `mir` command), `training` (MIR during
+training), `models` (hidden states, token roles and MoCa of transformers models), `metric` (MIR from features and
+hidden states). Names are imported on first use, so `import modality_integration` and `mir --help` do not wait for
+transformers.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what type checkers and editors read; _HOMES is the same at run time, held alike by a test
+if TYPE_CHECKING:  # for type checkers and editors; a test checks that _HOMES lists the same names
     from modality_integration import official as official
     from modality_integration.app.plots import plot_training as plot_training
     from modality_integration.app.probe import build_probe as build_probe
@@ -41,7 +42,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _HOMES is the same at 
     from modality_integration.training.measure import measure_mir as measure_mir
     from modality_integration.training.watch import Watch as Watch
 
-# Public name to the module it lives in.
+# Public name -> module that defines it.
 _HOMES = {
     "Capture": "models.capture",
     "Comparison": "metric.comparison",
@@ -78,7 +79,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-if not TYPE_CHECKING:  # to a type checker, a name that is not above does not exist
+if not TYPE_CHECKING:  # hidden from type checkers, so that they report names not listed above
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:

@@ -1,4 +1,4 @@
-"""`python -m modality_integration`, which torchrun can start: `torchrun -m modality_integration compute ...`."""
+"""Entry point for `python -m modality_integration` and `torchrun -m modality_integration compute ...`."""
 
 from modality_integration.app.entry import main
 

@@ -1,4 +1,4 @@
-"""examples/frechet_backend.py: both tools, before and after the swap."""
+"""examples/frechet_backend.py: both tools before and after the swap."""
 
 import importlib
 import importlib.util
@@ -21,7 +21,7 @@ TOOLS = {"torchmetrics.image.fid": (), "pytorch_fid.fid_score": (str(STANDINS),)
 
 @pytest.fixture(scope="module")
 def values():
-    """Of each tool, its own value and that after the swap; pytorch-fid with a stand-in for torchvision."""
+    """{tool: (original value, value after the swap)}; pytorch-fid runs with a stand-in for torchvision."""
     found = {}
     for tool, folders in TOOLS.items():
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *folders]))
@@ -56,8 +56,8 @@ def test_what_is_swapped_is_what_computes_and_a_reset_forgets(example, monkeypat
     fid = importlib.import_module("torchmetrics.image.fid")
     kind = fid.FrechetInceptionDistance
     for name in ("update", "compute", "reset"):
-        monkeypatch.setattr(kind, name, getattr(kind, name))  # put back afterwards
-    monkeypatch.setattr(fid, "_compute_fid", None)  # torchmetrics' own would fail
+        monkeypatch.setattr(kind, name, getattr(kind, name))  # restored after the test
+    monkeypatch.setattr(fid, "_compute_fid", None)  # torchmetrics' own computation would fail
     example.swap_torchmetrics(fid)
     metric = kind(feature=example.Features())
     sets = [example.pictures(seed) for seed in (1, 2, 3)]

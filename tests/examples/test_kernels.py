@@ -1,4 +1,4 @@
-"""examples/kernels.py, and examples/fresh_environment.sh, which runs it where nothing else is installed."""
+"""examples/kernels.py, and examples/fresh_environment.sh, which runs it in a new environment."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def test_each_operation_is_as_good_as_it_says(printed):
 @pytest.mark.slow
 def test_a_fresh_environment_runs_it_and_its_types_hold(tmp_path):
     source = tmp_path / "source"
-    subprocess.run(["git", "clone", "-q", EXAMPLES.parent, source], check=True)  # a build leaves files behind
+    subprocess.run(["git", "clone", "-q", EXAMPLES.parent, source], check=True)  # builds leave files
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
         ["bash", source / "examples" / "fresh_environment.sh", tmp_path / "fresh"],

@@ -1,4 +1,4 @@
-"""Batches of every family: token ids whose roles are known, and the pictures or videos that they have places for."""
+"""Batches for every family: token ids with known roles, and the images or videos of their placeholders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from families.sizes import AUDIO, BOS, FIRST_MARK, FIRST_WORD, LAST_WORD, PAD
 
 @dataclass(frozen=True)
 class Batch:
-    """Two rows, the second padded on the right; the roles are what the rows were written as, (B, T) bool."""
+    """Two rows, the second padded on the right, with the roles from which they were built, (B, T) bool."""
 
     inputs: dict[str, Tensor]
     placeholders: Tensor
@@ -22,14 +22,14 @@ class Batch:
 
 
 def batch(model: nn.Module, image: Image, *, sounds: int = 0) -> Batch:
-    """Token ids with the placeholders of one image a row, and those of `sounds` audio features after; no pixels yet."""
+    """Token ids with the placeholders of one image per row, then those of `sounds` audio features; without pixels."""
     generator = torch.Generator().manual_seed(3)
 
     def words(n: int) -> list[int]:
         return torch.randint(FIRST_WORD, LAST_WORD, (n,), generator=generator).tolist()
 
     places, heard = [image.placeholder] * image.tokens, [AUDIO] * sounds
-    # Begin and end marks are no vision tokens: some stand among the text.
+    # Begin and end marks are not vision tokens: some appear in the text.
     rows = [
         [BOS, *words(3), *places, *words(2), *heard, FIRST_MARK + 2, *words(4)],
         [BOS, *words(1), *places, *words(1), *heard, *words(2)],
@@ -44,7 +44,7 @@ def batch(model: nn.Module, image: Image, *, sounds: int = 0) -> Batch:
 
 
 def pixels(model: nn.Module, image: Image, seed: int) -> dict[str, Tensor]:
-    """The image inputs of one random image a row, those that the model's forward takes."""
+    """The image inputs that the model's forward accepts, for one random image per row."""
     inputs = FORMS[image.form](torch.Generator().manual_seed(seed))
     if image.video:
         inputs = {VIDEO_NAMES.get(name, name): value for name, value in inputs.items()}
@@ -52,6 +52,6 @@ def pixels(model: nn.Module, image: Image, seed: int) -> dict[str, Tensor]:
 
 
 def accepted(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model's forward names among `inputs`."""
+    """Those of `inputs` that are arguments of the model's forward."""
     names = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in names}

@@ -1,4 +1,4 @@
-"""What a family's shrunken configuration needs besides: sizes that depend on one another, ids without a default."""
+"""Per-family changes to the shrunken configuration: sizes that depend on each other, ids without a default."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }  # fmt: skip
 
-# Parts that a default configuration lacks, by the class of their configuration.
+# Parts missing from a default configuration, with the classes of their configurations.
 PARTS = {
     "gemma4": {"vision_config": "Gemma4VisionConfig"},
     "gemma4_unified": {"vision_config": "Gemma4UnifiedVisionConfig"},

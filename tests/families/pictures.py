@@ -1,4 +1,4 @@
-"""The pictures and videos of every family: the form in which its model takes them, and how many tokens one is."""
+"""The images and videos of every family: the input form that its model expects, and the number of tokens of each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _every(value: list[int]) -> Tensor:
     return torch.tensor([value] * ROWS)
 
 
-# How an image reaches a model: plain pixels, patches with a grid or with their places, tiles, ...
+# The input forms of an image: plain pixels, patches with a grid or with positions, tiles, ...
 _GRID = _every([1, SIDE_PATCHES, SIDE_PATCHES])
 _FLAT = 3 * PATCH**2
 _HALF = SIDE_PATCHES // 2
@@ -44,7 +44,7 @@ FORMS: dict[str, Form] = {
         _pixels("pixel_values", ROWS, 3, SIDE, SIDE), _pixels("high_res_pixel_values", ROWS, 3, 4 * SIDE, 4 * SIDE)
     ),
     "sized": _pixels("pixel_values", ROWS, 3, SIDE, SIDE, **_SIZED),
-    # A Q-Former reads the question too.
+    # A Q-Former also reads the question.
     "asked": _pixels("pixel_values", ROWS, 3, SIDE, SIDE, qformer_input_ids=torch.full((ROWS, 3), FIRST_WORD)),
     "frames": _pixels("pixel_values", ROWS, 2, 3, SIDE, SIDE, qformer_input_ids=torch.full((ROWS, 3), FIRST_WORD)),
     "slots": _pixels("pixel_values", ROWS, 1, 3, SIDE, SIDE),
@@ -60,7 +60,7 @@ FORMS: dict[str, Form] = {
         "pixel_values", ROWS * PATCHES, _FLAT, image_grid_thw=_GRID, image_grid_hw=_GRID[:, 1:],
         image_merge_sizes=torch.full((ROWS,), 2),
     ),
-    "patches": _both(  # the second is what older transformers call it
+    "patches": _both(  # the second is the name in older versions of transformers
         _pixels("pixel_values", ROWS * PATCHES, _FLAT), _pixels("image_patches", ROWS, PATCHES, _FLAT)
     ),
     "two steps": _pixels("pixel_values", ROWS * 2 * PATCHES, _FLAT, image_grid_thw=_GRID * torch.tensor([2, 1, 1])),
@@ -89,9 +89,10 @@ FORMS: dict[str, Form] = {
 
 
 class Image(NamedTuple):
-    """The form of a family's pictures or videos, and how many tokens one of them is in the tiny model.
+    """The input form of a family's images or videos, and the number of tokens of each in the tiny model.
 
-    others: with how many more the first is compared. Where features are entries of a codebook, two have some in common.
+    others: how many other images the first is compared with; more than one if features are codebook entries, because
+    two images share some of them.
     """
 
     form: str
@@ -190,7 +191,7 @@ def _clip(form: str, tokens: int, placeholder: int = VIDEO) -> Image:
     return Image(form, tokens, placeholder, video=True)
 
 
-# The same for videos, where a family takes them. Some mark them as pictures.
+# The same for videos, for families that accept them. Some mark them with the image placeholder.
 CLIPS: dict[str, Image] = {
     "cohere_compass": _clip("grid", 4),
     "cosmos3_edge": _clip("still grid", 4),
@@ -229,9 +230,9 @@ CLIPS: dict[str, Image] = {
     "video_llama_3": _clip("still grid", 4),
     "video_llava": _clip("frames", 34),
 }
-# Before this version of transformers, its own forward of the family fails over every video.
+# In earlier versions of transformers, the family's own forward fails on every video.
 CLIPS_SINCE = {"gemma4": "5.23", "gemma4_unified": "5.23"}
-# What the arguments of pictures are called for videos.
+# Names of the image arguments for videos.
 VIDEO_NAMES = {
     "pixel_values": "pixel_values_videos",
     "image_grid_thw": "video_grid_thw",
@@ -243,7 +244,7 @@ VIDEO_NAMES = {
 
 
 def images_of(family: str) -> Iterator[Image]:
-    """The family's pictures, and its videos where the installed transformers takes them."""
+    """The family's images, and its videos if the installed transformers supports them."""
     yield IMAGES[family]
     if family in CLIPS and Version(transformers.__version__) >= Version(CLIPS_SINCE.get(family, "5.0")):
         yield CLIPS[family]

@@ -1,9 +1,8 @@
-"""Which tokens are vision tokens, without asking the product, and whether the product says the same.
+"""Determines vision tokens without the library, and checks the library's masks against them.
 
-Passes differ in the pixels alone. The embeddings of all text are the same in them, so that the positions where the
-first decoder layer is given something else hold what was made of the picture. Learned marks that stand between a
-picture's features (newlines, separators) belong to it and are the same for every picture: they are found by changing
-their parameters.
+Passes differ only in the pixels. All text embeddings are the same, so the positions at which the input of the first
+decoder layer differs hold the image's features. Learned marks between an image's features (newlines, separators)
+belong to the image but are the same for every image: they are found by changing their parameters.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from families.sizes import AUDIO, LINE_END
 from modality_integration import add_moca, capture
 from tolerances import RELATIVE, relative_error
 
-# Where families keep their decoder layers, by their published names.
+# The qualified names of the families' decoder layers.
 LAYERS = (
     "model.language_model.layers", "model.text_model.layers", "language_model.model.decoder.layers",
     "language_model.model.layers", "text_model.model.layers", "model.layers",
 )  # fmt: skip
-# Learned vectors that stand among a picture's features.
+# Learned vectors that are inserted between an image's features.
 MARKS = (
     "image_newline", "image_begin", "image_end", "image_sep", "view_separator", "global_img_feature_extensor",
     "sub_img_feature_extensor",
@@ -33,11 +32,11 @@ MARKS = (
 
 
 class NotRun(Exception):
-    """The model by itself, without the product, did not run, or does not see its picture."""
+    """The model itself, without the library, did not run or does not depend on its image."""
 
 
 def prove(model: nn.Module, family: str) -> None:
-    """AssertionError unless capture and MoCa take for vision tokens those that the picture changes, and no others."""
+    """Asserts that the vision tokens of capture and MoCa are exactly those that change with the image."""
     picture, *clips = images_of(family)
     vision, received, inputs = roles(model, picture)
     for clip in clips:
@@ -49,29 +48,29 @@ def prove(model: nn.Module, family: str) -> None:
 
 
 def roles(model: nn.Module, image: Image) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The vision tokens of a batch with one image a row, what the second layer is given, and the batch; AssertionError
-    unless capture says the same."""
+    """The vision tokens of a batch with one image per row, the input of the second layer, and the batch. Asserts that
+    capture agrees."""
     given = batch(model, image, sounds=2 if hears(model) else 0)
     one, *others = (given.inputs | pixels(model, image, seed) for seed in range(1, image.others + 2))
     first, second, *_ = decoder_layers(model)
     vision = of_the_picture(model, first, one, others)
     if not vision.any(-1).all():
-        raise NotRun("the picture changes nothing")
+        raise NotRun("the image changes nothing")
     received = stream(model, second, one)
     vision_mask, text_mask, states = captured(model, one)
     same("vision_mask", vision_mask, vision)
     same("text_mask", text_mask, behind(vision) & given.kept & (given.inputs["input_ids"] != AUDIO))
-    assert torch.equal(states[0], received), "hidden_states: another stream than the second layer is given"
+    assert torch.equal(states[0], received), "hidden_states: not the second layer's input"
     head = model.get_output_embeddings()
     if head is not None:
         read = stream(model, head, one)
-        scale = read.norm() / states[-1].norm()  # Inkling's head is given a multiple
-        assert relative_error(scale * states[-1], read) < RELATIVE[read.dtype], "hidden_states: not what the head reads"
+        scale = read.norm() / states[-1].norm()  # Inkling scales the input of its head
+        assert relative_error(scale * states[-1], read) < RELATIVE[read.dtype], "hidden_states: not the head's input"
     return vision, received, one
 
 
 def ids_alone(model: nn.Module) -> None:
-    """AssertionError unless capture marks the placeholders of the configuration in a pass without pixels."""
+    """Asserts that capture marks the configuration's placeholder ids in a pass without pixels."""
     given = batch(model, Image("", 4), sounds=2 if hears(model) else 0)
     run(model, given.inputs)
     vision_mask, text_mask, _ = captured(model, given.inputs)
@@ -80,7 +79,7 @@ def ids_alone(model: nn.Module) -> None:
 
 
 def captured(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """What the product says of a pass: the vision mask, the text mask, the hidden states."""
+    """The vision mask, text mask and hidden states that capture returns for a pass."""
     with torch.no_grad(), capture(model) as seen:
         model(**inputs)
         return seen.vision_mask, seen.text_mask, seen.hidden_states
@@ -89,7 +88,7 @@ def captured(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tenso
 def of_the_picture(
     model: nn.Module, first: nn.Module, one: dict[str, Tensor], others: list[dict[str, Tensor]]
 ) -> Tensor:
-    """(B, T) bool: where the `first` layer is given what was made of the picture."""
+    """(B, T) bool: the tokens at which the input of the `first` layer holds the image's features."""
     reference = stream(model, first, one)
     with other_marks(model):
         found = changed(stream(model, first, one), reference)
@@ -100,7 +99,7 @@ def of_the_picture(
 
 @contextmanager
 def other_marks(model: nn.Module) -> Iterator[None]:
-    """Inside the block, the learned marks of the model are others, and so is the token that ends a picture's lines."""
+    """Inside the block, changes the model's learned marks and the embedding of the token that ends an image's lines."""
     marks = [p.data for name, p in model.named_parameters() if name.rpartition(".")[2] in MARKS]
     marks.append(model.get_input_embeddings().weight.data[LINE_END])
     kept = [mark.clone() for mark in marks]
@@ -112,7 +111,7 @@ def other_marks(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers, by the names above; LookupError where the family has another."""
+    """The decoder layers, by the names above; LookupError if the family uses another name."""
     for name in LAYERS:
         try:
             found = model.get_submodule(name)
@@ -124,7 +123,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def stream(model: nn.Module, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What `module` is given in a pass over `inputs`, (B, T, d)."""
+    """The input of `module` in a pass over `inputs`, (B, T, d)."""
     seen: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -140,21 +139,21 @@ def stream(model: nn.Module, module: nn.Module, inputs: dict[str, Tensor]) -> Te
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """A pass over `inputs`; NotRun where the model does not take them."""
+    """Runs a pass over `inputs`; NotRun if the model fails on them."""
     try:
         with torch.no_grad():
             model(**inputs)
-    except Exception as error:  # whatever the model makes of the inputs
+    except Exception as error:  # the model may fail in any way
         raise NotRun(f"{type(error).__name__}: {error}") from error
 
 
 def changed(one: Tensor, other: Tensor) -> Tensor:
-    """(B, T) bool: where the vectors (B, T, d) of two passes differ, in any bit."""
+    """(B, T) bool: where the vectors (B, T, d) of two passes differ in any element."""
     return (one != other).any(-1)
 
 
 def behind(vision: Tensor) -> Tensor:
-    """(B, T) bool: behind the last vision token of each row, one row and one token at a time."""
+    """(B, T) bool: True after the last vision token of each row, in a plain loop over rows and tokens."""
     rows = []
     for row in vision.tolist():
         last = max((i for i, marked in enumerate(row) if marked), default=len(row))
@@ -163,15 +162,15 @@ def behind(vision: Tensor) -> Tensor:
 
 
 def hears(model: nn.Module) -> bool:
-    """Whether the family has placeholders for sound."""
+    """Whether the family has placeholder ids for audio."""
     configs = model.config, getattr(model.config, "audio_config", None)
     return any(AUDIO in vars(config).values() for config in configs if config is not None)
 
 
 def same(name: str, got: Tensor, expected: Tensor) -> None:
-    """AssertionError, with the places, where two masks differ."""
+    """Asserts that two masks are equal; the error lists the positions that differ."""
     if got.shape != expected.shape:
-        raise AssertionError(f"{name}: shape {tuple(got.shape)}, where the stream has {tuple(expected.shape)}")
+        raise AssertionError(f"{name}: shape {tuple(got.shape)}, but the stream has {tuple(expected.shape)}")
     extra, missing = (got & ~expected).nonzero().tolist(), (expected & ~got).nonzero().tolist()
     if extra or missing:
         raise AssertionError(f"{name}: too many {extra}, missing {missing}")

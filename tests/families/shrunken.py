@@ -1,9 +1,9 @@
-"""Tiny random models of any family that transformers maps to image-text-to-text, made of its default configuration.
+"""Tiny random models of any family that transformers maps to image-text-to-text, from its default configuration.
 
     model = tiny_model("aya_vision")
 
-Sizes are shrunk by name, placeholder ids are set to those of `sizes.py`, and OVERRIDES holds what a family needs
-besides. All of it is independent of the product: a family is what transformers says it is.
+Sizes are shrunk by name, placeholder ids are set to those of `sizes.py`, and OVERRIDES holds further changes per
+family. None of it depends on the library: the families are those that transformers defines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from families.overrides import OVERRIDES, PARTS
 from families.sizes import AUDIO, BOS, EOS, FIRST_MARK, IMAGE, LAYERS, PAD, PATCH, SIDE, VIDEO, VOCAB
 
-# Phi-4-multimodal takes pictures too, and is mapped to models of several modalities alone.
+# Phi-4-multimodal also accepts images, but is only in the mapping of multimodal models.
 MODELS = {**IMAGE_TEXT_TO_TEXT, **{name: MULTIMODAL[name] for name in ("phi4_multimodal",) if name in MULTIMODAL}}
 FAMILIES = tuple(sorted(MODELS))
 
@@ -48,7 +48,7 @@ SMALL = {
     "image_size": SIDE,
     "patch_size": PATCH,
 }  # fmt: skip
-# Lists with an entry for each of the default's many layers; the configuration makes short ones of its own.
+# Lists with one entry per layer of the default; the configuration then builds short ones.
 PER_LAYER = {"layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "mlp_only_layers", "per_layer_config"}
 NOT_PARTS = {"transformers_version", "architectures", "_name_or_path", "dtype", "id2label", "label2id"}
 TOKENS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
@@ -56,7 +56,7 @@ SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 
 
 def tiny_model(family: str, *, seed: int = 0) -> nn.Module:
-    """A random model of `family` in eval mode, float32, no two layers alike."""
+    """A random model of `family` in eval mode, float32, with different weights in every layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, MODELS[family])(tiny_config(family)).eval()
@@ -67,15 +67,15 @@ def tiny_model(family: str, *, seed: int = 0) -> nn.Module:
 
 
 def _draw(parameter: Tensor) -> None:
-    unset = not parameter.abs().max() < 100  # NaN too: some parts leave their memory as they find it
+    unset = not parameter.abs().max() < 100  # or NaN: some modules leave their memory uninitialised
     if parameter.dim() == 1 and not unset:  # norms and biases start as ones and zeros
         parameter.add_(0.1 * torch.randn_like(parameter))
-    elif unset or not parameter.std() > 0.05:  # so small that a picture would be rounded away
+    elif unset or not parameter.std() > 0.05:  # so small that the image would be rounded away
         parameter.normal_(std=0.1)
 
 
 def tiny_config(family: str) -> Any:
-    """The default configuration of `family`, small."""
+    """The default configuration of `family` with small sizes."""
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES[family])
     values = config_class().to_dict()
     values |= {part: getattr(transformers, name)().to_dict() for part, name in PARTS.get(family, {}).items()}
@@ -84,12 +84,12 @@ def tiny_config(family: str) -> Any:
     values.pop("model_type", None)
     config = config_class(**values)
     if family in TOWERS:
-        object.__setattr__(config, "vision_config", TOWERS[family](config.vision_config))  # past a check of its class
+        object.__setattr__(config, "vision_config", TOWERS[family](config.vision_config))  # bypasses a class check
     return config
 
 
 def shrunken(values: Mapping[str, Any], marks: Iterator[int]) -> dict[str, Any]:
-    """The configuration's dictionary with small sizes and ids below VOCAB, nested ones included."""
+    """The configuration's dictionary with small sizes and ids below VOCAB, including nested configurations."""
     small: dict[str, Any] = {}
     for name, value in values.items():
         number = isinstance(value, int) and not isinstance(value, bool)
@@ -112,7 +112,7 @@ def shrunken(values: Mapping[str, Any], marks: Iterator[int]) -> dict[str, Any]:
 
 
 def _marks() -> Iterator[int]:
-    """Ids for begin and end marks, no two alike."""
+    """Distinct ids for begin and end marks."""
     yield from range(FIRST_MARK, VOCAB)
 
 
@@ -130,7 +130,7 @@ def _siglip(default: Any) -> Any:
         patch_size=PATCH, vision_use_head=False,
     )  # fmt: skip
     tower.model_args = {"embed_dim": 32}
-    for name in ("vocab_offset", "vocab_size", "rms_norm_eps"):  # what Gemma 3n embeds its picture's tokens by
+    for name in ("vocab_offset", "vocab_size", "rms_norm_eps"):  # Gemma 3n embeds image tokens with these
         setattr(tower, name, getattr(default, name, None))
     return tower
 
@@ -141,6 +141,6 @@ def _resnet(default: Any) -> Any:
     return tower
 
 
-# Families whose tower is timm's: one of transformers' own in its place needs no further package. It gives the same
-# form of features, patches or a map.
+# Families whose vision tower is from timm. A tower from transformers needs no further package and returns features of
+# the same form, patches or a map.
 TOWERS = {"fast_vlm": _resnet, "gemma3n": _siglip, "perception_lm": _siglip}

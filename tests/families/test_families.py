@@ -1,4 +1,4 @@
-"""The walk over transformers' families: every one that is proved, and that the proof can fail."""
+"""The walk over transformers' families: each proved family passes, and the proof can fail."""
 
 import re
 from functools import partial
@@ -120,7 +120,7 @@ def test_a_model_that_does_not_see_the_picture_proves_nothing():
     model = tiny_model("llava")
     for parameter in model.model.multi_modal_projector.parameters():
         parameter.data.zero_()
-    with pytest.raises(proof.NotRun, match="the picture changes nothing"):
+    with pytest.raises(proof.NotRun, match="the image changes nothing"):
         proof.prove(model, "llava")
 
 

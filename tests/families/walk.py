@@ -1,11 +1,11 @@
-"""Every family that transformers maps to image-text-to-text, and what is proved of its token roles: `make families`.
+"""Checks the token roles of every family that transformers maps to image-text-to-text: `make families`.
 
-proved      the positions that the picture changes are capture's vision mask, and MoCa changes them and no others
-ids alone   no pixels are made for the family here: capture marks the placeholder ids of the configuration
-refused     the product refuses the family, with a reason that is known to hold for it
-not built   transformers needs a package or a configuration that is not here
-not run     the tiny model did not run, or does not see its picture
-wrong       the product accepts the family and marks other tokens, or fails otherwise
+proved      the positions that change with the image are capture's vision mask, and MoCa changes exactly those
+ids alone   no pixels are generated for the family here: capture marks the placeholder ids of the configuration
+refused     the library rejects the family, with a reason that is known to be true of it
+not built   transformers needs a package or a configuration that is missing
+not run     the tiny model did not run, or does not depend on its image
+wrong       the library accepts the family and marks other tokens, or fails otherwise
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ VERDICTS = ("proved", "ids alone", "refused", "not built", "not run", "wrong")
 
 _CROSS = "reads the image through cross-attention"
 _TWO_STACKS = "has an encoder-decoder language model"
-_STREAMS = "residual streams a token"
+_STREAMS = "residual streams per token"
 _UNCLEAR = "no single list of decoder layers"
-# What the product refuses, and a part of the reason that holds. Any other refusal is wrong.
+# The families that the library rejects, with a part of the expected reason. Any other rejection is wrong.
 REFUSALS = {
     "blip": _CROSS,
     "diffusion_gemma": _TWO_STACKS,
@@ -52,7 +52,7 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one family."""
+    """The verdict on one family."""
 
     family: str
     verdict: str
@@ -63,10 +63,10 @@ class Row:
 
 
 def judge(family: str) -> Row:
-    """Builds the family, proves what can be proved, and compares the product with it."""
+    """Builds the family's model, determines its vision tokens, and compares the library's masks with them."""
     try:
         model = tiny_model(family)
-    except Exception as error:  # whatever a configuration or a missing package raises
+    except Exception as error:  # a configuration or a missing package may raise anything
         return Row(family, "not built", _short(error))
     try:
         verdict = _compared(model, family)
@@ -75,10 +75,10 @@ def judge(family: str) -> Row:
     except ValueError as error:
         known = REFUSALS.get(family)
         return Row(family, "refused" if known is not None and known in str(error) else "wrong", _short(error))
-    except Exception as error:  # the product's own failure is what this walk looks for
+    except Exception as error:  # failures of the library are what this walk looks for
         return Row(family, "wrong", f"{type(error).__name__}: {_short(error)}")
     if family in REFUSALS:
-        return Row(family, "wrong", f"accepted, where it should be refused: {REFUSALS[family]}")
+        return Row(family, "wrong", f"accepted, but should be refused: {REFUSALS[family]}")
     return Row(family, verdict)
 
 
@@ -93,7 +93,7 @@ def _compared(model: nn.Module, family: str) -> str:
 
 
 def _short(error: Exception) -> str:
-    """The message on one line, without what a table cannot hold."""
+    """The message on one line, without characters that break a table."""
     return " ".join(f"{error or type(error).__name__}".split())[:200].replace("|", "/")
 
 

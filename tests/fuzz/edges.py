@@ -1,7 +1,6 @@
-"""What is fuzzed beside values and shapes: how a tensor lies in memory, what the process has set, masks that are
-rewritten unseen, rows that are not finite.
+"""Fuzz targets beyond values and shapes: memory layouts, process-wide settings, masks rewritten in place, NaN rows.
 
-The promise: the numbers of the plain tensor in a plain process, or the same refusal.
+The promise: the same numbers as for the plain tensor in a plain process, or the same error.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ def randn(data: st.DataObject, *shape: int) -> torch.Tensor:
 
 @given(st.data())
 def layouts(data: st.DataObject) -> None:
-    """Every operation, of a tensor laid out somehow, in a process that has set something."""
+    """Every operation on a tensor of any layout, in a process with changed defaults."""
     call = CALLS[data.draw(st.sampled_from(sorted(CALLS)))]
     tensor = call.tensor.to(data.draw(st.sampled_from(DTYPES))) * data.draw(st.sampled_from([1.0, 2.0**-10, 2.0**6]))
-    assume(call.argument != "cov_x" or tensor.dtype in (torch.float32, torch.float64))  # beside means in float32
+    assume(call.argument != "cov_x" or tensor.dtype in (torch.float32, torch.float64))  # the means are float32
     wanted = outcome(call.function, tensor)
     laid_out = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](tensor)
     with DEFAULTS[data.draw(st.sampled_from(sorted(DEFAULTS)))]():
@@ -44,7 +43,7 @@ def layouts(data: st.DataObject) -> None:
 
 @given(st.data())
 def rewritten_masks(data: st.DataObject) -> None:
-    """A few calls of MoCa with one buffer of a mask, rewritten in between, and their backward passes in any order."""
+    """A few calls of MoCa that share one mask buffer, rewritten in between, with backward passes in any order."""
     rows = data.draw(st.sampled_from([0, 1, 7, 40]))
     mask = torch.zeros(rows, dtype=data.draw(st.sampled_from([torch.bool, torch.uint8])), device="cpu")
     x = randn(data, rows, D).to(data.draw(st.sampled_from(DTYPES)))
@@ -70,7 +69,7 @@ def rewritten_masks(data: st.DataObject) -> None:
 
 @given(st.data())
 def not_finite(data: st.DataObject) -> None:
-    """Moments with NaN or infinity among their rows: reading says so, and never gives a number."""
+    """Moments with NaN or infinity among their rows: reading them raises and never returns a number."""
     rows = randn(data, data.draw(st.sampled_from([3, 40, 1100])), D).to(data.draw(st.sampled_from(DTYPES)))
     spoilt = data.draw(st.booleans())
     if spoilt:

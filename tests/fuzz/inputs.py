@@ -1,6 +1,6 @@
-"""What is fuzzed with hypothesis: tensors of every shape, dtype and layout as inputs, and states with wrong entries.
+"""Fuzz targets with hypothesis: tensors of every shape, dtype and layout as inputs, and states with wrong entries.
 
-The promise: a documented error that names the argument, and the state is as before; or the result of the reference.
+The promise: either a documented error that names the argument, with an unchanged state, or the reference result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYOUTS = ("plain", "transposed", "strided", "expanded", "flipped", "offset", "g
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
-    """Values small and large, sometimes NaN or infinite, in one of many layouts; rarely of another dtype."""
+    """Small and large values, sometimes NaN or infinite, in one of many layouts; rarely of another dtype."""
     dtype = draw(st.sampled_from((*dtypes * 6, *OTHER_DTYPES)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     values = torch.randn(shape, generator=generator) * draw(st.sampled_from([1.0, 1.0, 1.0, 0.0, 1e-12, 1e4]))
@@ -42,7 +42,7 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtypes: tuple[torch.dtype, 
         return plain.repeat_interleave(2, -1)[..., ::2]
     if layout == "expanded" and plain.dim() > 1 and plain.shape[0]:
         return plain[:1].expand(plain.shape)
-    if layout == "flipped" and plain.dim() and plain.element_size() > 1:  # torch flips no float8
+    if layout == "flipped" and plain.dim() and plain.element_size() > 1:  # torch cannot flip float8
         return plain.flip(0)
     if layout == "offset":
         return torch.cat([plain.new_zeros(3), plain.reshape(-1)])[3:].view(shape)
@@ -60,7 +60,7 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtypes: tuple[torch.dtype, 
 
 @st.composite
 def masks(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
-    """Bool or uint8 (any nonzero byte), rarely something else, rarely of another shape."""
+    """Bool or uint8 (any nonzero byte), rarely another dtype, rarely another shape."""
     if draw(st.integers(0, 11)) == 0:
         shape = draw(st.sampled_from([(), (1,), (*shape, 1), shape[:-1], shape[::-1]]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
@@ -79,7 +79,7 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
 
 @given(st.data())
 def update(data: st.DataObject) -> None:
-    """ModalityIntegrationRate.update against `mir` of the features gathered by hand."""
+    """ModalityIntegrationRate.update against `mir` on the features gathered by hand."""
     mine = ModalityIntegrationRate(hold=data.draw(st.sampled_from([4, 2048])), precision="exact")
     dtype = data.draw(st.sampled_from(DTYPES))
     counted: list[list[list[Tensor]]] = []
@@ -116,7 +116,7 @@ def update(data: st.DataObject) -> None:
 
 @given(st.data())
 def moments_update(data: st.DataObject) -> None:
-    """StreamingMoments.update, and what it then says of the rows."""
+    """StreamingMoments.update, and the moments it then returns."""
     mine, rows = StreamingMoments(D), [torch.zeros(0, D)]
     for _ in range(data.draw(st.integers(1, 3))):
         lead = data.draw(st.sampled_from([(5,), (2, 3), (0,), (1100,), ()]))
@@ -140,7 +140,7 @@ def moments_update(data: st.DataObject) -> None:
 
 @st.composite
 def edits(draw: st.DrawFn, state: dict[str, Tensor]) -> dict[str, Any]:
-    """A state with one or two entries gone, renamed, or of another type, dtype, shape or value."""
+    """A state with one or two entries missing, renamed, or of another type, dtype, shape or value."""
     state = dict(state)
     for _ in range(draw(st.integers(1, 2))):
         key = draw(st.sampled_from(sorted(state)))
@@ -170,7 +170,7 @@ def edits(draw: st.DrawFn, state: dict[str, Tensor]) -> dict[str, Any]:
 
 @given(st.data())
 def metric_state(data: st.DataObject) -> None:
-    """ModalityIntegrationRate.load_state_dict, which refuses with torch's RuntimeError."""
+    """ModalityIntegrationRate.load_state_dict, which raises torch's RuntimeError."""
     mine, state = metric(groups=2), metric(groups=2).state_dict()
     mine.update(*sample(5))
     before, edited = copied(mine.state_dict()), data.draw(edits(state))
@@ -181,7 +181,7 @@ def metric_state(data: st.DataObject) -> None:
         assert unchanged(before, mine.state_dict())
         return
     after = mine.state_dict()
-    assert all(same(edited[key], after[key]) for key in after if not key.endswith("bound"))  # CUDA's alone
+    assert all(same(edited[key], after[key]) for key in after if not key.endswith("bound"))  # used by CUDA only
     try:
         assert not math.isnan(mine.compute().value)
     except ValueError as error:
@@ -208,17 +208,17 @@ def moments_state(data: st.DataObject) -> None:
 
 @given(st.data())
 def moca_inputs(data: st.DataObject) -> None:
-    """mir_kernels.moca against its formula in float64, row by row; what it refuses or takes, its inputs stay."""
+    """mir_kernels.moca against its formula in float64, row by row; its inputs stay unchanged, also after an error."""
     d = data.draw(st.sampled_from([D, D, 1, 0, 8, 65]))
     lead = data.draw(st.sampled_from([(5,), (2, 3), (0,), (40,), ()]))
     width = data.draw(st.sampled_from([d] * 9 + [d + 1]))
     given_ = [data.draw(tensors((*lead, d))), *(data.draw(tensors((width,))) for _ in range(2)), data.draw(masks(lead))]
     inplace = data.draw(st.integers(0, 5)) == 0
-    assume(not any(isinstance(t, Tensor) and t.is_sparse for t in given_))  # torch refuses those in its own words
+    assume(not any(isinstance(t, Tensor) and t.is_sparse for t in given_))  # torch raises its own errors for those
     before = [t.detach().clone() if isinstance(t, Tensor) else t for t in given_]
     try:
         out = moca(*given_, inplace=inplace)
-    except (TypeError, ValueError, RuntimeError) as error:  # the last as torch has it, of leaves and of inference
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError as in torch, for leaves and inference tensors
         told(error, "x: ", "scale: ", "shift: ", "mask: ", "inplace", "Inference tensors")
         assert all(as_before(now, then) for now, then in zip(given_, before, strict=True))
         return
@@ -243,7 +243,7 @@ def as_before(now: Any, then: Any) -> bool:
 
 @given(st.data())
 def trace_inputs(data: st.DataObject) -> None:
-    """mir_kernels.trace_sqrt_product: covariances of any rank and scale, and what is none."""
+    """mir_kernels.trace_sqrt_product: covariances of any rank and scale, and matrices that are none."""
     d, batch = data.draw(st.sampled_from([1, 2, 3, 7])), data.draw(st.sampled_from([(), (1,), (3,), (0,), (2, 2)]))
     precision, bounds = data.draw(st.sampled_from(["bfloat16", "float32", "float64"])), data.draw(st.booleans())
     pair = []
@@ -258,10 +258,10 @@ def trace_inputs(data: st.DataObject) -> None:
         factor *= data.draw(st.sampled_from([1.0, 1e-6, 1e6, 1e-150, 1e60]))
         pair.append(factor @ factor.mT)
     backend = data.draw(st.sampled_from([None, None, "eager"]))
-    assume(not any(x.is_meta for x in pair))  # without values torch refuses in its own words
+    assume(not any(x.is_meta for x in pair))  # torch raises its own errors for tensors without values
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of a precision that was missed at low rank
+            warnings.simplefilter("ignore", RuntimeWarning)  # the precision may be missed at low rank
             found = trace_sqrt_product(*pair, precision=precision, bounds=bounds, backend=backend)
     except (TypeError, ValueError) as error:
         told(error, "a: ", "b: ")
@@ -276,7 +276,7 @@ def trace_inputs(data: st.DataObject) -> None:
         assert bool(((found.lower <= value) & (value <= found.upper)).all())
     scales = [x.detach().to(torch.float64).diagonal(dim1=-2, dim2=-1).sum(-1) for x in pair]
     limit = scales[0].clamp(min=0).sqrt() * scales[1].clamp(min=0).sqrt()  # Cauchy-Schwarz
-    # What rounding of the inputs left indefinite is cut off, which can only add.
+    # If rounding made the inputs indefinite, their negative part is cut off, which can only increase the trace.
     slack = 3e-3 + sum(8 * d * torch.finfo(x.dtype).eps for x in pair)
     assert bool((value <= limit * (1 + slack) + 1e-300).all()), (value, limit)
 

@@ -1,17 +1,17 @@
-"""Damaged files out of whole ones, always the same for the same seed."""
+"""Damaged variants of valid files, deterministic for a given seed."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 
-# What stands in headers and JSON, and what a hostile writer would put there.
+# Values that occur in headers and JSON, and values that a hostile writer would use.
 WORDS = (b"F32", b"F64", b"BF16", b"I64", b"BOOL", b"U8", b"null", b"-1", b"0", b"1e999", b"NaN", b"[]", b"{}", b'""')
 WORDS += (b"true", b"layer.1", b"layer.3", b"99999999999999999999", b"18446744073709551615", b"\xff", b"9" * 5000)
 
 
 def damaged(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
-    """The file itself, cut off at several places, then `count` random changes of it."""
+    """The file itself, the file truncated at several places, then `count` random changes of it."""
     yield whole
     for size in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         yield whole[:size]

@@ -1,7 +1,7 @@
-"""`make fuzz`: every target for FUZZ_SECONDS, in a process of its own. Exits 1 on a finding and prints what broke it.
+"""`make fuzz`: run every target for FUZZ_SECONDS in a separate process. Exits with 1 on a finding, and prints it.
 
-Files (targets.py) are driven by atheris, which follows coverage from whole and damaged files; inputs (inputs.py) by
-hypothesis, which shrinks what it finds.
+File targets (targets.py) are driven by atheris, which follows coverage from valid and damaged files; input targets
+(inputs.py) by hypothesis, which shrinks its findings.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run_file(name: str, seconds: int) -> None:
 
 
 def run_inputs(name: str, seconds: int) -> None:
-    """Rounds of new examples until the time is over."""
+    """Rounds of new examples until time is up."""
     from hypothesis import HealthCheck, seed, settings
 
     from fuzz import inputs
@@ -70,9 +70,9 @@ def run_inputs(name: str, seconds: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--seconds", type=int, default=int(os.environ.get("FUZZ_SECONDS", "60")), help="for each target"
+        "--seconds", type=int, default=int(os.environ.get("FUZZ_SECONDS", "60")), help="time for each target"
     )
-    parser.add_argument("--target", choices=(*FILES, *INPUTS), help="this one alone, in this process")
+    parser.add_argument("--target", choices=(*FILES, *INPUTS), help="run only this target, in this process")
     flags = parser.parse_args()
     sys.path.insert(0, str(TESTS))
     if flags.target:

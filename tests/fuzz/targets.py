@@ -1,7 +1,7 @@
-"""What is fuzzed with bytes: everything that is read from a file. Each check raises only where a promise is broken.
+"""Fuzz targets that read files, driven with bytes. Each check raises only if the promise is broken.
 
-The promise: a file is refused with a documented error that names it, and nothing has changed, or the result is right.
-A state of the metric is signed anew after it was changed, for its checksum would keep out all that lies behind it.
+The promise: either a documented error that names the file, with nothing changed, or a correct result.
+A changed state of the metric also gets a new checksum; otherwise the old one would reject every change first.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from modality_integration.app.checkpoint import Checkpoint, Passage
 from modality_integration.app.errors import InputError
 from modality_integration.metric import state_file
 
-_FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")  # gone with the process
+_FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")  # deleted when the process ends
 FOLDER = Path(_FOLDER.name)
 D = 3
 
 
 class Target(NamedTuple):
-    """check(data) raises where a promise is broken; seeds: valid files."""
+    """check(data) raises if a promise is broken; seeds: valid files."""
 
     check: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]
@@ -54,7 +54,7 @@ def sample(seed: int, tokens: int = 12) -> tuple[list[torch.Tensor], torch.Tenso
 
 
 def metric(**options: Any) -> ModalityIntegrationRate:
-    """With rows held back and rows counted in both modalities."""
+    """A metric with rows held back and rows accumulated in both modalities."""
     out = ModalityIntegrationRate(hold=4, **options)
     for seed in range(3):
         out.update(*sample(seed))
@@ -62,12 +62,12 @@ def metric(**options: Any) -> ModalityIntegrationRate:
 
 
 def told(error: Exception, *names: str) -> None:
-    """A refusal names what it is about."""
+    """The error message names its subject."""
     assert any(name in str(error) for name in names), f"{error!r} names none of {names}"
 
 
 def unchanged(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """The same entries, bit for bit."""
+    """Whether two states have the same entries, bit for bit."""
     return before.keys() == after.keys() and all(same(before[key], after[key]) for key in before)
 
 
@@ -121,7 +121,7 @@ def check_metric_state(data: bytes) -> None:
     goes_on(mine)
     try:
         goes_on(ModalityIntegrationRate.from_file(path))
-    except ValueError as error:  # options that do not exist, which load() does not take over
+    except ValueError as error:  # unknown options, which load() ignores
         told(error, "state.safetensors")
 
 
@@ -139,14 +139,14 @@ def goes_on(mine: ModalityIntegrationRate) -> None:
 
 
 def check_signed_state(data: bytes) -> None:
-    """The same, as by someone who writes the checksum that belongs to what was changed."""
+    """`check_metric_state` after recomputing the checksum for the changed data."""
     try:
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size])["__metadata__"]
         tensors = load(data)
         metadata["sha256"] = state_file._digest(tensors, metadata["options"])
         signed = save(tensors, metadata)
-    except Exception:  # no file of tensors at all: check_metric_state's business
+    except Exception:  # not a file of tensors: covered by check_metric_state
         return
     check_metric_state(signed)
 
@@ -204,7 +204,7 @@ def result_seeds() -> list[bytes]:
 
 @cache
 def calibrated() -> torch.nn.Module:
-    from integration.tiny_models import tiny_model  # loads transformers, which most targets do without
+    from integration.tiny_models import tiny_model  # imports transformers, which most targets do not need
 
     model = tiny_model("llava")
     add_moca(model, std=0.3, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Every fuzz target on a fixed handful of damaged files and inputs; `make fuzz` goes on from there."""
+"""Every fuzz target on a few fixed damaged files and inputs; `make fuzz` runs more."""
 
 import subprocess
 import sys

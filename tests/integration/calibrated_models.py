@@ -1,4 +1,4 @@
-"""Tiny models with MoCa, their loss on the text tokens of a batch, and its gradients."""
+"""Tiny models with MoCa, their loss on the text tokens of a batch, and the gradients of that loss."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from integration.tiny_models import tiny_model
 from modality_integration.models.moca import add_moca
 
 ROWS = ("ttittt", "tittittt")
-PROBE = ("ttitttttt",) * 6  # for MIR: text behind every image
+PROBE = ("ttitttttt",) * 6  # for MIR: every image is followed by text
 
 
 def calibrated(family="llava", *, dtype=torch.float64, seed=0, std=0.3):
@@ -19,7 +19,7 @@ def calibrated(family="llava", *, dtype=torch.float64, seed=0, std=0.3):
 
 def loss_of(model, batch):
     labels = batch.inputs["input_ids"].masked_fill(batch.vision | batch.padding, -100)
-    logits = model(**batch.inputs).logits  # the models' own loss is float32
+    logits = model(**batch.inputs).logits  # the models compute their own loss in float32
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 

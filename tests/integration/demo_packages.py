@@ -1,4 +1,4 @@
-"""The mark of tests that take the pictures and weights of the demo's packages."""
+"""Skip mark for tests that need the pictures and weights of the demo's packages."""
 
 import importlib.util
 
@@ -8,6 +8,6 @@ from modality_integration.app.demo.packages import PACKAGES
 
 
 def needs(*modules):
-    """Skips where the demo's packages, or others, are not installed."""
+    """Skip unless the demo's packages, and `modules`, are installed."""
     absent = [name for name in (*PACKAGES, *modules) if importlib.util.find_spec(name) is None]
     return pytest.mark.skipif(bool(absent), reason=f"needs {', '.join(absent)}")

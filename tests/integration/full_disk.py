@@ -1,4 +1,4 @@
-"""A disk that takes no more, by the operating system's own refusal."""
+"""A simulated full disk, using the operating system's file size limit."""
 
 import contextlib
 import resource

@@ -1,23 +1,23 @@
-"""MIR in float64 numpy, written from Eq. 1-4 of the paper and the published accurate mode: the tests' oracle."""
+"""Float64 reference of MIR in numpy, written from Eq. 1-4 of the paper and the published accurate mode."""
 
 import numpy as np
 import scipy.linalg
 
 
 def norms(features):
-    """l2 norms as float32, what the outlier rule is defined on."""
+    """l2 norms rounded to float32, on which the outlier rule is defined."""
     return np.linalg.norm(features, axis=1).astype(np.float32).astype(np.float64)
 
 
 def outliers(features):
-    """|norm - median| > 3 std (ddof 1), the median of an even count being the lower one."""
+    """|norm - median| > 3 std (ddof 1), with the lower median for an even count."""
     size = norms(features)
     median = np.sort(size)[(len(size) - 1) // 2]
     return np.abs(size - median) > 3 * size.std(ddof=1)
 
 
 def process(features, rule):
-    """The features after the rule "remove", "median" or "none"."""
+    """The features after the outlier rule "remove", "median" or "none"."""
     out = outliers(features)
     if rule == "remove":
         return features[~out]
@@ -28,11 +28,11 @@ def process(features, rule):
 
 
 def trace_root(a, b, how):
-    """Tr((ab)^(1/2)): "sqrtm" of the product itself, or "eigh" of the symmetric a^(1/2) b a^(1/2), also if singular."""
+    """Tr((ab)^(1/2)): "sqrtm" of the product itself, or "eigh" of a^(1/2) b a^(1/2), which may be singular."""
     if how == "sqrtm":
         return np.trace(scipy.linalg.sqrtm(a @ b)).real
     values, vectors = np.linalg.eigh(a)
-    # A direction whose variance is rounding has none: its square root would be 1e8 times larger.
+    # A variance that is only rounding counts as 0: its square root would be 1e8 times larger.
     values[values < 1e-13 * values.max()] = 0.0
     root = (vectors * np.sqrt(values)) @ vectors.T
     values = np.linalg.eigvalsh(root @ b @ root)

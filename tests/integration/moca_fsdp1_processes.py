@@ -1,6 +1,6 @@
 """One of two gloo processes that train a model with MoCa under FSDP1: python moca_fsdp1_processes.py RANK STORE FOLDER.
 
-FSDP1 keeps parameters as stretches of flat ones, which a module shows as its own where use_orig_params=True.
+FSDP1 stores parameters as slices of flat ones; with use_orig_params=True, modules expose them under their own names.
 """
 
 import sys
@@ -25,9 +25,9 @@ from tolerances import assert_close
 
 
 def sharded(model, *groups, strategy="FULL_SHARD", **options):
-    """`model` in FSDP1, with each module of the types `groups` as a shard of its own."""
+    """`model` in FSDP1, with a separate shard for each module of the types `groups`."""
     base = freeze_vision(unwrap(model))
-    vision = [base.model.vision_tower, base.model.multi_modal_projector]  # frozen, and no image may come
+    vision = [base.model.vision_tower, base.model.multi_modal_projector]  # frozen, and unused if there is no image
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=ModuleWrapPolicy(set(groups)) if groups else None,
@@ -39,18 +39,18 @@ def sharded(model, *groups, strategy="FULL_SHARD", **options):
 
 
 def whole(model):
-    """Every parameter whole, by its name in the model that was not sharded."""
+    """Every full parameter, by its name in the unsharded model."""
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         return {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in model.named_parameters()}
 
 
 def vectors(values):
-    """MoCa's among the parameters `values`, by their names in its files."""
+    """MoCa's parameters among `values`, by their names in MoCa files."""
     return {n.removeprefix("model.language_model."): v for n, v in values.items() if NAME in n}
 
 
 def saved(model, folder):
-    """What save_moca writes, by names as in `vectors`."""
+    """The tensors written by save_moca, by names as in `vectors`."""
     file = save_moca(model, folder)
     dist.barrier()
     return {name.removeprefix("model."): value for name, value in load_file(file).items()}
@@ -69,10 +69,10 @@ def assert_equal(values, expected):
 
 
 def trains_saves_and_loads(rank, folder, *groups, **options):
-    """Trained as one process does; saved whole; what is loaded is there, in every layer, and training goes on there."""
+    """Training equals that of one process; files are complete; loading sets every layer, and training continues."""
     model = sharded(calibrated(), *groups, **options)
     start = vectors(dict(calibrated().named_parameters()))
-    assert_equal(saved(model, folder / "start"), start)  # before any forward pass
+    assert_equal(saved(model, folder / "start"), start)  # before the first forward pass
     train_distributed(model, rank)
     reference = trained(freeze_vision(calibrated()))
     assert_same(whole(model), reference, factor=100)
@@ -82,7 +82,7 @@ def trains_saves_and_loads(rank, folder, *groups, **options):
     assert_same(values, vectors(reference), factor=100)
 
     with torch.no_grad():
-        loss_of(model, 0, rank)  # leaves whole parameters behind where the strategy says so
+        loss_of(model, 0, rank)  # leaves full parameters behind with some strategies
     load_moca(model, folder / "start")
     assert_equal(vectors(whole(model)), start)
     assert_equal(saved(model, folder / "again"), start)
@@ -96,7 +96,7 @@ def trains_saves_and_loads(rank, folder, *groups, **options):
 
 
 def take_a_step(model, *ranks):
-    """SGD on the mean loss of the processes `ranks`."""
+    """One SGD step on the mean loss of the processes `ranks`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     optimizer.zero_grad()
     (sum(loss_of(model, 0, rank) for rank in ranks) / len(ranks)).backward()
@@ -124,7 +124,7 @@ def moca_a_shard_of_its_own(rank, folder):
 
 
 def among_what_peft_saves(rank, folder):
-    """MoCa inside PEFT's wrapper of a module that is trained whole, in a layer's shard or in one of its own."""
+    """MoCa inside PEFT's wrapper for fully trained modules, in a layer's shard or in a separate one."""
     import peft
 
     def adapted(model):
@@ -145,7 +145,7 @@ def among_what_peft_saves(rank, folder):
 
 
 def the_model_inside(rank, folder):
-    """Reading and writing before the first pass leaves it to the wrapper around to be FSDP1's root."""
+    """Saving and loading before the first pass must not make an inner module FSDP1's root."""
     for kept in (False, True):
         model, other = sharded(calibrated(), LlamaDecoderLayer, use_orig_params=kept), calibrated(seed=1)
         assert_equal(saved(model.module, folder), vectors(dict(calibrated().named_parameters())))
@@ -156,16 +156,16 @@ def the_model_inside(rank, folder):
 
 
 def one_shard(rank, folder):
-    """The model in one flat parameter, which only its wrapper can gather."""
+    """The whole model in one flat parameter, which only its wrapper can gather."""
     trains_saves_and_loads(rank, folder, use_orig_params=True)
     for inner in (sharded(calibrated(), use_orig_params=kept).module for kept in (False, True)):
         for use in (save_moca, load_moca):
-            with pytest.raises(ValueError, match="give the outermost wrapper"):
+            with pytest.raises(ValueError, match=r"pass the outermost \(FSDP\) wrapper"):
                 use(inner, folder / "trained")
 
 
 def moca_stays_float32(rank, folder):
-    """float32 MoCa in a bf16 model, which FSDP1 wants in a flat parameter of its own; saved as it is trained."""
+    """float32 MoCa in a bf16 model, which FSDP1 requires in a separate flat parameter; saved in float32."""
     mixed = MixedPrecision(reduce_dtype=torch.float32)
     model = sharded(
         calibrated(dtype=torch.bfloat16), LlamaDecoderLayer, MoCa, use_orig_params=True, mixed_precision=mixed
@@ -178,7 +178,7 @@ def moca_stays_float32(rank, folder):
 
 
 def gathered_without_an_image(rank, folder):
-    """Where nobody trains MoCa, a process without an image still takes part in gathering its shards."""
+    """With frozen MoCa, a process without an image still takes part in gathering its shards."""
     for kept in (False, True):
         model, expected = calibrated(), calibrated()
         for parameter in moca_parameters(model):
@@ -207,8 +207,8 @@ def parameters_are_listed_or_refused(rank, folder):
     assert len(listed) == 2 * LAYERS
     count = torch.tensor(sum(parameter.numel() for parameter in listed))
     dist.all_reduce(count)
-    assert int(count) == 2 * LAYERS * HIDDEN  # each process has its part of them
-    with pytest.raises(ValueError, match="take use_orig_params=True"):
+    assert int(count) == 2 * LAYERS * HIDDEN  # each process has its share of them
+    with pytest.raises(ValueError, match="use use_orig_params=True"):
         moca_parameters(sharded(calibrated(), LlamaDecoderLayer, use_orig_params=False))
 
 
@@ -216,7 +216,7 @@ def moca_is_too_late(rank, folder):
     for kept in (False, True):
         model = sharded(tiny_model("llava"), LlamaDecoderLayer, use_orig_params=kept)
         for given in (model, model.module):
-            with pytest.raises(ValueError, match=r"FullyShardedDataParallel already.*add MoCa first"):
+            with pytest.raises(ValueError, match=r"already wrapped by FullyShardedDataParallel.*add MoCa first"):
                 add_moca(given)
 
 

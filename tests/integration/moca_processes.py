@@ -22,7 +22,7 @@ LEARNING_RATE = 0.5
 
 
 def loss_of(model, step, rank):
-    """In step 1 the second process has no image."""
+    """The loss; in step 1 the second process has no image."""
     row = "ttttt" if (step, rank) == (1, 1) else ("ttittt", "tittit")[rank % 2]
     batch = tiny_batch(_plain(model), "llava", [row], seed=2 * step + rank)
     logits = model(**batch.inputs, use_cache=False).logits
@@ -30,7 +30,7 @@ def loss_of(model, step, rank):
 
 
 def trained(model):
-    """Parameters after SGD on the mean of both processes' losses, all in this process: the reference."""
+    """Reference: parameters after SGD on the mean of both processes' losses, computed in this process."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -65,7 +65,7 @@ def data_parallel(rank, folder):
 
 
 def data_parallel_fused(rank, folder):
-    """float32, in which MoCa is one operation with the additions and norms around it; step 1 has no image in rank 1."""
+    """float32, where MoCa is fused with the surrounding additions and norms; in step 1, rank 1 has no image."""
     model = nn.parallel.DistributedDataParallel(freeze_vision(calibrated(dtype=torch.float32)))
     train_distributed(model, rank)
     plain = freeze_vision(tiny_model("llava", dtype=torch.float32))
@@ -75,7 +75,7 @@ def data_parallel_fused(rank, folder):
 
 
 def fully_sharded_float32(rank, folder):
-    """As data_parallel_fused, but where the norms' weights are not whole while the layer before runs."""
+    """Like data_parallel_fused, but norm weights are still sharded while the previous layer runs."""
     model = freeze_vision(calibrated(dtype=torch.float32))
     for layer in model.model.language_model.layers:
         fully_shard(layer)
@@ -109,7 +109,7 @@ def fully_sharded(rank, folder):
 
 
 def fully_sharded_bf16(rank, folder):
-    """float32 MoCa in a bf16 model: a shard group of its own."""
+    """float32 MoCa in a bf16 model, in a separate shard group."""
     model = freeze_vision(calibrated(dtype=torch.bfloat16))
     for layer in model.model.language_model.layers:
         fully_shard(layer.get_submodule(NAME), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
@@ -123,7 +123,7 @@ def fully_sharded_bf16(rank, folder):
 
 
 def sharded_by_itself(rank, folder):
-    """Where nobody trains MoCa, a process without an image still takes part in gathering its shards."""
+    """With frozen MoCa, a process without an image still takes part in gathering its shards."""
     model = freeze_vision(calibrated(dtype=torch.bfloat16))
     for parameter in moca_parameters(model):
         parameter.requires_grad_(False)
@@ -138,7 +138,7 @@ def sharded_by_itself(rank, folder):
 
 
 def freeze_vision(model):
-    """The vision tower gets no gradient from a text-only batch: what DDP does with that is not MoCa's concern."""
+    """Freeze the vision tower, which a text-only batch gives no gradient: DDP's handling of that is not tested here."""
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
     return model

@@ -1,4 +1,4 @@
-"""Results of random features, and tables as text, for the tests of what people see."""
+"""Results from random features, and tables as text, for tests of output."""
 
 import torch
 from rich.console import Console

@@ -1,4 +1,4 @@
-"""Tiny models, images and prose saved to folders, offline: what tests point `mir compute` and `mir demo` at."""
+"""Tiny models, images and texts saved to folders, offline, as inputs for `mir compute` and `mir demo`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ WORDS = ["the", "a", "cat", "dog", "house", "sits", "runs", "on", "under", "and"
 
 
 def tiny_tokenizer():
-    """A word-level tokenizer made on the spot, with a fallback to characters so that any prose has tokens."""
+    """A word-level tokenizer built in memory, with a fallback to characters so that any text has tokens."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ QWEN_MARKERS = {
 
 
 def marked_tokenizer(**markers: str):
-    """The tiny tokenizer with more special tokens; those with names that do not begin with _ become its attributes."""
+    """The tiny tokenizer with more special tokens; those whose names do not start with _ become its attributes."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(markers.values())})
     for name, token in markers.items():
@@ -50,7 +50,7 @@ def marked_tokenizer(**markers: str):
 
 
 def tiny_processor(family: str):
-    """A processor of `family` as transformers makes it, for the images that the model of `tiny_models` takes."""
+    """A transformers processor of `family`, for the image size of the model in `tiny_models`."""
     import transformers as tf
 
     square = {"size": {"height": 8, "width": 8}}
@@ -101,11 +101,11 @@ def tiny_processor(family: str):
         kind = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
         video = tf.Qwen3VLVideoProcessor if family == "qwen3_vl" else tf.Qwen2VLVideoProcessor
         return getattr(tf, f"{kind}Processor")(images, marked_tokenizer(**QWEN_MARKERS), video(**parts))
-    raise ValueError(f"family: no tiny processor for {family!r}")
+    raise ValueError(f"family: there is no tiny processor for {family!r}")
 
 
 def save_tiny_llava(folder: Path, *, seed: int = 0, layers: int = 3, hidden: int = 16) -> Path:
-    """A random LLaVA (CLIP tower, 4 vision tokens an image) with its processor."""
+    """A random LLaVA (CLIP tower, 4 vision tokens per image) with its processor."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -141,7 +141,7 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, layers: int = 3, hidden: int
 
 
 def save_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 3, hidden: int = 16) -> Path:
-    """A random Llama with its tokenizer: a model without eyes."""
+    """A random Llama with its tokenizer: a model without vision."""
     from transformers import LlamaForCausalLM
 
     tokenizer = tiny_tokenizer()

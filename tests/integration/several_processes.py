@@ -1,4 +1,4 @@
-"""Starts a script in several processes at once and waits until all of them have ended well."""
+"""Runs a script in several processes at once and checks that all succeed."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ PACKAGES = (HERE.parent, Path(modality_integration.__file__).parents[1])
 
 
 def outputs_of(script, folder, *arguments, processes=2, timeout=240):
-    """The lines that each process printed that ran `script RANK STORE FOLDER *arguments`; STORE is for a FileStore.
+    """The lines printed by each process of `script RANK STORE FOLDER *arguments`; STORE is for a FileStore.
 
-    Where one fails, those that may wait for it are killed, and its last words are the test's failure.
+    If one fails, the others, which may be waiting for it, are killed, and the test fails with the end of its stderr.
     """
     paths = os.pathsep.join(map(str, (*PACKAGES, os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -36,7 +36,7 @@ def outputs_of(script, folder, *arguments, processes=2, timeout=240):
 
 
 def _first_to_fail(running, deadline):
-    """The place of the first process that ends with an error or is not done in time; None if all end well."""
+    """The index of the first process that fails or times out; None if all succeed."""
     while True:
         codes = [process.poll() for process in running]
         for rank, code in enumerate(codes):

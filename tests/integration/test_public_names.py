@@ -1,4 +1,4 @@
-"""The public names: each is what it says, whatever was imported before, and costs nothing until used."""
+"""The public names: each resolves correctly whatever was imported before, and is imported only on use."""
 
 import ast
 import subprocess
@@ -38,7 +38,7 @@ def test_names_are_functions_after_their_modules_were_imported():
     assert done.stdout.strip() == "[True, True, True]"
 
 
-# What takes seconds to import: torchmetrics for transformers and torchvision, which it loads for metrics of its own.
+# Slow imports. torchmetrics is one because it loads transformers and torchvision for its own metrics.
 SLOW = ("torchmetrics", "transformers", "torchvision", "matplotlib", "rich", "triton", "torch._dynamo")
 WITHOUT_TORCH = (
     *("Comparison", "Comparisons", "LayerTerms", "MIRResult", "compare", "compare_several", "jackknife"),
@@ -48,7 +48,7 @@ OF_THE_METRIC = ("MIRCallback", "ModalityIntegrationRate", "Watch", "lightning_c
 
 
 def loaded(code, *names):
-    """Which of the modules `names` are there after `code` ran in a process of its own."""
+    """Which of the modules `names` are loaded after `code` ran in a separate process."""
     code = f"import sys\n{code}\nprint(*({set(names)} & set(sys.modules)), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())

@@ -1,10 +1,10 @@
-"""Tiny random vision-language models of every supported family, and batches for them whose token roles are known.
+"""Tiny random vision-language models of every supported family, and batches with known token roles.
 
     model = tiny_model("llava")
     batch = tiny_batch(model, "llava", ["ttittt", "tittttitt"], padding="left")
     model(**batch.inputs)
 
-A row is a string: `t` is one text token, `i` one image with all the tokens that the family gives it.
+A row is a string: `t` is one text token, `i` is one image with all of the family's tokens for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIRST_WORD, LAST_WORD = 3, 50
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a model and the roles they were built with, all masks (B, T) bool."""
+    """Inputs of a model and the token roles they were built with; all masks are (B, T) bool."""
 
     inputs: dict[str, Tensor]
     vision: Tensor
@@ -34,23 +34,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a tiny model, what one image is to it, and the image inputs for `n` images a row."""
+    """How to build a tiny model, the tokens of one image, and the image inputs for a number of images per row."""
 
     build: Callable[[], nn.Module]
-    image_tokens: tuple[int, ...]  # token ids of one image, markers that are not vision included
+    image_tokens: tuple[int, ...]  # token ids of one image, including markers that are not vision tokens
     image_inputs: Callable[[list[int]], dict[str, Tensor]]
     layers: str = "model.language_model.layers"
     norm: str = "model.language_model.norm"
 
 
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """A random model of `family` in eval mode, every parameter random so that no two layers or norms agree."""
+    """A random model of `family` in eval mode; all parameters are random, so that no two layers or norms are equal."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FAMILIES[family].build().eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.dim() == 1:  # norms and biases start as ones and zeros
+                if parameter.dim() == 1:  # norms and biases are initialised to ones and zeros
                     parameter.add_(0.1 * torch.randn_like(parameter))
                 elif "embed" not in name:
                     parameter.normal_(std=0.08)
@@ -98,7 +98,7 @@ def tiny_batch(
 
 
 def decoder_of(model: nn.Module, family: str) -> tuple[nn.ModuleList, nn.Module]:
-    """The decoder layers and the final norm, by their known names: what `capture` has to find by itself."""
+    """The decoder layers and the final norm by their known names; `capture` must find them without these."""
     spec = FAMILIES[family]
     return model.get_submodule(spec.layers), model.get_submodule(spec.norm)
 
@@ -130,7 +130,7 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 
 
 def _pixels(*shape: int) -> Callable[[list[int]], dict[str, Tensor]]:
-    """One tensor of `shape` for every image of the batch."""
+    """A tensor of `shape` for every image of the batch."""
     return lambda images: {"pixel_values": torch.randn(sum(images), *shape)}
 
 
@@ -228,12 +228,12 @@ _QWEN_TOKENS = {
 
 
 def _qwen_image(images: list[int]) -> dict[str, Tensor]:
-    n = sum(images)  # 4 x 4 patches an image, merged two by two: 4 tokens
+    n = sum(images)  # 4 x 4 patches per image, merged two by two: 4 tokens
     return {"pixel_values": torch.randn(16 * n, 3 * 2 * 16), "image_grid_thw": torch.tensor([[1, 4, 4]] * n)}
 
 
 def _qwen_video(videos: list[int]) -> dict[str, Tensor]:
-    n = sum(videos)  # one pair of frames a video
+    n = sum(videos)  # one pair of frames per video
     return {"pixel_values_videos": torch.randn(16 * n, 3 * 2 * 16), "video_grid_thw": torch.tensor([[1, 4, 4]] * n)}
 
 
@@ -354,7 +354,7 @@ _QWEN_IMAGE = (VISION_START, *_FOUR, VISION_END)
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(_llava, _FOUR, _pixels(3, 8, 8)),
-    "llava_next": Family(_llava_next, (IMAGE,) * 10, _anyres_next),  # 4 of the overview, 2 x (2 and a newline)
+    "llava_next": Family(_llava_next, (IMAGE,) * 10, _anyres_next),  # 4 for the overview, 2 x (2 and a newline)
     "llava_onevision": Family(_llava_onevision, (IMAGE,) * 10, _anyres),
     "qwen2_vl": Family(_qwen2_vl, _QWEN_IMAGE, _qwen_image),
     "qwen2_5_vl": Family(_qwen2_5_vl, _QWEN_IMAGE, _qwen_image),

@@ -1,4 +1,4 @@
-"""transformers' Trainer on a tiny LLaVA with pictures, and a probe set for it."""
+"""transformers' Trainer for a tiny LLaVA with images, and a probe set for it."""
 
 import torch
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -9,7 +9,7 @@ ROWS = ["tittttttt", "ttitttttt"]
 
 
 class Captions(torch.utils.data.Dataset):
-    """Eight rows with an image each."""
+    """Eight rows with one image each."""
 
     def __init__(self, model):
         self.batch = tiny_batch(model, "llava", ["ttitttt"] * 8)
@@ -44,14 +44,14 @@ def probe_of(trainer, seeds=(5, 6, 7)):
 
 
 def own_rows(trainer):
-    """What a trainer has logged of its own: all but MIR's rows, and but for what the clock says."""
+    """The trainer's own log rows: all except MIR's, without timings."""
     clock = ("runtime", "per_second")
     rows = [{k: v for k, v in row.items() if not k.endswith(clock)} for row in trainer.state.log_history]
     return [row for row in rows if not any("mir" in name for name in row)]
 
 
 def tokenizer_of(size):
-    """A tokenizer of so many words, which TRL's trainers ask for."""
+    """A tokenizer with `size` words, which TRL's trainers require."""
     from tokenizers import Tokenizer, models
 
     words = {f"w{i}": i for i in range(size)}

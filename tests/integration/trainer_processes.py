@@ -1,6 +1,6 @@
 """One of two gloo processes of transformers' Trainer with DDP: python trainer_processes.py RANK STORE FOLDER.
 
-Each has another probe, so that what the processes agree on is the first one's value and no coincidence.
+Their probes differ, so if they agree on a value, it must be that of the first process.
 """
 
 import logging
@@ -50,7 +50,7 @@ def main(rank, folder):
 
 if __name__ == "__main__":
     rank, store, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    # accelerate asks for these, and connects to nobody where the processes have met already.
+    # accelerate requires these, but opens no connection if the process group already exists.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

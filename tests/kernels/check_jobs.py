@@ -1,11 +1,12 @@
-"""Every kernel job once in every dtype at odd sizes, against float64 and twice with the same bits, without pytest.
+"""Checks every kernel job in every dtype at odd sizes against float64, and that two runs have the same bits; no pytest.
 
     export PYTHONPATH=.:tests:benchmarks
     python tests/kernels/check_jobs.py --report jobs.jsonl                                          # on a GPU
     TRITON_INTERPRET=1 python tests/kernels/check_jobs.py --report jobs.jsonl --sizes 1-1,13-37     # anywhere
 
-benchmarks/gpu_suite.py runs it where pytest is not installed. The report gets a line of JSON when a check starts and
-ends, and what it has already is left out; exits 1 where a check failed, 77 where one lost the CUDA context.
+benchmarks/gpu_suite.py runs it if pytest is not installed. The report gets a line of JSON when a check starts and when
+it ends, and checks that it already contains are skipped. Exits with 1 if a check failed, 77 if one lost the CUDA
+context.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ NATIVE_ON_CUDA = ("moca forward", "moca backward")  # the operations that have a
 
 
 def skipped(job: Job, device: str) -> str | None:
-    """Why a job cannot run there, or None."""
+    """Why a job cannot run on `device`, or None."""
     if not job.module.endswith("native") or device == "cpu":
         return None
     return _native.cuda_reason() if job.name.startswith(NATIVE_ON_CUDA) else "has no CUDA C++ kernel"
 
 
 def check(job: Job, dtype: torch.dtype, rows: int, d: int, device: str) -> None:
-    """Raises where two runs differ, an input changed or the error is beyond the job's tolerance."""
+    """Raise if two runs differ, an input changed or the error exceeds the job's tolerance."""
     given = {name: tensor.to(device) for name, tensor in job.make(dtype, rows, d).items()}
     before = {name: tensor.clone() for name, tensor in given.items()}
     first, second = ([tensor.clone() for tensor in job.run(given)] for _ in range(2))
@@ -51,7 +52,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", type=Path, required=True, help="JSON lines to write, or to go on with")
+    parser.add_argument("--report", type=Path, required=True, help="file of JSON lines to write or to resume")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="the I-th of N parts")
     parser.add_argument("--sizes", default=SIZES, help="rows and columns (default %(default)s)")
     flags = parser.parse_args()
@@ -73,7 +74,7 @@ def main() -> int:
         line = {"test": name, "outcome": "passed"}
         try:
             check(job, dtype, rows, d, device)
-        except Exception as problem:  # a wrong result, or whatever triton or the driver raises
+        except Exception as problem:  # a wrong result, or any error of triton or the driver
             failed += 1
             line |= {"outcome": "failed", "message": f"{type(problem).__name__}: {problem}"}
             print(f"{name}: {line['message']}", flush=True)

@@ -1,4 +1,4 @@
-"""Memory with guards around it, for every kernel: what was written beside a tensor, or never written, shows."""
+"""Guarded memory for kernel tests: it reveals writes outside of a tensor, and elements that were never written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Guards:
-    """Tensors inside larger buffers of a guard value: NaN, so that a read shows too; True for masks."""
+    """Tensors inside larger buffers of a guard value: NaN, which also reveals reads; True for masks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._patch = monkeypatch
@@ -25,7 +25,7 @@ class Guards:
         return self.poisoned(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
     def poisoned(self, shape: tuple, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-        """Memory that nothing was written to: guards, and the guard's value inside."""
+        """Unwritten memory: guards, and the guard value inside."""
         value = float("nan") if dtype.is_floating_point else 1
         buffer = self._empty(2 * GUARD + torch.Size(shape).numel(), dtype=dtype, device=device).fill_(value)
         view = buffer[GUARD : buffer.numel() - GUARD].view(shape)
@@ -35,7 +35,7 @@ class Guards:
 
     @contextlib.contextmanager
     def on_every_allocation(self) -> Iterator[None]:
-        """Whatever a launcher allocates without writing to it has guards and is poisoned."""
+        """Make all uninitialised allocations of a launcher guarded and poisoned."""
 
         def empty(*shape, dtype=None, device=None, **_):
             size = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
@@ -54,16 +54,16 @@ class Guards:
             yield
 
     def assert_whole(self) -> None:
-        """No guard of any buffer has changed a bit."""
+        """Assert that no bit of any guard has changed."""
         assert self._buffers
         for now, before in self._buffers:
             assert torch.equal(now[:GUARD], before[:GUARD]), "written before a buffer"
-            assert torch.equal(now[-GUARD:], before[-GUARD:]), "written behind a buffer"
+            assert torch.equal(now[-GUARD:], before[-GUARD:]), "written after a buffer"
 
 
 @pytest.fixture
 def default_settings() -> Iterator[None]:
-    """torch's own settings for float32 products before and after, and nobody left who has set them."""
+    """torch's default settings for float32 products before and after, and no users left afterwards."""
     from kernels.matmul_settings import start
     from mir_kernels import _matmul_switch
 

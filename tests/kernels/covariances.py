@@ -1,4 +1,4 @@
-"""The hard covariances every test of square roots runs over, and float64 truths that do not use the code under test."""
+"""Hard covariances for all tests of square roots, and exact values in float64 that do not use the code under test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mpmath
 import torch
 from torch import Tensor
 
-# What real hidden states look like, and worse.
+# Spectra like those of real hidden states, and harder ones.
 SPECTRA = (
     "i^-0.5",
     "i^-1",
@@ -28,7 +28,7 @@ SPECTRA = (
 
 
 def covariance(kind: str, d: int, seed: int) -> Tensor:
-    """A symmetric float64 (d, d) matrix of one of SPECTRA."""
+    """A symmetric float64 (d, d) matrix with one of SPECTRA."""
     generator = torch.Generator().manual_seed(seed)
     i = torch.arange(1, d + 1, dtype=torch.float64)
     if kind == "zero":
@@ -66,12 +66,12 @@ def covariance(kind: str, d: int, seed: int) -> Tensor:
 
 
 def truth(a: Tensor, b: Tensor) -> Tensor:
-    """Tr((AB)^(1/2)) as the singular values of Ca^T Cb, the factors by eigenvectors, rounding left out; float64."""
+    """Tr((AB)^(1/2)) in float64, as the sum of the singular values of Ca^T Cb, with factors from eigenvectors."""
     return torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
 
 
 def _factor(a: Tensor) -> Tensor:
-    """C with C C^T = A from the eigenvectors of A scaled to a unit diagonal."""
+    """C with C C^T = A, from the eigenvectors of A scaled to a unit diagonal, without eigenvalues at rounding level."""
     scale = a.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     values, vectors = torch.linalg.eigh(inverse[:, None] * a * inverse)
@@ -80,8 +80,8 @@ def _factor(a: Tensor) -> Tensor:
 
 
 def mpmath_truth(a: Tensor, b: Tensor, digits: int = 45) -> mpmath.mpf:
-    """Tr((A+ B+)^(1/2)) in `digits` digits, from the float64 entries as they are. A+ = D H+ D: H+ is the positive part
-    of H, A with its diagonal scaled to [1/4, 1) by powers of four, D^2."""
+    """Tr((A+ B+)^(1/2)) to `digits` digits, from the unmodified float64 entries. A+ = D H+ D, where H+ is the positive
+    part of H. H is A with its diagonal scaled to [1/4, 1) by powers of four, D^2."""
     with mpmath.workdps(digits):
         n = _mp_root(a) * _mp_root(b).T
         values = mpmath.eigsy(n * n.T, eigvals_only=True)

@@ -1,4 +1,4 @@
-"""What each rank of test_dtensor.py runs."""
+"""The code that each rank of test_dtensor.py runs."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ RANKS = 2
 
 
 def compare(rank: int, folder: str) -> None:
-    """Writes what is not as it should be, a line each, to `folder`/`rank`."""
+    """Write all problems, one per line, to `folder`/`rank`."""
     problems: list[str] = []
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
@@ -68,13 +68,13 @@ def refusals(mesh, problems) -> None:
 
     cut = distribute_tensor(CALLS["moca"].tensor, mesh, [Shard(0)])
     tries = {
-        "DTensors in every place or in none": lambda: CALLS["moca"].function(cut),
+        "expected all tensors to be DTensors or none": lambda: CALLS["moca"].function(cut),
         "to_local": lambda: StreamingMoments(6, device="cpu").update(cut),
     }
     for text, attempt in tries.items():
         try:
             attempt()
-            problems.append(f"was not refused: {text}")
+            problems.append(f"was accepted: {text}")
         except TypeError as error:
             if text not in str(error):
                 problems.append(str(error))

@@ -1,4 +1,4 @@
-"""Every public operation as a function of one tensor, with a tensor for it; and two results, or refusals, compared."""
+"""Every public operation as a function of one tensor, with such a tensor; comparison of results and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def covariances(count: int, d: int = D) -> Tensor:
 
 
 class Call(NamedTuple):
-    """function(tensor, wrap): wrap makes of the other tensors what `tensor` is; argument: its name."""
+    """function(tensor, wrap): wrap converts the other tensors to the kind of `tensor`; argument: its name."""
 
     function: Callable[..., Any]
     tensor: Tensor
@@ -66,7 +66,7 @@ CALLS = {
 
 
 class Named(torch.Tensor):
-    """A subclass with memory of its own, as many libraries have."""
+    """A subclass with its own memory, as in many libraries."""
 
 
 LAYOUTS = {
@@ -81,7 +81,7 @@ LAYOUTS = {
 
 
 def unwrapped(found: Any) -> Any:
-    """A result's tensors without the subclass that an argument had."""
+    """The tensors of a result without the subclass of the argument."""
     if not isinstance(found, list):
         return found
     found = [value.as_subclass(Tensor) if type(value) is Named else value for value in found]
@@ -89,7 +89,7 @@ def unwrapped(found: Any) -> Any:
 
 
 def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The results as plain tensors, or the type and text of a refusal."""
+    """The results as plain tensors, or the type and text of an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         try:

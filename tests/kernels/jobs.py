@@ -1,4 +1,4 @@
-"""Every kernel as a job: inputs, the launcher on them, and what float64 says; for any device."""
+"""Every kernel as a job for any device: inputs, the launcher, and the float64 reference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ STEPS = ((3.2, -2.4, 0.5), (1.875, -1.25, 0.375))
 
 
 class Job(NamedTuple):
-    """make(dtype, rows, d) gives CPU inputs by name, run(inputs) what a launcher writes, exact(inputs, found) truth.
+    """make(dtype, rows, d) returns CPU inputs by name, run(inputs) the outputs of a launcher, exact(inputs, found) the
+    exact results.
 
-    Masks are named "mask"; rows outside of it that must not be looked at are NaN. module: whose launcher it is.
+    Masks are named "mask"; rows outside the mask that must not be read are NaN. module: of the launcher.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Job(NamedTuple):
     make: Callable[[torch.dtype, int, int], dict[str, Tensor]]
     run: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
     exact: Callable[[dict[str, Tensor], tuple[Tensor, ...]], tuple[Tensor, ...]]
-    factor: float = 2.0  # of the tolerance of `arithmetic`, or of the inputs' dtype where that is None
+    factor: float = 2.0  # of the tolerance of `arithmetic`, or of the inputs' dtype if that is None
     arithmetic: torch.dtype | None = None
 
 
@@ -127,7 +128,7 @@ def moments_jobs() -> list[Job]:
         kept = torch.where(t["mask"][:, None], x.double(), 0.0)
         centre = kept.sum(0) / t["mask"].sum()
         shift, sums = kernels.accumulate(triangle, x, t["mask"], centre, vectors, weights, "auto")
-        return packed.unpack(triangle, d), sums + t["mask"].sum() * shift, shift  # sums alone cancel to rounding
+        return packed.unpack(triangle, d), sums + t["mask"].sum() * shift, shift  # sums alone are only rounding errors
 
     def second_exact(t, found):
         kept = t["x"].double()[t["mask"]]

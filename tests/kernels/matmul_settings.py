@@ -1,4 +1,4 @@
-"""The process's settings for float32 products: every state they can be in, and all that can be read of one."""
+"""The process-wide settings for float32 products: all their states, and everything that can be read from a state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from mir_kernels._matmul_switch import HAS_TREE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-DEVICES = {"mkldnn": CPU, "cuda": CUDA}  # settings alone: no GPU is needed
+DEVICES = {"mkldnn": CPU, "cuda": CUDA}  # only settings, so no GPU is needed
 NODES = (("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul"))
 VALUES = {"generic": ("none", "ieee", "tf32", "bf16"), "cuda": ("none", "ieee", "tf32")}
 VALUES["mkldnn"] = VALUES["generic"]
@@ -23,7 +23,7 @@ put = getattr(torch._C, "_set_fp32_precision_setter", None)
 
 
 def start(old: str = "highest", **own: str) -> None:
-    """The old function's value, and the tree: generic, cuda, cuda_matmul, mkldnn, mkldnn_matmul; "none" for others."""
+    """Set the old function's value and the tree: generic, cuda, cuda_matmul, mkldnn, mkldnn_matmul, or else "none"."""
     torch.set_float32_matmul_precision(old)
     for backend, op in NODES if HAS_TREE else ():
         put(backend, op, own.get(backend if op == "all" else f"{backend}_{op}", "none"))
@@ -41,7 +41,7 @@ def old_getters() -> tuple:
 
 
 def observe() -> list:
-    """All that can be read, also after each parent is set to something else; then the settings are spoiled."""
+    """Everything that can be read, also after each parent is set to other values. Overwrites the settings."""
     seen: list = [old_getters()]
     if not HAS_TREE:
         return seen
@@ -66,7 +66,7 @@ def in_force(backend: str) -> str:
 
 
 def starts(backend: str) -> list[dict]:
-    """Every combination of what is set at the three levels and by the old function."""
+    """Every combination of values at the three levels and in the old function."""
     if not HAS_TREE:
         return [{"old": old} for old in OLD]
     levels = itertools.product(OLD, VALUES["generic"], VALUES[backend], VALUES[backend])
@@ -75,7 +75,7 @@ def starts(backend: str) -> list[dict]:
         {"old": old, "generic": generic, backend: every, f"{backend}_matmul": own}
         for old, generic, every, own in levels
     ]
-    # The old function on its own sets both; and with a mixture of the two.
+    # The old function alone sets both backends; these mix values of the two.
     return found + [
         {"old": old, "mkldnn_matmul": m, "cuda_matmul": c, other: "tf32"}
         for old in OLD

@@ -1,4 +1,4 @@
-"""What a process may have set for itself, which is to change nothing of ours."""
+"""Process-wide settings of torch, which must not change the results of this library."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-# "meta" stands for any device but the arguments': what is made there by mistake has no values.
+# "meta" represents any device other than the arguments': tensors created there by mistake have no values.
 DEFAULTS = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float16": lambda: default_dtype(torch.float16),

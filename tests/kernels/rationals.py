@@ -1,4 +1,4 @@
-"""Moments, roots and distances of features and of matrices exactly as they are: rationals, then many digits."""
+"""Exact moments, roots and distances of features and matrices: in rationals, then with many digits."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def moments(x: Tensor) -> tuple[list[Fraction], Matrix]:
 
 
 def digits(number: Fraction) -> mpmath.mpf:
-    """In DIGITS digits, which the caller has set."""
+    """`number` to DIGITS digits, which the caller has set."""
     return mpmath.mpf(number.numerator) / number.denominator
 
 
 def semidefinite(a: Matrix) -> bool:
-    """Whether symmetric a has no negative eigenvalue."""
+    """Whether the symmetric matrix a has no negative eigenvalue."""
     return _pivots(a) is not None
 
 
@@ -50,7 +50,7 @@ def root(a: Matrix, b: Matrix) -> mpmath.mpf:
 
 
 def of_covariances(a: Matrix, b: Matrix) -> mpmath.mpf:
-    """Tr(A + B - 2 (AB)^(1/2)); 0 where it is only rounding in DIGITS digits."""
+    """Tr(A + B - 2 (AB)^(1/2)); 0 if it is only rounding at DIGITS digits."""
     traces = digits(sum(a[i][i] + b[i][i] for i in range(len(a))))
     found = traces - 2 * root(a, b)
     return found if found > traces * mpmath.mpf(10) ** (30 - DIGITS) else mpmath.mpf(0)
@@ -71,7 +71,7 @@ def _dot(x: list[Fraction], y: list[Fraction]) -> Fraction:
 
 
 def _pivots(a: Matrix) -> tuple[Matrix, list[Fraction]] | None:
-    """Unit lower triangular L and P with L diag(P) L^T = A; None where A is indefinite."""
+    """Unit lower triangular L and pivots P with L diag(P) L^T = A; None if A is indefinite."""
     d = len(a)
     rest, lower = [row[:] for row in a], [[Fraction(i == j) for j in range(d)] for i in range(d)]
     for j in range(d):

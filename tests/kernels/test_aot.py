@@ -1,4 +1,4 @@
-"""What tests/aot.py compiles is what a launch on that GPU would: the same source, types, constants and options."""
+"""tests/aot.py compiles the same source, types, constants and options as a launch on that GPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from mir_kernels.ops.sqrtm import triton_products as products
 
 
 class Memory:
-    """A tensor as torch allocates it on a GPU: only its dtype and its address are looked at."""
+    """A tensor as torch allocates it on a GPU; only its dtype and address are used."""
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -28,7 +28,7 @@ class Memory:
 
 
 def allocated(argument):
-    """An argument of a recorded launch, on a GPU."""
+    """An argument of a recorded launch as it would be on a GPU."""
     if isinstance(argument, TensorDescriptor):
         return TensorDescriptor(Memory(argument.base.dtype), *(argument.shape, argument.strides, argument.block_shape))
     return Memory(argument.dtype) if isinstance(argument, torch.Tensor) else argument
@@ -60,10 +60,10 @@ def calls(rows, d):
     ]
 
 
-@pytest.mark.skipif(not hasattr(jit.JITFunction, "_do_compile"), reason="this Triton has no such step to listen at")
+@pytest.mark.skipif(not hasattr(jit.JITFunction, "_do_compile"), reason="this Triton has no _do_compile to intercept")
 @pytest.mark.parametrize(("rows", "d"), [(64, 256), (1, 577), (37, 4097)])
 def test_a_recorded_launch_has_the_cache_key_of_the_launch_itself(rows, d, monkeypatch):
-    """Recorded on tensors without memory, launched on those of a GPU: what was compiled ahead is found in the cache."""
+    """Launches are recorded on tensors without memory; a launch on GPU tensors finds the kernel in the cache."""
     keys = []
 
     def compiled(kernel, _, signature, device, constexprs, options, attrs, warmup):
@@ -73,7 +73,7 @@ def test_a_recorded_launch_has_the_cache_key_of_the_launch_itself(rows, d, monke
     assert len(launches) >= 12
     monkeypatch.setattr(driver, aot.ACTIVE, aot._Device("sm_90"))
     monkeypatch.setattr(jit.JITFunction, "_do_compile", compiled)
-    monkeypatch.setattr(aot._Device, "get_current_device", lambda self: rows)  # where nothing is compiled yet
+    monkeypatch.setattr(aot._Device, "get_current_device", lambda self: rows)  # a device without compiled kernels
     for launch in launches:
         keys.clear()
         with pytest.raises(AttributeError):  # nothing was compiled

@@ -1,4 +1,4 @@
-"""numpy arrays are taken wherever tensors are, and masks of whole numbers wherever masks are, by one rule."""
+"""NumPy arrays are accepted wherever tensors are, and integer masks wherever masks are, by one rule."""
 
 import re
 import warnings
@@ -115,14 +115,14 @@ def test_memory_is_shared_where_torch_can_share_it():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.array([["a"]]), "x: takes numbers of a dtype that torch has, got an array of <U1"),
-        (np.array([[None]]), "x: takes numbers of a dtype that torch has, got an array of object"),
-        (np.longdouble(X), r"x: takes numbers of a dtype that torch has, got an array of \w+"),
-        (np.ma.masked_array(X), "x: takes a torch.Tensor or an array without a mask, got a MaskedArray"),
-        (X.astype(complex), "x: takes a dtype of float32, .* got complex128"),
-        (X.astype(int), "x: takes a dtype of float32, .* got int64"),
-        (X.tolist(), "x: takes a torch.Tensor, got list"),
-        (memoryview(X), "x: takes a torch.Tensor, got memoryview"),
+        (np.array([["a"]]), "x: expected a dtype that torch supports, got an array of <U1"),
+        (np.array([[None]]), "x: expected a dtype that torch supports, got an array of object"),
+        (np.longdouble(X), r"x: expected a dtype that torch supports, got an array of \w+"),
+        (np.ma.masked_array(X), "x: expected a torch.Tensor or an array without a mask, got a MaskedArray"),
+        (X.astype(complex), "x: expected one of the dtypes float32, .* got complex128"),
+        (X.astype(int), "x: expected one of the dtypes float32, .* got int64"),
+        (X.tolist(), "x: expected a torch.Tensor, got list"),
+        (memoryview(X), "x: expected a torch.Tensor, got memoryview"),
     ],
 )
 def test_what_is_no_array_of_numbers_is_refused_by_name(value, message):
@@ -136,7 +136,7 @@ def test_what_is_no_array_of_numbers_is_refused_by_name(value, message):
 
 
 def test_an_array_is_not_changed_in_place():
-    with pytest.raises(TypeError, match=r"x: takes a torch\.Tensor, got ndarray, and is changed in place"):
+    with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor to change in place, got ndarray"):
         mir_kernels.moca(X.copy(), VECTOR, VECTOR, MASK, inplace=True)
 
 
@@ -156,7 +156,7 @@ def test_another_number_in_a_mask_is_refused_by_name(name, dtype, wrong):
     call, arguments = CALLS[name]
     mask = MASK.astype(dtype)
     mask[3] = wrong
-    message = f"mask: takes True and False, or 0 and 1, got {wrong} in a mask of {np.dtype(dtype)}"
+    message = f"mask: expected True and False, or 0 and 1, got {wrong} in a mask of {np.dtype(dtype)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         call(*(mask if one is MASK else one for one in arguments))
 
@@ -165,7 +165,7 @@ def test_a_refused_mask_changes_nothing():
     moments = StreamingMoments(D)
     with pytest.raises(ValueError, match=r"mask: .* got 2"):
         moments.update(X, MASK * 2)
-    with pytest.raises(TypeError, match="mask: takes a dtype of bool, uint8, got float64"):
+    with pytest.raises(TypeError, match=r"mask: expected one of the dtypes bool, uint8, .* got float64"):
         moments.update(X, MASK * 1.0)
     assert moments.count == 0
 
@@ -183,7 +183,7 @@ def test_compiled_code_takes_masks_of_whole_numbers_and_refuses_the_same(name):
     compiled = torch.compile(lambda *t: call(*t), fullgraph=True, backend="aot_eager")
     whole = [one.long() if one.dtype == torch.bool else one for one in tensors]
     assert all_equal(compiled(*whole), call(*tensors))
-    with pytest.raises(ValueError, match="mask: takes True and False, or 0 and 1, got 3"):
+    with pytest.raises(ValueError, match="mask: expected True and False, or 0 and 1, got 3"):
         compiled(*(one * 3 if one.dtype == torch.int64 else one for one in whole))
 
 

@@ -1,4 +1,4 @@
-"""DTensors: cut along leading axes or whole on every rank, every operation gives what it gives of the whole tensor."""
+"""DTensors: every operation has the same results for sharded and replicated tensors as for the full tensor."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Every kernel against float64 in guarded, poisoned memory; twice; in CUDA graphs; on side streams and other devices.
 
-On a GPU (`-m gpu`), or with TRITON_INTERPRET=1 on CPU tensors at small sizes (test_guarded_interpreted.py).
+Runs on a GPU (`-m gpu`), or with TRITON_INTERPRET=1 on CPU tensors at small sizes (test_guarded_interpreted.py).
 """
 
 import os
@@ -25,7 +25,7 @@ on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 
 
 def need(job):
-    """Skips where a job's kernels are not for this device."""
+    """Skip if a job's kernels do not run on this device."""
     if job.module.endswith("native") and DEVICE == "cuda":
         if reason := _native.cuda_reason():
             pytest.skip(reason)
@@ -64,7 +64,7 @@ def test_right_twice_the_same_and_nothing_else_is_written(job, dtype, rows, d, g
 def test_a_guard_that_is_written_is_noticed(guards):
     x = guards.poisoned((4, 4), torch.float32, DEVICE)
     x.as_strided((17,), (1,)).zero_()
-    with pytest.raises(AssertionError, match="written behind a buffer"):
+    with pytest.raises(AssertionError, match="written after a buffer"):
         guards.assert_whole()
 
 

@@ -1,4 +1,4 @@
-"""The guarded checks on interpreted kernels, in a process of their own: the interpreter is chosen before the import."""
+"""The guarded checks on interpreted kernels, in a separate process: the interpreter is selected before the import."""
 
 import os
 import re

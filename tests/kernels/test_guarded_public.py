@@ -1,4 +1,4 @@
-"""What users call, on a side stream, on the second device, and beyond 2^31 elements: for machines with a GPU."""
+"""The public functions on a side stream, on the second device, and beyond 2^31 elements. Needs a GPU."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def products():
 
 def test_a_batch_of_large_matrices_goes_beyond_2_to_the_31_elements(products):
     d, batch = 4096, 2**31 // 4096**2 + 1
-    need(5 * batch * d * d * 2 / 1e9 + 1)  # X, G, Z, the result, and what is compared
+    need(5 * batch * d * d * 2 / 1e9 + 1)  # X, G, Z, the result, and the reference
     x = torch.zeros(1, batch, d, d, dtype=torch.bfloat16, device="cuda")
     x[0, -1] = torch.randn(d, d, generator=torch.Generator("cuda").manual_seed(0), device="cuda") / (2 * d**0.5)
     tiles = products.tiles_for(d, d, x.dtype, x.device)

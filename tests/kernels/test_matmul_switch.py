@@ -1,4 +1,4 @@
-"""The switch of float32 products: full inside, and afterwards every setting as it was in all that can be observed."""
+"""The switch of float32 products: full float32 inside, and afterwards every observable setting is restored."""
 
 import itertools
 import sys
@@ -77,7 +77,7 @@ def test_an_exception_restores_too(backend):
 @pytest.mark.parametrize("backend", ["cuda", "mkldnn"])
 @pytest.mark.parametrize("settings", [{"old": "medium"}, *([{"generic": "tf32"}] if HAS_TREE else [])])
 def test_an_interrupt_on_the_way_in_restores_too(backend, settings):
-    """At every line between the call and the body of the statement."""
+    """Interrupts at every line between the call and the body of the statement."""
 
     def is_way_out(frame) -> bool:
         return frame is not None and (frame.f_code.co_name == "back_to" or is_way_out(frame.f_back))
@@ -104,8 +104,8 @@ def test_an_interrupt_on_the_way_in_restores_too(backend, settings):
             return True
         finally:
             sys.settrace(None)
-            # A trace function can raise where `with` is about to give the lock back, which a signal's handler cannot:
-            # it runs after a call. Kept, the lock would stop the threads of later tests.
+            # A trace function can raise when `with` is about to release the lock. A signal handler cannot, because it
+            # runs after a call. A lock that stays held would block the threads of later tests.
             while _matmul_switch._LOCK._is_owned():
                 _matmul_switch._LOCK.release()
 
@@ -163,7 +163,7 @@ def test_what_another_thread_sets_meanwhile_is_left_alone(backend, change, setti
         thread.join()
     found = [get(*node) for node in NODES] + [own_value(name) for name in DEVICES] + [old_getters()]
     if change == "ieee" and backend == "cuda" and "old" in settings:
-        # This is what "highest" sets as well, and then the old getters do not contradict it.
+        # "highest" sets the same value, so the old getters do not contradict it.
         assert found.pop() == ("highest", False)
         expected.pop()
     assert found == expected
@@ -177,7 +177,7 @@ def test_who_enters_after_a_change_is_full_and_gives_the_change_back(backend):
         torch.set_float32_matmul_precision("medium")
         with full_float32(DEVICES[backend]):
             assert in_force(backend) in FULL
-        assert in_force(backend) in FULL  # the outer one shares what the inner one set
+        assert in_force(backend) in FULL  # the outer context shares the setting of the inner one
     assert (get("cuda", "matmul"), get("mkldnn", "matmul")) == ("tf32", "bf16")
     assert old_getters() == ("medium", True)
 

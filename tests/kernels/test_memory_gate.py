@@ -1,4 +1,4 @@
-"""Tensors that are not plain memory: every operation gives the right numbers, or refuses by name; none reads beside."""
+"""Tensors that are not plain memory: every operation returns correct results or a named error, and reads no garbage."""
 
 import warnings
 
@@ -55,7 +55,7 @@ def test_without_numbers_the_shapes_come_out(name, kind):
 
 def scripted(function, tensor):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that tracing is on its way out, and which checks it does not record
+        warnings.simplefilter("ignore")  # tracing is deprecated, and does not record some checks
         return torch.jit.trace(lambda x: tuple(outcome(function, x)), (tensor,), check_trace=False)
 
 
@@ -92,7 +92,7 @@ def test_a_nested_tensor_is_refused_by_name(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             nested = torch.nested.nested_tensor(list(call.tensor), layout=layout)
-        with pytest.raises(TypeError, match=f"^{call.argument}: takes a dense tensor"):
+        with pytest.raises(TypeError, match=f"^{call.argument}: expected a dense tensor"):
             call.function(nested)
 
 
@@ -104,7 +104,7 @@ def test_whoever_listens_to_dispatch_changes_nothing(name):
     assert same(found, outcome(call.function, call.tensor))
 
 
-# What keeps state or tells how it came about: no operator stands for it.
+# Code without an operator, which keeps state or reports on its computation.
 
 
 def moments_of(x):
@@ -136,7 +136,7 @@ STATEFUL = {
 def test_what_keeps_numbers_takes_those_that_a_tensor_means(name, layout):
     function, tensor = STATEFUL[name]
     found = outcome(function, LAYOUTS[layout](tensor))
-    torch.testing.assert_close(found, outcome(function, tensor), rtol=1e-12, atol=1e-12)  # strides change sums
+    torch.testing.assert_close(found, outcome(function, tensor), rtol=1e-12, atol=1e-12)  # other order of sums
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -162,7 +162,7 @@ REFUSING = {
 @pytest.mark.parametrize("name", STATEFUL)
 def test_what_keeps_numbers_refuses_tensors_that_have_none(name, kind):
     function, tensor = STATEFUL[name]
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=r"takes|not supported|lies on"):
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=r"requires|expected|not supported|is on"):
         REFUSING[kind](function, tensor)
 
 
@@ -180,7 +180,7 @@ def test_what_keeps_numbers_does_not_mind_who_listens(name):
     function, tensor = STATEFUL[name]
     with FlopCounterMode(display=False):
         found = outcome(function, tensor)
-    torch.testing.assert_close(found, outcome(function, tensor), rtol=1e-12, atol=0)  # products are made otherwise
+    torch.testing.assert_close(found, outcome(function, tensor), rtol=1e-12, atol=0)  # other products
 
 
 def test_every_public_function_is_among_the_calls():

@@ -1,4 +1,4 @@
-"""No result and no state depends on what the process has set: default dtype and device, autocast, modes of autograd."""
+"""No result or state depends on process-wide settings: default dtype and device, autocast, autograd modes."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""What the process has set holds for no operation here, and none of them changes it: in threads and in forks too."""
+"""Process-wide settings do not affect the operations, and these do not change them, also in threads and forks."""
 
 import os
 import signal
@@ -178,7 +178,7 @@ def test_a_fork_while_another_thread_is_inside_leaves_the_child_its_setting(back
                 assert fork_and_look(expect_full=True) == 0
         else:
             assert fork_and_look(expect_full=False) == 0
-        assert in_force(backend) in FULL  # here the thread is still inside
+        assert in_force(backend) in FULL  # in this process the thread is still inside the context
     finally:
         leave.set()
         thread.join()

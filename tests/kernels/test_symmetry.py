@@ -1,4 +1,4 @@
-"""What is symmetric in a matrix, by the compiled pass and by torch."""
+"""Symmetry checks and symmetric parts of matrices, with the compiled pass and with torch."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ALLOWED = 1e-8
 
 @pytest.fixture(params=[pytest.param("native", marks=NATIVE), "torch"])
 def either(request, monkeypatch):
-    """The compiled pass, and what stands in where it is not built."""
+    """The compiled pass, and its replacement if the module is not built."""
     if request.param == "torch":
         monkeypatch.setattr(_symmetry, "MISSING", "no compiler")
 
@@ -85,6 +85,6 @@ def test_views_and_other_dtypes_go_through_torch(view):
     a = covariance("i^-1", 66, 0)
     a[3, 60] += 1.0
     x = {"transposed": a.mT, "strided": a.repeat_interleave(2, 1)[:, ::2], "half": a.half()}[view]
-    assert not _symmetry.surely_semidefinite_like(x, 1.0)  # not known: it was not looked at
+    assert not _symmetry.surely_semidefinite_like(x, 1.0)  # unknown, because it was not checked
     assert not _symmetry.mirrored(x)
     assert torch.equal(_symmetry.symmetrize(x), (x.double() + x.double().mT) / 2)

@@ -1,8 +1,8 @@
-"""A golden table of what every Triton kernel needs with the shipped block tables, without a GPU: nothing gets worse.
+"""A golden table of the resources of every Triton kernel with the shipped block tables. Needs no GPU.
 
-`PYTHONPATH=tests python tests/kernels/test_triton_resources.py` rewrites tests/golden/triton_resources.json: read its
-diff before a commit. Registers and shared memory belong to one version of Triton; under another the comparison is
-skipped, the limits that need no table are not.
+`PYTHONPATH=tests python tests/kernels/test_triton_resources.py` rewrites tests/golden/triton_resources.json; review the
+diff before committing. Registers and shared memory depend on the version of Triton. With another version, the
+comparison is skipped, but limits that need no table are still checked.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from kernels.sqrtm import test_sqrtm_aot as sqrtm
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "triton_resources.json"
 COMMAND = "PYTHONPATH=tests python tests/kernels/test_triton_resources.py"
-# Bytes a program may have. The sm_80 row serves 8.6, 8.9 and 12.x too, which have 99 KB.
+# Maximum bytes per program. The sm_80 row is also used for 8.6, 8.9 and 12.x, which have 99 KB.
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 UNITS = {
     "sm_80": r"mma\.sync",
@@ -42,7 +42,7 @@ LARGE = re.compile(r"second moment (plain|split) |polar (256|1024) (bfloat16|flo
 
 
 def launches(target):
-    """{what is launched: the launch}, for every kernel: the launches that the *_aot.py files look at."""
+    """{description: launch} for every kernel: the launches that the *_aot.py files check."""
     found = {}
     for d in (4096, 8200):
         for name, launch in moca.launches(d, torch.bfloat16, target).items():
@@ -63,7 +63,7 @@ def launches(target):
 
 @cache
 def resources(target):
-    """{what is launched: registers, shared, spills, the matrix instruction or "", widest load and store}."""
+    """{description: registers, shared, spills, the matrix instruction or "", widest load and store}."""
     found = {}
     for name, launch in launches(target).items():
         binary = aot.compile_launch(target, launch)
@@ -82,7 +82,7 @@ def resources(target):
 
 
 def worse(now, golden):
-    """What of one kernel got worse, in words."""
+    """Sentences on what became worse in one kernel."""
     found = [f"{k} {golden[k]} -> {now[k]}" for k in ("registers", "shared", "spills") if now[k] > golden[k]]
     found += [f"{k} of {golden[k]} bytes -> {now[k]}" for k in ("load", "store") if now[k] < golden[k]]
     found += [f"unit {golden['unit']} -> {now['unit'] or 'none'}"] * (now["unit"] != golden["unit"])
@@ -112,15 +112,15 @@ def test_no_kernel_needs_more_than_the_golden_table_says(target):
     if golden["triton"] != triton.__version__:
         pytest.skip(f"the table was made with triton {golden['triton']}, here is {triton.__version__}: {COMMAND}")
     now, before = resources(target), golden["kernels"][target]
-    assert now.keys() == before.keys(), f"kernels came or went: {COMMAND}"
+    assert now.keys() == before.keys(), f"kernels were added or removed: {COMMAND}"
     changes = {name: worse(now[name], before[name]) for name in now}
     changes = {name: change for name, change in changes.items() if change}
-    assert not changes, f"worse on {target}: {json.dumps(changes, indent=1)}\nWhere that is meant: {COMMAND}"
+    assert not changes, f"worse on {target}: {json.dumps(changes, indent=1)}\nIf intended, run {COMMAND}"
 
 
 @pytest.mark.parametrize("name", sorted(n for n in launches("sm_90") if LARGE.match(n)))
 def test_large_products_run_on_while_the_loop_fetches_what_comes_next(name):
-    """No product waits for the one before it, and operands come from shared memory, where copies put them."""
+    """No product waits for the previous one, and operands are read from shared memory, filled by async copies."""
     kernel = resources("sm_90")[name]
     assert kernel["loops"], name
     for loop in kernel["loops"]:
@@ -129,18 +129,18 @@ def test_large_products_run_on_while_the_loop_fetches_what_comes_next(name):
         assert loop["columns"] == (256 if name.startswith("polar 1024 bfloat16") else 128)
         assert loop["copies"] >= 2
         assert loop["stores"] == 0
-        # Of a mask's bytes, which make the copies write zeros.
+        # From the bytes of a mask, which make the copies write zeros.
         assert loop["loads"] == (4 if name == "second moment plain 4096 bfloat16" else 0)
 
 
 def test_a_loop_that_waits_for_its_products_is_seen():
-    """A matrix of 64^2 stays in registers: its products need one another, in every step."""
+    """A 64 x 64 matrix stays in registers, and in every step each product depends on the previous one."""
     for loop in resources("sm_90")["polar 64 bfloat16 small_polar"]["loops"]:
         assert loop["in_flight"] == 0
 
 
 def launched(module):
-    """The kernels of a module that its launchers launch by name[grid](...)."""
+    """The kernels of a module that are launched by name[grid](...)."""
     names = set(re.findall(r"\b(\w+)\[", inspect.getsource(module)))
     return {name for name in names if isinstance(getattr(module, name, None), triton.JITFunction)}
 

@@ -1,4 +1,4 @@
-"""A Triton that the kernels do not run with is a reason in `backends()` and in the error of who asks for it."""
+"""If Triton is too old for the kernels, `backends()` says so, and so does the error if it is requested."""
 
 import sys
 import types
@@ -9,7 +9,7 @@ import torch
 import mir_kernels
 from mir_kernels import _dispatch
 
-TOO_OLD = "triton 3.3.1 is older than 3.4, which the kernels need"
+TOO_OLD = "triton 3.3.1 is older than 3.4, which the kernels require"
 
 
 def stand_in(monkeypatch, **attributes):
@@ -32,14 +32,14 @@ def test_asked_for_by_name_it_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match=TOO_OLD):
         mir_kernels.sqrtm(torch.eye(3), backend="triton")
-    assert torch.equal(mir_kernels.sqrtm(torch.eye(3)), torch.eye(3))  # the rest runs on
+    assert torch.equal(mir_kernels.sqrtm(torch.eye(3)), torch.eye(3))  # other backends still run
 
 
 @pytest.mark.parametrize("attributes", [{}, {"__version__": "unknown"}])
 def test_what_is_no_triton_but_has_its_name_is_not_taken_for_one(monkeypatch, attributes):
     stand_in(monkeypatch, **attributes)
     why = _dispatch.REASONS["triton"](torch.device("cpu"))
-    assert why.startswith("triton is not installed (what is imported as triton has the version ")
+    assert why.startswith("triton is not installed (the imported module named triton has version ")
 
 
 @pytest.mark.parametrize("version", ["3.4.0", "3.4.0+git2b3c4d", "3.10.0", "4.0.0.dev20260101"])

@@ -1,4 +1,4 @@
-"""Tests of the compiled module: all of them but the build's need it."""
+"""Fixtures for the tests of the compiled module. All tests except those of the build need it."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def emulated_device(tmp_path_factory):
 
 @pytest.fixture
 def run_python():
-    """Runs a script in a process of its own with extra environment variables; returns the completed process."""
+    """Run a script in a separate process with extra environment variables; returns the completed process."""
 
     def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])

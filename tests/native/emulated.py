@@ -1,6 +1,6 @@
-"""The CUDA kernels of csrc/ built for the CPU, on the emulated device of emulated_cuda/, called by ctypes.
+"""The CUDA kernels of csrc/, built for the CPU and run on the emulated device of emulated_cuda/, called by ctypes.
 
-The environment's MIR_EMULATED_FLAGS, of -fsanitize=address for one, takes the place of the device's own checks.
+The environment variable MIR_EMULATED_FLAGS, for example with -fsanitize=address, replaces the device's own checks.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ HERE = Path(__file__).resolve().parent / "emulated_cuda"
 CSRC = HERE.parents[2] / "csrc"
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DMIR_WITH_CUDA"]
 CUDA_FLAGS = ["-x", "c++", "-O1"]
-CHECKED = ["-fsanitize=thread,alignment"]  # calls before every access, which memory.cpp answers
+CHECKED = ["-fsanitize=thread,alignment"]  # inserts a call before every access; memory.cpp defines the functions
 READ, WRITE, DEFINED = 1, 2, 4
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-ELEMENT = (4, 2, 2, 8)  # bytes, by code
+ELEMENT = (4, 2, 2, 8)  # bytes, by dtype code
 SUM = (4, 4, 4, 8)
 
 
 def missing() -> str | None:
-    """Why nothing can be built here, or None."""
+    """Why the library cannot be built here, or None."""
     if not CSRC.exists():
         return "needs the sources"
     if not sys.platform.startswith("linux"):
         return "the emulated CUDA device is built on Linux alone"
-    return None if shutil.which("g++") else "takes g++, found none"
+    return None if shutil.which("g++") else "expected g++, found none"
 
 
 def build(folder: Path) -> Path:
-    """The library, compiled in `folder`. The message of a compiler that fails is the error."""
+    """Compile the library in `folder`. If the compiler fails, its message is the error."""
     sanitizers = shlex.split(os.environ.get("MIR_EMULATED_FLAGS", ""))
     common = ["g++", *FLAGS, f"-I{HERE / 'include'}", *sanitizers, f"-DEMULATED_CHECKS={int(not sanitizers)}"]
     cuda = [*CUDA_FLAGS, *([] if sanitizers else CHECKED)]
     sources = [*sorted(CSRC.rglob("*.cu")), *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
     objects = [folder / f"{source.name}.o" for source in sources]
-    env = {**os.environ, "LD_PRELOAD": ""}  # a sanitizer's runtime is not for the compiler
+    env = {**os.environ, "LD_PRELOAD": ""}  # the compiler must not load a sanitizer's runtime
     running = []
     for source, target in zip(sources, objects, strict=True):
         flags = cuda if source.suffix == ".cu" else ["-O2"]
@@ -59,10 +59,10 @@ def build(folder: Path) -> Path:
 
 
 class Device:
-    """The compiled module's functions for the CPU, on the emulated device: native.py takes it for `C`.
+    """The compiled module's CPU functions on the emulated device; replaces `C` in native.py.
 
-    Before each call, every byte that the kernels may read or write is declared, and what they have to write is filled
-    with NaN. Errors are RuntimeErrors in the words of the launch, followed by the device's report.
+    Before each call, every byte that the kernels may read or write is declared, and all outputs are filled with NaN.
+    Errors are RuntimeErrors with the message of the launch, followed by the device's report.
     """
 
     def __init__(self, library: Path, count: int = 2):
@@ -88,7 +88,7 @@ class Device:
         }
         self.checks = bool(function(lib.emulated_checks, c_int)())
         self.count, self.device, self.stream = count, 0, 0
-        self.launched = ""  # by the last call: a line a launch
+        self.launched = ""  # launches of the last call, one per line
 
     def moca_forward(self, *arguments: int) -> None:
         x, x_stride, scale, shift, mask, out, out_stride, rows, cols, code, _ = arguments
@@ -133,16 +133,16 @@ class Device:
         self.called(self.raw_backward(*arguments[:-1], self.device, self.stream))
 
     def planted(self, name: str, a: torch.Tensor, out: torch.Tensor, n: int, grid: tuple, block: tuple) -> None:
-        """A kernel of planted.cu, on what has been declared since `start`."""
+        """Run a kernel of planted.cu on the memory declared since `start`."""
         sizes = ((c_uint * 3)(*grid), (c_uint * 3)(*block))
         self.called(self.raw_planted(name.encode(), a.data_ptr(), out.data_ptr(), n, *sizes))
 
     def start(self) -> None:
-        """Forget what was declared and launched."""
+        """Forget all declarations and launches."""
         self._use_device(self.count)
 
     def declare(self, address: int, rows: int, width: int, stride: int = 0, chosen: int = 0, use: int = READ) -> None:
-        """Let kernels use `rows` rows of `width` bytes, `stride` bytes apart; only those that are not 0 in `chosen`."""
+        """Let kernels use `rows` rows of `width` bytes, `stride` bytes apart; if given, only those in `chosen`."""
         self._declare(address, rows, width, stride, chosen, use)
 
     def poison(self, address: int, rows: int, width: int, stride: int) -> None:

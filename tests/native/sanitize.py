@@ -1,12 +1,12 @@
-"""The native kernels under GCC's sanitizers: `make sanitize`. Exits 1 if one of them reports anything.
+"""Runs the native kernels under GCC's sanitizers: `make sanitize`. Exits with 1 if a sanitizer reports anything.
 
-Two builds in a temporary folder, from whatever is in csrc/, and in each every test that runs a native kernel:
+Builds csrc/ twice in a temporary folder, and with each build runs every test that uses a native kernel:
 
-    memory  AddressSanitizer and UndefinedBehaviorSanitizer, once for each instruction set that this CPU has
-            and once the CUDA kernels, on the emulated device of emulated_cuda/
-    races   ThreadSanitizer, with std::thread in place of OpenMP (threads/parallel.h says why), three threads everywhere
+    memory  AddressSanitizer and UndefinedBehaviorSanitizer, once for each instruction set of this CPU, and once
+            for the CUDA kernels on the emulated device of emulated_cuda/
+    races   ThreadSanitizer with std::thread instead of OpenMP (see threads/parallel.h), always with three threads
 
-First each build has to catch errors planted in calls of its own, so that a check that sees nothing cannot pass.
+Each build first has to catch planted errors, so that a check that detects nothing cannot pass.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ TESTS = (
     *(f"tests/kernels/frechet/test_{part}.py" for part in FRECHET),
     "tests/kernels/test_symmetry.py",
 )
-# Tests of how things are built and of other devices; two of test_isa look at object files and at the CPU's own levels.
+# Tests of builds and of other devices; two tests of test_isa check object files and the levels of the CPU.
 LEFT_OUT = ("--ignore=tests/native/test_build.py", "--ignore-glob=*_aot.py", "--ignore-glob=*cuda*")
 ONLY = f"(native or {' or '.join(FRECHET)} or symmetry) and not objects_share and not unavailable_level"
 
-# Planted: each line has to be reported. A row longer than its memory, and rows 0 elements apart written by a team.
+# Planted errors, each of which has to be reported: a row longer than its memory, an integer overflow, and rows with
+# stride 0 written by several threads.
 OVERRUN = "x = torch.ones(16); C.token_norms(x.data_ptr(), 4096, x.data_ptr(), 1, 4096, 0, 1)"
 OVERFLOW = "C.moca_partial_rows(2**63 - 1)"
 RACE = (
     "x, out = torch.ones(2, 512, 4096); v = torch.ones(4096); m = torch.ones(512, dtype=torch.uint8); "
     "C.moca_forward(x.data_ptr(), 4096, v.data_ptr(), v.data_ptr(), m.data_ptr(), out.data_ptr(), 0, 512, 4096, 0, 2)"
 )
-# The same in CUDA kernels: an element too many, and vectors of 16 bytes that lie 4 bytes off.
+# Planted errors in CUDA kernels: one element too many, and 16-byte vectors that are misaligned by 4 bytes.
 EMULATED = (
     "import pathlib, sys, tempfile; sys.path.insert(0, 'tests'); from native import emulated; "
     "x, out = torch.ones(2, 64); folder = tempfile.TemporaryDirectory(); "
@@ -52,14 +53,14 @@ EMULATED_MISALIGNED = f"{EMULATED} device.planted('vectors', x, out, 1, one, (8,
 
 @dataclass
 class Build:
-    """A sanitizer build: compiler flags, runtimes to load first, and what it has to report."""
+    """A sanitizer build: compiler flags, runtimes to load first, and the planted errors with their reports."""
 
     flags: str
     runtimes: tuple[str, ...]
     planted: dict[str, str]
     threads: int = 1
-    emulated: bool = False  # the CUDA kernels too, compiled with the same flags
-    replaced: dict[str, str] = field(default_factory=dict)  # files of csrc/ by files beside this one
+    emulated: bool = False  # whether to run the CUDA kernels, compiled with the same flags
+    replaced: dict[str, str] = field(default_factory=dict)  # files of csrc/ and their replacements in this folder
 
 
 BUILDS = {
@@ -85,7 +86,7 @@ BUILDS = {
 
 
 def built(name: str, compiler: str, folder: Path) -> Path:
-    """A copy of the sources with the module built in place."""
+    """Copy the sources and build the module in place."""
     tree = folder / name
     tree.mkdir()
     for part in PARTS:
@@ -105,7 +106,7 @@ def built(name: str, compiler: str, folder: Path) -> Path:
 
 
 def run(name: str, compiler: str, tree: Path, arguments: list[str], isa: str = "") -> tuple[int, str, str]:
-    """Python under the build's sanitizers: exit code, output, and what the sanitizers wrote."""
+    """Run Python under the build's sanitizers; returns the exit code, the output and the sanitizers' reports."""
     build, reports = BUILDS[name], tree / "reports"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir()
@@ -117,9 +118,9 @@ def run(name: str, compiler: str, tree: Path, arguments: list[str], isa: str = "
     env = {
         **os.environ,
         "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": f"detect_leaks=0:{log}",  # the interpreter's own leaks at exit are none of ours
+        "ASAN_OPTIONS": f"detect_leaks=0:{log}",  # ignore leaks of the interpreter at exit
         "UBSAN_OPTIONS": f"print_stacktrace=1:{log}",
-        # Only what was compiled with it: torch's own threads are not followed.
+        # Check only code compiled with it, not torch's own threads.
         "TSAN_OPTIONS": f"ignore_noninstrumented_modules=1:{log}",
         "MIR_CPU_ISA": isa,
         "MIR_EMULATED_FLAGS": build.flags,
@@ -132,23 +133,23 @@ def run(name: str, compiler: str, tree: Path, arguments: list[str], isa: str = "
 
 
 def levels(compiler: str, tree: Path) -> list[str]:
-    """The instruction sets that run here, in the words of the refusal of one that does not exist."""
+    """The instruction sets that run here, from the error message for an unknown one."""
     code = "from mir_kernels import _native; print(_native.MISSING)"
     _, output, _ = run("memory", compiler, tree, ["-c", code], isa="none of them")
-    found = re.search(r"takes one of (.+?) on this CPU", output)
+    found = re.search(r"expected one of (.+?) on this CPU", output)
     if not found:
-        sys.exit(f"sanitize: the module does not say which instruction sets run here\n{output}")
+        sys.exit(f"sanitize: the module did not list the instruction sets that run here\n{output}")
     return found[1].split(", ")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", default="1", help="processes that share the tests")
-    parser.add_argument("--only", choices=tuple(BUILDS), help="one of the two builds")
+    parser.add_argument("--jobs", default="1", help="number of test processes")
+    parser.add_argument("--only", choices=tuple(BUILDS), help="run only one of the two builds")
     flags = parser.parse_args()
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        sys.exit("sanitize: takes g++ with its sanitizer runtimes, found none")
+        sys.exit("sanitize: expected g++ with its sanitizer runtimes, found none")
     passed = failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for name in [flags.only] if flags.only else BUILDS:
@@ -161,7 +162,7 @@ def main() -> int:
             isas = levels(compiler, tree) if name == "memory" else [""]
             pytest = ["-m", "pytest", "-p", "no:cacheprovider", "-n", flags.jobs, *TESTS, *LEFT_OUT, "-k"]
             for isa in isas:
-                # The emulated device knows no instruction sets, and looks for races itself, in every `make test`.
+                # The emulated device is independent of instruction sets, and `make test` checks its kernels for races.
                 only = ONLY if BUILDS[name].emulated and isa == isas[0] else f"{ONLY} and not emulated"
                 status, output, report = run(name, compiler, tree, [*pytest, only], isa)
                 counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", output)}

@@ -1,4 +1,4 @@
-"""Traces of inverses of shifted band matrices by the compiled CPU kernel against torch.linalg."""
+"""Traces of inverses of shifted band matrices: the compiled CPU kernel against torch.linalg."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ pytestmark = pytest.mark.usefixtures("native_module")
 
 
 def band_of(t: torch.Tensor, width: int) -> torch.Tensor:
-    """(d, width + 1) with entry [j, r] = T[j + r, j]."""
+    """The band storage (d, width + 1) with entries [j, r] = T[j + r, j]."""
     band = t.new_zeros(t.shape[0], width + 1)
     for r in range(width + 1):
         band[: t.shape[0] - r, r] = t.diagonal(-r)

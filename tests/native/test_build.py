@@ -1,4 +1,4 @@
-"""Building and packaging: what setup.py finds, refuses and says, and wheels that work from another folder."""
+"""Building and packaging: the compilers that setup.py finds, its errors and messages, and wheels used elsewhere."""
 
 import os
 import re
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the sources, without anything built."""
+    """A copy of the sources without build outputs."""
     copy = tmp_path / "a folder with spaces"
     copy.mkdir()
     for part in PARTS:
@@ -32,7 +32,7 @@ def tree(tmp_path):
 
 
 def python(arguments, folder, **environment):
-    """Runs python with `environment`, where an empty value removes the variable."""
+    """Run python with `environment`, in which an empty value removes the variable."""
     env = {**os.environ, "PYTHONPATH": "", **environment}
     for name in ("CXX", "CUDA_HOME", "MIR_NATIVE", "MIR_CUDA", "MIR_CUDA_ARCHS"):
         if name not in environment:
@@ -79,7 +79,7 @@ def test_native_0_builds_nothing(tree):
 def test_other_values_of_a_switch_are_refused(tree):
     done = build(tree, MIR_NATIVE="yes")
     assert done.returncode != 0
-    assert "MIR_NATIVE takes 0 or 1, got 'yes'" in done.stderr
+    assert "MIR_NATIVE: expected 0 or 1, got 'yes'" in done.stderr
 
 
 def test_cuda_1_without_nvcc_is_an_error(tree):
@@ -96,7 +96,8 @@ def test_a_compiler_that_fails_is_an_error_with_its_message(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("archs", "message"), [("12", "none of MIR_CUDA_ARCHS=12"), ("sm_90", "takes compute capabilities such as 80;90")]
+    ("archs", "message"),
+    [("12", "none of MIR_CUDA_ARCHS=12"), ("sm_90", "MIR_CUDA_ARCHS: expected compute capabilities such as 80;90")],
 )
 def test_architectures_that_nvcc_lacks_are_refused(tree, archs, message):
     if shutil.which("nvcc") is None:
@@ -106,8 +107,8 @@ def test_architectures_that_nvcc_lacks_are_refused(tree, archs, message):
     assert message in done.stderr
 
 
-# Imports the installed package from `folder` alone and runs a kernel where one was built. An editable install of the
-# package would lend it the module that it lacks.
+# Imports the installed package from `folder` alone and runs a kernel if one was built. An editable install of the
+# package would otherwise provide a missing module.
 USE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -164,6 +165,12 @@ def test_a_wheel_with_cuda_imports_without_a_driver(tree, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     used = python(["-c", USE, str(installed)], tmp_path)
     assert used.stdout.strip() == f"{VERSION} (80, 90) 5.0", used.stdout + used.stderr
+
+
+def test_python_started_in_the_source_folder_without_the_module_is_told_so(tree):
+    no_editable_install = 'import sys; sys.meta_path[:] = [f for f in sys.meta_path if "ditable" not in repr(f)]'
+    done = python(["-c", f"{no_editable_install}; import mir_kernels; print(mir_kernels.backends())"], tree)
+    assert f"not built in the source folder {tree}: start Python in another folder" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

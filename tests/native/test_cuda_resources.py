@@ -1,8 +1,8 @@
-"""Every .cu compiles for every listed architecture without spills, moves 16 bytes at a time, and gets no worse.
+"""Every .cu compiles for every listed architecture without spills, with 16-byte accesses, and uses no more resources.
 
-Needs nvcc, no GPU. `python tests/native/test_cuda_resources.py` rewrites the golden table cuda_resources.json: read its
-diff before a commit. Registers and shared memory belong to one nvcc; under another the comparison is skipped and says
-so, the limits that need no table are not.
+Needs nvcc, but no GPU. `python tests/native/test_cuda_resources.py` rewrites the golden table cuda_resources.json;
+review the diff before committing. Registers and shared memory depend on the version of nvcc. With another version, the
+comparison is skipped and reported, but limits that need no table are still checked.
 """
 
 import json
@@ -20,13 +20,13 @@ CSRC = HERE.parents[1] / "csrc"
 GOLDEN = HERE / "cuda_resources.json"
 ARCHS = ("80", "86", "89", "90", "100", "120")
 NVCC = shutil.which("nvcc")
-FOLDER = tempfile.TemporaryDirectory(prefix="cubin-")  # gone with the process
-SHARED = 48 << 10  # bytes of static shared memory a block may have, on every architecture
+FOLDER = tempfile.TemporaryDirectory(prefix="cubin-")  # deleted at exit
+SHARED = 48 << 10  # maximum bytes of static shared memory per block, on every architecture
 COMMAND = "python tests/native/test_cuda_resources.py"
 TYPES = {"f": "float", "d": "double", "6__half": "half", "13__nv_bfloat16": "bfloat16"}
 
 pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH: the CUDA kernels are not compiled in this run"),
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH, so the CUDA kernels are not compiled"),
     pytest.mark.skipif(not CSRC.exists(), reason="needs the sources"),
 ]
 
@@ -36,8 +36,8 @@ def sources():
 
 
 def kernel_name(mangled):
-    """backward_kernel<bfloat16, 8> out of a mangled name of a kernel template over element type, A, vector size and
-    whether rows are gathered, which is named where it is so."""
+    """A name like backward_kernel<bfloat16, 8> from the mangled name of a kernel template over element type, A, vector
+    size and whether rows are gathered, which is added if true."""
     name, arguments = re.search(r"\d([a-z_]+_kernel)I(.+?)EEv", mangled).groups()
     element = re.match("|".join(sorted(TYPES, key=len, reverse=True)), arguments).group()
     size = re.search(r"Li(\d+)", arguments + "E")
@@ -53,7 +53,7 @@ def nvcc_release():
 
 @cache
 def compile_for(arch, source):
-    """The cubin as a file that stays, and per kernel its registers, shared, spilled and stack bytes."""
+    """The path of the cubin, and the registers and the shared, spilled and stack bytes of each kernel."""
     cubin = Path(FOLDER.name) / f"{source.stem}.{arch}.cubin"
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", target, "-cubin", "-o", str(cubin), str(source)]
@@ -63,7 +63,7 @@ def compile_for(arch, source):
 
 
 def read_report(text):
-    """{kernel: what it needs} out of what ptxas -v prints; a kernel without shared memory has no word of it."""
+    """{kernel: resources} from the output of ptxas -v, which omits shared memory for kernels without it."""
     report = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers([^\n]*)",
@@ -87,7 +87,7 @@ def known_archs():
 
 
 def disassembler():
-    """cuobjdump from the toolkit or out of triton's wheel."""
+    """cuobjdump from the toolkit or from triton's wheel."""
     if found := shutil.which("cuobjdump"):
         return found
     try:
@@ -99,7 +99,7 @@ def disassembler():
 
 
 def worse(now, golden):
-    """What of one kernel got worse, in words."""
+    """Sentences on what became worse in one kernel."""
     return [f"{what} {before} -> {now[what]}" for what, before in golden.items() if now[what] > before]
 
 
@@ -109,7 +109,7 @@ def needed(arch):
 
 def skip_unknown(arch):
     if arch not in known_archs():
-        pytest.skip(f"nvcc {nvcc_release()} does not compile for {arch}")
+        pytest.skip(f"nvcc {nvcc_release()} does not support {arch}")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -135,12 +135,12 @@ def test_no_kernel_needs_more_than_the_golden_table_says(arch):
     skip_unknown(arch)
     golden = json.loads(GOLDEN.read_text())
     if golden["nvcc"] != nvcc_release():
-        pytest.skip(f"the table was made with nvcc {golden['nvcc']}, here is {nvcc_release()}: {COMMAND}")
+        pytest.skip(f"the table is from nvcc {golden['nvcc']}, this is {nvcc_release()}; to update it, run {COMMAND}")
     now, before = needed(arch), golden["kernels"][f"sm_{arch}"]
-    assert now.keys() == before.keys(), f"kernels came or went: {COMMAND}"
+    assert now.keys() == before.keys(), f"kernels were added or removed: {COMMAND}"
     changes = {name: worse(now[name], before[name]) for name in now}
     changes = {name: change for name, change in changes.items() if change}
-    assert not changes, f"worse on sm_{arch}: {json.dumps(changes, indent=1)}\nWhere that is meant: {COMMAND}"
+    assert not changes, f"worse on sm_{arch}: {json.dumps(changes, indent=1)}\nIf intended, run {COMMAND}"
 
 
 def test_a_report_is_read_and_a_change_for_the_worse_is_named():

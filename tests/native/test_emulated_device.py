@@ -1,4 +1,4 @@
-"""The emulated CUDA device reports what is planted, takes what is right, and rounds and refuses as a device does."""
+"""The emulated CUDA device reports planted errors, accepts correct kernels, and rounds and fails like a real device."""
 
 import re
 
@@ -18,8 +18,8 @@ def device(emulated_device):
 
 
 def arrays(device):
-    """a = 0, 1, ... and an `out` of NaN, N elements each inside of larger buffers, declared to a device that forgets
-    all else."""
+    """a = 0, 1, ... and an `out` of NaN, N elements each inside larger buffers, as the only memory declared to the
+    device."""
     buffer, out = torch.arange(4 * N, dtype=torch.float32), torch.full((4 * N,), float("nan"))
     device.start()
     device.declare(buffer[N:].data_ptr(), 1, 4 * N, use=READ | DEFINED)
@@ -27,20 +27,20 @@ def arrays(device):
     return buffer[N : 2 * N], out[N : 2 * N], out
 
 
-# kernel, n that is right, n that is wrong, threads of a block, what is reported of the second.
+# Kernel, n without error, n with the error, threads per block, report of the error.
 PLANTED = [
-    ("previous", 1, 0, N, r"block \(0, 0, 0\), thread \(1, 0, 0\): a race of a write and this read .* shared memory"),
-    ("shift", 1, 0, N, r"thread \(1, 0, 0\): a race of a read and this write .* shared memory"),
-    ("threads", N, N // 2, N, r"thread \(32, 0, 0\): a race of two writes, .* write of 4 bytes, 0 bytes into"),
-    ("blocks", 1, 0, 2, r"block \(1, 0, 0\), thread \(0, 0, 0\): a race of two writes"),
-    ("chain", 0, 1, 2, r"block \(1, 0, 0\), thread \(0, 0, 0\): a race of a write and this read"),
+    ("previous", 1, 0, N, r"block \(0, 0, 0\), thread \(1, 0, 0\): read-after-write race: read .* shared memory"),
+    ("shift", 1, 0, N, r"thread \(1, 0, 0\): write-after-read race: write .* shared memory"),
+    ("threads", N, N // 2, N, r"thread \(32, 0, 0\): write-after-write race: write of 4 bytes, 0 bytes into"),
+    ("blocks", 1, 0, 2, r"block \(1, 0, 0\), thread \(0, 0, 0\): write-after-write race"),
+    ("chain", 0, 1, 2, r"block \(1, 0, 0\), thread \(0, 0, 0\): read-after-write race"),
     ("read", 0, 1, N, r"thread \(63, 0, 0\): forbidden read of 4 bytes at an address that was not declared"),
     ("read", 0, -1, N, r"thread \(0, 0, 0\): forbidden read of 4 bytes at an address"),
     ("write", 0, 1, N, r"illegal memory access.*thread \(63, 0, 0\): forbidden write of 4 bytes at an address"),
     ("vectors", 0, 1, 8, r"misaligned address; .*line \d+: misaligned by 4 of 16 bytes"),
     ("vectors", 0, 52, 4, r"thread \(3, 0, 0\): forbidden read of 16 bytes"),
-    ("unwritten", N, N - 1, N, r"thread \(63, 0, 0\): nothing has been written yet: a read of 4 bytes of shared"),
-    ("divergent", 0, 1, N, r"a barrier that 63 threads of a block wait at and 1 have returned without"),
+    ("unwritten", N, N - 1, N, r"thread \(63, 0, 0\): uninitialised read of 4 bytes of shared"),
+    ("divergent", 0, 1, N, r"63 threads of a block wait at a barrier, but 1 have returned"),
     ("large", 6000, 7000, N, r"more than 48 KB of shared memory"),
 ]
 
@@ -58,7 +58,7 @@ def test_planted_errors_are_reported_and_their_right_twins_are_not(device, name,
         device.planted(name, a, out, wrong, grid, (threads, 1, 1))
     assert out_buffer[:N].isnan().all()
     assert out_buffer[2 * N :].isnan().all()
-    assert device.last_error() == 0  # a refused launch leaves nothing behind
+    assert device.last_error() == 0  # a failed launch leaves no error
 
 
 def test_barriers_order_and_shared_memory_is_right(device):
@@ -72,15 +72,15 @@ def test_barriers_order_and_shared_memory_is_right(device):
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_a_race_is_found_in_either_order_of_threads_and_blocks(device, backwards):
-    second = ["a write and this read", "a read and this write"]  # of a race: what the later thread does
+    second = ["read-after-write race: read", "write-after-read race: write"]  # the later thread reads or writes
     device.set_backwards(backwards)
     try:
         a, out, _ = arrays(device)
-        with pytest.raises(RuntimeError, match=f"a race of {second[not backwards]} of 4 bytes of shared memory"):
+        with pytest.raises(RuntimeError, match=f"{second[not backwards]} of 4 bytes of shared memory"):
             device.planted("shift", a, out, 0, (1, 1, 1), (N, 1, 1))
         a, out, _ = arrays(device)
-        device.declare(out.data_ptr(), 1, 4 * N, use=DEFINED)  # or block 1 reads first, and nothing is there yet
-        with pytest.raises(RuntimeError, match=f"a race of {second[backwards]} of 4 bytes, 0 bytes into"):
+        device.declare(out.data_ptr(), 1, 4 * N, use=DEFINED)  # else block 1 may read first: uninitialised
+        with pytest.raises(RuntimeError, match=f"{second[backwards]} of 4 bytes, 0 bytes into"):
             device.planted("chain", a, out, 1, (2, 1, 1), (1, 1, 1))
     finally:
         device.set_backwards(False)
@@ -109,10 +109,10 @@ def test_memory_for_reading_is_not_written_and_memory_not_written_is_not_read(de
     with pytest.raises(RuntimeError, match="forbidden write"):
         device.planted("read", a, out, 0, (1, 1, 1), (N, 1, 1))
     a, out, _ = arrays(device)
-    with pytest.raises(RuntimeError, match="nothing has been written yet: a read of 4 bytes, 0 bytes into an array"):
+    with pytest.raises(RuntimeError, match="uninitialised read of 4 bytes, 0 bytes into an array"):
         device.planted("read", out, out, 0, (1, 1, 1), (N, 1, 1))
     device.planted("write", a, out, 0, (1, 1, 1), (N, 1, 1))
-    device.planted("read", out, out, 0, (1, 1, 1), (N, 1, 1))  # a launch later
+    device.planted("read", out, out, 0, (1, 1, 1), (N, 1, 1))  # in a later launch
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_conversions_round_as_torch_rounds(emulated_device, dtype):
     wide = torch.empty(2**16)
     emulated_device.convert[f"from_{name}"](every.data_ptr(), wide.data_ptr(), len(every))
     torch.testing.assert_close(wide, every.float(), rtol=0, atol=0, equal_nan=True)
-    # Every value, the points halfway between neighbours, what lies next to them, and random bits.
+    # Every value, the midpoints between neighbours, the numbers next to these, and random bits.
     halves = every.float()[every.isfinite()]
     step = torch.where(halves == 0, 1e-30, halves.abs()) * (1 + 2.0 ** -(8 if dtype == torch.bfloat16 else 11))
     bits = torch.cat([halves, step, -step, halves.abs() + 2**-25]).view(torch.int32)

@@ -1,4 +1,4 @@
-"""Every instruction set level gives right results, and no level's code can leak into another."""
+"""Every instruction set level computes correct results, and no level's code can leak into another."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from tolerances import assert_close
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4-vnni")
 
-# Writes what each kernel gives for one fixed input, so that levels can be compared across processes.
+# Writes the results of each kernel for one fixed input, so that levels can be compared across processes.
 SCRIPT = """
 import sys, torch
 from mir_kernels._native import C, MISSING
@@ -46,7 +46,7 @@ torch.save(results, sys.argv[1])
 
 @pytest.fixture(scope="module")
 def results(native_module, tmp_path_factory):
-    """Level to what SCRIPT wrote at that level, for the levels that this CPU runs."""
+    """{level: results of SCRIPT at that level} for the levels that this CPU supports."""
     folder = tmp_path_factory.mktemp("isa")
     written = {}
     for level in native_module.CPU_ISAS:
@@ -82,11 +82,11 @@ def test_every_level_is_right(results, dtype):
 def test_levels_agree(results, dtype):
     first, *others = (level[str(dtype)] for level in results.values())
     if not others:
-        pytest.skip("this CPU runs one level only")
+        pytest.skip("this CPU supports only one level")
     for other in others:
         for a, b in zip(first["exact"], other["exact"], strict=True):
             assert torch.equal(a.isnan(), b.isnan())
-            assert torch.equal(a.nan_to_num(), b.nan_to_num())  # rounded once at every level: the same bits
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())  # rounded once, so the bits are the same at every level
         for a, b in zip(first["fused"], other["fused"], strict=True):
             assert_close(a, b.double())
 
@@ -94,7 +94,7 @@ def test_levels_agree(results, dtype):
 def test_an_unavailable_level_is_refused(native_module, run_python):
     missing = [level for level in LEVELS if level not in native_module.CPU_ISAS]
     if not missing:
-        pytest.skip("this CPU runs every level")
+        pytest.skip("this CPU supports every level")
     out = run_python("from mir_kernels import _native; print(_native.MISSING)", MIR_CPU_ISA=missing[-1]).stdout
     assert "MIR_CPU_ISA" in out
 
@@ -115,7 +115,7 @@ def test_objects_share_no_inline_function_between_levels(source, tmp_path):
     subprocess.run([compiler, *flags, "-c", str(source), "-o", str(output)], check=True, capture_output=True)
     lines = subprocess.run([nm, "-C", str(output)], check=True, capture_output=True, text=True).stdout.splitlines()
     defined = [line.split(maxsplit=2)[1:] for line in lines if len(line.split(maxsplit=2)) == 3]
-    # What the linker may merge between objects (weak, unique) or sees by name must carry the level's namespace.
+    # Symbols that the linker may merge between objects (weak, unique) or resolve by name must be in the namespace.
     shared = [name for kind, name in defined if kind in "WVuTDRB" and "DW.ref.__gxx_personality" not in name]
     assert any("mir::baseline::" in name for name in shared)
     assert [name for name in shared if "mir::baseline::" not in name] == []

@@ -1,4 +1,4 @@
-"""MoCa's compiled CPU kernels against float64: values, rounding, untouched memory, and bits that do not vary."""
+"""MoCa's compiled CPU kernels against float64: values, rounding, untouched memory, and reproducible bits."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def native():
 
 
 def inputs(rows, cols, dtype, *, seed=0, offset=3, gap=5):
-    """Random rows inside a larger buffer, misaligned by `offset` elements and `gap` apart; and the buffer."""
+    """Random rows in a larger buffer, misaligned by `offset` elements and `gap` elements apart; and the buffer."""
     torch.manual_seed(seed)
     buffer = torch.full((rows * (cols + gap) + offset + gap,), SENTINEL, dtype=dtype)
     view = torch.as_strided(buffer, (rows, cols), (cols + gap, 1), offset)
@@ -44,7 +44,7 @@ def moca_in_float64(x, scale, shift, mask):
 
 
 def written_outside(view, buffer):
-    """Whether anything but `view` in its buffer has changed."""
+    """Whether anything outside `view` in its buffer has changed."""
     inside = torch.zeros(buffer.shape, dtype=torch.bool)
     inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
     return bool((buffer[~inside] != SENTINEL).any())
@@ -65,7 +65,7 @@ def test_forward_rounds_once_and_leaves_other_rows_bit_for_bit(rows, cols, dtype
 
     expected = moca_in_float64(before, scale, shift, mask)
     torch.testing.assert_close(out[~mask], before[~mask], rtol=0, atol=0)
-    # Half a unit in the last place of the element type after float32's own rounding; then float64's in `expected`.
+    # Half a unit in the last place of the element type, after a float32 rounding; and float64 rounding in `expected`.
     half_ulp = {torch.float64: 0, torch.float32: 0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     arithmetic = 2**-53 if dtype == torch.float64 else 2**-24
     subnormal = 2**-25 if dtype == torch.float16 else 0
@@ -85,7 +85,7 @@ def test_backward_matches_float64(rows, cols, dtype):
     mask = random_mask(rows)
     dx, dx_buffer = inputs(rows, cols, dtype, offset=1)
     dx.fill_(float("nan"))
-    x[~mask] = float("nan")  # backward reads x inside the mask only
+    x[~mask] = float("nan")  # backward reads x only inside the mask
     grad_before = grad.clone()
     dscale, dshift = native().backward(grad, x, scale, mask, dx)
 
@@ -156,7 +156,7 @@ def test_every_thread_count_gives_the_same_bits(dtype, thread_counts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_outputs_past_the_caches_hold_the_same_bits(dtype):
-    # Rows of whole cache lines in 16 MiB or more are streamed; rows one element further apart never are.
+    # Rows of whole cache lines are streamed from 16 MiB on; with a stride that is one element larger they never are.
     rows, cols = 2**24 // (1024 * dtype.itemsize) + 3, 1024
     x, _ = inputs(rows, cols, dtype, offset=0, gap=0)
     grad = x.flip(0).contiguous()
@@ -228,7 +228,7 @@ def test_fused_forward_has_the_bits_of_the_separate_operations(rows, cols, dtype
     assert torch.equal(h, separate)
     expected_rstd = torch.rsqrt(h.double().square().mean(1) + 1e-6)
     assert_close(rstd, expected_rstd)
-    # Llama's order: normalised in float32, rounded to the element type, multiplied by the weight.
+    # Llama's order: normalise in float32, round to the element type, multiply by the weight.
     normalised = (h.to(rstd.dtype) * rstd[:, None]).to(dtype)
     assert torch.equal(out, (weight.to(rstd.dtype) * normalised.to(rstd.dtype)).to(dtype))
 

@@ -1,4 +1,4 @@
-"""MoCa's CUDA kernels against float64 on a GPU: values, untouched memory around and between rows, and fixed bits."""
+"""MoCa's CUDA kernels against float64 on a GPU: values, untouched memory around and between rows, reproducible bits."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def native():
 
 
 def rows_in_buffer(rows, cols, dtype, *, seed, offset, gap):
-    """Random rows on the GPU, `gap` elements of sentinel between them and `offset` before; and the whole buffer."""
+    """Random rows on the GPU, with `gap` sentinels between them and `offset` sentinels before; and the whole buffer."""
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.full((rows * (cols + gap) + offset + gap,), SENTINEL, dtype=dtype, device="cuda")
     view = torch.as_strided(buffer, (rows, cols), (cols + gap, 1), offset)
@@ -70,7 +70,7 @@ def test_forward_matches_float64_and_writes_nothing_else(rows, cols, dtype, offs
 def test_backward_matches_float64_with_the_same_bits_on_every_run(rows, cols, dtype, offset, gap, inplace):
     x, _ = rows_in_buffer(rows, cols, dtype, seed=0, offset=offset, gap=gap)
     scale, _, mask = parameters(rows, cols)
-    x[~mask] = float("nan")  # read inside the mask only
+    x[~mask] = float("nan")  # read only inside the mask
     runs = []
     for _ in range(3):
         grad, grad_buffer = rows_in_buffer(rows, cols, dtype, seed=3, offset=offset, gap=gap)

@@ -1,7 +1,7 @@
-"""MoCa's CUDA kernels, run on the emulated device, against float64: values, fixed bits, and every access to memory.
+"""MoCa's CUDA kernels on the emulated device against float64: values, reproducible bits, and all memory accesses.
 
-The device lets a kernel read and write what the operation needs and nothing else: rows outside the mask in place, rows
-of x outside the mask in the backward pass and gaps between rows are forbidden, races are errors. See emulated_cuda.
+The device lets a kernel read and write only the memory that the operation needs. Forbidden are rows outside the mask in
+place, rows of x outside the mask in backward, and gaps between rows; races are errors. See emulated_cuda.
 """
 
 import pytest
@@ -12,17 +12,17 @@ from native.emulated import CODES
 from tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# 516 to 129 vectors or 1032 single elements a row are several strips of columns; 2051 rows are chunks of 32.
+# Rows of 129 to 516 vectors or 1032 single elements need several strips of columns; 2051 rows have chunks of 32.
 SHAPES = [(1, 1), (3, 7), (33, 40), (70, 129), (17, 1032), (2051, 3), (1, 1032)]
-# Elements before the first row and between rows: every address whole vectors from the last, a row's start not aligned,
-# rows not alike.
+# Elements before the first row and between rows: all addresses aligned, still aligned with gaps, and unaligned with a
+# different alignment in each row.
 PLACES = [(0, 0), (16, 32), (1, 3)]
 SENTINEL = -123.0
 
 
 @pytest.fixture
 def device(emulated_device, monkeypatch):
-    """The emulated device behind native.forward and native.backward."""
+    """The emulated device, used by native.forward and native.backward."""
     monkeypatch.setattr(native, "C", emulated_device)
     monkeypatch.setattr(native, "DTYPE_CODES", CODES)
     monkeypatch.setattr(emulated_device, "device", 0)
@@ -32,7 +32,7 @@ def device(emulated_device, monkeypatch):
 
 
 def rows_in_buffer(rows, cols, dtype, place, *, seed):
-    """Random rows, sentinels before, between and after them; and the whole buffer."""
+    """Random rows with sentinels before, between and after them; and the whole buffer."""
     offset, gap = place
     buffer = torch.full((rows * (cols + gap) + offset + gap + 16,), SENTINEL, dtype=dtype)
     view = buffer.as_strided((rows, cols), (cols + gap, 1), offset)
@@ -83,10 +83,10 @@ def assert_forward(rows, cols, dtype, place, inplace, masked="some"):
 
 
 def assert_backward(device, rows, cols, dtype, place, inplace, masked="some", gathered=False):
-    """Three runs, the second with its blocks and threads in reverse: right, and with the same bits."""
+    """Three runs, the second with blocks and threads in reverse order, are correct and have the same bits."""
     x, _ = rows_in_buffer(rows, cols, dtype, place, seed=0)
     scale, _, mask = parameters(rows, cols, masked)
-    x[~mask] = float("nan")  # read inside the mask only
+    x[~mask] = float("nan")  # read only inside the mask
     exact = None
     runs = []
     for backwards in (False, True, False):
@@ -162,10 +162,10 @@ def test_vectors_of_16_bytes_are_moved_only_where_every_address_and_stride_allow
     rows, cols, vector = 5, 1032, 16 // dtype.itemsize
     vectors, single = (strips(cols // vector), strips(cols))
     scale, shift, mask = parameters(rows, cols)
-    for forward, taken in ((True, 2), (False, 3)):  # rows that are read or written
-        for odd in range(-1, taken):  # the one that is one element off, and all of one that lies odd
+    for forward, count in ((True, 2), (False, 3)):  # matrices that are read or written
+        for odd in range(-1, count):  # the matrix with the unaligned address or stride; -1 for none
             for places in ({odd: (1, 0)}, {odd: (0, 1)}, {odd: (vector, vector)}):
-                given = [rows_in_buffer(rows, cols, dtype, places.get(i, (0, 0)), seed=i)[0] for i in range(taken)]
+                given = [rows_in_buffer(rows, cols, dtype, places.get(i, (0, 0)), seed=i)[0] for i in range(count)]
                 if forward:
                     native.forward(given[0], scale, shift, mask, given[1])
                 else:
@@ -194,7 +194,7 @@ def test_scale_and_shift_need_not_be_aligned(device, dtype, odd, distance):
 
 
 def aside(vector, dtype, distance):
-    """The vector in the type of dtype's sums, `distance` bytes from an address that is aligned."""
+    """The vector in the accumulator dtype of `dtype`, `distance` bytes from an aligned address."""
     total = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.zeros(len(vector) + 8, dtype=total)[distance // total.itemsize :][: len(vector)].copy_(vector)
 

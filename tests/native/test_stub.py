@@ -1,4 +1,4 @@
-"""The stub of the compiled module says what the module has."""
+"""The stub of the compiled module agrees with the module."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ NAMES = {node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign)
 
 
 def signature(text):
-    """The kinds of the arguments of a function that pybind11 documents (SupportsFloat since 3), and of its result."""
+    """The types of a function's arguments in pybind11's documentation (SupportsFloat since 3), and of its result."""
     arguments, result = re.fullmatch(r"\w+\((.*)\) -> (\w+)", text.strip()).groups()
     return ["float" if "float" in kind.lower() else "int" for kind in re.split(r", arg\d+", arguments)], result
 

@@ -1,4 +1,4 @@
-"""Token norms by the compiled CPU kernel against float64."""
+"""Token norms of the compiled CPU kernel against float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Calls that type checkers accept. `assert_type` fixes what comes out. Read by test_types.py, never run."""
+"""Calls that type checkers accept. `assert_type` checks the result types. Read by test_types.py, never run."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What type checkers make of the public names: right calls pass, each wrong call is an error on its line."""
+"""Type checkers on the public names: right calls pass, and each wrong call is an error on its line."""
 
 import json
 import re
@@ -16,7 +16,7 @@ RIGHT, WRONG = HERE / "right_calls.py", HERE / "wrong_calls.py"
 
 
 def mypy(_):
-    """Errors by (file, line). With the settings and the cache of `make lint`: torch takes a minute to read."""
+    """Errors by (file, line). Uses the settings and cache of `make lint`, because reading torch takes a minute."""
     pytest.importorskip("mypy")
     command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", RIGHT, WRONG]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -25,7 +25,7 @@ def mypy(_):
 
 
 def pyright(folder):
-    """The same by basedpyright: pyright in a wheel that brings all that it needs, here with pyright's own rules."""
+    """The same from basedpyright (pyright in a self-contained wheel), with pyright's standard rules."""
     program = shutil.which("basedpyright", path=str(Path(sys.executable).parent)) or shutil.which("basedpyright")
     if program is None:
         pytest.skip("basedpyright is not installed")

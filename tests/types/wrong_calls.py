@@ -1,5 +1,5 @@
 # ruff: noqa: B018
-"""Calls that type checkers refuse, each on the line that says `# wrong`. Read by test_types.py, never run."""
+"""Calls that type checkers reject, each on a line that ends in `# wrong`. Read by test_types.py, never run."""
 
 import torch
 from torch import Tensor, nn

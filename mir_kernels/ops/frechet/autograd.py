@@ -1,4 +1,4 @@
-"""What eager code calls and the registered operators: they check values, too. Nothing here has a gradient."""
+"""The functions that eager code calls, which also check values, and the registered operators. None has a gradient."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mir_kernels._registration import Sharding, register
 from mir_kernels.ops.frechet import distance, launch, small
 from mir_kernels.ops.frechet.cross_factor import NotSemidefinite
 
-Ends = tuple[Tensor, Tensor, Tensor]  # a value, its lower and its upper end, which mean nothing if none were wanted
+Ends = tuple[Tensor, Tensor, Tensor]  # value, lower and upper end; the ends are meaningless without `bounds`
 
 
 def checked_trace_sqrt_product(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> Ends:
-    """Tr((AB)^(1/2)) of square matrices whose leading axes broadcast. ValueError where one is no covariance."""
+    """Tr((AB)^(1/2)) of square matrices with broadcastable leading axes. ValueError for one that is no covariance."""
     if not bounds and backend == "linalg":
         found = small.trace(a, b)
         if found is not None:
@@ -32,7 +32,7 @@ def checked_trace_sqrt_product(a: Tensor, b: Tensor, precision: str, bounds: boo
 def checked_frechet_distance(
     mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor, precision: str, bounds: bool, backend: str
 ) -> Ends:
-    """The squared Frechet distance. ValueError where something is not finite or no covariance."""
+    """The squared Frechet distance. ValueError for a non-finite input or a matrix that is no covariance."""
     for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
         _checks.finite(name, mean)
     for name, covariance in (("cov_x", cov_x), ("cov_y", cov_y)):
@@ -45,7 +45,7 @@ def checked_frechet_distance(
 
 
 def _with_ends(function: Callable[..., Ends], bounds_at: int) -> Callable[..., Ends]:
-    """An operator's results are of one shape, and share no memory: infinite ends where none were wanted."""
+    """Make the results fit an operator: same shape, separate memory, infinite ends without `bounds`."""
 
     def run(*arguments: Any) -> Ends:
         value, lower, upper = function(*arguments)

@@ -1,8 +1,8 @@
-"""The sum of the roots of the eigenvalues of a large symmetric matrix on a CPU, without its eigenvalues.
+"""The sum of the roots of the eigenvalues of a large symmetric matrix on a CPU, without computing eigenvalues.
 
-Orthogonal transformations take the matrix to a band (the first stage of two-stage eigenvalue solvers), nearly all of
-it in products of matrices. There the second stage would chase bulges; the trace of the root is had for less, as a sum
-of traces of inverses of the band plus shifts.
+Orthogonal transformations reduce the matrix to a band (the first stage of two-stage eigenvalue solvers), almost
+entirely by matrix products. Instead of the second stage, bulge chasing, the trace of the root is computed as a sum of
+traces of inverses of the band plus shifts, which is cheaper.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from mir_kernels.ops.frechet import native
 
 QUADRATURE = 1e-11  # largest relative error of a root by `nodes`, before rounding
-_LANES = 8  # shifts that a vector takes, or a multiple of them
+_LANES = 8  # shifts per vector, or a multiple of them
 
 
 class RootSums(NamedTuple):
-    """Sums over the eigenvalues l of a matrix; NaN and infinity where it is not positive definite, and least 0.
+    """Sums over the eigenvalues l of a matrix. If it is not positive definite: NaN, infinity, and 0 for `least`.
 
     total: of sqrt(l).  inverse: of 1/l.  norm: the root of the sum of l^2.
-    least: no l is below it, and it is not below 1 / inverse.
+    least: a lower bound of all l, at least 1 / inverse.
     """
 
     total: float
@@ -34,7 +34,7 @@ class RootSums(NamedTuple):
 
 
 def root_sums_(m: Tensor, d: int) -> RootSums:
-    """`RootSums` of a symmetric float64 matrix on the CPU as `native.band` takes it, which is overwritten."""
+    """`RootSums` of a symmetric float64 matrix on the CPU, laid out for `native.band`; overwrites it."""
     exponent = math.frexp(m.diagonal().amax().item())[1] // 2
     if abs(exponent) > 100:  # squares of the entries would leave float64's range
         sums = root_sums_(m.mul_(4.0**-exponent), d)
@@ -43,7 +43,7 @@ def root_sums_(m: Tensor, d: int) -> RootSums:
     squares = band.square().sum(0)
     norm = (squares[0] + 2 * squares[1:].sum()).sqrt().item()
     inverse = native.inverse_traces(band, torch.zeros(1, dtype=torch.float64, device="cpu")).item()
-    if not inverse > 0:  # NaN where it is not definite
+    if not inverse > 0:  # NaN if the band is not definite
         return RootSums(math.nan, math.inf, norm, 0.0)
     least = _least(band, inverse)
     shifts, weights = nodes(least, norm, QUADRATURE, lanes=_LANES)
@@ -53,9 +53,9 @@ def root_sums_(m: Tensor, d: int) -> RootSums:
 
 
 def _least(band: Tensor, inverse: float) -> float:
-    """The largest of nine candidates below which `band` has no eigenvalue; `inverse`: the trace of its inverse.
+    """The largest of nine candidates that is a lower bound of the eigenvalues of `band`; inverse: Tr(band^-1).
 
-    They lie between 1 / inverse and d / inverse, as the smallest eigenvalue does, each d^(1/8) times the one before.
+    Like the smallest eigenvalue, they lie between 1 / inverse and d / inverse, each d^(1/8) times the previous one.
     """
     factors = torch.linspace(0, math.log(band.shape[0]), _LANES + 1, dtype=torch.float64, device="cpu").exp()
     candidates = factors / inverse
@@ -64,15 +64,15 @@ def _least(band: Tensor, inverse: float) -> float:
 
 
 def nodes(low: float, high: float, error: float, lanes: int = 2) -> tuple[Tensor, Tensor]:
-    """shifts and weights with sqrt(x) = sum of weights x / (x + shifts) for low <= x <= high, relative to `error`.
+    """Shifts and weights with sqrt(x) = sum of weights x / (x + shifts), low <= x <= high, to a relative `error`.
 
     The midpoint rule for sqrt(x) = 2/pi int_0^inf x / (x + t^2) dt with t = sqrt(low) sc(u | 1 - low/high), which
     converges like exp(-2 pi^2 n / (log(high/low) + 3)) (Hale, Higham and Trefethen, SIAM J. Numer. Anal. 46, 2008,
-    method 3). n is a multiple of `lanes`, which is even, so that the nodes are pairs t and sqrt(low high) / t.
+    method 3). n is a multiple of `lanes`, which is even, so that the nodes form pairs t and sqrt(low high) / t.
     """
     ratio = math.sqrt(low / high)
     n = lanes * math.ceil((-2 * math.log(ratio) + 3) * math.log(4 / error) / (2 * math.pi**2 * lanes))
-    # Arithmetic-geometric means for the modulus whose complement is the ratio (Abramowitz and Stegun, 16.4 and 17.6).
+    # Arithmetic-geometric mean for the modulus whose complement is the ratio (Abramowitz and Stegun, 16.4 and 17.6).
     a, b, quotients = 1.0, ratio, []
     while a - b > 1e-15 * a:
         a, b, c = (a + b) / 2, math.sqrt(a * b), (a - b) / 2

@@ -1,4 +1,4 @@
-"""Proved bounds on Tr((AB)^(1/2)) and on nuclear norms, in float64 with every rounding error counted outward.
+"""Proved bounds on Tr((AB)^(1/2)) and on nuclear norms, in float64 and widened by every rounding error.
 
 The theorem and its sources are in this folder's README, section "Bounds".
 """
@@ -16,12 +16,12 @@ from mir_kernels.ops.sqrtm import factor, float64
 from mir_kernels.ops.sqrtm.factor import UNIT
 from mir_kernels.ops.sqrtm.rounding import at_least, frobenius, gamma, spectral_norm_bound
 
-# Shifts tried, in units of sqrt(d) u. Rounding of a Cholesky factor of d = 16 to 2048 was 0.2 to 4.2 of them.
+# Shifts to try, in units of sqrt(d) u. The rounding of Cholesky factors was 0.2 to 4.2 units for d = 16 to 2048.
 _SHIFTS = (2, 16, 128)
 
 
 class Witness(NamedTuple):
-    """What the bounds are read from; any values give true bounds, good ones give close bounds.
+    """The matrices that bounds are computed from; any values give valid bounds, good ones give tight bounds.
 
     N ~ X R (the columns of X against the rows of R), and U close to the orthogonal polar factor of N, |U|_2 <= norm.
     """
@@ -35,8 +35,8 @@ class Witness(NamedTuple):
 class Enclosure(NamedTuple):
     """inner inner^T - slack_in D^2 <= A+ <= outer outer^T + slack_out D^2 in the Loewner order.
 
-    A is scaled by 4^-exponent; A+ is the positive part of A (A itself where it is semi-definite), D = diag(scale).
-    triangular: both factors are lower triangular, in the whole batch.
+    A is scaled by 4^-exponent; A+ is the positive part of A (A itself if it is semi-definite), D = diag(scale).
+    triangular: both factors are lower triangular in the whole batch.
     """
 
     inner: Tensor
@@ -51,7 +51,7 @@ class Enclosure(NamedTuple):
 def trace_bounds(a: Tensor, b: Tensor, witness: Callable[[Tensor], Witness]) -> tuple[Tensor, Tensor]:
     """lower <= Tr((A+ B+)^(1/2)) <= upper for symmetric float64 (batch, d, d).
 
-    witness: makes one for N (batch, d, d); `spectral_witness`, or `polar_witness` of an iterated polar factor.
+    witness: returns the witness of N (batch, d, d); `spectral_witness`, or `polar_witness` of an iterated polar factor.
     """
     x, y = enclose(a), enclose(b)
     triangular = x.triangular and y.triangular
@@ -59,7 +59,7 @@ def trace_bounds(a: Tensor, b: Tensor, witness: Callable[[Tensor], Witness]) -> 
     n_inner = cross_product(x.inner, y.inner, triangular=triangular)
     found = witness(n_outer)
     lower = nuclear_lower(n_inner, found)
-    # Next to singular, factors of neighbouring matrices may be rotations of one another, and U fits only one of them.
+    # Near singularity, factors of neighbouring matrices may be rotations of one another, and U fits only one of them.
     if bool((lower < (1 - 1e-7) * nuclear_lower(n_outer, found)).any()):
         lower = torch.maximum(lower, nuclear_lower(n_inner, witness(n_inner)))
     lower = lower - product_error(x.inner, y.inner)
@@ -74,16 +74,16 @@ def trace_bounds(a: Tensor, b: Tensor, witness: Callable[[Tensor], Witness]) -> 
 
 
 def outward(end: Tensor, exponent: Tensor, sign: int) -> Tensor:
-    """end 2^exponent, a lower end (sign -1) or an upper one (sign 1): true where that leaves float64's range, too."""
+    """end 2^exponent of a lower (sign -1) or upper (sign 1) end, still a valid bound outside float64's range."""
     end = float64.times_power(end.clamp(min=0.0), exponent)
     end = torch.nextafter(end, torch.full_like(end, sign * torch.inf))
     return end if sign > 0 else end.clamp(0.0, torch.finfo(end.dtype).max)
 
 
 def enclose(a: Tensor) -> Enclosure:
-    """Two factors that hold A between them: Cholesky factors of H -+ shift I, by their residuals without rounding.
+    """Factors that enclose A: Cholesky factors of H -+ shift I, proved by residuals computed without rounding.
 
-    Where H - shift I is not definite for any shift tried, one factor of H and the size of its residual.
+    If H - shift I is not definite for any shift tried, one factor of H and a bound of its residual.
     """
     h, scale, exponent = factor.equilibrate(a)
     inner, definite = _shifted_factor(h, -1.0)
@@ -104,10 +104,10 @@ def enclose(a: Tensor) -> Enclosure:
 
 
 def _shifted_factor(h: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-    """Lower triangular C with C C^T <= H (sign -1) or H <= C C^T (sign 1) in the Loewner order, where that is proved.
+    """Lower triangular C with C C^T <= H (sign -1) or H <= C C^T (sign 1) in the Loewner order, and where it is proved.
 
-    C is the Cholesky factor of H + sign shift I, with the smallest shift of a few that outdoes its rounding: the
-    residual, near -sign shift I, is shown to be definite by a Cholesky factor of its own.
+    C is the Cholesky factor of H + sign shift I, with the smallest of a few shifts that exceeds its rounding: the
+    residual, near -sign shift I, is proved definite by a Cholesky factor of the residual.
     """
     found, proved = torch.zeros_like(h), torch.zeros(h.shape[:-2], dtype=torch.bool, device=h.device)
     hopeful = ~proved
@@ -118,7 +118,7 @@ def _shifted_factor(h: Tensor, sign: float) -> tuple[Tensor, Tensor]:
         left, rounded = _residual(h, c, triangular=True)
         holds = (info == 0) & hopeful & at_least(left.mul_(-sign), rounded)
         found, proved = torch.where(holds[..., None, None], c, found), proved | holds
-        # What is indefinite less a small shift is so less a larger one.
+        # If H minus a small shift is indefinite, so is H minus a larger one.
         hopeful = hopeful & ~holds & ((info == 0) | (sign > 0))
         if not bool(hopeful.any()):
             break
@@ -128,12 +128,12 @@ def _shifted_factor(h: Tensor, sign: float) -> tuple[Tensor, Tensor]:
 def _residual(h: Tensor, c: Tensor, *, triangular: bool) -> tuple[Tensor, Tensor]:
     """H - C C^T for H with a diagonal below 1, and a bound on the spectral norm of its error.
 
-    Below the diagonal and in blocks on it; zero in the blocks above.
-    triangular: C is lower triangular, and products leave out its zeros.
+    The result covers the blocks on and below the diagonal; blocks above are zero.
+    triangular: C is lower triangular, and products skip its zeros.
 
-    C = C1 + C2 with C1 on a grid of 2^-26: the products of C1 are multiples of 2^-52 that Cauchy-Schwarz keeps below
-    2, so C1 C1^T comes out of an ordinary float64 product without any rounding (the splitting of Ozaki et al., 2012);
-    what is left is 2^-27 times smaller and so are its roundings.
+    C = C1 + C2 with C1 on a grid of 2^-26: the products of C1 are multiples of 2^-52, below 2 by Cauchy-Schwarz, so an
+    ordinary float64 product computes C1 C1^T without rounding (the splitting of Ozaki et al., 2012). The rest is 2^-27
+    times smaller, and so are its roundings.
     """
     d, k = c.shape[-2:]
     grid = 2.0**26
@@ -144,23 +144,23 @@ def _residual(h: Tensor, c: Tensor, *, triangular: bool) -> tuple[Tensor, Tensor
     for j0, j1 in factor.blocks(d):
         upto = j1 if triangular else k
         one, two, three = (x[..., j0:, :upto] for x in (top, half, rest))
-        # The exact product first; C1 C2^T + C2 C1^T + C2 C2^T is small, and so is what its sum rounds.
+        # The exact product first; C1 C2^T + C2 C1^T + C2 C2^T is small, and so is its rounding.
         out[..., j0:, j0:j1] = h[..., j0:, j0:j1] - one @ top[..., j0:j1, :upto].mT
         out[..., j0:, j0:j1] -= two @ rest[..., j0:j1, :upto].mT + three @ half[..., j0:j1, :upto].mT
     rows = torch.linalg.vector_norm(c, dim=-1).amax(-1) * (1 + gamma(k + 8))
     small = (d * k) ** 0.5 * 2.0**-27  # at least |C2|_F
-    cross = 2 * (d**0.5 * rows + small) * small  # at least |C1 C2^T + C2 C1^T + C2 C2^T|_F, and of absolute values
+    cross = 2 * (d**0.5 * rows + small) * small  # at least |C1 C2^T + C2 C1^T + C2 C2^T|_F, also with absolute values
     rounded = gamma(k + 4) * cross + 8 * UNIT * (2 * frobenius(out) + cross)
     return out, torch.where(rows.square() < 1.9, rounded, torch.inf)  # the argument above needs rows below sqrt(2)
 
 
 def residual_bound(h: Tensor, c: Tensor) -> Tensor:
-    """At least |H - C C^T|_2, for H with a diagonal below 1."""
+    """An upper bound of |H - C C^T|_2, for H with a diagonal below 1."""
     d = h.shape[-1]
     residual, rounded = _residual(h, c, triangular=False)
     residual = residual.tril()
     residual = residual + residual.tril(-1).mT
-    # |E|_2^2 = |E^2|_2 <= |E^2|_F, a good deal less than |E|_F^2 when the eigenvalues of E are many and alike.
+    # |E|_2^2 = |E^2|_2 <= |E^2|_F, much less than |E|_F^2 when E has many eigenvalues of similar size.
     size = frobenius(residual)
     normalized = residual / size.clamp(min=torch.finfo(h.dtype).tiny)[..., None, None]
     spectral = size * (frobenius(factor.gram(normalized)) + gamma(2 * d)).sqrt()
@@ -168,7 +168,7 @@ def residual_bound(h: Tensor, c: Tensor) -> Tensor:
 
 
 def product_error(x: Tensor, y: Tensor) -> Tensor:
-    """At least |fl(X^T Y) - X^T Y|_*: each column of the error is within gamma |X|_F times a column of Y."""
+    """An upper bound of |fl(X^T Y) - X^T Y|_*: each column of the error is within gamma |X|_F times a column of Y."""
     d = x.shape[-2]
     columns_x, columns_y = x.square().sum(-2).sqrt(), y.square().sum(-2).sqrt()
     one = frobenius(x) * columns_y.sum(-1)
@@ -179,9 +179,9 @@ def product_error(x: Tensor, y: Tensor) -> Tensor:
 def spectral_witness(n: Tensor) -> Witness:
     """X = N V and U = Q V^T from the eigenvectors V of N^T N and N V = Q R with a positive diagonal of R.
 
-    The columns of X are orthogonal but for rounding, so Cholesky of the Gram matrix of their directions gives Q as well
-    as Householder's QR does, in half the time; the latter follows where that fails, as for columns that are rounding
-    alone.
+    The columns of X are orthogonal up to rounding, so Cholesky of the Gram matrix of their directions gives Q as
+    accurately as Householder QR, in half the time. Householder QR follows if that fails, for instance for columns that
+    are rounding errors only.
     """
     _, v = torch.linalg.eigh(factor.gram(n))
     v = v.flip(-1)
@@ -202,8 +202,8 @@ def spectral_witness(n: Tensor) -> Witness:
 def polar_witness(n: Tensor, u: Tensor, norm: Tensor, tolerance: float) -> Witness:
     """X = N R^-1 with R^T R = sym(U^T N) + delta I: the dual bound (Tr P + Tr(P^-1 N^T N)) / 2 without an inverse.
 
-    delta costs tolerance/4 of the nuclear norm and makes up for the rounding in U, which can leave sym(U^T N)
-    indefinite; where it does not suffice, X and R are zero, and the bound is honest but useless.
+    delta costs tolerance/4 of the nuclear norm and compensates rounding in U, which can leave sym(U^T N) indefinite. If
+    it does not suffice, X and R are zero, and the bound is valid but useless.
     """
     p = float64.matmul(u.mT, n)
     p = (p + p.mT) / 2

@@ -12,24 +12,24 @@ from mir_kernels.ops.sqrtm.factor import Factor, blocks
 
 
 class NotSemidefinite(ValueError):
-    """Of the matrix `name`, with the smallest eigenvalue relative to its equilibrated diagonal."""
+    """The matrix `name` is indefinite; lowest: its smallest eigenvalue relative to its equilibrated diagonal."""
 
     def __init__(self, name: str, lowest: float) -> None:
         super().__init__(
-            f"{name}: takes positive semi-definite matrices, got one with an eigenvalue of {lowest:.3g} relative to "
-            "its diagonal"
+            f"{name}: expected positive semi-definite matrices, got one with an eigenvalue of {lowest:.3g} relative to "
+            "its diagonal scaled to 1"
         )
         self.name, self.lowest = name, lowest
 
     def named(self, name: str) -> NotSemidefinite:
-        """The same of an argument that its caller knows by another name."""
+        """The same error under the caller's name of the argument."""
         return NotSemidefinite(name, self.lowest)
 
 
 class CrossFactor(NamedTuple):
     """Tr((AB)^(1/2)) = 2^exponent |N|_*, to within `rounding` of |N|_*.
 
-    how: what gave N, "cholesky", "split cholesky" (products by `sqrtm/float64.py`) or "eigh".
+    how: the factorization behind N, "cholesky", "split cholesky" (products by `sqrtm/float64.py`) or "eigh".
     """
 
     n: Tensor
@@ -38,7 +38,7 @@ class CrossFactor(NamedTuple):
     how: tuple[str, ...]
 
     def trace(self, nuclear_norms: Tensor) -> Tensor:
-        """Tr((AB)^(1/2)) of the nuclear norms of `n`."""
+        """Tr((AB)^(1/2)) from the nuclear norms of `n`."""
         return float64.times_power(nuclear_norms, self.exponent)
 
     def relative_rounding(self, nuclear_norms: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ class CrossFactor(NamedTuple):
 
 
 def cross_factor(a: Tensor, b: Tensor, indefinite: float) -> CrossFactor:
-    """The cross factor of symmetric float64 a, b (batch, d, d), one of them (1, d, d) where it is the same for all.
+    """The cross factor of symmetric float64 a, b (batch, d, d); one shared by the whole batch is (1, d, d).
 
-    NotSemidefinite for an eigenvalue below -`indefinite`, relative to the equilibrated diagonal: no rounding of a
-    covariance.
+    Raises NotSemidefinite for an eigenvalue below -`indefinite` relative to the equilibrated diagonal, which rounding
+    of a covariance cannot explain.
     """
     x, y = factor.factor(a), factor.factor(b)
     for name, c in (("a", x), ("b", y)):
@@ -64,7 +64,7 @@ def cross_factor(a: Tensor, b: Tensor, indefinite: float) -> CrossFactor:
 
 
 def cross_product(x: Tensor, y: Tensor, *, triangular: bool) -> Tensor:
-    """X^T Y; with the zeros above the diagonals left out where both are lower triangular."""
+    """X^T Y; if both are lower triangular, without the zeros above the diagonals."""
     parts = blocks(x.shape[-1])
     if not triangular or len(parts) == 1:
         return float64.matmul(x.mT, y)
@@ -79,10 +79,10 @@ def cross_product(x: Tensor, y: Tensor, *, triangular: bool) -> Tensor:
 
 
 def _rounding(x: Factor, y: Factor) -> Tensor:
-    """An estimate of how far the roundings in two factors move the nuclear norm of Cx^T Cy.
+    """An estimate of the change in the nuclear norm of Cx^T Cy due to rounding in the two factors.
 
-    |Ra^T D Cy|_* - |R^T D Cy|_* <= |Ra - R|_F |D Cy|_F for square roots R, Ra of the equilibrated matrix and of what
-    its factor is one of (the triangle inequality, then Cauchy and Schwarz), D = diag(scale); and the same for y.
+    |Ra^T D Cy|_* - |R^T D Cy|_* <= |Ra - R|_F |D Cy|_F for square roots R of the equilibrated matrix and Ra of the
+    matrix that was factored exactly (the triangle inequality, then Cauchy-Schwarz), D = diag(scale); likewise for y.
     """
     first = x.rounding * torch.linalg.vector_norm(x.scale[..., None] * y.columns, dim=(-2, -1))
     return first + y.rounding * torch.linalg.vector_norm(y.scale[..., None] * x.columns, dim=(-2, -1))

@@ -1,7 +1,8 @@
-"""The squared Frechet distance of two Gaussians: means and covariances apart, so that neither rounds the other.
+"""The squared Frechet distance of two Gaussians: separate terms of means and covariances, so that neither rounds the
+other.
 
-|mean_x - mean_y|^2 + Tr(A + B - 2 (AB)^(1/2)): the second part is a distance itself, of the covariances, and never
-negative. It cancels to u times the traces, which may be far more than the first part: it is added, not mixed in.
+|mean_x - mean_y|^2 + Tr(A + B - 2 (AB)^(1/2)): the second term is a distance of the covariances and never negative. Its
+cancellation error, u times the traces, may be far larger than the first term, so the two are added last.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from mir_kernels.ops.sqrtm.rounding import FLOOR, MARGIN, at_least, gamma
 
 
 class Marginals(NamedTuple):
-    """Means and standard deviations of coordinates (..., d), of something times 2^-exponent (...).
+    """Means and standard deviations of coordinates (..., d), all times 2^-exponent (...).
 
-    The means are coarse + fine, each to within mean_error; the deviations lie between `lower` and `upper`.
+    The means are coarse + fine, each to within mean_error; the standard deviations lie between `lower` and `upper`.
     """
 
     exponent: Tensor
@@ -43,7 +44,7 @@ class Term(NamedTuple):
     exponent: Tensor
 
     def unscaled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Value, lower and upper end; true where they leave float64's range, too."""
+        """Value, lower and upper end; the ends stay valid outside float64's range."""
         return (
             float64.times_power(self.value, self.exponent),
             outward(self.lower, self.exponent, -1),
@@ -52,7 +53,7 @@ class Term(NamedTuple):
 
 
 def marginals_of(centred: Centred) -> Marginals:
-    """Of features."""
+    """The marginals of features."""
     root = (centred.rows - 1) ** 0.5
     least = centred.norm * (1 - centred.rounding) - centred.error
     most = centred.norm * (1 + centred.rounding) + centred.error
@@ -60,7 +61,7 @@ def marginals_of(centred: Centred) -> Marginals:
 
 
 def exact_marginals(mean: Tensor, variance: Tensor) -> Marginals:
-    """Of float64 means and variances (..., d) that are what they are."""
+    """The marginals of exactly known float64 means and variances (..., d)."""
     zero, deviation = torch.zeros_like(mean), variance.clamp(min=0.0).sqrt()
     ends = (torch.nextafter(deviation, zero), torch.nextafter(deviation, torch.full_like(zero, torch.inf)))
     return Marginals(zero[..., 0], mean, zero, zero, *ends)
@@ -80,10 +81,10 @@ def mean_term(x: Marginals, y: Marginals) -> Term:
 
 
 def deviation_term(x: Marginals, y: Marginals) -> Term:
-    """sum_i (a_ii^(1/2) - b_ii^(1/2))^2, which is no more than Tr(A + B - 2 (AB)^(1/2)) for semi-definite A, B.
+    """sum_i (a_ii^(1/2) - b_ii^(1/2))^2, a lower bound of Tr(A + B - 2 (AB)^(1/2)) for semi-definite A, B.
 
-    For that is the least E|X - Y|^2 over all X and Y, correlated in any way, with these covariances (Dowson and Landau,
-    1982), and E(X_i - Y_i)^2 is no less than (a_ii^(1/2) - b_ii^(1/2))^2 in any coordinate.
+    That trace is the least E|X - Y|^2 over all X and Y, correlated in any way, with these covariances (Dowson and
+    Landau, 1982), and E(X_i - Y_i)^2 is at least (a_ii^(1/2) - b_ii^(1/2))^2 in every coordinate.
     """
     exponent = torch.maximum(x.exponent, y.exponent)
     ours, other = ((one.exponent - exponent)[..., None] for one in (x, y))
@@ -97,14 +98,14 @@ def deviation_term(x: Marginals, y: Marginals) -> Term:
 
 
 def trace_term(x: Marginals) -> Term:
-    """The trace of the covariance: the sum of the squares of the deviations."""
+    """The trace of the covariance: the sum of the squared standard deviations."""
     middle = x.lower / 2 + x.upper / 2
     term = _sum_of_squares(middle, ((x.upper - x.lower) / 2 + 4 * UNIT * middle) * MARGIN)
     return term._replace(exponent=term.exponent + 2 * x.exponent)
 
 
 def largest_root(x: Marginals, y: Marginals) -> tuple[Tensor, Tensor]:
-    """At least Tr((AB)^(1/2)) for semi-definite A and B, by their diagonals alone, and the exponent left out of it."""
+    """An upper bound of Tr((AB)^(1/2)) for semi-definite A and B from their diagonals, and its separate exponent."""
     d = x.upper.shape[-1]
     return (x.upper * y.upper).sum(-1) * (1 + gamma(d + 8)) + FLOOR, x.exponent + y.exponent
 
@@ -112,11 +113,11 @@ def largest_root(x: Marginals, y: Marginals) -> tuple[Tensor, Tensor]:
 def frechet(
     mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The distance of means (..., d) and covariances (..., d, d), float64, and with `bounds` its ends; else empty ones.
-    Leading axes broadcast.
+    """The distance of means (..., d) and covariances (..., d, d) in float64, with its ends if `bounds`, else empty.
 
-    The value is no less than |mean_x - mean_y|^2, and just that for equal covariances, as (A A)^(1/2) = A. Of matrices
-    that rounding left indefinite the bounds are those of their positive parts, as `launch.trace_sqrt_product` has them.
+    Leading axes broadcast. The value is at least |mean_x - mean_y|^2, and equal to it for equal covariances, because
+    (A A)^(1/2) = A. If rounding made matrices indefinite, the bounds refer to their positive parts, as in
+    `launch.trace_sqrt_product`.
     """
     means = torch.broadcast_shapes(mean_x.shape, mean_y.shape, (*launch.batch_of(cov_x, cov_y), cov_x.shape[-1]))
     diagonals = [cov.diagonal(dim1=-2, dim2=-1).double().expand(means) for cov in (cov_x, cov_y)]
@@ -158,12 +159,12 @@ def _negative_parts(covariance: Tensor) -> Tensor:
 
 
 def negative_part(a: Tensor) -> Tensor:
-    """At least Tr A+ - Tr A of symmetric float64 A (batch, d, d), A+ as `certificate` has it: 0 where A is proved
+    """An upper bound of Tr A+ - Tr A for symmetric float64 A (batch, d, d), A+ as in `certificate`; 0 where A is proved
     semi-definite.
     """
     d = a.shape[-1]
     h, scale, exponent = factor.equilibrate(a)
-    # No eigenvalue of H is further below zero than this (Gershgorin), and mostly none is by more than rounding.
+    # Gershgorin: no eigenvalue of H is below -beside. Usually they are negative only by rounding: try smaller shifts.
     beside = (h.abs().sum(-1) - 2 * h.diagonal(dim1=-2, dim2=-1)).amax(-1).clamp(min=0.0)
     below, unknown = beside * (1 + gamma(d + 8)), torch.ones_like(beside, dtype=torch.bool)
     for shift in (0.0, 16 * d * UNIT, 1e-12 * d, 1e-9 * d, 1e-6 * d):
@@ -178,7 +179,7 @@ def negative_part(a: Tensor) -> Tensor:
 
 
 def _sum_of_squares(v: Tensor, error: Tensor) -> Term:
-    """|v + e|^2 for vectors v (..., d) and every |e_i| <= error_i."""
+    """Bounds of |v + e|^2 for vectors v (..., d) and every |e_i| <= error_i."""
     d = v.shape[-1]
     exponent = torch.frexp((v.abs() + error).amax(-1)).exponent.double()
     v, error = (float64.times_power(one, -exponent[..., None]) for one in (v, error))

@@ -1,4 +1,4 @@
-"""Tr((Sx Sy)^(1/2)) and the distance from the features themselves: without a covariance, where there are few rows."""
+"""Tr((Sx Sy)^(1/2)) and the distance from features; with few rows, no covariance is formed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mir_kernels.ops.frechet.distance import deviation_term, marginals_of, mean_
 from mir_kernels.ops.frechet.report import warn_if_missed
 from mir_kernels.ops.sqrtm import factor, rounding
 
-_FLOOR = 2.0**-960  # more than underflow takes from a sum of products, also where subnormal numbers are flushed
+_FLOOR = 2.0**-960  # more than a sum of products can lose to underflow, also where subnormal numbers are flushed
 
 
 def trace_sqrt(
     x: Tensor, y: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The value and, with `bounds`, its lower and upper end, of features x (n, d), y (m, d) with n, m >= 2."""
+    """The value and, with `bounds`, its lower and upper end, for features x (n, d), y (m, d) with n, m >= 2."""
     tall = min(x.shape[0], y.shape[0]) > x.shape[1]
     if bounds:
         take = _tall_bounds if tall else _short_bounds
@@ -41,14 +41,14 @@ def distance(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """|mean_x - mean_y|^2 + Tr(Sx + Sy) - 2 Tr((Sx Sy)^(1/2)) and, with `bounds`, its ends; features as above.
 
-    What the covariances add is a distance of its own: no less than 0, nor than `deviation_term`.
+    The covariance term is itself a squared distance: at least 0 and at least `deviation_term`.
     """
     (coarse_x, fine_x, variance_x), (coarse_y, fine_y, variance_y) = variances(x), variances(y)
     mean = ((coarse_x - coarse_y) + (fine_x - fine_y)).square().sum()
     root, root_lower, root_upper = trace_sqrt(x, y, precision, bounds, backend)
     apart = (variance_x.sqrt() - variance_y.sqrt()).square().sum()
     added = torch.maximum((variance_x.sum() + variance_y.sum()) - 2 * root, apart)
-    # Not a number is a difference of what left the range.
+    # NaN is a difference of values beyond float64's range.
     value = mean if torch.equal(x, y) else (mean + added).nan_to_num(nan=torch.inf, posinf=torch.inf)
     if root_lower is None or root_upper is None:
         return value, None, None
@@ -96,10 +96,10 @@ def _short_bounds(x: Tensor, y: Tensor, precision: str, backend: str) -> tuple[T
 
 
 def _apart(x: Centred, y: Centred) -> Tensor:
-    """At least what the nuclear norm of the product of Zx and Zy^T as computed differs by from that of the features.
+    """An upper bound of the error in the nuclear norm from centring and from the computed product of Zx and Zy^T.
 
-    Products of columns, one of them an error, for the centring. And the rounding of the product: of an entry gamma_d
-    times the product of absolute values, which is a sum of d matrices of Frobenius norm |Zx_j| |Zy_j|.
+    Centring: products of columns, one of each pair being an error. Product: each entry rounds by gamma_d times the
+    product of absolute values, which is a sum of d matrices of Frobenius norm |Zx_j| |Zy_j|.
     """
     length_x, length_y = (one.norm * (1 + one.rounding) for one in (x, y))
     centring = x.error * (length_y + y.error) + length_x * y.error
@@ -119,7 +119,7 @@ def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.where(size > 0, torch.frexp(size).exponent.double(), 0.0)
     centred = x * torch.exp2(-exponent)
     centred = centred - centred.mean(0)
-    # Once more: the first mean was rounded to the size of the mean, the second to that of the deviations.
+    # Twice: the first mean rounds relative to the mean, the second relative to the deviations.
     return centred - centred.mean(0), exponent
 
 

@@ -1,4 +1,4 @@
-"""The public functions of features: what their means and covariances have, without a covariance where rows are few."""
+"""The public functions of features: distances of their means and covariances; few rows need no covariance."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def trace_sqrt_from_features(
 ) -> Tensor | TraceSqrt:
     """Tr((Sx Sy)^(1/2)) of the covariances (ddof 1) of the rows of x and y, the last term of Eq. 3 of the MIR paper.
 
-    The nuclear norm of Xc Yc^T / sqrt((n-1)(m-1)), Xc and Yc centred, where one of them has no more rows than columns:
-    no covariance is formed, and those need no full rank. By singular values ("linalg", exact to rounding) or a polar
-    factor to `precision`. Otherwise `trace_sqrt_product` of the two covariances.
-    x: (..., n, d), y: (..., m, d), n, m >= 2, any floating dtype, numpy arrays too; leading axes broadcast. They need
-    not be centred: `bounds` hold for them as they are, whatever their mean, with what rounds in means, deviations and
+    If x or y has no more rows than columns: the nuclear norm of Xc Yc^T / sqrt((n-1)(m-1)), Xc and Yc centred, by
+    singular values ("linalg", exact to rounding) or a polar factor to `precision`. No covariance is formed, and the
+    covariances may be rank-deficient. Otherwise `trace_sqrt_product` of the two covariances.
+    x: (..., n, d), y: (..., m, d), n, m >= 2, any floating dtype, numpy arrays too; leading axes broadcast. The
+    features need not be centred: `bounds` hold for any mean and include the rounding of means, deviations and
     covariances.
     precision, bounds, backend: as for `trace_sqrt_product`. Returns float64 of the batch's shape, a scalar for one
-    pair, or `TraceSqrt` with `bounds`; without gradient. Raises ValueError for features that are not finite or do not
-    fit, TypeError for other dtypes.
+    pair, or `TraceSqrt` with `bounds`; no gradient. Raises ValueError for features that are not finite or whose shapes
+    do not match, TypeError for other dtypes.
     """
     value, lower, upper = _over_pairs("trace_sqrt_from_features", features.trace_sqrt, x, y, precision, bounds, backend)
     return value if lower is None or upper is None else TraceSqrt(value, lower, upper)
@@ -72,11 +72,11 @@ def frechet_distance_from_features(
     """The squared Frechet distance of the rows of x and y as Gaussians, Eq. 3 of the MIR paper:
     |mean_x - mean_y|^2 + Tr(Sx + Sy - 2 (Sx Sy)^(1/2)) with means and covariances (ddof 1) of the rows.
 
-    The one to take with fewer rows than columns, where covariances have no full rank and a root of their product is
-    hard: the last term is that of `trace_sqrt_from_features`. Arguments, dtypes, batches and errors as there; as there
-    the error of the root is relative to the root, and `bounds=True` returns `FrechetDistance(value, lower, upper)`
-    with lower <= truth <= upper proved for the features as they are.
-    Never less than |mean_x - mean_y|^2, and 0 for equal features. float64, of the batch's shape, without gradient.
+    Preferable with fewer rows than columns, where covariances are rank-deficient and the root of their product is
+    ill-conditioned. The last term is that of `trace_sqrt_from_features`, with the same arguments, dtypes, batches and
+    errors; the error of the root is relative to the root. `bounds=True` returns
+    `FrechetDistance(value, lower, upper)` with lower <= truth <= upper proved for the features as given.
+    At least |mean_x - mean_y|^2, and 0 for equal features. float64, of the batch's shape, no gradient.
     """
     call = ("frechet_distance_from_features", features.distance)
     value, lower, upper = _over_pairs(*call, x, y, precision, bounds, backend)
@@ -95,11 +95,11 @@ def _over_pairs(
     bounds: bool,
     backend: Backend | None,
 ) -> _Ends:
-    """What `one_pair` gives of each pair of the batch, once the features are fit for it."""
+    """Check the features and call `one_pair` on each pair of the batch."""
     x, y = _features("x", x), _features("y", y)
     _checks.same_device("y", y, "x", x)
     if x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"y: takes {x.shape[-1]} columns as x has, got {y.shape[-1]}")
+        raise ValueError(f"y: expected {x.shape[-1]} columns like x, got {y.shape[-1]}")
     _checks.choice("precision", precision, PRECISIONS)
     x, y = with_memory(name, "x", x).detach(), with_memory(name, "y", y).detach()
     _checks.finite("x", x)
@@ -111,7 +111,7 @@ def _over_pairs(
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except RuntimeError:
         raise ValueError(
-            f"y: takes leading axes that broadcast with those of x, {tuple(x.shape[:-2])}, got {tuple(y.shape[:-2])}"
+            f"y: expected leading axes that broadcast with those of x, {tuple(x.shape[:-2])}, got {tuple(y.shape[:-2])}"
         ) from None
     flat = [one.expand(*batch, *one.shape[-2:]).flatten(0, -3) if batch else one[None] for one in (x, y)]
     found = [one_pair(a, b, precision, bounds, chosen) for a, b in zip(*flat, strict=True)]
@@ -128,6 +128,6 @@ def _features(name: str, value: Array) -> Tensor:
     value = _checks.tokens(name, value)
     if value.dim() < 2 or value.shape[-2] < 2:
         raise ValueError(
-            f"{name}: takes features (n, d) with n >= 2, or a batch (..., n, d) of them, got {tuple(value.shape)}"
+            f"{name}: expected features (n, d) with n >= 2, or a batch (..., n, d) of them, got {tuple(value.shape)}"
         )
     return value

@@ -1,4 +1,4 @@
-"""The public functions of moments: checks, then the operator under torch.compile and the raw function elsewhere."""
+"""The public functions of moments: argument checks, then the operator under torch.compile, else the raw function."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def trace_sqrt_product(
 ) -> Tensor | TraceSqrt:
     """Tr((AB)^(1/2)), the last term of Eq. 3 of the MIR paper, as the nuclear norm of Ca^T Cb with Ca Ca^T = A.
 
-    a, b: covariances (..., d, d), any floating dtype, numpy arrays too; each is symmetrised and worked on in float64.
-    Leading axes broadcast as torch's do: one reference (d, d) against a batch is checked and factored once.
-    precision: the relative error of the trace is at most 2e-3 ("bfloat16", by products of 16 bits), 1e-6 ("float32") or
-    1e-8 ("float64"), whatever the backend; a RuntimeWarning says what was reached where that could not be met.
-    bounds: return `TraceSqrt(value, lower, upper)` with lower <= truth <= upper proved in float64; of a matrix that
-    rounding left indefinite, the positive part is meant, taken with the diagonal scaled alike. On a CPU, from d = 384
-    on, they are no closer than `precision` asks, with "float32" up to 1e-5 apart where rounding leaves no less.
+    a, b: covariances (..., d, d), any floating dtype, numpy arrays too; they are symmetrised and processed in float64.
+    Leading axes broadcast as in torch: one reference (d, d) against a batch is checked and factored once.
+    precision: the relative error of the trace is at most 2e-3 ("bfloat16", by 16-bit products), 1e-6 ("float32") or
+    1e-8 ("float64"), for every backend; a RuntimeWarning states the error reached if that is not possible.
+    bounds: return `TraceSqrt(value, lower, upper)` with lower <= truth <= upper proved in float64. If rounding made a
+    matrix indefinite, they refer to its positive part after scaling the diagonal to 1. On a CPU, from d = 384 on, they
+    are only as tight as `precision` requires; with "float32" up to 1e-5 apart if rounding allows no less.
     backend: "linalg" (float64 singular values), "eager" or "triton" (polar factor by Newton-Schulz).
     Returns float64 of the batch's shape, without gradient. Raises ValueError for matrices that are not finite,
-    symmetric and positive semi-definite up to rounding, TypeError for other dtypes. Compiled code refuses the same,
-    when it runs.
+    symmetric and positive semi-definite up to rounding, TypeError for other dtypes. Compiled code raises the same
+    errors when it runs.
     """
     a, b = _checked_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
@@ -81,7 +81,7 @@ def trace_sqrt_product(
 def trace_sqrt_report(
     a: Array, b: Array, *, precision: Precision = "float32", backend: Backend | None = None
 ) -> TraceReport:
-    """`trace_sqrt_product` and how it came about: the error each value was accepted with, and the path that ran."""
+    """`trace_sqrt_product` with the error each value was accepted with and the path that computed it."""
     a, b = _checked_pair("a", a, "b", b)
     _checks.choice("precision", precision, PRECISIONS)
     a, b = with_memory("trace_sqrt_report", "a", a), with_memory("trace_sqrt_report", "b", b)
@@ -135,11 +135,11 @@ def frechet_distance(
 ) -> Tensor | FrechetDistance:
     """|mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), the distance of Eq. 3 of the MIR paper.
 
-    mean_x, mean_y: (..., d).  cov_x, cov_y: (..., d, d). Their leading axes broadcast: one reference (d,), (d, d)
-    against a batch gives the batch's distances. precision, bounds, backend, arrays and errors as for
-    `trace_sqrt_product`; the error of the root is relative to the root, so where the distance is far smaller than the
-    traces it holds fewer digits: `bounds=True` returns `FrechetDistance(value, lower, upper)` and says how many.
-    Never less than |mean_x - mean_y|^2, and just that for equal covariances. float64, of the batch's shape, without
+    mean_x, mean_y: (..., d).  cov_x, cov_y: (..., d, d). Leading axes broadcast: one reference (d,), (d, d) against a
+    batch gives the batch's distances. precision, bounds, backend, arrays and errors as for `trace_sqrt_product`. The
+    error of the root is relative to the root, so a distance far smaller than the traces has fewer correct digits;
+    `bounds=True` returns `FrechetDistance(value, lower, upper)`, which shows how many.
+    At least |mean_x - mean_y|^2, and equal to it for equal covariances. float64, of the batch's shape, without
     gradient.
     """
     cov_x, cov_y = _checked_pair("cov_x", cov_x, "cov_y", cov_y)
@@ -164,7 +164,7 @@ def _checked_pair(name_a: str, a: Array, name_b: str, b: Array) -> tuple[Tensor,
     _checks.same_device(name_b, b, name_a, a)
     if a.shape != b.shape and (a.shape[-1] != b.shape[-1] or not _broadcast(a.shape[:-2], b.shape[:-2])):
         raise ValueError(
-            f"{name_b}: takes shape {tuple(a.shape)} as {name_a} has, got {tuple(b.shape)}; leading axes may broadcast"
+            f"{name_b}: expected shape {tuple(a.shape)} like {name_a}, got {tuple(b.shape)}; leading axes may broadcast"
         )
     return a, b
 
@@ -172,23 +172,25 @@ def _checked_pair(name_a: str, a: Array, name_b: str, b: Array) -> tuple[Tensor,
 def _checked_mean(name: str, mean: Array, covariance: Tensor) -> Tensor:
     mean = _checks.tokens(name, mean)
     if mean.shape[-1] != covariance.shape[-1]:
-        raise ValueError(f"{name}: takes shape {tuple(covariance.shape[:-1])}, got {tuple(mean.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(covariance.shape[:-1])}, got {tuple(mean.shape)}")
     _checks.same_device(name, mean, "cov_x", covariance)
     return mean
 
 
 def _shape_of_all(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> torch.Size:
-    """(..., d) of the distances' batch. ValueError for a mean whose leading axes do not broadcast with the others'."""
+    """The broadcast shape (..., d) of the batch. Raises ValueError for a mean whose leading axes do not broadcast."""
     shape = torch.broadcast_shapes(cov_x.shape[:-1], cov_y.shape[:-1])
     for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
         if not _broadcast(mean.shape, shape):
-            raise ValueError(f"{name}: takes shape {tuple(shape)}, got {tuple(mean.shape)}; leading axes may broadcast")
+            raise ValueError(
+                f"{name}: expected shape {tuple(shape)}, got {tuple(mean.shape)}; leading axes may broadcast"
+            )
         shape = torch.broadcast_shapes(mean.shape, shape)
     return shape
 
 
 def _expanded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """For an operator, which takes leading axes that are alike."""
+    """Expanded for an operator, which requires equal leading axes."""
     return tensor if tuple(tensor.shape) == tuple(shape) else tensor.expand(*shape)
 
 

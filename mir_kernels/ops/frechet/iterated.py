@@ -12,7 +12,7 @@ from mir_kernels.ops.frechet.cross_factor import cross_factor
 from mir_kernels.ops.frechet.report import TOLERANCE, TraceReport
 from mir_kernels.ops.sqrtm.launch import polished_polar
 
-# Iterations tried in turn. The first is as fast as one in bfloat16 and certifies what that cannot (README.md).
+# Precisions tried in turn. float16 is as fast as bfloat16 and reaches certificates that bfloat16 cannot (README.md).
 RUNGS = {
     "bfloat16": ("float16", "float32", "float64"),
     "float32": ("float32", "float64"),
@@ -23,7 +23,7 @@ RUNGS = {
 def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
     """Tr((AB)^(1/2)) of symmetric float64 a, b (batch, d, d).
 
-    One precision after another, until the dual bound says that the error asked for is met.
+    Tries one precision after another until the dual bound is within the requested error.
     """
     pair = cross_factor(a, b, indefinite)
     value, gap, path = _certified(pair.n, precision, backend)
@@ -38,7 +38,7 @@ def nuclear_norm(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tenso
 
 
 def witness(precision: str, backend: str) -> Callable[[Tensor], certificate.Witness]:
-    """What the bounds of a batch of N are read from: a polar factor as fine as `precision` wants."""
+    """A function that returns the witness of a batch of N: a polar factor as accurate as `precision` requires."""
 
     def polar_witness(n: Tensor) -> certificate.Witness:
         for rung in RUNGS[precision if precision == "float64" else "float32"]:
@@ -72,7 +72,7 @@ def _certified(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor,
 
 
 def _gap(n: Tensor, witness: certificate.Witness) -> Tensor:
-    """(upper - lower) / upper of the nuclear norm of N, 1 where the witness failed."""
+    """(upper - lower) / upper for the nuclear norm of N; 1 where the witness failed."""
     lower, upper = certificate.nuclear_lower(n, witness), certificate.nuclear_upper(n, witness)
     gap = torch.where(upper > 0, (upper - lower) / upper, 0.0)
     return torch.where((witness.r == 0).all(-1).all(-1) & (upper > 0), 1.0, gap)

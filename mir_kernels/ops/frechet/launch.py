@@ -1,4 +1,4 @@
-"""From checked covariances or features to a solver, in parts that bound the memory, with bounds around the value."""
+"""Run a solver on checked covariances, in parts that bound memory, and clamp the value to its bounds."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ TRACE_SQRT_PRODUCT = Operation(
 )
 OPERATIONS = (TRACE_SQRT_PRODUCT,)
 
-# Float64 elements of one matrix stack that are worked on at a time.
+# Float64 elements of one matrix stack that are processed at a time.
 CHUNK = 1 << 24
 
 
 def trace_sqrt_product(
     a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The value and, with `bounds`, its lower and upper end; those are empty without. Leading axes broadcast."""
+    """The value with its lower and upper end, which are empty without `bounds`. Leading axes broadcast."""
     if not bounds:
         found = report(a, b, precision, backend)
         warn_if_missed("trace_sqrt_product", found.error, precision)
         return found.value, found.value.new_empty(0), found.value.new_empty(0)
     found, lower, upper = _with_bounds(a, b, precision, backend)
     warn_if_missed("trace_sqrt_product", found.error, precision)
-    # The value comes from another computation than the bounds: inside them it is never further from the truth.
+    # Value and bounds come from different computations: clamping never moves the value away from the truth.
     return torch.minimum(torch.maximum(found.value, lower), upper), lower, upper
 
 
 def report(a: Tensor, b: Tensor, precision: str, backend: str) -> TraceReport:
-    """The value, the error it was accepted with, and the path that ran, for each of the batch."""
+    """The value, the error it was accepted with, and the path that ran, for each pair of the batch."""
     indefinite = _indefinite(a, b)
     return _joined(a, b, [solver(backend).trace(x, y, precision, backend, indefinite) for x, y in _chunks(a, b)])
 
@@ -73,7 +73,7 @@ def _with_bounds(a: Tensor, b: Tensor, precision: str, backend: str) -> tuple[Tr
 
 
 def _indefinite(a: Tensor, b: Tensor) -> float:
-    """How negative an eigenvalue of a covariance may be, relative to its equilibrated diagonal: rounding."""
+    """How negative rounding may make an eigenvalue of a covariance, relative to its equilibrated diagonal."""
     return 8 * a.shape[-1] * max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps, 1e-12)
 
 
@@ -85,26 +85,26 @@ def _joined(a: Tensor, b: Tensor, parts: list[TraceReport]) -> TraceReport:
 
 
 def batch_of(a: Tensor, b: Tensor) -> torch.Size:
-    """The leading axes of matrices (..., d, d) that stand against one another."""
-    if a.shape == b.shape:  # microseconds sooner
+    """The broadcast leading axes of matrices (..., d, d)."""
+    if a.shape == b.shape:  # saves microseconds
         return a.shape[:-2]
     return torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
 
 
 def solver(backend: str) -> ModuleType:
-    """The module that has `trace`, `nuclear_norm` and `witness` of a backend."""
+    """The module with `trace`, `nuclear_norm` and `witness` of a backend."""
     return {"linalg": linalg, "reference": reference, "eager": iterated, "triton": iterated}[backend]
 
 
 def some(x: Tensor, places: list[int]) -> Tensor:
-    """Matrices of a part (count, d, d) of the batch; one that stands against all of it, (1, d, d), as it is."""
+    """The matrices at `places` of a part (count, d, d); a matrix shared by the whole batch, (1, d, d), unchanged."""
     return x if x.shape[0] == 1 else x[places]
 
 
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The flattened batch, symmetric and in float64, in parts that bound the memory of the intermediates.
+    """The flattened batch, symmetric and in float64, in parts that bound the memory of intermediate results.
 
-    One matrix that stands against all others comes as (1, d, d) with every part: it is factored once a part.
+    A matrix shared by the whole batch is yielded as (1, d, d) with every part, and factored once per part.
     """
     d, batch = a.shape[-1], batch_of(a, b)
     step = max(1, CHUNK // (d * d))
@@ -115,7 +115,7 @@ def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class _Side:
-    """Matrices (..., d, d) as the places of a batch have them."""
+    """Matrices (..., d, d), addressed by their place in the flattened broadcast batch."""
 
     def __init__(self, matrices: Tensor, batch: torch.Size) -> None:
         self._flat = matrices.reshape(-1, *matrices.shape[-2:])

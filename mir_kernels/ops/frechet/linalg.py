@@ -1,4 +1,4 @@
-"""The "linalg" backend: float64 decompositions; large matrices may lose what `precision` allows to rounding."""
+"""The "linalg" backend: float64 decompositions; for large matrices, rounding up to `precision` is accepted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mir_kernels.ops.frechet.report import TOLERANCE, TraceReport
 from mir_kernels.ops.frechet.standard_form import StandardForm
 from mir_kernels.ops.sqrtm import factor
 
-_WIDEST = 1e-5  # of an interval for "float32": the certificate, which is closer, takes four times as long
+_WIDEST = 1e-5  # relative width accepted for "float32": the tighter certificate takes four times as long
 
 
 def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float) -> TraceReport:
     """Tr((AB)^(1/2)) of symmetric float64 a, b (batch, d, d).
 
-    The roots of the eigenvalues of C^T A C with C C^T = B where rounding allows it, else the singular values of N.
+    The roots of the eigenvalues of C^T A C with C C^T = B if rounding allows, else the singular values of N.
     """
     return _trace(a, b, standard_form.reduce(a, b), precision, indefinite)[0]
 
@@ -29,9 +29,9 @@ def trace(a: Tensor, b: Tensor, precision: str, backend: str, indefinite: float)
 def trace_with_bounds(
     a: Tensor, b: Tensor, precision: str, indefinite: float
 ) -> tuple[TraceReport, list[tuple[Tensor, Tensor] | None]]:
-    """The same, with proved bounds of each where the standard form is large and gives them.
+    """`trace` with proved bounds of each pair; None where they do not come from a large standard form.
 
-    They are as close as `precision` asks; _WIDEST will do for "float32" where rounding leaves no less.
+    They are as tight as `precision` requires; "float32" accepts _WIDEST if rounding allows no less.
     """
     form = standard_form.reduce(a, b)
     if not form.banded:
@@ -61,7 +61,7 @@ def _trace(
     total = a.new_tensor([_times_power(one.total, e) for one, e in zip(sums, form.exponent.tolist(), strict=True)])
     error = a.new_tensor(errors)
     path = [f"cholesky+{solver}"] * len(errors)
-    # Of large matrices the singular values take seven times as long: they are taken where the promise needs them.
+    # For large matrices the singular values take seven times as long: use them only if the promised error needs them.
     allowed = min(TOLERANCE[precision], TOLERANCE["float32"]) if form.banded else TOLERANCE["float64"]
     direct = [i for i, reached in enumerate(errors) if not reached <= allowed]
     if direct:
@@ -76,7 +76,7 @@ def _trace(
 
 
 def _times_power(x: float, exponent: float) -> float:
-    """x 2^exponent, infinite where that leaves float64's range."""
+    """x 2^exponent; infinite beyond float64's range."""
     try:
         return math.ldexp(x, int(exponent))
     except OverflowError:
@@ -84,11 +84,11 @@ def _times_power(x: float, exponent: float) -> float:
 
 
 def nuclear_norm(n: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
-    """|N|_* of float64 n (batch, m, k), and its relative error beyond rounding: none."""
+    """|N|_* of float64 n (batch, m, k), and its relative error beyond rounding, which is zero."""
     values = torch.linalg.svdvals(n).sum(-1)
     return values, torch.zeros_like(values)
 
 
 def witness(precision: str, backend: str) -> Callable[[Tensor], certificate.Witness]:
-    """What the bounds of a batch of N are read from."""
+    """A function that returns the witness of a batch of N."""
     return certificate.spectral_witness

@@ -1,8 +1,8 @@
 """Proved bounds on Tr((AB)^(1/2)) of large matrices on a CPU, from log determinants of the standard form plus shifts.
 
-The theorem and its sources are in this folder's README, section "Bounds of large matrices". It costs a Cholesky factor
-for each node of a quadrature, a third of d^3 each, and no eigenvector; where the matrices are too close to singular to
-prove what was asked for, it says so, and `certificate` takes over.
+The theorem and its sources are in this folder's README, section "Bounds of large matrices". It costs one Cholesky
+factor per quadrature node, d^3 / 3 each, and no eigenvectors. If the matrices are too close to singular to prove the
+requested width, the result is None, and `certificate` is used instead.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mir_kernels.ops.frechet.band_reduction import RootSums, nodes
 from mir_kernels.ops.sqrtm.factor import UNIT
 from mir_kernels.ops.sqrtm.rounding import MARGIN, gamma
 
-_LEAST = 2.0**-900  # of entries: half a diagonal entry is exact far above it
+_LEAST = 2.0**-900  # smallest largest entry: halving a diagonal entry is exact far above it
 
 
 def form_error(a: Tensor, b: Tensor, exponent: float) -> float:
-    """At least what rounding moves the eigenvalues of A B by in the standard form: the root of the sum of squares.
+    """An upper bound of the shift of the eigenvalues of A B by rounding in the standard form: root of sum of squares.
 
-    a, b: symmetric float64 (d, d) on the CPU, as `native.standard_form` took them; exponent: what it gave. Two errors
-    of one form each, with C_i the rows of C and T the lower triangle of A with half its diagonal:
-    |B - C C^T|_ij <= gamma |C_i| |C_j| is worth gamma |C|_F^2 |A|_F, and |m - C^T A C|_F <= 4 gamma |C|_F^2 |T|_F,
+    a, b: symmetric float64 (d, d) on the CPU, as passed to `native.standard_form`; exponent: as it returned. With C_i
+    the rows of C and T the lower triangle of A with half its diagonal, two errors add up:
+    |B - C C^T|_ij <= gamma |C_i| |C_j| contributes gamma |C|_F^2 |A|_F, and |m - C^T A C|_F <= 4 gamma |C|_F^2 |T|_F,
     where |T|_F <= |A|_F / sqrt(2) and |C|_F^2 <= (1 + 2 gamma) Tr B.
     """
     g = gamma(native.roundings(a.shape[-1]))
@@ -45,28 +45,28 @@ def form_error(a: Tensor, b: Tensor, exponent: float) -> float:
 def root_bounds(
     m: Tensor, d: int, moved: float, sums: RootSums, tolerance: float, widest: float
 ) -> tuple[float, float] | None:
-    """lower <= sum of the roots of l_1 to l_d <= upper, or None where that is not proved.
+    """lower <= sum of the roots of l_1 to l_d <= upper, or None if that cannot be proved.
 
-    upper - lower is about tolerance * upper, but more where `moved` leaves no less, up to widest * upper.
-    m: (n, n) float64 as `native.standard_form` makes it. The l_i are what its eigenvalues are up to perturbations with
-    a sum of squares of at most moved^2. sums: estimates of what is to be proved. 1e-8 <= tolerance <= widest <= 1e-2:
-    the nodes are rounded, and of the quadrature's error one part in a hundred is left for all other errors.
+    upper - lower is about tolerance * upper, or wider if `moved` requires it, up to widest * upper.
+    m: (n, n) float64 as returned by `native.standard_form`. The l_i differ from its eigenvalues by perturbations with a
+    sum of squares of at most moved^2. sums: estimates of the sums to be proved. 1e-8 <= tolerance <= widest <= 1e-2:
+    the nodes are rounded, and one hundredth of the quadrature's error is reserved for all other errors.
     """
     if not (0 <= moved < math.inf and 0 < sums.total < math.inf and 0 < sums.inverse < math.inf):
         return None
     largest = torch.linalg.vector_norm(m).item() * (1 + gamma(m.numel()))
-    # There is no eigenvalue below `least`: to be proved by a factor of m less `lowest`.
+    # No eigenvalue is below `least`; a factor of m - lowest is to prove it.
     lowest = 0.9 * sums.least
     least = 0.9 * lowest
-    # Below 1e-13 the rounding of the nodes counts, and above `largest` there is nothing.
+    # Below 1e-13 of `largest` the rounding of the nodes would matter; no eigenvalue exceeds `largest`.
     if not (0 < 1e-13 * largest <= least <= largest and moved <= 0.99 * least):
         return None
     slope_of_roots = MARGIN / (1 + math.sqrt(1 - moved / least))
     rounded = 2.4 * slope_of_roots * moved * math.sqrt(sums.inverse) / sums.total
     width = min(max(tolerance, 2 * rounded), widest)
-    if not rounded <= 0.875 * width:  # too wide before anything is factored
+    if not rounded <= 0.875 * width:  # already too wide, before any factorization
         return None
-    quadrature = (width - rounded) / 4.2  # which takes four times itself
+    quadrature = (width - rounded) / 4.2  # which widens the interval by four times its error
     shifts, weights = nodes(least, largest, quadrature)
     shifts, order = shifts.sort()
     weights = weights[order] / 2
@@ -90,8 +90,8 @@ def root_bounds(
 def _log_determinants(
     m: Tensor, d: int, lowest: float, shifts: Tensor, centre: float, least: float
 ) -> tuple[list[float], list[float], float] | None:
-    """log det((m + s) / (centre + s)) for each of the ascending shifts, what each may be off by, and no less than the
-    sum of 1/l over the eigenvalues l of m; None where it is not proved that none of them is below `least` < lowest.
+    """log det((m + s) / (centre + s)) for each ascending shift, their error bounds, and an upper bound of the sum of
+    1/l over the eigenvalues l of m. None if it is not proved that all l are at least `least` < lowest.
     """
     at = [-lowest, *shifts.tolist()]
     pivots, size, spectral = native.shifted_factors(m, d, shifts.new_tensor(at))
@@ -107,11 +107,11 @@ def _log_determinants(
     references = [centre + max(s, 0.0) for s in at]
     logs = (pivots.square() / shifts.new_tensor(references)[:, None]).log()
     found, sizes = logs.sum(-1).tolist(), logs.abs().sum(-1).tolist()
-    # Of the logarithms and of their sum; and of E, to begin with for all eigenvalues as small as the smallest.
+    # Rounding of the logarithms and of their sum; then E, at first as if all eigenvalues were as small as the smallest.
     summed = [(4 * UNIT * d + gamma(d + 8) * size) * MARGIN for size in sizes]
     errors = [n + share * math.sqrt(d) / (1 - share) * MARGIN for n, share in zip(summed, shares, strict=True)]
-    # A log determinant is concave in its shift: the trace of (m + s)^-1 is no more than the slope up to s. The first
-    # one found is no more than that of m - lowest + backward[0], because E is not.
+    # A log determinant is concave in its shift: the trace of (m + s)^-1 is at most the slope up to s. The first one
+    # computed is at most that of m - lowest + backward[0], because E is at most backward[0].
     traces, before = [], backward[0] - lowest
     for j in range(1, len(at)):
         further = d * math.log1p((at[j] - max(at[j - 1], 0.0)) / references[j - 1])

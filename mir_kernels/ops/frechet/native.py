@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of the root: the standard form, its reduction to a band, traces of inverses of a band."""
+"""The compiled CPU kernels of the root: standard form, reduction to a band, traces of inverses of a band."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = [
 
 
 def standard_form(a: Tensor, b: Tensor, *, banded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """M = C^T A C 4^-exponent with C C^T = B, the size of its rounding and the exponent, of a, b (batch, d, d).
+    """M = C^T A C 4^-exponent with C C^T = B for a, b (batch, d, d), the size of its rounding, and the exponent.
 
-    M is (batch, n, n) with n >= d, symmetric, zero beyond d; its rounding (batch,) as in `StandardForm`. banded: with
-    the rows and strides that `band` takes.
+    M is (batch, n, n) with n >= d, symmetric, zero beyond d; its rounding (batch,) as in `StandardForm`. banded: use
+    the rows and strides that `band` requires.
     """
     count, d = a.shape[:2]
     block = C.BAND_WIDTH if banded else C.STANDARD_FORM_BLOCK
     rows = -(-d // block) * block
-    # An odd number of cache lines apart, lest the rows of a tile fall upon one another in the caches.
+    # Rows an odd number of cache lines apart, so that the rows of a tile do not map to the same cache sets.
     stride = rows + 8 if banded else rows
     m, numbers = a.new_empty(count, rows, stride), a.new_empty(2, count)
     threads = torch.get_num_threads()
@@ -43,9 +43,9 @@ def standard_form(a: Tensor, b: Tensor, *, banded: bool) -> tuple[Tensor, Tensor
 def checked_standard_form(
     a: Tensor, b: Tensor, allowed_a: float, allowed_b: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`standard_form` of a, b (..., d, d), float32 or float64, contiguous; None where one of them is no covariance.
+    """`standard_form` of a, b (..., d, d), float32 or float64, contiguous; None if one of them is no covariance.
 
-    allowed_a, allowed_b: asymmetry relative to the largest entry, as `_checks.symmetric` has it.
+    allowed_a, allowed_b: asymmetry relative to the largest entry, as in `_checks.symmetric`.
     """
     d = a.shape[-1]
     count, threads = a.numel() // (d * d), torch.get_num_threads()
@@ -69,9 +69,9 @@ def checked_standard_form(
 
 
 def shifted_factors(m: Tensor, d: int, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the Cholesky factors L of m + s I: their diagonals (n, d), |L|_F (n,), and a bound of | |L| |_2 (n,).
+    """The diagonals (n, d) of the Cholesky factors L of m + s I, |L|_F (n,), and a bound of | |L| |_2 (n,).
 
-    m: (n, n) float64 as `standard_form` makes it.  shifts: (n,), float64. The norms are NaN where a pivot is lost.
+    m: (n, n) float64 as `standard_form` returns it.  shifts: (n,), float64. The norms are NaN where a pivot is lost.
     """
     pivots, norms = m.new_empty(shifts.numel(), d), m.new_empty(shifts.numel(), 2)
     workspace = m.new_empty(C.shifted_factors_workspace(d))
@@ -83,14 +83,14 @@ def shifted_factors(m: Tensor, d: int, shifts: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def roundings(d: int) -> int:
-    """How many roundings a term of any entry of `standard_form`, of its factor and of those above passes through."""
+    """The most roundings that a term passes through in an entry of `standard_form`, its factor or shifted factors."""
     return C.roundings(d)
 
 
 def band(m: Tensor, d: int) -> Tensor:
-    """A band with the eigenvalues of m, as (d, w + 1) with entry [j, r] = T[j + r, j], w = `C.BAND_WIDTH`.
+    """A band T with the eigenvalues of m, as (d, w + 1) with entry [j, r] = T[j + r, j], w = `C.BAND_WIDTH`.
 
-    m: (n, n) float64, symmetric, zero beyond d, n as `standard_form` makes it; overwritten.
+    m: (n, n) float64, symmetric, zero beyond d, n as `standard_form` returns it; overwritten.
     """
     threads = torch.get_num_threads()
     out = m.new_empty(d, C.BAND_WIDTH + 1)
@@ -102,7 +102,7 @@ def band(m: Tensor, d: int) -> Tensor:
 def inverse_traces(band: Tensor, shifts: Tensor) -> Tensor:
     """Tr((T + s I)^-1) for each s of `shifts`, NaN where a pivot of T + s I is not positive.
 
-    band (d, w + 1), float64: T as `band` gives it. shifts: (n,), float64.
+    band (d, w + 1), float64: T as `band` returns it. shifts: (n,), float64.
     """
     rows, width = band.shape[0], band.shape[1] - 1
     traces = torch.empty_like(shifts)

@@ -1,4 +1,4 @@
-"""What a value of Tr((AB)^(1/2)) is accepted with: the precisions that may be asked for, the error, the path."""
+"""The precisions of Tr((AB)^(1/2)), the error each one promises, and the report of a value's error and path."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TOLERANCE = {"bfloat16": 2e-3, "float32": 1e-6, "float64": 1e-8}  # promised rel
 
 @dataclass(frozen=True)
 class TraceReport:
-    """What `trace_sqrt_report` found and how.
+    """The result of `trace_sqrt_report`.
 
     value: float64, batch shape.  error: the relative error bound or estimate each value was accepted with.
-    path: per matrix of the flattened batch, which algorithm gave the value.
+    path: for each matrix of the flattened batch, the algorithm that computed the value.
     """
 
     value: Tensor
@@ -28,10 +28,10 @@ class TraceReport:
 
 
 def warn_if_missed(name: str, error: Tensor, precision: str) -> None:
-    """A RuntimeWarning where an error is above what `precision` promises."""
+    """Warn (RuntimeWarning) if an error exceeds what `precision` promises."""
     missed = error.amax().item() if error.numel() else 0.0
     if missed > TOLERANCE[precision]:
         warn(
-            f"{name}: reached a relative error of {missed:.2g}, precision={precision!r} asks for "
+            f"{name}: reached a relative error of {missed:.2g}, precision={precision!r} requires "
             f"{TOLERANCE[precision]:.0e}"
         )

@@ -1,5 +1,5 @@
-"""Pairs that are small, on a CPU: the same numbers by as few calls as can be, which would else take longer than all of
-their arithmetic."""
+"""Small pairs on a CPU: the same numbers with as few calls as possible, because call overhead would exceed the
+arithmetic."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mir_kernels.ops.frechet.report import TOLERANCE
 
 
 def trace(a: Tensor, b: Tensor) -> Tensor | None:
-    """Tr((AB)^(1/2)) of square matrices of one size, accepted with 1e-8; None where the longer way has to find it, or
-    to say what is wrong with them."""
+    """Tr((AB)^(1/2)) of square matrices of one size, accepted with an error of 1e-8. None if the general path must
+    compute it or report what is wrong with the matrices."""
     d, batch = a.shape[-1], batch_of(a, b)
     if d < standard_form.BANDED and a.shape != b.shape and batch.numel() * d * d <= CHUNK:
         a, b = (one.expand(*batch, d, d).contiguous() for one in (a, b))

@@ -12,7 +12,7 @@ from mir_kernels.ops.frechet import band_reduction, native
 from mir_kernels.ops.frechet.band_reduction import RootSums
 from mir_kernels.ops.sqrtm import factor
 
-BANDED = 384  # from here on `band_reduction` is faster than the eigenvalues of LAPACK
+BANDED = 384  # from this size on `band_reduction` is faster than LAPACK's eigenvalues
 _PROBES = 8
 
 
@@ -21,7 +21,7 @@ class StandardForm(NamedTuple):
 
     m: (batch, n, n) float64; rows and columns from d on are zero.  d: the size of A and B.
     rounding: (batch,) an estimate of |m - C^T A C|_F, infinite where the factor C lost a pivot.
-    exponent: (batch,) as in `factor.Factor`: the trace of the root takes 2^exponent.
+    exponent: (batch,) as in `factor.Factor`: the trace of the root is scaled by 2^exponent.
     banded: whether m is laid out for `band_reduction`.
     """
 
@@ -33,9 +33,9 @@ class StandardForm(NamedTuple):
 
 
 def reduce(a: Tensor, b: Tensor) -> StandardForm:
-    """The standard form of symmetric float64 a, b (batch, d, d); a is not factored, nor is it known to be definite.
+    """The standard form of symmetric float64 a, b (batch, d, d); a is neither factored nor known to be definite.
 
-    One of them is (1, d, d) where it is the same for all.
+    A matrix shared by the whole batch is (1, d, d).
     """
     d = a.shape[-1]
     if a.device.type == "cpu" and native.MISSING is None:
@@ -55,10 +55,10 @@ def reduce(a: Tensor, b: Tensor) -> StandardForm:
 
 
 def roots_(form: StandardForm) -> tuple[list[RootSums], list[float], str]:
-    """Sums over the eigenvalues of each `form.m`, the relative error of the first one, and "eigvalsh" or "band".
+    """Sums over the eigenvalues of each `form.m`, the relative errors of their `total`, and "eigvalsh" or "band".
 
-    The error is infinite where C lost a pivot and where A may be indefinite, or m singular, up to rounding. form.m is
-    overwritten.
+    An error is infinite if C lost a pivot, or if rounding leaves A possibly indefinite or m singular. Overwrites
+    form.m.
     """
     d, rounding = form.d, form.rounding.tolist()
     if form.banded:
@@ -71,27 +71,27 @@ def roots_(form: StandardForm) -> tuple[list[RootSums], list[float], str]:
         m = form.m[:, :d, :d]
         if not all(map(math.isfinite, rounding)):
             m = m.where(form.rounding.isfinite()[:, None, None], 0.0)
-        # In Python: for small matrices the calls of torch would take as long as the eigenvalues.
+        # In Python: for small matrices calls of torch would take as long as the eigenvalues.
         sums, quadrature = [_root_sums(values) for values in torch.linalg.eigvalsh(m).tolist()], 0.0
     errors = [relative_error(one, r, d) + quadrature for one, r in zip(sums, rounding, strict=True)]
     return sums, errors, "band" if form.banded else "eigvalsh"
 
 
 def _root_sums(values: list[float]) -> RootSums:
-    """Of ascending eigenvalues."""
+    """`RootSums` from ascending eigenvalues."""
     if not values[0] > 0:
         return RootSums(sum(math.sqrt(max(x, 0.0)) for x in values), math.inf, math.hypot(*values), 0.0)
     return RootSums(sum(map(math.sqrt, values)), sum([1 / x for x in values]), math.hypot(*values), values[0])
 
 
 def relative_error(sums: RootSums, rounding: float, d: int) -> float:
-    """At least the relative error of sums.total, the sum of the roots of d eigenvalues of `StandardForm.m`.
+    """An upper estimate of the relative error of sums.total, the sum of the roots of d eigenvalues of `StandardForm.m`.
 
-    The eigenvalues move by D_i with sum D_i^2 <= eta^2, eta the Frobenius norm of all perturbations (Hoffman and
-    Wielandt), so their roots by at most sum |D_i| / (sqrt(l_i) + sqrt(l_i - |D_i|)). With 4 eta below the smallest
-    eigenvalue that is below 0.536 eta sqrt(sums.inverse) by Cauchy-Schwarz. Then C^T A C is definite too, and so is A
-    by Sylvester's law of inertia: it need not be factored to know.
-    eta: twice the measured rounding, for the backward error of C; sqrt(d) u |m|_F for the eigenvalues.
+    The eigenvalues shift by D_i with sum D_i^2 <= eta^2, eta the Frobenius norm of all perturbations (Hoffman and
+    Wielandt), so the sum of their roots by at most sum |D_i| / (sqrt(l_i) + sqrt(l_i - |D_i|)). If 4 eta is below the
+    smallest eigenvalue, this is below 0.536 eta sqrt(sums.inverse) by Cauchy-Schwarz. C^T A C is then definite, and so
+    is A by Sylvester's law of inertia, without factoring it.
+    eta: twice the measured rounding, for the backward error of C, plus sqrt(d) u |m|_F for the eigenvalues.
     """
     eta = 2 * rounding + d**0.5 * factor.UNIT * sums.norm
     if not (sums.total > 0 and 4 * eta <= sums.least):  # infinite or NaN among them

@@ -1,7 +1,7 @@
-"""Gradients of MoCa twice over: autograd.Function around the raw kernels for eager mode, registered operations for
-torch.compile, export and tensor subclasses. Both share the rules for what is saved and what is computed.
+"""Gradients of MoCa in two forms: autograd.Function around the raw kernels for eager mode, and registered operators
+for torch.compile, export and tensor subclasses. Both share the rules for what is saved and computed.
 
-Saved for backward: x (and residual) only where dscale is wanted, and in place a copy of the vision rows alone.
+x (and residual) are saved for backward only if dscale is needed; in place, only a copy of the vision rows is saved.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mir_kernels.ops.moca.vision_mask import VisionMask, own_mask
 
 
 class Moca(torch.autograd.Function):
-    """moca where a tensor requires grad. shared: the mask, if it came as one that layers share."""
+    """moca if a tensor requires grad. shared: the mask, if the caller passed a VisionMask."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, mask, inplace: bool, backend: str | None, shared: VisionMask | None) -> Tensor:
-        # No setup_context: with one, torch inspects this signature on every call, longer than a small kernel takes.
+        # No setup_context: with one, torch inspects this signature on every call, which costs more than a small kernel.
         ctx.backend = backend
         if not inplace:
             mask = own_mask(mask) if shared is None else mask
@@ -57,7 +57,7 @@ class Moca(torch.autograd.Function):
 
 
 class AddMocaRmsNorm(torch.autograd.Function):
-    """add_moca_rms_norm where a tensor requires grad; also returns rstd, which is not differentiable."""
+    """add_moca_rms_norm if a tensor requires grad; also returns rstd, which is not differentiable."""
 
     @staticmethod
     def forward(ctx, x, residual, scale, shift, mask, weight, eps: float, backend: str | None, shared: bool):
@@ -78,21 +78,21 @@ class AddMocaRmsNorm(torch.autograd.Function):
         return *_add_rms_gradients(backward, ctx, saved, grad_out, grad_h), None
 
 
-# What backward gets was not checked by anyone: gradients come as autograd made them, and what was saved as the hooks of
-# others (torch.autograd.graph.saved_tensors_hooks) give it back.
+# The inputs of backward are unchecked: gradients come from autograd, and saved tensors may have been replaced by hooks
+# (torch.autograd.graph.saved_tensors_hooks).
 
 
 def _raw(*tensors: Tensor | None) -> bool:
-    """Whether all can be read at their addresses, where the first one lies."""
+    """Whether all can be read at their addresses and are on the device of the first one."""
     place = next((t.get_device() for t in tensors if t is not None), -1)
     return all(t is None or (is_memory(t) and t.get_device() == place) for t in tensors)
 
 
 def _as_saved(name: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """`tensor`, which was saved in this dtype and shape."""
+    """A saved tensor with the dtype it was saved with; RuntimeError if its shape has changed."""
     if tensor.shape != shape:
         raise RuntimeError(
-            f"{name}: was saved for backward with shape {tuple(shape)}, and a hook on saved tensors gave back "
+            f"{name}: was saved for backward with shape {tuple(shape)}, but a hook on saved tensors returned shape "
             f"{tuple(tensor.shape)}"
         )
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
@@ -101,7 +101,7 @@ def _as_saved(name: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) 
 def _moca_gradients(
     forward: Callable, backward: Callable, needs, grad, x, scale, shift, mask, backend
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dscale, dshift). x may be None where dscale is not wanted."""
+    """(dx, dscale, dshift). x may be None if dscale is not needed."""
     if not (needs[1] or needs[2]):
         return forward(grad, scale, torch.zeros_like(shift), mask, backend), None, None
     dx, dscale, dshift = backward(grad, grad if x is None else x, scale, mask, backend)
@@ -113,7 +113,7 @@ def _moca_gradients(
 
 
 def _add_rms_gradients(backward: Callable, ctx, saved: tuple, grad_out: Tensor | None, grad_h: Tensor | None) -> tuple:
-    """One entry for each input of add_rms_forward; dx is dresidual."""
+    """One entry per input of add_rms_forward; dresidual is dx."""
     h, x, residual, scale, shift, mask, weight, rstd = saved
     like = next((grad for grad in (grad_out, grad_h) if grad is not None), h)
     dtype, shape = like.dtype, like.shape
@@ -128,8 +128,8 @@ def _add_rms_gradients(backward: Callable, ctx, saved: tuple, grad_out: Tensor |
     return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[: len(grads)], strict=True))
 
 
-# The registered operations. They call the same row kernels; the column sums of one backward call come as one tensor,
-# because an operation's results may not share memory and the kernels write them side by side.
+# The registered operators call the same row kernels. They return the column sums of a backward call as one tensor,
+# because the kernels write them into one buffer and an operator's results may not share memory.
 
 
 def _moca_backward(grad, x, scale, mask, backend):

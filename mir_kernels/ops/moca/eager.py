@@ -1,7 +1,7 @@
 """MoCa in plain torch: runs wherever torch runs, traceable, no synchronisation. Formulas: see reference.py.
 
-Arithmetic in float32 (float64 for float64); every result is rounded once to its dtype. The column sums are torch's own
-reduction over the rows.
+Arithmetic is in float32 (float64 for float64), and every result is rounded once to its dtype. The column sums use
+torch's own reduction over the rows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) 
     y = torch.empty_like(x)
     torch.addcmul(
         shift.to(dtype), x, scale.to(dtype), out=y
-    )  # 2 + 2 bytes an element in bf16: the casts are in the loop
-    torch.where(mask.ne(0)[:, None], y, x, out=out)  # chosen in the storage dtype: text rows keep their bits, NaN too
+    )  # 2 + 2 bytes per element in bf16, because the casts are inside the loop
+    torch.where(mask.ne(0)[:, None], y, x, out=out)  # selects in the storage dtype: text rows keep their bits, even NaN
 
 
 def backward(
     grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor, x_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Write dx and return (dscale, dshift). grad, x, dx (n, d); what x holds outside the mask is not used.
+    """Write dx and return (dscale, dshift). grad, x, dx (n, d); rows of x outside the mask are not used.
 
-    x_rows (n,): where row i of x lies in x, for an x that holds vision rows alone.
+    x_rows (n,): if x holds only vision rows, the index in x of each row i of grad.
     """
     if x_rows is not None:
         x = x.index_select(0, x_rows.clamp(min=0)) if len(x) else grad
@@ -36,7 +36,7 @@ def backward(
     scaled = torch.empty_like(grad)
     torch.mul(grad, scale.to(dtype), out=scaled)
     torch.where(vision, scaled, grad, out=dx)
-    g = torch.where(vision, grad, 0)  # not a product with the mask: text rows may hold NaN
+    g = torch.where(vision, grad, 0)  # not a product with the mask, because text rows may contain NaN
     return (g * torch.where(vision, x, 0).to(dtype)).sum(0), g.sum(0, dtype=dtype)
 
 
@@ -54,7 +54,7 @@ def add_rms_forward(
 ) -> None:
     """Write h = psi(x + residual), rstd (n,) and out = weight * (h * rstd), all in Llama's rounding order.
 
-    x + residual is rounded to x.dtype before MoCa as the separate operations would, h * rstd before the weight.
+    As in the separate operations, x + residual is rounded to x.dtype before MoCa, and h * rstd before the weight.
     """
     dtype = accumulator(x)
     forward(x + residual, scale, shift, mask, h)
@@ -76,7 +76,7 @@ def add_rms_backward(
     rstd: Tensor,
     dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx (which is dresidual too) and return (dscale, dshift, dweight); the roundings count as the identity."""
+    """Write dx (equal to dresidual) and return (dscale, dshift, dweight); roundings count as the identity."""
     dtype = accumulator(grad_out)
     vision = mask.ne(0)[:, None]
     g, r = grad_out.to(dtype), rstd[:, None]

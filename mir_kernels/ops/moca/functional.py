@@ -1,4 +1,4 @@
-"""The public functions: checks, then the shortest way to the kernels that the situation allows."""
+"""The public functions: checks, then the shortest possible path to the kernels."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ def moca(
     """Scale and shift vision tokens (Eq. 5 of the MIR paper): `scale * x + shift` where mask, x bit for bit elsewhere.
 
     x: (..., d), float32, bfloat16, float16 or float64, any strides, any number of tokens including none.
-    scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token. In
-    other whole dtypes 0 and 1, and to look waits for the device. numpy arrays are taken everywhere but for x in place.
-    inplace: change x and return it; text rows are then neither read nor written. Where scale requires grad, the vision
-    rows are copied first, which waits for the device to count them; a `VisionMask` is counted once for many calls.
-    Backward goes by the mask as it was at the call, whatever has been written to it since.
-    Returns a tensor of x's shape and dtype; a new one is contiguous. Arithmetic in float32 (float64 for float64),
-    rounded once. Differentiable once, for x, scale and shift; column sums in float32, the same bits on every run.
+    scale, shift: (d,), any of these dtypes. mask: (...), bool, uint8 or floating; nonzero marks a vision token. Other
+    integer dtypes must contain only 0 and 1; checking them waits for the device. All arguments may be NumPy arrays,
+    except x in place.
+    inplace: change x and return it; text rows are then neither read nor written. If scale requires grad, the vision
+    rows are copied first, and counting them waits for the device. A `VisionMask` is counted once for many calls.
+    Backward uses the mask as it was at the call, even if it has been overwritten since.
+    Returns a tensor of x's shape and dtype; a new one is contiguous. Arithmetic is in float32 (float64 for float64),
+    rounded once. Differentiable once, in x, scale and shift; column sums in float32, with the same bits on every run.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run here.
     """
     flags, shared = _tensor_and_shared(mask)
     if not _sound(x, scale, shift, flags):
         if inplace and not isinstance(x, Tensor):
-            raise TypeError(f"x: takes a torch.Tensor, got {type(x).__name__}, and is changed in place")
+            raise TypeError(f"x: expected a torch.Tensor to change in place, got {type(x).__name__}")
         x, scale, shift, flags = _explained(x, scale, shift, flags)
     if TYPE_CHECKING:
         assert isinstance(x, Tensor)
         assert isinstance(scale, Tensor)
         assert isinstance(shift, Tensor)
     if by_operator("moca", x, scale, shift, flags):
-        # In place, what backward keeps must not be the tensor that changes.
+        # In place, backward must not save the tensor that changes.
         source = x.clone() if inplace and torch.is_grad_enabled() and scale.requires_grad else x
         out = torch.ops.mir_kernels.moca(source, scale, shift, flags, backend)
         return x.copy_(out) if inplace else out
@@ -64,7 +65,7 @@ def moca(
         return launch.forward(x, scale, shift, flags, backend)
     launch.forward_(x, scale, shift, flags, backend)
     if not x.is_inference():
-        torch.autograd.graph.increment_version(x)  # the kernels write behind autograd's back
+        torch.autograd.graph.increment_version(x)  # autograd does not see the kernels' writes
     return x
 
 
@@ -79,14 +80,14 @@ def add_moca_rms_norm(
     eps: float = 1e-6,
     backend: FusedBackend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What lies between two decoder layers in one pass: residual add, MoCa on vision rows, RMSNorm.
+    """Residual add, MoCa on vision rows and RMSNorm in one pass, as between two decoder layers.
 
     h = moca(x + residual, scale, shift, mask); out = weight * h / sqrt(mean(h^2) + eps). Returns (out, h).
 
     x, residual: (..., d), one dtype. scale, shift, weight: (d,), any floating dtype. mask: (...), as in `moca`.
-    Rounded to x's dtype after the addition, after MoCa, after the normalisation and after the weight: the order of
-    Llama's RMSNorm on top of the separate operations. rsqrt, mean and all sums in float32 (float64 for float64).
-    Differentiable once, for x, residual, scale, shift and weight. Errors as in `moca`.
+    Results are rounded to x's dtype after the addition, after MoCa, after the normalisation and after the weight: the
+    order of the separate operations and Llama's RMSNorm. rsqrt, mean and all sums are in float32 (float64 for float64).
+    Differentiable once, in x, residual, scale, shift and weight. Errors as in `moca`.
     """
     flags, shared = _tensor_and_shared(mask)
     if not _sound(x, scale, shift, flags):
@@ -112,12 +113,12 @@ def add_moca_rms_norm(
 
 
 def _tensor_and_shared(mask: Array | VisionMask) -> tuple[Any, VisionMask | None]:
-    """The mask as a tensor, and as what layers share if it came as that."""
+    """The mask as a tensor, and the VisionMask if the caller passed one."""
     return (mask.mask, mask) if isinstance(mask, VisionMask) else (mask, None)
 
 
-# A call on a few rows takes microseconds, and one check after the other, each ready with its message, takes as long:
-# so first the question whether anything is wrong, or no tensor, and only then what.
+# Fast path: a call on a few rows takes microseconds, and so do the detailed checks. `_sound` and `_fit` combine all
+# checks into one; the detailed ones, which also convert arrays, run only if it fails.
 
 
 def _sound(x: Any, scale: Any, shift: Any, mask: Any) -> bool:
@@ -142,7 +143,7 @@ def _sound(x: Any, scale: Any, shift: Any, mask: Any) -> bool:
             and shift.device == device
             and mask.device == device
         )
-    except RuntimeError:  # of a nested tensor's shape
+    except RuntimeError:  # raised by the shape of a nested tensor
         return False
 
 
@@ -162,7 +163,7 @@ def _fit(x: Any, residual: Any, weight: Any) -> bool:
 
 
 def _explained(x: Any, scale: Any, shift: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tensors of what is taken as one; else what is wrong."""
+    """The arguments as tensors, or the error that says what is wrong."""
     x = _checks.tokens("x", x)
     scale = _checks.vector("scale", scale, x.shape[-1])
     shift = _checks.vector("shift", shift, x.shape[-1])
@@ -176,8 +177,8 @@ def _explained(x: Any, scale: Any, shift: Any, mask: Any) -> tuple[Tensor, Tenso
 def _explained_addition(x: Any, residual: Any, weight: Any) -> tuple[Tensor, Tensor]:
     residual = _checks.tokens("residual", residual)
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        takes, got = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (x, residual))
-        raise ValueError(f"residual: takes x's shape and dtype, {takes}, got {got}")
+        expected, got = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (x, residual))
+        raise ValueError(f"residual: expected x's shape and dtype, {expected}, got {got}")
     weight = _checks.vector("weight", weight, x.shape[-1])
     _checks.same_device("residual", residual, "x", x)
     _checks.same_device("weight", weight, "x", x)
@@ -185,15 +186,15 @@ def _explained_addition(x: Any, residual: Any, weight: Any) -> tuple[Tensor, Ten
 
 
 def _check_writable(x: Tensor, gradient: bool) -> None:
-    """x can be changed in place: checked before anything is written, where autograd would say so only afterwards."""
+    """Check that x can be changed in place before anything is written; autograd would raise only afterwards."""
     if gradient and x.requires_grad:
         base = x._base if x._is_view() else x
         if base is not None and base.is_leaf and base.requires_grad:
-            raise RuntimeError("x: a leaf that requires grad cannot be changed in place; call with inplace=False")
+            raise RuntimeError("x: a leaf that requires grad cannot be changed in place; use inplace=False")
     if gradient and x._is_view() and _get_creation_meta(x) != CreationMeta.DEFAULT:
         raise RuntimeError(
             "x: a view made by unbind, split or chunk, or without gradients, cannot be changed in place while "
-            "gradients are recorded; call with inplace=False"
+            "gradients are recorded; use inplace=False"
         )
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("x: a tensor made in inference mode cannot be changed in place outside it; clone it first")
@@ -202,7 +203,7 @@ def _check_writable(x: Tensor, gradient: bool) -> None:
 
 
 def _may_overlap(x: Tensor) -> bool:
-    """Whether two elements may share memory: some axis' step does not clear what the axes with smaller steps span."""
+    """Whether two elements may share memory: the stride of an axis is within the span of the axes with smaller ones."""
     span = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if stride <= span:

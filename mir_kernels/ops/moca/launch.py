@@ -1,7 +1,7 @@
-"""From tensors of any shape and stride to the row kernels of a backend.
+"""Passes tensors of any shape and strides to the row kernels of a backend.
 
 Every backend module (native, triton, eager, reference) has the same four functions on row-strided matrices (n, d).
-Results are new contiguous tensors of x's shape and dtype, but for `forward_`, which changes x.
+Results are new contiguous tensors of x's shape and dtype, except in `forward_`, which changes x.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, backend: str 
 
 
 def forward_(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, backend: str | None) -> None:
-    """Eq. 5 in place: only vision rows are read and written. Where x has no rows to point at, through a copy."""
+    """Eq. 5 in place: only vision rows are read and written. Uses a copy if x cannot be viewed as rows."""
     if not x.numel():
         return
     rows = _rows(x)
@@ -55,7 +55,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dshift), the last two float32 (float64 for float64). Only x's vision rows are read.
 
-    x_rows: where row i of x lies in x, where that holds vision rows alone (`VisionMask.row_of`).
+    x_rows: if x holds only vision rows, the index in x of each row i of grad (`VisionMask.row_of`).
     """
     dx = _like(grad)
     if not grad.numel():
@@ -98,7 +98,7 @@ def add_rms_backward(
     rstd: Tensor,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dscale, dshift, dweight), the sums in `accumulator`. x and residual are read in vision rows only."""
+    """(dx, dscale, dshift, dweight), sums in the `accumulator` dtype. Only vision rows of x and residual are read."""
     dx = _like(grad_out)
     if not dx.numel():
         return dx, _zero_sum(dx), _zero_sum(dx), _zero_sum(dx)
@@ -112,13 +112,13 @@ def add_rms_backward(
 
 @functools.cache
 def _module(operation: int, backend: str | None, device: torch.device) -> ModuleType:
-    """The backend's module. Cached: what a process can run does not change, and finding out takes microseconds."""
+    """The backend's module. Cached, because the lookup takes microseconds and its result does not change."""
     name = OPERATIONS[operation].choose(backend, device)
     return importlib.import_module(f"mir_kernels.ops.moca.{_MODULES.get(name, name)}")
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as (n, d) with the elements of a row side by side: a view where the strides allow, else a copy."""
+    """x as (n, d) with contiguous rows: a view if the strides allow, else a copy."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 

@@ -1,4 +1,4 @@
-"""MoCa as a module: one scale and one shift vector, as the paper adds to the end of every decoder layer."""
+"""MoCa as a module: one scale and one shift vector, which the paper adds at the end of every decoder layer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class MoCa(nn.Module):
     """Learnable scale and shift of vision tokens, Eq. 5 of the MIR paper.
 
-    hidden_size: d. std: 0 starts from ones and zeros, as in the paper; otherwise scale ~ N(1, std), shift ~ N(0, std),
-    as in the published training code. Parameters `scale`, `shift`: (d,).
+    hidden_size: d. std: 0 initialises with ones and zeros, as in the paper; otherwise scale ~ N(1, std),
+    shift ~ N(0, std), as in the published training code. Parameters `scale`, `shift`: (d,).
     """
 
     def __init__(
@@ -31,16 +31,16 @@ class MoCa(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(hidden_size, int) or hidden_size < 1:
-            raise ValueError(f"hidden_size: takes an integer >= 1, got {hidden_size!r}")
+            raise ValueError(f"hidden_size: expected an integer >= 1, got {hidden_size!r}")
         if not std >= 0:
-            raise ValueError(f"std: takes a standard deviation >= 0, got {std!r}")
+            raise ValueError(f"std: expected a standard deviation >= 0, got {std!r}")
         self.hidden_size, self.std = hidden_size, std
         self.scale = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.shift = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Ones and zeros, or normal around them with `std`."""
+        """Set scale to ones and shift to zeros, or draw them from normal distributions around these with `std`."""
         with torch.no_grad():
             self.scale.normal_(1.0, self.std) if self.std else self.scale.fill_(1.0)
             self.shift.normal_(0.0, self.std) if self.std else self.shift.zero_()

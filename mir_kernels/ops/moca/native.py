@@ -1,8 +1,8 @@
-"""MoCa and its fusion with residual add and RMSNorm, by the compiled kernels: C++ on CPU tensors, CUDA C++ on CUDA.
+"""MoCa and its fusion with residual add and RMSNorm with the compiled kernels: C++ for CPU tensors, CUDA C++ for CUDA.
 
-Matrices are `(rows, d)` with elements of a row side by side and any distance between rows. scale, shift and weight are
-`(d,)` of any float dtype, mask `(rows,)` bool or uint8, not zero where MoCa applies. Arithmetic and column sums are
-float32 (float64 for float64 matrices). Column sums have the same bits on every run and for every thread count.
+Matrices are `(rows, d)` with contiguous rows and any row stride. scale, shift and weight are `(d,)` of any float dtype,
+mask is `(rows,)` bool or uint8, nonzero where MoCa applies. Arithmetic and column sums are float32 (float64 for float64
+matrices). Column sums have the same bits on every run and for every thread count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mir_kernels._precision import accumulator
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) -> None:
-    """out = scale * x + shift on masked rows, x elsewhere. With `out` the same memory as x, those stay untouched."""
+    """out = scale * x + shift on masked rows, x elsewhere. If `out` is the memory of x, other rows stay untouched."""
     scale, shift, mask = _vector(scale, x), _vector(shift, x), _bytes(mask)
     arguments = (*_rows(x), scale.data_ptr(), shift.data_ptr(), mask.data_ptr(), *_rows(out), *_shape(x))
     if x.is_cuda:
@@ -29,8 +29,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dx = scale * grad on masked rows, grad elsewhere; returns (dscale, dshift). x is read on masked rows only.
 
-    With `dx` the same memory as grad, other rows stay untouched. x_rows `(rows,)`, int64, contiguous: where row i of x
-    lies in x, for an x that holds masked rows alone.
+    If `dx` is the memory of grad, other rows stay untouched. x_rows `(rows,)`, int64, contiguous: if x holds only
+    masked rows, the index in x of each row i of grad.
     """
     scale, mask = _vector(scale, grad), _bytes(mask)
     sums = _column_sums(grad, 2)
@@ -60,8 +60,9 @@ def add_rms_forward(
 ) -> None:
     """h = moca(x + residual), rstd = 1/sqrt(mean(h^2) + eps), out = weight * (h * rstd). CPU.
 
-    Rounded to x.dtype after the addition, after MoCa, after h * rstd and after the weight: the bits of the separate
-    operations, in the order of Llama's RMSNorm. rstd: `(rows,)` float32 (float64 for float64). h may be x or residual.
+    Rounded to x.dtype after the addition, after MoCa, after h * rstd and after the weight, which reproduces the bits of
+    the separate operations in the order of Llama's RMSNorm. rstd: `(rows,)` float32 (float64 for float64). h may be the
+    memory of x or residual.
     """
     _on_cpu(x)
     scale, shift, weight, mask = _vector(scale, x), _vector(shift, x), _vector(weight, x), _bytes(mask)
@@ -83,7 +84,7 @@ def add_rms_backward(
     rstd: Tensor,
     dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (of x and of residual alike) from the gradients of out and h; returns (dscale, dshift, dweight). CPU.
+    """dx (for both x and residual) from the gradients of out and h; returns (dscale, dshift, dweight). CPU.
 
     With y = h rstd and dy = grad_out weight: dh = rstd (dy - y mean(dy y)) + grad_h, then MoCa's backward. x and
     residual are read on masked rows only. dx may be grad_out or grad_h.
@@ -102,14 +103,14 @@ def add_rms_backward(
 
 def _on_cpu(matrix: Tensor) -> None:
     if matrix.device.type != "cpu":
-        raise ValueError(f"add_moca_rms_norm: the compiled kernels take CPU tensors, got {matrix.device}")
+        raise ValueError(f"add_moca_rms_norm: expected CPU tensors for the compiled kernels, got {matrix.device}")
 
 
 def _rows(matrix: Tensor) -> tuple[int, int]:
-    """Address and distance between rows, in elements."""
+    """Address and row stride in elements."""
     row, element = matrix.stride()
     if element != 1 and matrix.shape[1] > 1:
-        raise ValueError(f"rows: takes matrices whose rows are contiguous, got strides {matrix.stride()}")
+        raise ValueError(f"rows: expected matrices with contiguous rows, got strides {matrix.stride()}")
     return matrix.data_ptr(), row
 
 
@@ -119,14 +120,14 @@ def _shape(matrix: Tensor) -> tuple[int, int, int]:
 
 def _vector(vector: Tensor, matrix: Tensor) -> Tensor:
     dtype = accumulator(matrix)
-    if vector.dtype == dtype and vector.is_contiguous():  # the usual case, without a call into torch's dispatcher
+    if vector.dtype == dtype and vector.is_contiguous():  # the usual case needs no call into torch's dispatcher
         return vector
     return vector.to(dtype).contiguous()
 
 
 def _bytes(mask: Tensor) -> Tensor:
     if mask.dtype not in (torch.bool, torch.uint8):
-        raise TypeError(f"mask: takes a dtype of bool, uint8, got {str(mask.dtype).removeprefix('torch.')}")
+        raise TypeError(f"mask: expected bool or uint8, got {str(mask.dtype).removeprefix('torch.')}")
     return mask.contiguous()
 
 
@@ -142,4 +143,4 @@ def _partial(matrix: Tensor, sums: int) -> Tensor:
 
 def _stream(matrix: Tensor) -> tuple[int, int]:
     index = matrix.get_device()
-    return index, torch._C._cuda_getCurrentRawStream(index)  # current_stream() makes an object of it first
+    return index, torch._C._cuda_getCurrentRawStream(index)  # current_stream() would create an object first

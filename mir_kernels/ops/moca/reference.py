@@ -1,4 +1,4 @@
-"""MoCa in float64, as Eq. 5 of the MIR paper reads. The oracle of every test; never picked by itself.
+"""MoCa in float64, as written in Eq. 5 of the MIR paper: the reference for all tests, never selected by default.
 
 Eq. 5, for vision tokens f only:   psi(f) = u * f + v        (u: scale, v: shift, both (d,))
 
@@ -7,7 +7,7 @@ With y = psi(x) on the vision rows V and y = x elsewhere, and g the gradient of 
     dx_i = scale * g_i  (i in V),  g_i  (i not in V)
     dscale = sum_{i in V} g_i * x_i          dshift = sum_{i in V} g_i
 
-Fused with the residual add before it and the RMSNorm after it (Zhang and Sennrich, Root Mean Square Layer
+Fused with the preceding residual add and the following RMSNorm (Zhang and Sennrich, Root Mean Square Layer
 Normalization, 2019), row by row, with r = (mean(h^2) + eps)^(-1/2) and n = r h:
 
     p = x + residual      h = psi(p)      out = weight * n
@@ -34,9 +34,9 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) 
 def backward(
     grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor, x_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Write dx and return (dscale, dshift), float64. grad, x, dx (n, d); what x holds outside the mask is not used.
+    """Write dx and return (dscale, dshift), float64. grad, x, dx (n, d); rows of x outside the mask are not used.
 
-    x_rows (n,): where row i of x lies in x, for an x that holds vision rows alone.
+    x_rows (n,): if x holds only vision rows, the index in x of each row i of grad.
     """
     if x_rows is not None:
         x = x.index_select(0, x_rows.clamp(min=0)) if len(x) else grad
@@ -81,7 +81,7 @@ def add_rms_backward(
     rstd: Tensor,
     dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx (which is dresidual too) and return (dscale, dshift, dweight), float64."""
+    """Write dx (equal to dresidual) and return (dscale, dshift, dweight), float64."""
     vision = mask.ne(0)[:, None]
     g, r = grad_out.double(), rstd.double()[:, None]
     n = h.double() * r

@@ -1,9 +1,9 @@
 """MoCa in Triton: forward, backward with fixed-order column sums, and both fused with residual add and RMSNorm.
 
-A program holds a tile of rows and columns. Lanes of text rows are switched off by the mask, so in place those rows are
-neither read nor written. The number of programs comes from the table and the shape alone, each keeps its column sums in
-registers and writes one row of partial sums, and a second small kernel adds those rows in order: the same bits on every
-run. Token counts are runtime arguments without specialisation: a new count or mask compiles nothing.
+A program handles a tile of rows and columns. Lanes of text rows are masked off, so in place those rows are neither read
+nor written. The number of programs depends only on the table and the shape. Each keeps its column sums in registers and
+writes one row of partial sums, and a second small kernel adds those rows in order: the same bits on every run. Token
+counts are runtime arguments without specialisation, so a new count or mask triggers no compilation.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from mir_kernels._triton import cast
 
 
 class Blocks(NamedTuple):
-    """One architecture's block sizes.
+    """Block sizes of one architecture.
 
-    tile_bytes: of one operand in a program's tile; 8 KB with 128 threads is four 16-byte accesses in flight a thread.
-    processors: multiprocessors (compute units). The backward kernels are at most as many programs as fit them at once.
-    whole_row: the widest row that fits the registers beside its three float32 column sums.
-    sum_columns: columns of one program of the last, small kernel.
-    lanes: threads in a warp.
+    tile_bytes: of one operand in a program's tile; 8 KB with 128 threads means four 16-byte accesses in flight per
+    thread.
+    processors: multiprocessors (compute units). A backward kernel has at most as many programs as fit on them at once.
+    whole_row: the widest row that fits in registers together with its three float32 column sums.
+    sum_columns: columns per program of the small final kernel.
+    lanes: threads per warp.
     """
 
     tile_bytes: int
@@ -46,13 +47,13 @@ TABLE = {
     "interpreter": Blocks(tile_bytes=32768, processors=1, whole_row=4096, sum_columns=2048, lanes=32),
 }
 
-# Warps that a multiprocessor of any of them holds at once where a thread takes up to 128 registers: 65536 registers in
-# warps of 32, or 131072 in warps of 64. More would run as a second wave, with as many partial sums more.
+# Warps that run at once on a multiprocessor of any of these architectures with up to 128 registers per thread: 65536
+# registers in warps of 32, or 131072 in warps of 64. More warps would run as a second wave and add partial sums.
 RESIDENT_WARPS = 16
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Write Eq. 5 into `out`; where `out` is x, only vision rows are touched. x, out (n, d), row-strided; mask (n,)."""
+    """Write Eq. 5 into `out`; if `out` is x, only vision rows are touched. x, out (n, d), row-strided; mask (n,)."""
     rows, cols = x.shape
     block_m, block_n = tile(x, _triton.row(TABLE, x.device).tile_bytes)
     grid = (triton.cdiv(rows, block_m), triton.cdiv(cols, block_n))
@@ -67,9 +68,9 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, mask: Tensor, out: Tensor) 
 def backward(
     grad: Tensor, x: Tensor, scale: Tensor, mask: Tensor, dx: Tensor, x_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Write dx and return (dscale, dshift), float32 (float64 for float64). x is read in vision rows only.
+    """Write dx and return (dscale, dshift), float32 (float64 for float64). Only vision rows of x are read.
 
-    x_rows (n,), int64: where row i of x lies in x, for an x that holds vision rows alone.
+    x_rows (n,), int64: if x holds only vision rows, the index in x of each row i of grad.
     """
     rows, cols = grad.shape
     blocks = _triton.row(TABLE, grad.device)
@@ -173,7 +174,7 @@ def forward_kernel(
     b_shift = tl.load(shift_ptr + col, mask=m_col, other=0).to(WIDE)
     b_x = tl.load(x_ptr + row[:, None] * (x_stride // VECTOR * VECTOR) + col[None, :], mask=m_used, other=0)
     b_y = tl.fma(b_x.to(WIDE), b_scale[None, :], b_shift[None, :])
-    # Chosen in the storage dtype: a text row's NaN keeps its payload.
+    # Selected in the storage dtype, so that NaN in a text row keeps its payload.
     b_out = tl.where(m_vision, cast(b_y, b_x.dtype), b_x)
     tl.store(out_ptr + row[:, None] * (out_stride // VECTOR * VECTOR) + col[None, :], b_out, mask=m_used)
 
@@ -222,7 +223,7 @@ def add_rms_forward_kernel(
     vision = tl.load(mask_ptr + row) != 0
     b_x = tl.load(x_ptr + row * (x_stride // VECTOR * VECTOR) + col, mask=m_col, other=0)
     b_residual = tl.load(residual_ptr + row * (residual_stride // VECTOR * VECTOR) + col, mask=m_col, other=0)
-    b_h = cast(b_x.to(WIDE) + b_residual.to(WIDE), b_x.dtype)  # rounded here, as a separate addition would
+    b_h = cast(b_x.to(WIDE) + b_residual.to(WIDE), b_x.dtype)  # rounded here, as in a separate addition
     if vision:
         b_scale = tl.load(scale_ptr + col, mask=m_col, other=0).to(WIDE)
         b_shift = tl.load(shift_ptr + col, mask=m_col, other=0).to(WIDE)
@@ -244,7 +245,7 @@ def add_rms_backward_kernel(
     HAS_GRAD_H: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # WHOLE: a tile holds whole rows, and mean(dn * n) is taken here; else it comes from row_dot_kernel.
+    # WHOLE: a tile holds whole rows and mean(dn * n) is computed here; otherwise row_dot_kernel has computed it.
     first, programs = tl.program_id(0), tl.num_programs(0)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_col = col < cols // VECTOR * VECTOR
@@ -331,7 +332,7 @@ def _store_partial(partial_ptr, which: tl.constexpr, b_sum, col, m_col, cols):
 
 
 def column_sums(partial: Tensor) -> tuple[Tensor, ...]:
-    """Sums of (k, parts, cols) over the parts, as k tensors (cols,)."""
+    """Sum (k, parts, cols) over the parts; returns k tensors (cols,)."""
     k, parts, cols = partial.shape
     out = torch.empty((k, cols), dtype=partial.dtype, device=partial.device)
     block_n = _triton.row(TABLE, partial.device).sum_columns
@@ -342,7 +343,7 @@ def column_sums(partial: Tensor) -> tuple[Tensor, ...]:
 
 
 def tile(x: Tensor, tile_bytes: int) -> tuple[int, int]:
-    """Rows and columns of a tile: up to 1024 columns, fewer where padding the last tile would waste over an eighth."""
+    """Rows and columns of a tile: up to 1024 columns, fewer if padding the last tile would waste over an eighth."""
     cols = x.shape[1]
     block_n = min(triton.next_power_of_2(cols), 1024)
     while block_n > 64 and triton.cdiv(cols, block_n) * block_n > cols + cols // 8:
@@ -351,19 +352,19 @@ def tile(x: Tensor, tile_bytes: int) -> tuple[int, int]:
 
 
 def row_programs(rows: int, cols: int, block_m: int, block_n: int, processors: int, warps: int) -> tuple[int, int]:
-    """Grid of a backward kernel: as many programs as run at once, fewer where rows are few, each looping over rows."""
+    """Grid of a backward kernel: as many programs as run at once, fewer if there are few rows; each loops over rows."""
     columns = triton.cdiv(cols, block_n)
     programs = processors * max(1, RESIDENT_WARPS // warps)
     return min(triton.cdiv(rows, block_m), max(1, programs // columns)), columns
 
 
 def row_warps(block_n: int, elements: int, lanes: int) -> int:
-    """Warps for a program that holds whole rows, `elements` a thread, 16 warps at most."""
+    """Warps of a program that holds whole rows with `elements` per thread, at most 16."""
     return min(16, max(1, block_n // (elements * lanes)))
 
 
 def vector(*tensors: Tensor) -> int:
-    """Elements in a 16-byte access, or the most that every row's start and the row length allow."""
+    """Elements per 16-byte access, or fewer if the row strides and the row length require it."""
     strides = (t.stride(0) for t in tensors)
     return math.gcd(16 // tensors[0].element_size(), tensors[0].shape[1], *strides)
 

@@ -1,4 +1,4 @@
-"""A mask that nobody else can change, with where its vision rows lie."""
+"""A private copy of a mask with the positions of its vision rows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class VisionMask:
-    """The vision tokens of one forward pass, which all of its layers share: `moca` takes it in place of the mask.
+    """The vision tokens of one forward pass, shared by all layers; pass it to `moca` as the mask.
 
-    mask: (...), as in `moca`. It is copied, so that whoever writes to it later,
-    through NumPy, DLPack or a collective, which torch does not see, changes nothing here. Where its vision rows lie is
-    found when it is first asked for, which waits for the device; a mask given to `moca` itself is asked every time.
+    mask: (...), as in `moca`. It is copied, so later writes have no effect, including those that torch does not see
+    (through NumPy, DLPack or a collective). The positions of the vision rows are computed on first use, which waits for
+    the device. For a plain mask, `moca` computes them on every call.
     """
 
     def __init__(self, mask: Array) -> None:
@@ -27,12 +27,12 @@ class VisionMask:
 
     @cached_property
     def places(self) -> Tensor:
-        """The rows of the flattened mask that are vision rows, in order, int64."""
+        """The indices of the vision rows in the flattened mask, ascending, int64."""
         return self._flat.nonzero().view(-1)
 
     @cached_property
     def row_of(self) -> Tensor:
-        """For each row of the flattened mask, which of the vision rows it is, int64; without meaning for others."""
+        """The index of each row of the flattened mask among the vision rows, int64; undefined for text rows."""
         return self._flat.cumsum(0) - 1
 
     @property
@@ -42,5 +42,5 @@ class VisionMask:
 
 @torch.no_grad()
 def own_mask(mask: Tensor) -> Tensor:
-    """A contiguous copy, bool: what marks vision rows when it is made."""
+    """A contiguous bool copy that marks the current vision rows."""
     return mask.ne(0).contiguous()

@@ -1,20 +1,20 @@
-"""The vector that a block of tokens is shifted by before products are taken of it."""
+"""The vector that is subtracted from a block of tokens before its products are computed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Rows that the shift of a block is taken from where reading them all would cost a pass of its own.
+# Rows sampled for the shift of a block if reading all of them would cost a separate pass.
 SAMPLE = 512
 
 
 def block_centre(x: Tensor, mask: Tensor | None, added: Tensor, count: Tensor, mean: Tensor, *, host: bool) -> Tensor:
-    """A vector near the mean of the block x (rows, d): what float32 rounds is then of the size of the deviations.
+    """A vector near the mean of the block x (rows, d), so that values rounded to float32 are as small as deviations.
 
-    Once at least as many rows (`count`) stand behind it as are coming (`added`), the running `mean` does: a block far
-    away from it makes the covariance itself as large as the shift is wrong. Until then, the mean of the block or of a
-    sample of it. host: the counts are known without waiting for a device.
+    This is the running `mean` once it covers at least as many rows (`count`) as the block adds (`added`). Before that,
+    a block far from it would make the covariance grow with the error of the shift, so the mean of the block or of a
+    sample of it is used. host: the counts are known without waiting for a device.
     """
     if host and count >= added:
         return mean

@@ -1,4 +1,4 @@
-"""Whether moments are still numbers, asked when they are read: update() does not wait to look at tokens."""
+"""Checks that moments are finite when they are read, because update() does not wait for the device to check tokens."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 def require_finite(name: str, mean: Tensor, variances: Tensor | None, precision: str) -> None:
-    """The mean (d,), and the variances (d,) unless `name` is "mean", are finite: then every covariance is.
+    """Check that the mean (d,) and, if given, the variances (d,) are finite; then every covariance is.
 
     Raises:
-        ValueError: they are not; it says in which columns, and why.
+        ValueError: They are not finite. The message names the columns and the cause.
     """
-    if mean.device.type == "meta":  # no numbers
+    if mean.device.type == "meta":  # has no values
         return
     off = ~torch.isfinite(mean)
-    why = "rows with NaN or infinity were counted, or rows whose sum left the range of floating point"
+    why = "the rows contain NaN or infinity, or their sum exceeds the range of floating point"
     if variances is not None and not bool(off.any()):
         off = ~torch.isfinite(variances)
-        why = "the mean is finite, but squares left the range of "
+        why = "the mean is finite, but squares exceed the range of "
         if precision == "exact":
-            why += "float64, or of float32 in moments merged from another precision: scale the tokens"
+            why += "float64, or of float32 in moments merged from another precision; scale the tokens"
         else:
-            why += 'float32, or of float64 for tokens in it: take precision="exact" or scale the tokens'
+            why += 'float32, or of float64 for float64 tokens; use precision="exact" or scale the tokens'
     if bool(off.any()):
         columns = off.nonzero().flatten().tolist()
         listed = ", ".join(map(str, columns[:8])) + ", ..." * (len(columns) > 8)

@@ -17,10 +17,10 @@ __all__ = ["token_norms"]
 
 
 def token_norms(x: Array, *, backend: launch.Backend | None = None) -> Tensor:
-    """The l2 norms ||x_t|| of tokens x `(..., d)`, f32/bf16/f16/f64, a numpy array too, as float32 `(...)`.
+    """The l2 norms ||x_t|| of tokens x `(..., d)`, f32/bf16/f16/f64, tensor or NumPy array, as float32 `(...)`.
 
-    No finite f16/bf16/f32 token overflows on the way; a norm beyond float32 is infinite. Any strides; not
-    differentiable.
+    Finite f16/bf16/f32 tokens cause no intermediate overflow; a norm beyond the range of float32 is infinite. Any
+    strides; not differentiable.
     """
     x = _checks.tokens("x", x)
     name = launch.TOKEN_NORMS.choose(backend, x.device)

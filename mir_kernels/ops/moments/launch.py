@@ -1,4 +1,4 @@
-"""From checked tensors to the kernels of a backend."""
+"""Passes checked tensors to the kernels of a backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPERATIONS = (TOKEN_NORMS, STREAMING_MOMENTS)
 
 
 def token_norms(x: Tensor, backend: str) -> Tensor:
-    """The norms of x (..., d) as float32 (...)."""
+    """Norms of x (..., d) as float32 (...)."""
     kernel = _module(backend).token_norms
     if backend in ("eager", "reference"):
         return kernel(x)
@@ -29,12 +29,12 @@ def token_norms(x: Tensor, backend: str) -> Tensor:
 
 
 def block_update(backend: str, precision: str, dtype: torch.dtype) -> ModuleType:
-    """The module whose `accumulate` joins a block of tokens of `dtype` to a second moment."""
+    """The module whose `accumulate` adds a block of tokens of `dtype` to a second moment."""
     in_float32 = precision != "exact" and dtype != torch.float64
-    # Products in float64 are BLAS's, whatever the backend.
+    # Products in float64 use BLAS, whatever the backend.
     return _module(backend if in_float32 or backend == "reference" else "eager")
 
 
 @functools.cache  # import_module takes microseconds
 def _module(backend: str) -> ModuleType:
-    return importlib.import_module(f"mir_kernels.ops.moments.{backend}")  # not before: triton is optional
+    return importlib.import_module(f"mir_kernels.ops.moments.{backend}")  # imported late, because triton is optional

@@ -1,4 +1,4 @@
-"""An object that one thread at a time reads or changes; its copies have a lock of their own."""
+"""An object that one thread at a time reads or changes; each copy has a separate lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ L = TypeVar("L", bound="Locked")
 
 
 class Locked:
-    """Methods marked by `alone` run one after the other, whichever threads call them."""
+    """Base class whose methods marked by `alone` run one at a time, whichever threads call them."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -35,12 +35,12 @@ class Locked:
         return made
 
     def __copy__(self: L) -> L:
-        """What it holds is changed in place: a copy that shared it would change, too."""
+        """A deep copy: the contents are changed in place, so a copy that shared them would change as well."""
         return copy.deepcopy(self)
 
 
 def alone(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L, P], R]:
-    """A method of a `Locked` that has it to itself."""
+    """Make a method of a `Locked` run with exclusive access to it."""
 
     @functools.wraps(method)
     def run(self: L, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,7 +52,7 @@ def alone(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L, P],
 
 @contextmanager
 def both(one: Locked, other: Locked) -> Iterator[None]:
-    """Two objects to itself, locked in one order, so that no two threads wait for one another."""
+    """Lock two objects, always in the same order, so that two threads cannot deadlock."""
     first, second = sorted((one, other), key=id)
     with first._lock, second._lock:
         yield

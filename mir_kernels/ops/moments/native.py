@@ -1,4 +1,4 @@
-"""Token norms and the block update of the second moment by the compiled CPU kernels."""
+"""Token norms and the block update of the second moment with the compiled CPU kernels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mir_kernels.ops.moments.packed import PANEL
 def token_norms(x: Tensor) -> Tensor:
     """l2 norms of the rows of x `(rows, d)`, f32/bf16/f16/f64, as float32 `(rows,)`; squared and added in float64.
 
-    Elements of a row lie side by side, rows any distance apart.
+    Rows are contiguous; any row stride.
     """
     if x.stride(1) != 1 and x.shape[1] > 1 and x.shape[0]:
-        raise ValueError(f"x: takes a matrix whose rows are contiguous, got strides {x.stride()}")
+        raise ValueError(f"x: expected a matrix with contiguous rows, got strides {x.stride()}")
     out = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     C.token_norms(
         *(x.data_ptr(), x.stride(0), out.data_ptr(), x.shape[0], x.shape[1], DTYPE_CODES[x.dtype]),
@@ -29,11 +29,11 @@ def accumulate(
 ) -> tuple[Tensor, Tensor]:
     """The block update of `eager.accumulate`, f32/bf16/f16 without a mask, with products in float32.
 
-    From 1024 rows on bf16 is multiplied in 16-bit integers where the CPU has AVX2 (csrc/moments/integers.h), with a
-    shift that is coarser than the centre.
+    If the CPU has AVX2, bf16 blocks of at least 1024 rows are multiplied in 16-bit integers (csrc/moments/integers.h),
+    with a shift that is coarser than the centre.
     """
     if mask is not None or precision == "exact":
-        raise ValueError("the native product takes every row, and precision 'fast' or 'auto'")
+        raise ValueError("the native product does not support a mask or precision 'exact'")
     rows, d = x.shape
     if x.stride(1) != 1 and d > 1:
         x = x.contiguous()

@@ -1,8 +1,8 @@
-"""The packed lower triangle of the second moment: panels of PANEL rows, each cut off at its diagonal block.
+"""The packed lower triangle of the second moment: panels of PANEL rows, each ending with its diagonal block.
 
-Panel p holds rows pP..(p+1)P-1 and columns 0..(p+1)P-1, row by row, one panel after the other: P^2 p(p+1)/2 entries lie
-before it. That is d^2/2 + dP/2 entries in place of d^2, every panel a plain matrix that a product can be written to.
-Entries right of the diagonal, inside the diagonal blocks, have no meaning.
+Panel p holds rows pP..(p+1)P-1 and columns 0..(p+1)P-1 in row-major order. Panels are stored one after the other, so
+P^2 p(p+1)/2 entries precede panel p. This needs d^2/2 + dP/2 entries instead of d^2, and every panel is a plain matrix
+that a product can be written to. Entries above the diagonal, inside the diagonal blocks, are undefined.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PANEL = 256  # 6% above d(d+1)/2 at d = 4096; narrower panels make slower products
+PANEL = 256  # 6 % more than d(d+1)/2 entries at d = 4096; products with narrower panels are slower
 
 
 def entries(d: int) -> int:
-    """Numbers stored for a d x d symmetric matrix."""
+    """Number of entries stored for a symmetric d x d matrix."""
     full, rest = divmod(d, PANEL)
     return PANEL * PANEL * full * (full + 1) // 2 + rest * d
 
 
 def panels(packed: Tensor, d: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(first row, row after the last, view of the panel (rows, row after the last)) for each panel."""
+    """Yield (start, stop, view of the panel (stop - start, stop)) for each panel of rows start..stop-1."""
     offset = 0
     for start in range(0, d, PANEL):
         stop = min(start + PANEL, d)
@@ -48,7 +48,7 @@ def diagonal(packed: Tensor, d: int) -> Tensor:
 
 
 def add_outer(packed: Tensor, d: int, vectors: Tensor, weights: Tensor) -> None:
-    """Adds sum_r weights[r] vectors[r] vectors[r]^T, vectors (r, d) and weights (r,), to the triangle in place."""
+    """Add sum_r weights[r] vectors[r] vectors[r]^T, vectors (r, d) and weights (r,), to the triangle in place."""
     weighted = vectors * weights[:, None]
     for start, stop, panel in panels(packed, d):
         panel.addmm_(weighted[:, start:stop].T, vectors[:, :stop])

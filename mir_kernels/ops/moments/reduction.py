@@ -1,4 +1,4 @@
-"""Sums over ranks that count no row twice: which earlier sums each rank holds travels along with the new one."""
+"""Sums over ranks that count no row twice: each rank also sends the identifiers of the earlier sums that it holds."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import secrets
 import torch
 from torch import Tensor, distributed
 
-ROOM = 4  # names of earlier sums that travel along; a rank that holds more makes it two journeys
+ROOM = 4  # identifiers sent with the sums; a rank that holds more of them requires a second all_reduce
 
 
 def add_up(sums: Tensor, held: frozenset[int], group: distributed.ProcessGroup | None) -> tuple[Tensor, frozenset[int]]:
-    """The sum of `sums` (k,) float64 over the ranks of `group`, and what `held` is from now on; nothing is changed.
+    """The sum of `sums` (k,) float64 over the ranks of `group`, and the new value of `held`. Changes no argument.
 
-    held: a name for each earlier sum whose total is among what this rank gives. A sum is named by its first rank, with
-    52 random bits, which float64 holds exactly; without rows, or of one rank alone, it needs no name. sums[0] counts
-    the rows.
+    held: the identifiers of the earlier sums whose totals this rank contributes. The first rank draws the identifier of
+    a sum: 52 random bits, which float64 represents exactly. A sum without rows or of a single rank needs none. sums[0]
+    is the number of rows.
+
     Raises:
-        RuntimeError: two ranks hold the same sum; on every rank, with the same words.
+        RuntimeError: Two ranks hold the same sum. Raised on every rank with the same message.
     """
     ranks, rank, own = distributed.get_world_size(group), distributed.get_rank(group), sorted(held)
     told = sums.new_zeros(ranks, 2 + ROOM)
@@ -41,8 +42,8 @@ def add_up(sums: Tensor, held: frozenset[int], group: distributed.ProcessGroup |
             if name in holders:
                 raise RuntimeError(
                     f"all_reduce: ranks {holders[name]} and {other} of the group both hold the rows of an earlier "
-                    "all_reduce, which would be counted twice; for totals on the way reduce a copy, "
-                    "copy.deepcopy(moments).all_reduce(), or begin anew with reset() after each"
+                    "all_reduce, which would be counted twice; to read intermediate totals, reduce a copy with "
+                    "copy.deepcopy(moments).all_reduce(), or call reset() after each all_reduce"
                 )
             holders[name] = other
     if ranks > 1 and float(total[0]) > 0:

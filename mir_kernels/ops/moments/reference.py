@@ -1,4 +1,4 @@
-"""Mean, centred second moment, covariance and norms in float64, as the formulas read: the oracle of every test."""
+"""Mean, centred second moment, covariance and norms in float64 as in the formulas: the reference for all tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def mean(x: Tensor) -> Tensor:
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """M = sum_t (x_t - mu)(x_t - mu)^T of x (n, d), as (d, d). Two passes: no cancellation, whatever the mean."""
+    """M = sum_t (x_t - mu)(x_t - mu)^T of x (n, d), as (d, d). Two passes avoid cancellation for any mean."""
     centred = x.double() - mean(x)
     return centred.T @ centred
 
@@ -32,7 +32,7 @@ def token_norms(x: Tensor) -> Tensor:
 def accumulate(
     second: Tensor, x: Tensor, mask: Tensor | None, centre: Tensor, vectors: Tensor, weights: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """The block update of `eager.accumulate`, in float64 over the whole square."""
+    """The block update of `eager.accumulate` in float64, computed as a full square."""
     d = x.shape[1]
     centred = x.double() - centre
     if mask is not None:

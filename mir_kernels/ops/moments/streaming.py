@@ -1,4 +1,4 @@
-"""StreamingMoments: count, mean and covariance of tokens that pass by once, mergeable in any order."""
+"""StreamingMoments: count, mean and covariance of tokens in one pass, mergeable in any order."""
 
 from __future__ import annotations
 
@@ -23,35 +23,36 @@ if TYPE_CHECKING:
 Precision = Literal["fast", "auto", "exact"]
 PRECISIONS = get_args(Precision)
 
-# Rows gathered before a product, by device type: where more no longer makes the product faster per row.
+# Rows gathered before a product, by device type. More rows would not make the product faster per row.
 ROWS = {"cpu": 1024, "cuda": 4096}
-# Blocks of an update on a GPU that need no gathering: each takes a pass over the triangle, and with more rows float32
-# sums of products whose mean is 4 deviations would lose more than is promised.
+# Rows per block of a large GPU update that needs no gathering. Each block costs a pass over the triangle, but with more
+# rows, float32 sums of products with a mean of 4 deviations would exceed the guaranteed error.
 DIRECT = 8192
 
 
 class StreamingMoments(Locked):
     """Mean and covariance of tokens in one pass: mu = sum x_t / n, C = sum (x_t - mu)(x_t - mu)^T / (n - ddof).
 
-    Blocks of rows are shifted by a vector near their mean, multiplied, and joined by the rule of Chan, Golub and
-    LeVeque (Updating formulae and a pairwise algorithm for computing sample variances, 1979), which is exact algebra
-    for any split and order. Small updates are gathered until a product pays; reading a property folds them in.
+    Blocks of rows are shifted by a vector near their mean, multiplied, and combined by the rule of Chan, Golub and
+    LeVeque (Updating formulae and a pairwise algorithm for computing sample variances, 1979), which is algebraically
+    exact for any split and order. Small updates are gathered until a product is worthwhile; reading a property folds
+    them in.
 
-    hidden_size: d. device: where the tokens are and the state lies.
-    precision: "auto": every covariance entry is within 1e-5 of sigma_i sigma_j whatever the mean, with products in
-    float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 4e16; beyond, a block's
-    sums of squares leave float32. "exact": products in float64. "fast": one low-precision pass by Triton, whose error
-    grows with the square of mean / deviation; "auto" elsewhere.
+    hidden_size: d. device: of the tokens and the state.
+    precision: "auto": the error of every covariance entry is at most 1e-5 sigma_i sigma_j for any mean, with products
+    in float32 or split bfloat16 (float64 for float64 tokens), for deviations between 1e-15 and 4e16; beyond these, a
+    block's sums of squares exceed the range of float32. "exact": products in float64. "fast": one low-precision pass
+    with Triton, whose error grows with the square of mean / deviation; the same as "auto" on other backends.
     backend: "triton", "native" or "eager" (`mir_kernels.backends()`), or "reference".
 
-    Threads may share one: each call has it to itself. With as many as there are cores, one a thread and `merge` at the
-    end is faster, since no call waits for another.
+    Threads may share an instance; each call has exclusive access. With as many threads as cores, one instance per
+    thread and a `merge` at the end is faster, because no call waits for another.
 
-    A refused update leaves the state as it was. Tokens are not asked whether they are finite, which would wait for the
-    device: reading a mean or covariance that is not finite raises ValueError.
+    An update that raises leaves the state unchanged. Updates do not check that tokens are finite, which would wait for
+    the device; reading a mean or covariance that is not finite raises ValueError.
     """
 
-    _reduced: frozenset[int] = frozenset()  # names of the sums over ranks whose totals are in it
+    _reduced: frozenset[int] = frozenset()  # identifiers of the sums over ranks that are included
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class StreamingMoments(Locked):
         backend: Backend | None = None,
     ) -> None:
         if not isinstance(hidden_size, int) or isinstance(hidden_size, bool) or hidden_size < 1:
-            raise ValueError(f"hidden_size: takes an integer of at least 1, got {hidden_size!r}")
+            raise ValueError(f"hidden_size: expected an integer of at least 1, got {hidden_size!r}")
         _checks.choice("precision", precision, PRECISIONS)
         super().__init__()
         self.hidden_size, self.precision = hidden_size, precision
@@ -74,37 +75,37 @@ class StreamingMoments(Locked):
     @torch.inference_mode(False)
     @alone
     def reset(self) -> None:
-        """Back to no rows, and to none that other ranks hold as well."""
+        """Remove all rows, including the record of those that other ranks hold as well."""
         d = self.hidden_size
         self._reduced = frozenset()
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
-        self._count = torch.zeros((), dtype=torch.int64, device=self.device)  # of the rows folded in
+        self._count = torch.zeros((), dtype=torch.int64, device=self.device)  # rows folded in
         self._mean = zeros(d)
         # The centred second moment is _second + sum_r _weights[r] _owed[r] _owed[r]^T: the two outer products of Chan's
-        # rule are left to the next block, which passes over the triangle anyway.
+        # rule are deferred to the next block, which passes over the triangle anyway.
         self._second = zeros(packed.entries(d))
         self._owed = zeros(2, d)
         self._weights = zeros(2)
-        self._pending: Tensor | None = None  # (rows + 1, d) of the tokens' dtype; the last row takes what a mask drops
-        self._bound = 0  # rows of _pending in use, at most: on CUDA only the device knows how many a mask kept
-        self._filled = torch.zeros((), dtype=torch.int64, device=self.device)  # and this is how many
-        self._whole = True  # no mask dropped any: it is known here, too
+        self._pending: Tensor | None = None  # (rows + 1, d), the tokens' dtype; rows dropped by a mask go to the last
+        self._bound = 0  # upper bound on the rows of _pending in use: on CUDA only the device knows what a mask kept
+        self._filled = torch.zeros((), dtype=torch.int64, device=self.device)  # the exact number
+        self._whole = True  # no mask dropped any row, so _bound is exact
 
     @outside_compilation
     @alone
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, x: Array, mask: Array | None = None) -> None:
-        """Adds the tokens x `(..., d)`, f32/bf16/f16/f64, any strides, where mask `(...)`, bool or uint8, is nonzero.
+        """Add the tokens x `(..., d)`, f32/bf16/f16/f64, any strides, where mask `(...)`, bool or uint8, is nonzero.
 
-        numpy arrays are taken for both. On CUDA nothing waits for the device, unless the mask has another whole dtype,
-        in which it is to be 0 and 1.
+        Both may be NumPy arrays. On CUDA nothing waits for the device, unless the mask has another integer dtype, whose
+        entries are checked to be 0 and 1.
         """
         x = _checks.tokens("x", x)
         if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: takes shape (..., {self.hidden_size}), got {tuple(x.shape)}")
+            raise ValueError(f"x: expected shape (..., {self.hidden_size}), got {tuple(x.shape)}")
         if x.device != self.device:
-            raise ValueError(f"x: lies on {x.device}, but the moments lie on {self.device}")
+            raise ValueError(f"x: is on {x.device}, but the moments are on {self.device}")
         if mask is not None:
             mask = _checks.mask("mask", mask, tuple(x.shape[:-1]))
             _checks.same_device("mask", mask, "x", x)
@@ -132,7 +133,7 @@ class StreamingMoments(Locked):
     @outside_compilation
     @alone
     def mean(self) -> Tensor:
-        """mu `(d,)`, float64; zeros while there are no rows. ValueError where it is not finite."""
+        """mu `(d,)`, float64; zeros if there are no rows. ValueError if it is not finite."""
         self._fold_pending()
         require_finite("mean", self._mean, None, self.precision)
         return self._mean.clone()
@@ -142,11 +143,11 @@ class StreamingMoments(Locked):
     @torch.inference_mode(False)
     @torch.no_grad()
     def covariance(self, ddof: int = 1) -> Tensor:
-        """C `(d, d)`, float64, symmetric. ValueError where count <= ddof, or where it is not finite."""
+        """C `(d, d)`, float64, symmetric. ValueError if count <= ddof or C is not finite."""
         self._settle()
         count = self.count
         if count <= ddof:
-            raise ValueError(f"count: a covariance with ddof {ddof} takes more than {ddof} rows, got {count}")
+            raise ValueError(f"count: a covariance with ddof {ddof} requires more than {ddof} rows, got {count}")
         variances = packed.diagonal(self._second, self.hidden_size)
         require_finite("covariance", self._mean, variances, self.precision)
         out = packed.unpack(self._second, self.hidden_size).div_(count - ddof)
@@ -157,18 +158,18 @@ class StreamingMoments(Locked):
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, other: StreamingMoments) -> None:
-        """Adds everything `other` has seen; `other` stays as it is.
+        """Add all rows of `other`, which stays unchanged.
 
-        ValueError where both hold the total of the same all_reduce.
+        ValueError if both hold the total of the same all_reduce.
         """
         if not isinstance(other, StreamingMoments):
-            raise TypeError(f"other: takes a StreamingMoments, got {type(other).__name__}")
+            raise TypeError(f"other: expected a StreamingMoments, got {type(other).__name__}")
         if other is self:
-            raise ValueError("other: takes another StreamingMoments, got the same one")
+            raise ValueError("other: expected a different StreamingMoments, got the object itself")
         if other.hidden_size != self.hidden_size:
-            raise ValueError(f"other: takes hidden_size {self.hidden_size}, got {other.hidden_size}")
+            raise ValueError(f"other: expected hidden_size {self.hidden_size}, got {other.hidden_size}")
         if other.device != self.device:
-            raise ValueError(f"other: lies on {other.device}, but the moments lie on {self.device}; move it with .to()")
+            raise ValueError(f"other: is on {other.device}, but the moments are on {self.device}; move it with .to()")
         with both(self, other):
             self._add(other)
 
@@ -177,12 +178,12 @@ class StreamingMoments(Locked):
     @torch.inference_mode(False)
     @torch.no_grad()
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Puts into every rank of `group` what all ranks have seen together. Ranks without rows are fine.
+        """Give every rank of `group` the moments of the rows of all its ranks. Ranks may have no rows.
 
-        Counts and sums first, then the second moments around the common mean: two sums over the ranks.
-        Raises RuntimeError on every rank where two of them hold the total of the same earlier all_reduce, and then
-        nothing has changed: `copy.deepcopy(moments).all_reduce()` gives totals on the way. Totals of groups without a
-        common rank may be reduced again, as those of the machines after those of the cards in each.
+        Uses two sums over the ranks: counts and sums first, then the second moments around the common mean.
+        If two ranks hold the total of the same earlier all_reduce, every rank raises RuntimeError and nothing changes;
+        `copy.deepcopy(moments).all_reduce()` returns intermediate totals in a copy. Totals of disjoint groups may be
+        reduced again, for example across machines after a reduction within each.
         """
         from torch import distributed
 
@@ -190,10 +191,10 @@ class StreamingMoments(Locked):
 
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
-                "all_reduce: takes an initialised process group; call torch.distributed.init_process_group"
+                "all_reduce: expected an initialised process group; call torch.distributed.init_process_group"
             )
         if distributed.get_rank(group) < 0:
-            distributed.all_reduce(torch.zeros_like(self._mean), group=group)  # nothing, of which torch warns
+            distributed.all_reduce(torch.zeros_like(self._mean), group=group)  # does nothing; torch warns
             return
         n = (self._count + self._filled).double()
         rows_sum = self._count.double() * self._mean
@@ -212,16 +213,16 @@ class StreamingMoments(Locked):
     @torch.inference_mode(False)
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy as plain tensors, gathered rows as they are: loading them and going on gives the bits of never having
-        stopped. Neither changes with the other.
+        """A copy of the state as plain tensors. Gathered rows are stored unchanged, so a run resumed from it has the
+        same bits as an uninterrupted one.
 
-        Entries: version, count, mean, second, owed, weights, pending, bound; and reduced, after an all_reduce.
+        Entries: version, count, mean, second, owed, weights, pending, bound; after an all_reduce also reduced.
         """
         return {name: value.clone() for name, value in self._live_state().items()}
 
     def _live_state(self) -> dict[str, Tensor]:
-        """The same without copying: for who reads or copies it before anything goes on."""
-        kept = self._bound if self._whole else int(self._filled)  # where it is known, nothing waits for the device
+        """`state_dict` without copying, for callers that read or copy it before the moments change."""
+        kept = self._bound if self._whole else int(self._filled)  # waits for the device only if _bound is inexact
         own = {name: getattr(self, f"_{name}") for name in OWN}
         if self._pending is None:
             pending = torch.empty(0, self.hidden_size, dtype=torch.float32, device=self.device)
@@ -237,7 +238,7 @@ class StreamingMoments(Locked):
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes over a copy of what `state_dict` gave, from any device. A refused state changes nothing."""
+        """Load a copy of a `state_dict` from any device. An invalid state raises an error and changes nothing."""
         check(state, self._live_state(), self.hidden_size, max(ROWS.values()))
         pending, bound = state["pending"], int(state["bound"])
         self.reset()
@@ -245,7 +246,7 @@ class StreamingMoments(Locked):
         for name in OWN:
             setattr(self, f"_{name}", state[name].to(self.device, copy=True))
         if pending.shape[0]:
-            # A state from another device may hold more rows than are gathered here: then they are folded in at once.
+            # A state from another device may hold more rows than are gathered here. They are then folded in at once.
             rows = pending.to(self.device)
             self._bound = max(rows.shape[0], bound) if self._waits_for_nothing() else rows.shape[0]
             self._allocate(rows.dtype, max(self._rows(), self._bound))[: rows.shape[0]] = rows
@@ -257,7 +258,7 @@ class StreamingMoments(Locked):
 
     @alone
     def to(self, device: torch.device | str) -> StreamingMoments:
-        """Moves the state, chooses the backend anew, and returns self. Where that fails, nothing has changed."""
+        """Move the state, choose the backend again, and return self. If this fails, nothing changes."""
         moved = type(self).__new__(type(self))
         moved.__setstate__(self.__getstate__())
         moved.device = torch.empty(0, dtype=torch.float32, device=device).device
@@ -268,7 +269,7 @@ class StreamingMoments(Locked):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the tensors that are held."""
+        """Bytes of all tensors of the state."""
         held = (self._count, self._mean, self._second, self._owed, self._weights, self._filled, self._pending)
         return sum(t.nbytes for t in held if t is not None)
 
@@ -289,11 +290,11 @@ class StreamingMoments(Locked):
         return self._pending
 
     def _kept(self) -> Tensor | None:
-        """Which of the gathered rows in use are rows, (_bound,) bool; None where all are."""
+        """Which of the gathered rows in use are valid, (_bound,) bool; None if all are."""
         return None if self._whole else torch.arange(self._bound, device=self.device, dtype=torch.int64) < self._filled
 
     def _gather_known(self, rows: Tensor, keep: Tensor | None) -> None:
-        """Blocks of exactly _rows() rows, in order: the bits do not depend on how the rows were split into updates."""
+        """Fold in blocks of exactly _rows() rows, in order, so the bits do not depend on how updates split the rows."""
         index = None if keep is None else keep.nonzero().flatten()
         total, done, size = rows.shape[0] if index is None else index.shape[0], 0, self._rows()
         while done < total:
@@ -311,7 +312,7 @@ class StreamingMoments(Locked):
                 self._fold_pending()
 
     def _gather_on_device(self, rows: Tensor, keep: Tensor | None) -> None:
-        """The same without asking how many rows a mask keeps: only the device moves and counts them."""
+        """The same if the host does not know how many rows a mask keeps: the device moves and counts them."""
         size = self._rows()
         if keep is None and rows.shape[0] >= size:
             direct = rows.shape[0] // size * size
@@ -346,7 +347,7 @@ class StreamingMoments(Locked):
             self._whole = True
 
     def _fold(self, x: Tensor, mask: Tensor | None) -> None:
-        """Joins a block (rows, d) to the state: Chan's rule around the shift s that the block was multiplied with.
+        """Add a block (rows, d) to the state: Chan's rule around the shift s that was subtracted from the block.
 
         M' = M + n a a^T + sum (x - s)(x - s)^T - n' b b^T with a = mu - s, b = mu' - s, n' = n + rows.
         """
@@ -365,7 +366,7 @@ class StreamingMoments(Locked):
 
     def _add(self, other: StreamingMoments) -> None:
         if self._reduced & other._reduced:
-            raise ValueError("other: holds the total of an all_reduce that these moments hold too")
+            raise ValueError("other: holds the total of an all_reduce that these moments also hold")
         self._reduced |= other._reduced
         n, m = self._count.double(), other._count.double()
         total = (n + m).clamp(min=1)
@@ -384,7 +385,7 @@ class StreamingMoments(Locked):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _settle(self) -> None:
-        """Nothing pending, nothing owed."""
+        """Fold in the gathered rows and add the deferred outer products."""
         self._fold_pending()
         packed.add_outer(self._second, self.hidden_size, self._owed, self._weights)
         self._owed.zero_()

@@ -13,15 +13,15 @@ from mir_kernels import _triton
 from mir_kernels._triton import INTERPRET, cast, column_quarters, triangle
 from mir_kernels.ops.moments.packed import PANEL
 
-NORM_BLOCK = 4096  # elements of a program of the norms: 32 a thread
-CHUNK = 256  # rows summed in the tensor cores before their sum is added, rounded to nearest, to the tile's total
-SHIFT_ABOVE = 4.0  # columns whose mean lies more deviations than this from zero are shifted
-SPLIT_ROWS = 32  # of a program that splits
-SAMPLE = 512  # rows that the deviations are judged by
+NORM_BLOCK = 4096  # elements per program of the norms: 32 per thread
+CHUNK = 256  # rows summed in the tensor cores before their sum is added to the tile's total, rounded to nearest
+SHIFT_ABOVE = 4.0  # columns whose mean is more deviations than this away from zero are shifted
+SPLIT_ROWS = 32  # rows per program of _split_fwd
+SAMPLE = 512  # rows sampled to estimate the deviations
 
 
 class Blocks(NamedTuple):
-    """Tile edge (divides GRAIN and PANEL), rows a step, warps, stages."""
+    """Tile edge (divides GRAIN and PANEL), rows per step, warps, stages."""
 
     tile: int
     step: int
@@ -36,11 +36,11 @@ TABLE = {
     "gfx942": Blocks(128, 32, 8, 2),
     "interpreter": Blocks(32, 32, 4, 1),
 }
-GRAIN = 128  # columns that are shifted together or not at all; every tile edge divides it
+GRAIN = 128  # columns that are shifted together or not at all; a multiple of every tile edge
 
 
 def token_norms(x: Tensor) -> Tensor:
-    """l2 norms of the rows of x `(rows, d)`, whose elements lie side by side, as float32 `(rows,)`."""
+    """l2 norms of the contiguous rows of x `(rows, d)`, as float32 `(rows,)`."""
     rows, d = x.shape
     out = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows == 0:
@@ -66,15 +66,15 @@ def token_norms(x: Tensor) -> Tensor:
 def accumulate(
     second: Tensor, x: Tensor, mask: Tensor | None, centre: Tensor, vectors: Tensor, weights: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """The block update of `eager.accumulate` for precision "fast" and "auto", one launch over the lower tiles.
+    """The block update of `eager.accumulate` for precision "fast" and "auto", one program per lower tile.
 
-    16-bit columns whose mean is moderate go into the tensor cores as they are: their products are exact in float32.
-    The tiles that touch a column with a mean of more than SHIFT_ABOVE deviations take differences from a shift that
-    the dtype can hold, which are exact but for outliers, as a high part and a remainder. float32 is always shifted,
-    scaled by a power of two a column, and split into two float16: 22 bits, or for "fast" the 11 of the high part.
+    16-bit columns with a moderate mean are multiplied unshifted: their products are exact in float32. Tiles that
+    contain a column with a mean of more than SHIFT_ABOVE deviations use differences from a shift that the dtype can
+    represent, split into a high part and a remainder; the differences are exact except for outliers. float32 is always
+    shifted, scaled by a power of two per column, and split into two float16: 22 bits, or 11 (the high part) for "fast".
     """
     if x.dtype == torch.float64:
-        raise TypeError("x: the Triton product takes float32, bfloat16 or float16, got float64")
+        raise TypeError("x: expected float32, bfloat16 or float16 for the Triton product, got float64")
     if x.stride(1) != 1:
         x = x.contiguous()
     shift = _shift(x, mask, centre, precision)
@@ -86,33 +86,34 @@ def accumulate(
         planes = _split(x, mask, shift, scale, torch.ones_like(grains[:1]))
         _launch(planes, None, 1 / scale.double(), for_all, first_part=3 if precision == "fast" else 1, every_tile=True)
         return shift.double(), sums
-    # Both launches see all tiles and leave those of the other; which are whose is known to the device alone.
+    # Both launches cover all tiles and each skips the other's, because only the device knows which are shifted.
     _launch(x, mask, None, for_all, first_part=None, every_tile=precision == "fast")
     if precision != "fast":
         planes = _split(x, mask, shift, None, grains.amax())
-        # The remainder is not small where a difference is beyond float16.
+        # The remainder is not small if a difference exceeds the range of float16.
         _launch(planes, None, None, for_all, first_part=0 if x.dtype == torch.float16 else 1, every_tile=False)
     return shift.double(), sums
 
 
 def _scale_to_float16(x: Tensor, mask: Tensor | None, shift: Tensor) -> Tensor:
-    """(d,) powers of two that bring the largest difference of a float32 column to between 2^14 and 2^15."""
+    """(d,) powers of two that scale the largest difference of each float32 column to between 2^14 and 2^15."""
     away = (x - shift).abs()
     largest = (away if mask is None else away.masked_fill_(~mask[:, None], 0.0)).amax(0)
     exponent = torch.frexp(largest).exponent
     scale = torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126).masked_fill(largest == 0, 0))
-    # The high part alone, which "fast" multiplies, is clamped: a column that is not finite has no scale.
+    # The high part is clamped and would hide infinity from "fast", which uses nothing else: NaN scale if not finite.
     return scale.masked_fill(~largest.isfinite(), float("nan"))
 
 
 def _split(x: Tensor, mask: Tensor | None, shift: Tensor, scale: Tensor | None, wanted: Tensor) -> Tensor:
-    """(2, rows, d): (x - shift) scale as a high part and a remainder, in 16 bits, zero in rows outside the mask.
+    """(x - shift) * scale as a 16-bit high part and remainder, (2, rows, d); zero in rows outside the mask.
 
-    Once for all tiles, each of which would else cut the same columns again. Nothing is written where `wanted` is 0.
+    Computed once for all tiles, which would otherwise split the same columns repeatedly. Writes nothing if `wanted` is
+    0.
     """
     rows, d = x.shape
     dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
-    planes = torch.empty(2, rows, d + -d % 8, dtype=dtype, device=x.device)  # rows start at multiples of 16 bytes
+    planes = torch.empty(2, rows, d + -d % 8, dtype=dtype, device=x.device)  # aligns rows to 16 bytes
     if rows:
         with _triton.on(x.device):
             _split_fwd[(triton.cdiv(rows, SPLIT_ROWS), triton.cdiv(d, GRAIN))](
@@ -132,7 +133,7 @@ def _launch(
     first_part: int | None,
     every_tile: bool,
 ) -> None:
-    """Adds the products of x (rows, d), or from `first_part` on of its planes (2, rows, d) in units of `unit` (d,)."""
+    """Add the products of x (rows, d), or from `first_part` on of the planes x (2, rows, d) in units of `unit` (d,)."""
     second, grains, vectors, weights, sums = for_all
     rows, d = x.shape[-2:]
     blocks = _triton.row(TABLE, x.device)
@@ -157,7 +158,7 @@ def _launch(
 
 
 def _shift(x: Tensor, mask: Tensor | None, centre: Tensor, precision: str) -> Tensor:
-    """(d,) float32, every value one of x's dtype; zero where a column goes in as it is."""
+    """The shift (d,) as float32, representable in x's dtype; zero for columns that are not shifted."""
     if precision == "fast":
         return torch.zeros_like(centre, dtype=torch.float32)
     shift = centre.to(x.dtype).float()
@@ -176,7 +177,7 @@ def _shift(x: Tensor, mask: Tensor | None, centre: Tensor, precision: str) -> Te
 def _token_norms_fwd(
     x, out, rows, x_stride, d, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program norms HEIGHT rows. A power of two chosen by the row's largest element keeps squares in range."""
+    """One program computes the norms of HEIGHT rows, scaled by a power of two per row to keep squares in range."""
     row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)  # [HEIGHT]
     m_row = row < rows
     column = tl.arange(0, BLOCK)  # [BLOCK]
@@ -207,7 +208,7 @@ def _token_norms_fwd(
 
 @triton.jit
 def _scale(largest, WIDE: tl.constexpr):
-    """The power of two that brings the normal number `largest` to between 1 and 4, and its inverse; 1 for float64."""
+    """The power of two that scales the normal number `largest` to between 1 and 4, and its inverse; 1 for float64."""
     if WIDE:
         scale = tl.full(largest.shape, 1.0, tl.float64)
         back = scale
@@ -226,9 +227,9 @@ def _accumulate_fwd(
 ):  # fmt: skip
     """One program per lower tile (i, j): its product over all rows, then one pass over its float64 entries.
 
-    second: packed triangle. x: as it is, or planes of `_split` where FIRST_PART >= 0, whose columns are in units of
-    unit (d,). grains: whether each GRAIN columns are shifted; a program leaves the tiles of the other kind unless
-    EVERY_TILE. vectors (2, d), weights (2,): outer products to add. sums: (d,), by the diagonal tiles.
+    second: packed triangle. x: the tokens, or planes of `_split` if FIRST_PART >= 0, with columns in units of unit
+    (d,). grains: whether each group of GRAIN columns is shifted; tiles of the other kind are skipped unless EVERY_TILE.
+    vectors (2, d), weights (2,): outer products to add. sums: (d,), written by the diagonal tiles.
     """
     i, j = triangle(tl.program_id(0))
     if not EVERY_TILE:
@@ -243,20 +244,20 @@ def _accumulate_fwd(
     if FIRST_PART < 0:
         b_total, b_sums = _products(x, x, for_tile, i == j, b_total, b_sums, HAS_MASK, TILE, STEP, CHUNK)
     else:
-        # low low, low high, high low, high high: the small products first. One after another, a tile has one
-        # accumulator beside its total.
+        # low low, low high, high low, high high: small products first. In sequence, so that a tile needs only one
+        # accumulator in addition to its total.
         plane = rows.to(tl.int64) * x_stride
         for part in range(FIRST_PART, 4):
             left = x + tl.where(part < 2, plane, 0)
             right = x + tl.where(part % 2 == 0, plane, 0)
-            summed = (i == j) & (part % 2 == 1)  # each plane once
+            summed = (i == j) & (part % 2 == 1)  # sums each plane once
             b_total, b_sums = _products(left, right, for_tile, summed, b_total, b_sums, False, TILE, STEP, CHUNK)
     if i == j:
         b_column = b_sums.to(tl.float64)
         if HAS_UNIT:
             b_column *= tl.load(unit + column_i, mask=column_i < d, other=0.0)
         tl.store(sums + column_i, b_column, mask=column_i < d)
-    # In quarters of the columns: a whole tile in float64 would take every register.
+    # In quarters of the columns, because a whole tile in float64 would fill all registers.
     first, second_quarter, third, fourth = column_quarters(b_total, TILE, TILE)
     quarter: tl.constexpr = TILE // 4
     for_all = (second, unit, vectors, weights, i, j, d)
@@ -270,7 +271,7 @@ def _accumulate_fwd(
 def _add_to_second(
     b, for_all, skip, HAS_UNIT: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Adds b [TILE, WIDTH] and the owed outer products to the packed triangle, `skip` columns into tile (i, j)."""
+    """Add b [TILE, WIDTH] and the deferred outer products to the packed triangle, `skip` columns into tile (i, j)."""
     second, unit, vectors, weights, i, j, d = for_all
     row = i * TILE + tl.arange(0, TILE)  # [TILE]
     column = j * TILE + skip + tl.arange(0, WIDTH)  # [WIDTH]
@@ -304,7 +305,7 @@ def _products(
     step = tl.full((), STEP, tl.int64) * x_stride
     p_i = left + p_row + column_i[None, :]  # [STEP, TILE]
     p_j = right + p_row + column_j[None, :]  # [STEP, TILE]
-    # One loop over all steps, not one a chunk: loads of the next chunk are on their way while this one is added.
+    # One loop over all steps, not one per chunk, so that the next chunk is loaded while this one is added.
     for start in range(0, rows, STEP):
         row = start + tl.arange(0, STEP)  # [STEP]
         m_row = row < rows
@@ -353,7 +354,7 @@ def _split_fwd(
 
 @triton.jit
 def _high(b, dtype: tl.constexpr):
-    """b in dtype, the largest finite value where it lies beyond."""
+    """b in dtype, clamped to its finite range if float16."""
     if dtype == tl.float16:
         b = tl.clamp(b, -65504.0, 65504.0)
     return cast(b, dtype)
@@ -361,7 +362,7 @@ def _high(b, dtype: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc):
-    """a^T b + acc. The interpreter multiplies bfloat16 wrongly: it gets float32, whose products are the same."""
+    """a^T b + acc. The interpreter multiplies bfloat16 incorrectly, so it uses float32, whose products are equal."""
     if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(tl.trans(a), b, acc, input_precision="ieee", out_dtype=tl.float32)

@@ -1,5 +1,7 @@
-"""Gradients of the roots, and their registered operators. One rule an operation serves both: `_*_backward` takes the
-raw gradient in eager mode and the registered one in a trace."""
+"""Gradients of the roots, and their registered operators.
+
+One rule per operation serves both: `_*_backward` calls the raw gradient in eager mode and the registered one in a
+trace."""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ _Gradient = Callable[..., Tensor]
 def _root_gradient(grad: Tensor, a: Tensor, x: Tensor, kind: str, precision: str) -> Tensor:
     """The gradient of A from that of X = A^(1/2) or A^(-1/2): X S + S X = G.
 
-    In float64 where `precision` is that, from A itself: X was rounded to the dtype of A.
+    With `precision` "float64" it is computed in float64 from A itself, because X was rounded to the dtype of A.
     """
     d = a.shape[-1]
     working = _working(a, precision)
@@ -45,7 +47,10 @@ def _root_gradient(grad: Tensor, a: Tensor, x: Tensor, kind: str, precision: str
 
 @with_float32_products
 def _polar_gradient(grad: Tensor, m: Tensor, u: Tensor, precision: str) -> Tensor:
-    """U^T dU is skew and solves H W + W H = U^T dM - dM^T U; what of dM leaves the range of U is divided by H."""
+    """The gradient of M = U H from that of U.
+
+    U^T dU is skew and solves H W + W H = U^T dM - dM^T U; the part of dM outside the range of U is divided by H.
+    """
     wide = m.shape[-2] < m.shape[-1]
     working = _working(m, precision)
     shape = (-1, max(m.shape[-2:]), min(m.shape[-2:]))
@@ -66,7 +71,7 @@ def _polar_gradient(grad: Tensor, m: Tensor, u: Tensor, precision: str) -> Tenso
 
 @with_float32_products
 def _newton_schulz_gradient(grad_y: Tensor, grad_z: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """Of the iterates as they came out, whatever they were iterated in. Z = Y^-1: dZ = -Z dY Z."""
+    """The gradient from the returned iterates, whatever precision they were iterated in. Z = Y^-1: dZ = -Z dY Z."""
     working = accumulator(y)
     of_y, of_z, root, inverse = (t.to(working) for t in (grad_y, grad_z, y, z))
     return _root_gradient(of_y - inverse.mT @ of_z @ inverse.mT, root, root, "sqrt", "float32").to(y.dtype)
@@ -77,15 +82,15 @@ def _working(x: Tensor, precision: str) -> torch.dtype:
 
 
 def _lyapunov(x: Tensor, g: Tensor) -> Tensor:
-    """S with X S + S X = G for symmetric positive semi-definite X; nothing where both eigenvalues are rounding."""
-    if x.is_cuda and x.dtype == torch.float32:  # a GPU multiplies faster than it finds eigenvectors
+    """S with X S + S X = G for symmetric positive semi-definite X; zero where both eigenvalues are rounding errors."""
+    if x.is_cuda and x.dtype == torch.float32:  # on a GPU products are faster than eigenvectors
         return eager.lyapunov(x, g)
     values, vectors = torch.linalg.eigh(x)
     return _lyapunov_in(values, vectors, g)
 
 
 def _lyapunov_in(values: Tensor, vectors: Tensor, g: Tensor) -> Tensor:
-    """The same, of the eigenvalues and eigenvectors of X."""
+    """`_lyapunov` from the eigenvalues and eigenvectors of X."""
     sums = values[..., :, None] + values[..., None, :]
     floor = 4 * g.shape[-1] * torch.finfo(g.dtype).eps * values[..., -1:, None]
     inner = torch.where(sums > floor, vectors.mT @ g @ vectors / sums, 0.0)

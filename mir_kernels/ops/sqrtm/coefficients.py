@@ -1,8 +1,8 @@
-"""Odd polynomials of degree five whose composition takes [lower, 1] to 1 fastest: the steps of `polar`.
+"""Odd polynomials of degree five whose composition maps [lower, 1] to 1 fastest: the steps of `polar`.
 
-Each is the minimax approximation of 1 on the interval that the one before left over, found by the exchange algorithm
-of Remez. In exact arithmetic choosing each greedily gives the best composition of them all (Amsel, Persson, Musco and
-Gower, The Polar Express, 2025; Nakatsukasa and Freund, SIAM Review 2016, for rational functions).
+Each is the minimax approximation of 1 on the interval left by the previous one, found by the Remez exchange algorithm.
+In exact arithmetic this greedy choice gives the best composition (Amsel, Persson, Musco and Gower, The Polar Express,
+2025; Nakatsukasa and Freund, SIAM Review 2016, for rational functions).
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ Step = tuple[float, float, float]  # p(x) = a x + b x^3 + c x^5
 # Functions of Matrices, section 8.3).
 SCHULZ: Step = (15 / 8, -10 / 8, 3 / 8)
 
-# What keeps 1 as `SCHULZ` does, but squares an error instead of cubing it, and takes x near 0 to 5/2 x^3.
+# Keeps 1 as `SCHULZ` does, but squares an error instead of cubing it, and maps x near 0 to 5/2 x^3.
 PURGE: Step = (0.0, 5 / 2, -3 / 2)
 
 # No step is made for a wider interval than [CUSHION, 1] times its top. The minimax polynomial of [1e-7, 1] touches 1e-6
-# inside the interval: it sends singular values of order one down there, and rounding then turns their vectors at will.
-# The price is a growth of the smallest by 4.1 a step instead of 4.25 (the remedy, and the value, of Amsel et al.).
+# inside the interval: it sends singular values of order one down there, where rounding rotates their vectors
+# arbitrarily. The price: the smallest grows by 4.1 per step instead of 4.25 (remedy and value of Amsel et al.).
 CUSHION = 0.024
 
 
 @lru_cache
 def schedule(lower: float, safety: float, target: float) -> tuple[Step, ...]:
-    """Steps that take singular values in [lower, 1] to within `target` of 1.
+    """Steps that map singular values in [lower, 1] to within `target` of 1.
 
-    lower: the smallest singular value that must arrive, relative to the bound that scaled the matrix; smaller ones
-    stay below 1 and lose part of themselves.  safety: every interval is widened at the top by this factor, so that a
-    singular value that rounding has pushed out still comes back (1.05 for bfloat16, 1 + 1e-3 for float32).
+    lower: the smallest singular value that must converge to 1, relative to the bound that scaled the matrix; smaller
+    ones stay below 1.  safety: every interval is widened at the top by this factor, so that a singular value pushed out
+    by rounding still converges (1.1 for bfloat16, 1.001 for float32).
     target: the deviation from 1 at which the steps end.
     """
     if not 0 < lower < 1 or safety < 1 or target <= 0:
-        raise ValueError(f"schedule: takes 0 < lower < 1, safety >= 1, target > 0, got {lower}, {safety}, {target}")
+        raise ValueError(f"schedule: expected 0 < lower < 1, safety >= 1, target > 0, got {lower}, {safety}, {target}")
     steps: list[Step] = []
     low, high = lower, 1.0
     while max(1 - low, high - 1) > target and len(steps) < 64:
         step, error = minimax(max(low, CUSHION * high), high * safety)
-        # Close to 1 the widening, not the interval, would set the error: there the limit converges by itself.
+        # Close to 1 the widening, not the interval, would dominate the error; there the limit polynomial converges.
         if limit_error(low, high) <= error:
             step, error = SCHULZ, limit_error(low, high)
         steps.append(step)
@@ -63,7 +63,7 @@ def minimax(low: float, high: float) -> tuple[Step, float]:
         # a + 3b x^2 + 5c x^4 = 0
         root = sqrt(max(9 * b * b - 20 * a * c, 0.0))
         before, (q, r) = (q, r), (sqrt((-3 * b - root) / (10 * c)), sqrt((-3 * b + root) / (10 * c)))
-        # The error itself hardly moves when it is close to 1: its places say whether the exchange has settled.
+        # An error close to 1 hardly changes; the positions of its extrema show whether the exchange has converged.
         if abs(q - before[0]) + abs(r - before[1]) < 1e-14 * high:
             break
     return (a, b, c), max(abs(1 - evaluate((a, b, c), x)) for x in (low, q, r, high))
@@ -76,7 +76,7 @@ def evaluate(step: Step, x: float) -> float:
 
 
 def limit_error(low: float, high: float) -> float:
-    """The largest deviation from 1 that `SCHULZ` leaves on [low, high]; infinite where it would not contract."""
+    """The largest deviation from 1 after `SCHULZ` on [low, high]; infinite if it would not contract."""
     if low < 0.5 or high > 1.25:
         return float("inf")
     return max(abs(1 - evaluate(SCHULZ, x)) for x in (low, high))

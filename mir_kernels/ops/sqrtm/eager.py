@@ -18,8 +18,9 @@ DTYPES = {
     "float64": torch.float64,
 }
 
-# How far rounding can push a singular value out of the interval a step was made for; where a schedule may end, because
-# rounding moves the singular values that far anyway; the smallest relative singular value one schedule brings home.
+# SAFETY: how far rounding can push a singular value out of a step's interval. TARGET: the deviation from 1 at which a
+# schedule ends, because rounding moves singular values as far. LOWER: the smallest relative singular value that
+# converges within one schedule.
 SAFETY = {"bfloat16": 1.1, "float16": 1.02, "float32": 1.001, "float64": 1.0 + 1e-9}
 TARGET = {"bfloat16": 1e-2, "float16": 1e-3, "float32": 1e-6, "float64": 1e-14}
 LOWER = {"bfloat16": 3e-4, "float16": 1e-4, "float32": 1e-7, "float64": 1e-12}
@@ -34,7 +35,7 @@ def polar(
 ) -> Tensor:
     """The orthogonal polar factor of (batch, m, n), m >= n, in the dtype of `precision`.
 
-    Singular values below `lower` times the bound that `normalize` divides by come out below 1.
+    Singular values of M below `lower` times the norm bound of `normalize` come out below 1.
     """
     dtype = DTYPES[precision]
     x = normalize(m, dtype)
@@ -45,10 +46,10 @@ def polar(
 
 
 def steps_for(precision: str, iterations: int | None = None, lower: float | None = None) -> tuple[Step, ...]:
-    """The schedule of `precision`, cut or continued with `SCHULZ` to `iterations` steps.
+    """The schedule of `precision`, cut or extended with `SCHULZ` to `iterations` steps.
 
-    In float64, rounding lifts a zero singular value to 1e-2 at most, and `PURGE` lets it fall again. Other precisions
-    cannot: what rounding makes of a zero there is as large as what they make of the smallest that they bring home.
+    In float64, rounding lifts a zero singular value to 1e-2 at most, and `PURGE` brings it back down. In the other
+    precisions rounding lifts a zero as far as the smallest singular value that should converge to 1.
     """
     steps = schedule(lower or LOWER[precision], SAFETY[precision], TARGET[precision])
     if iterations is None:
@@ -59,8 +60,8 @@ def steps_for(precision: str, iterations: int | None = None, lower: float | None
 def polynomial_step(x: Tensor, coefficients: Step) -> Tensor:
     """a X + X (b G + c G^2), G = X^T X, for (batch, m, n); 16-bit products are accumulated in float32.
 
-    a X goes into the accumulation of the last product: a I + b G + c G^2 rounded to bfloat16 would have negative
-    eigenvalues near 0.004, and those grow.
+    a X is added in the accumulator of the last product: a I + b G + c G^2 rounded to bfloat16 would have negative
+    eigenvalues near 0.004, which grow.
     """
     a, b, c = coefficients
     g = product(x.mT, x)
@@ -71,7 +72,7 @@ def polynomial_step(x: Tensor, coefficients: Step) -> Tensor:
 def product(x: Tensor, y: Tensor, *, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """alpha X Y + beta add, rounded once to the dtype of X from a float32 (float64) accumulation."""
     if x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda:
-        # The same numbers as a tensor core: exact products of 16 bits, float32 sums.
+        # As on a tensor core: exact products of 16-bit values, float32 sums.
         out = product(x.float(), y.float(), add=None if add is None else add.float(), alpha=alpha, beta=beta)
         return out.to(x.dtype)
     return torch.bmm(x, y) if add is None else torch.baddbmm(add, x, y, alpha=alpha, beta=beta)
@@ -80,19 +81,19 @@ def product(x: Tensor, y: Tensor, *, add: Tensor | None = None, alpha: float = 1
 def normalize(m: Tensor, dtype: torch.dtype) -> Tensor:
     """M divided by a bound of its spectral norm; zero matrices stay zero.
 
-    The bound is between 1 and 1.02 n^(1/4) times the norm, for float64 between 1 and 1.001 n^(1/8) times it. All that
-    is rounded is the last division, in float64 for a matrix or an iteration in float64 and in float32 for others.
+    The bound is between 1 and 1.02 n^(1/4) times the norm, for float64 between 1 and 1.001 n^(1/8) times it. Only the
+    last division rounds, in float64 if the matrix or the iteration is float64 and in float32 otherwise.
     """
     working = torch.float64 if torch.float64 in (m.dtype, dtype) else torch.float32
     x = m.to(working)
     # Powers of two, in two steps: neither overflows for an entry near the end of the range.
     x = times_power(x, -torch.frexp(x.abs().amax((-2, -1), keepdim=True)).exponent.to(working))
     x = times_power(x, -torch.frexp(frobenius(x)).exponent.clamp(min=0).to(working))
-    # |X|_2^4 <= |X^T X|_F^2, the sum of the fourth powers of the singular values; to a percent in 16 bits.
+    # |X|_2^4 <= |X^T X|_F^2, the sum of the fourth powers of the singular values; 16 bits give it to a percent.
     rough = x if dtype == torch.float64 else x.bfloat16()
     with float32_products(m.device, dtype):
         g = product(rough.mT, rough)
-        if dtype == torch.float64:  # of the eighth powers: what is added to 22 steps is less than one
+        if dtype == torch.float64:  # the eighth powers: costs less than one of the 22 steps
             bound = frobenius(product(g, g)).sqrt().sqrt() * 1.001
         else:
             bound = frobenius(g.to(working)).sqrt() * 1.02
@@ -103,11 +104,11 @@ def coupled(a: Tensor, precision: str, iterations: int) -> tuple[Tensor, Tensor,
     """Y -> A^(1/2), Z -> A^(-1/2) and |I - ZY|_F / sqrt(d) for symmetric float64 (batch, d, d), in `precision`.
 
     Y' = Y (3I - ZY)/2, Z' = (3I - ZY)/2 Z from Y = A/s, Z = I, s >= |A|_2 (Higham, Functions of Matrices, 6.35). A
-    matrix whose residual has grown tenfold past its best is left at its best iterate: rounding has won there.
+    matrix stops at its best iterate once its residual is ten times the best: rounding dominates from there on.
     """
     dtype, working = DTYPES[precision], torch.float64 if precision == "float64" else torch.float32
     d = a.shape[-1]
-    # In two steps, so that no sum overflows.
+    # Scaled in two steps, so that no sum overflows.
     largest = a.abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     a = a / largest
@@ -123,7 +124,7 @@ def coupled(a: Tensor, precision: str, iterations: int) -> tuple[Tensor, Tensor,
             residual = (frobenius(eye.to(working) - t.to(working)) / d**0.5).nan_to_num(float("inf"))
             better = alive & (residual < best[2])
             alive = alive & (residual < 10 * best[2])
-            # The residual starts near 1 and may stay there for a while: until it falls, the last iterate is the best.
+            # The residual may stay near 1 for a while: until it falls, the latest iterate counts as the best.
             better = better | (alive & (residual < 1.0 + 1e-3))
             by, bz, br = best
             best = torch.where(better, y, by), torch.where(better, z, bz), torch.where(better, residual, br)
@@ -140,10 +141,10 @@ def lyapunov(x: Tensor, g: Tensor) -> Tensor:
     """S with X S + S X = G for positive semi-definite X (batch, d, d), by the sign function of [[X, G], [0, -X]].
 
     B' = B (3I - B^2)/2, C' = (C (3I - B^2) + B C B - B^2 C)/2 from B = X/s, C = G/s: then B -> I and C -> 2 S (Higham,
-    Functions of Matrices, section 2.4, with the Newton-Schulz step of section 5.3). A small eigenvalue grows by half of
-    itself a step. Eigenvalues that rounding cannot tell from zero are found by a first run, which takes what lies above
-    to the size of 1, and McWeeny's P' = 3 P^2 - 2 P^3, which makes a projector of that. Between two such directions S
-    is left out, beside one it solves a linear equation.
+    Functions of Matrices, section 2.4, with the Newton-Schulz step of section 5.3). A small eigenvalue grows by half
+    per step. A first run finds the eigenvalues that are zero to rounding: it maps the larger ones to about 1, and
+    McWeeny's P' = 3 P^2 - 2 P^3 turns the result into a projector. S is zero between two such null directions; between
+    a null direction and any other it solves a linear equation.
     """
     floor = 4 * max(x.shape[-1], 16) * torch.finfo(x.dtype).eps
     steps = max(1, math.ceil(math.log(1 / floor) / math.log(1.5)))
@@ -168,5 +169,5 @@ def lyapunov(x: Tensor, g: Tensor) -> Tensor:
 
 
 def frobenius(x: Tensor) -> Tensor:
-    """|x|_F of the last two dimensions, kept as (..., 1, 1)."""
+    """|x|_F over the last two dimensions, (..., 1, 1)."""
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)

@@ -1,4 +1,4 @@
-"""Factors of covariances that do not break: C with C C^T = A, in float64, for singular and badly scaled A too."""
+"""Robust factors of covariances: C with C C^T = A, in float64, also for singular or badly scaled A."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from mir_kernels.ops.sqrtm import float64
 
 UNIT = 2.0**-53  # unit roundoff of float64
-_BLOCK = 128  # below four of these, one product is faster than the blocks of half of it
+_BLOCK = 128  # below four of these, one whole product is faster than half of it in blocks
 
 
 class Scaled(NamedTuple):
     """A = 4^exponent * D H D with D = diag(scale); every factor is a power of two, so nothing is rounded.
 
-    h: (..., d, d) with diagonal in [1/4, 1), a one where A has a zero row.  scale: (..., d), zero where A has a zero
+    h: (..., d, d) with a diagonal in [1/4, 1), 1 where A has a zero row.  scale: (..., d), zero where A has a zero
     row.  exponent: (...) float64 integers.
     """
 
@@ -29,9 +29,9 @@ class Scaled(NamedTuple):
 class Factor(NamedTuple):
     """A = 4^exponent * C C^T.
 
-    columns: C, (..., d, d), lower triangular unless `singular`.  singular: (...) bool, where a pivot was lost and the
-    eigenvectors of the equilibrated matrix H took over; null directions are zero columns, the last ones.
-    lowest: (...) the smallest eigenvalue of H where `singular`, 0 elsewhere.
+    columns: C, (..., d, d), lower triangular unless `singular`.  singular: (...) bool, where a pivot was lost to
+    rounding and C comes from the eigenvectors of the equilibrated matrix H; null directions are zero columns at the
+    end.  lowest: (...) the smallest eigenvalue of H where `singular`, 0 elsewhere.
     scale: (..., d) as in `Scaled`.  rounding: (...) an estimate of |H^(1/2) - (C C^T 4^exponent scaled as H)^(1/2)|_F.
     """
 
@@ -46,8 +46,8 @@ class Factor(NamedTuple):
 def equilibrate(a: Tensor) -> Scaled:
     """The symmetric float64 `a` with its diagonal scaled to [1/4, 1) by powers of two.
 
-    Van der Sluis: this is within a factor d of the best condition number any diagonal scaling gives, so one massive
-    coordinate costs the others no digits.
+    Van der Sluis: the condition number is within a factor d of the best diagonal scaling, so one massive coordinate
+    costs the others no digits.
     """
     diagonal = a.diagonal(dim1=-2, dim2=-1)
     zero = diagonal <= 0
@@ -63,8 +63,8 @@ def equilibrate(a: Tensor) -> Scaled:
 def factor(a: Tensor) -> Factor:
     """C with C C^T = A for symmetric positive semi-definite float64 `a` (..., d, d).
 
-    Cholesky of the equilibrated matrix (Higham, Accuracy and Stability, section 10.1); where a pivot is lost in
-    rounding, its eigenvectors times the square roots of the eigenvalues above rounding.
+    Cholesky of the equilibrated matrix (Higham, Accuracy and Stability, section 10.1). If rounding loses a pivot: the
+    eigenvectors times the square roots of the eigenvalues above rounding.
     """
     h, scale, exponent = equilibrate(a)
     lower, singular = cholesky(h)
@@ -77,7 +77,7 @@ def factor(a: Tensor) -> Factor:
 
 
 def gram(n: Tensor) -> Tensor:
-    """N^T N, each pair of mirrored blocks computed once."""
+    """N^T N, computing each pair of mirrored blocks once."""
     d = n.shape[-1]
     parts = blocks(d)
     if len(parts) == 1:
@@ -92,37 +92,37 @@ def gram(n: Tensor) -> Tensor:
 
 
 def blocks(d: int) -> list[tuple[int, int]]:
-    """Where products that skip blocks are cut: 4 pieces, or one where a whole product is faster."""
+    """Block boundaries of products that skip blocks: 4 pieces, or one where a whole product is faster."""
     cuts = [d * i // 4 for i in range(5)] if d >= 4 * _BLOCK else [0, d]
     return list(pairwise(cuts))
 
 
 def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factors of equilibrated matrices, and where they lost a pivot in rounding (bool)."""
+    """Lower Cholesky factors of equilibrated matrices, and whether rounding lost a pivot (bool)."""
     lower, failed = float64.cholesky(h)
     pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
     return lower, failed | ~(pivots > rank_tolerance(h.shape[-1]))
 
 
 def rank_tolerance(d: int) -> float:
-    """Below this, relative to a diagonal of at most one, a pivot or an eigenvalue is rounding."""
+    """Pivots and eigenvalues below this, relative to a diagonal of at most one, are rounding errors."""
     return 16 * d * UNIT
 
 
 def spectral_factor(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """C with C C^T = H by eigenvectors, without the eigenvalues that are rounding; the smallest of them; `rounding`."""
+    """C with C C^T = H from eigenvectors, without eigenvalues at rounding level; the smallest one; `rounding`."""
     values, vectors = torch.linalg.eigh(h)
     values, vectors = values.flip(-1), vectors.flip(-1)
     kept = values > rank_tolerance(h.shape[-1]) * values[..., :1]
     roots = values.where(kept, 0.0).sqrt()
-    # Of the roots: what was left out, and what rounding of the eigenvalues did to the rest.
+    # Error of the roots: the dropped eigenvalues, and rounding of the others.
     left_out = values.abs().masked_fill(kept, 0.0).sum(-1)
     moved = (backward_error(h.shape[-1]) * values[..., 0]) ** 2 / 4 * (1 / values).where(kept, 0.0).sum(-1)
     return vectors * roots[..., None, :], values[..., -1], (left_out + moved).sqrt()
 
 
 def _cholesky_rounding(lower: Tensor) -> Tensor:
-    """Half the backward error times |H^(-1/2)|_F, the first order of (l + e)^(1/2) - l^(1/2) for each eigenvalue l."""
+    """Half the backward error times |H^(-1/2)|_F: (l + e)^(1/2) - l^(1/2) of each eigenvalue l to first order."""
     d = lower.shape[-1]
     signs = signs_like(lower)
     inverse = torch.linalg.solve_triangular(lower, signs.expand(*lower.shape[:-2], *signs.shape), upper=False)
@@ -130,7 +130,7 @@ def _cholesky_rounding(lower: Tensor) -> Tensor:
 
 
 def backward_error(d: int) -> float:
-    """What |H - C C^T|_2 and errors of eigenvalues of H come to, H with a diagonal below 1."""
+    """An estimate of |H - C C^T|_2 and of the errors of eigenvalues of H, for H with a diagonal below 1."""
     return 4 * d**0.5 * UNIT
 
 

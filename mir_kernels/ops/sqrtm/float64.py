@@ -1,15 +1,15 @@
-"""Float64 products, factors and triangular solves, by 8-bit integers where a device has hardly any float64 units.
+"""Float64 products, factors and triangular solves, by 8-bit integers on devices with few float64 units.
 
-Many cards multiply float64 at 1/64 of float32 (RTX, L4, L40S, A10), yet int8 at hundreds of tera-operations a second.
-There a product is split (Ozaki, Ogita, Oishi and Rump, 2012; Ootomo, Ozaki and Yokota, 2024, for integers): each row of
-X and each column of Y is scaled by a power of two to below 1/2 and written in PARTS digits of base 128, from -64 to 64.
-Digits multiply and add in int32 without rounding; the products whose digits lie equally far down are one product of
-integers, and their PARTS sums are added in float64, the smallest first.
+Many GPUs multiply float64 at 1/64 of float32 (RTX, L4, L40S, A10), but int8 at hundreds of tera-operations per second.
+On these a product is split (Ozaki, Ogita, Oishi and Rump, 2012; Ootomo, Ozaki and Yokota, 2024, for integers): each row
+of X and each column of Y is scaled by a power of two to below 1/2 and written as PARTS digits of base 128, from -64 to
+64. Digits are multiplied and added in int32 without rounding. All pairs of digits with the same sum of places form one
+integer product; the PARTS sums are added in float64, the smallest first.
 
-What the callers prove rests on |fl(XY) - XY| <= gamma_k |X|_F |Y|_F, k the length of a dot product, and on the same of
-every column, |error_j| <= gamma_k |X|_F |y_j|: split products keep both. With x_i, y_j the largest of a row and of a
-column, an entry is off by at most 0.04 k u x_i y_j for the digits and the products left out, by 0.07 k u x_i y_j for
-all sums but the last, and by 1.01 u |x_i| |y_j| for that: less than k u together from k = 2 on (README.md).
+The callers' proofs rest on |fl(XY) - XY| <= gamma_k |X|_F |Y|_F, k the length of a dot product, and on its columnwise
+form, |error_j| <= gamma_k |X|_F |y_j|. Split products satisfy both. With x_i, y_j the largest entries of a row and of a
+column, the error of an entry is at most 0.04 k u x_i y_j for dropped digits and products, 0.07 k u x_i y_j for all sums
+but the last, and 1.01 u |x_i| |y_j| for the last: together less than k u from k = 2 on (`../frechet/README.md`).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from mir_kernels._warnings import warn
 
 PARTS = 9  # digits of 7 bits, 63 in all
 LONGEST = 1 << 15  # of a dot product: PARTS of it times 64^2 fit int32
-SMALLEST = 256  # edge below which a product is left to float64
-BLOCK = 256  # columns of a factor or of a solution that are left to float64
+SMALLEST = 256  # edge below which a product stays in float64
+BLOCK = 256  # columns of a factor or of a solution that stay in float64
 VARIABLE = "MIR_FLOAT64"  # "native", "split", or "measured", the default
-PROBE = 2048  # edge of the product that is timed
+PROBE = 2048  # edge of the timed product
 _forced: ContextVar[bool | None] = ContextVar("split_products", default=None)
 
 
 @contextlib.contextmanager
 def split_products(wanted: bool = True) -> Iterator[None]:
-    """Split products in this thread on every device, or nowhere, whatever was measured and whatever their size."""
+    """Force split products on or off in this thread, on every device, regardless of measurement and size."""
     before = _forced.set(wanted)
     try:
         yield
@@ -47,43 +47,43 @@ def split_products(wanted: bool = True) -> Iterator[None]:
 
 
 def is_split(device: torch.device) -> bool:
-    """Whether float64 products are split on `device`: as MIR_FLOAT64 says, on CUDA by a measurement, once a process.
+    """Whether float64 products are split on `device`: set by MIR_FLOAT64, by default measured once per CUDA device.
 
     Raises:
-        ValueError: MIR_FLOAT64 is none of its values.
+        ValueError: MIR_FLOAT64 has an unknown value.
     """
     forced = _forced.get()
     if forced is not None:
         return forced
     chosen = os.environ.get(VARIABLE, "measured")
     if chosen not in ("native", "split", "measured"):
-        raise ValueError(f"{VARIABLE}: takes 'native', 'split' or 'measured', got {chosen!r}")
+        raise ValueError(f"{VARIABLE}: expected 'native', 'split' or 'measured', got {chosen!r}")
     if chosen != "measured" or device.type != "cuda":
         return chosen == "split"
-    if torch.cuda.is_current_stream_capturing():  # nothing can be timed now
+    if torch.cuda.is_current_stream_capturing():  # timing is impossible during capture
         return False
     try:
         return _split_is_faster(device)
-    except torch.OutOfMemoryError:  # of the probe: measured again once there is room
+    except torch.OutOfMemoryError:  # not cached: the next call measures again
         return False
 
 
 @functools.cache
 def _split_is_faster(device: torch.device) -> bool:
-    generator = torch.Generator(device).manual_seed(0)  # the caller's numbers stay as they are
+    generator = torch.Generator(device).manual_seed(0)  # leaves the caller's random state alone
     x = torch.randn(PROBE, PROBE, dtype=torch.float64, device=device, generator=generator)
     native = _seconds(torch.matmul, x)
     try:
         return _seconds(split_matmul, x) < native
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as problem:  # a device or a build of torch without products of int8
-        warn(f"float64 products are not split on {device}, where float64 may be slow: {problem}")
+    except RuntimeError as problem:  # a device or a build of torch without int8 products
+        warn(f"float64 products are not split on {device} and may be slow: {problem}")
         return False
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> float:
-    """Of the second product of x with itself."""
+    """Seconds of a product of x with itself, after one warm-up."""
     product(x, x)
     torch.cuda.synchronize(x.device)
     start = time.perf_counter()
@@ -93,7 +93,7 @@ def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> float:
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """X Y for float64 (..., m, k) and (..., k, n); see the module for what its error is at most."""
+    """X Y for float64 (..., m, k) and (..., k, n), with the error bound in the module docstring."""
     large = min(*x.shape[-2:], y.shape[-1]) >= SMALLEST
     if x.dtype == torch.float64 and (large or _forced.get() is not None) and is_split(x.device):
         return split_matmul(x, y)
@@ -101,7 +101,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def split_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """X Y by digits. A row or column with a value that is not finite gives NaN."""
+    """X Y by digits. A row or column with a non-finite value gives NaN."""
     if x.dim() > 2 or y.dim() > 2:
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
         pairs = zip(_flat(x, batch), _flat(y, batch), strict=True)
@@ -114,7 +114,7 @@ def split_matmul(x: Tensor, y: Tensor) -> Tensor:
     m, n = x.shape[0], y.shape[1]
     left, left_exponent = digits(x)
     right, right_exponent = digits(y.mT)
-    # A product of integers per sum of two places: left's first digits against right's, backwards.
+    # One integer product per sum of two places: left's first digits against right's in reverse order.
     length = left.shape[-1]
     left, right = left.flatten(1), right.flip(1).flatten(1)
     total = None
@@ -127,8 +127,11 @@ def split_matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows', PARTS, k') int8 and (rows',) float64 with x = sum_p digit_p 128^-p 2^exponent but for 128^-PARTS / 2 of
-    that power. Rows and columns are padded with zeros to what products of integers take on CUDA."""
+    """Digits (rows', PARTS, k') int8 and exponents (rows',) float64 of x (rows, k).
+
+    x = sum_p digit_p 128^-p 2^exponent up to 128^-PARTS / 2 times 2^exponent. Rows and columns are zero-padded to the
+    sizes that int8 products require on CUDA.
+    """
     rows, k = x.shape
     x = torch.nn.functional.pad(x, (0, -k % 16, 0, max(32 - rows, 0) or -rows % 16))
     largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
@@ -145,14 +148,14 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_blocks(h: Tensor) -> bool:
-    """Whether factors of and solves by h (..., d, d) go in blocks whose updates are split products."""
+    """Whether h (..., d, d) is factored and solved in blocks whose updates are split products."""
     return h.shape[-1] > BLOCK and is_split(h.device)
 
 
 def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factors of float64 (..., d, d) and where there are none (bool), as torch.linalg.cholesky_ex.
+    """Lower Cholesky factors of float64 (..., d, d) and whether they failed (bool), as torch.linalg.cholesky_ex.
 
-    Split: left-looking in blocks of columns, whose updates are the products.
+    Where products are split: left-looking in blocks of columns, whose updates are split products.
     """
     d = h.shape[-1]
     if not in_blocks(h):
@@ -172,7 +175,7 @@ def cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solve_right(r: Tensor, n: Tensor) -> Tensor:
-    """X with X R = N for upper triangular R (..., d, d), N (..., m, d) in float64; split in blocks of columns."""
+    """X with X R = N for upper triangular R (..., d, d), N (..., m, d), float64; in blocks where products are split."""
     d = r.shape[-1]
     if not in_blocks(r):
         return torch.linalg.solve_triangular(r, n, upper=True, left=False)
@@ -191,6 +194,6 @@ def _flat(x: Tensor, batch: torch.Size) -> Tensor:
 
 
 def times_power(x: Tensor, exponent: Tensor) -> Tensor:
-    """x 2^exponent for integers beyond the range of 2^exponent alone."""
+    """x 2^exponent for integer exponents, also where 2^exponent alone would leave float64's range."""
     half = torch.floor(exponent / 2)
     return x * torch.exp2(half) * torch.exp2(exponent - half)

@@ -1,4 +1,4 @@
-"""The public functions: checks, then the registered operator under torch.compile and the raw function elsewhere."""
+"""The public functions: argument checks, then the registered operator under torch.compile, else the raw function."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ def sqrtm(
 ) -> Tensor:
     """The principal square roots X of symmetric positive semi-definite `a` (..., d, d): X X = A, X = X^T >= 0.
 
-    method: "eigh", eigenvectors in float64; "polar", A = L L^T in float64 and the polar factor U of L^T = U X in
-    `precision` (Higham, Functions of Matrices, Alg. 6.21); "coupled", the coupled Newton-Schulz iteration, for
-    well-conditioned matrices only; "auto", "eigh" on a CPU and for "float64", "polar" elsewhere and with the "triton"
-    backend, which knows no other method and no "float64".
-    precision: what the iterations of "polar" and "coupled" are run in; |X - A^(1/2)|_F / |A^(1/2)|_F of "polar" is at
-    most about 2e-2 ("bfloat16"), 5e-3 ("float16"), 4e-6 ("float32") and 2e-7 ("float64"), whatever the condition.
-    iterations: number of steps instead of the method's own.  tol: a RuntimeWarning says so if |XX - A|_F / |A|_F of a
-    matrix is above it.
-    Any floating dtype, kept; a numpy array, too.  Gradient: the Lyapunov equation X S + S X = G, null directions left
-    out; a second derivative raises. Raises ValueError for matrices that are not finite, symmetric and positive
-    semi-definite up to rounding, TypeError for other dtypes. Compiled code refuses the same, when it runs.
+    method: "eigh": eigenvectors in float64. "polar": A = L L^T in float64 and the polar factor U of L^T = U X in
+    `precision` (Higham, Functions of Matrices, Alg. 6.21). "coupled": the coupled Newton-Schulz iteration, for
+    well-conditioned matrices only. "auto": "eigh" on a CPU and for "float64", else "polar". The "triton" backend
+    supports "polar" only, and no "float64".
+    precision: of the iterations of "polar" and "coupled"; |X - A^(1/2)|_F / |A^(1/2)|_F of "polar" is at most about
+    2e-2 ("bfloat16"), 5e-3 ("float16"), 4e-6 ("float32") and 2e-7 ("float64"), whatever the condition number.
+    iterations: number of steps, by default chosen by the method.  tol: warns (RuntimeWarning) if |XX - A|_F / |A|_F of
+    any matrix exceeds it.
+    Accepts any floating dtype, which the result keeps, and numpy arrays.  Gradient: the Lyapunov equation
+    X S + S X = G without null directions; a second derivative raises. Raises ValueError for matrices that are not
+    finite, symmetric and positive semi-definite up to rounding, TypeError for other dtypes. Compiled code raises the
+    same errors when it runs.
     """
     return _root("sqrt", SQRTM, a, method, precision, iterations, tol, backend)
 
@@ -66,7 +67,7 @@ def inverse_sqrtm(
 ) -> Tensor:
     """The inverse square roots of symmetric positive definite `a` (..., d, d); arguments as in `sqrtm`.
 
-    tol bounds |X A X - I|_F / sqrt(d). Raises ValueError for a matrix that is singular to rounding.
+    tol applies to |X A X - I|_F / sqrt(d). Raises ValueError for a matrix that is singular to rounding.
     """
     return _root("inverse", INVERSE_SQRTM, a, method, precision, iterations, tol, backend)
 
@@ -74,20 +75,20 @@ def inverse_sqrtm(
 def polar(
     m: Array, *, precision: Precision = "float32", iterations: int | None = None, backend: Backend | None = None
 ) -> Tensor:
-    """The orthogonal polar factor U of M = U H, H = (M^T M)^(1/2), for `m` (..., m, n), wide ones transposed.
+    """The orthogonal polar factor U of M = U H, H = (M^T M)^(1/2), for `m` (..., m, n); wide ones are transposed.
 
-    Degree-5 Newton-Schulz with the coefficients of The Polar Express (Amsel et al., 2025). U has orthonormal columns
-    over the singular values above 3e-3 ("bfloat16"), 1e-3 ("float16"), 5e-7 ("float32") or 1e-12 ("float64") of the
-    largest. In "float64" smaller ones come out below 1, and a zero singular value as 0, to 1e-4. In the others a
-    smaller one, a zero too, comes out anywhere between 0 and 1, since rounding is as large as that; rows and columns of
-    zeros stay zero. All arithmetic is in `precision`, whatever the dtype of m. "float16" takes the time of "bfloat16"
-    on tensor cores and is eight times finer; nothing here leaves its range.
-    The "triton" backend has no "float64". Any floating dtype, kept. Gradient included, a second one
-    raises. Raises ValueError for values that are not finite.
+    Degree-5 Newton-Schulz with the coefficients of The Polar Express (Amsel et al., 2025). U has singular value 1 for
+    every singular value of M above 3e-3 ("bfloat16"), 1e-3 ("float16"), 5e-7 ("float32") or 1e-12 ("float64") of the
+    largest. In "float64" smaller ones come out below 1, and zero as 0, to 1e-4. In the other precisions a smaller one,
+    or zero, comes out anywhere between 0 and 1, because rounding errors are as large; zero rows and columns stay zero.
+    All arithmetic is in `precision`, whatever the dtype of m. "float16" is as fast as "bfloat16" on tensor cores and
+    eight times as accurate; no intermediate value leaves its range.
+    The "triton" backend does not support "float64". Accepts any floating dtype, which the result keeps. First
+    derivatives only. Raises ValueError for values that are not finite.
     """
     m = _checks.floating("m", m)
     if m.dim() < 2 or min(m.shape[-2:]) < 1:
-        raise ValueError(f"m: takes matrices (..., m, n) with m, n >= 1, got {tuple(m.shape)}")
+        raise ValueError(f"m: expected matrices (..., m, n) with m, n >= 1, got {tuple(m.shape)}")
     _check_run(precision, iterations)
     chosen = _choose(POLAR, backend, m.device, precision)
     run = torch.ops.mir_kernels.polar if by_operator("polar", m) else autograd.Polar.apply
@@ -100,10 +101,11 @@ def newton_schulz(
     """The coupled Newton-Schulz iteration for symmetric positive definite `a` (..., d, d).
 
     Y' = Y (3I - ZY)/2, Z' = (3I - ZY)/2 Z from Y = A/s, Z = I, with s the largest absolute row sum, at least |A|_2
-    (Higham, Functions of Matrices, 6.35); returns sqrt(s) Y, Z / sqrt(s) and the residual. Past a condition of about
-    1e4 in bfloat16 and 1e6 in float32 rounding grows without bound: then the iterate with the best residual is
+    (Higham, Functions of Matrices, 6.35); returns sqrt(s) Y, Z / sqrt(s) and the residual. Beyond a condition number of
+    about 1e4 in bfloat16 and 1e6 in float32, rounding errors grow without bound: the iterate with the best residual is
     returned with a RuntimeWarning. `sqrtm` has no such limit.
-    Any floating dtype, kept; gradients for both roots. backend "reference" is the same iteration in float64.
+    Accepts any floating dtype, which the results keep. Gradients for both roots. backend "reference" is the same
+    iteration in float64.
     """
     a = _checks.square("a", a)
     _check_run(precision, iterations)
@@ -134,15 +136,15 @@ def _root(
 
 
 def _choose(operation: Operation, backend: str | None, device: torch.device, form: str) -> str:
-    """The backend; `form` is a precision, or a method that is no polar factor. Triton has neither float64 nor those."""
+    """The backend for `form`: a precision of "polar", or another method. Triton supports neither float64 nor those."""
     if form in ("bfloat16", "float16", "float32"):
         return operation.choose(backend, device)
     if backend == "triton":
-        raise RuntimeError(f"backend 'triton' of {operation.name} has no {form}: leave the backend out")
+        raise RuntimeError(f"backend 'triton' of {operation.name} does not support {form}; omit the backend")
     return operation.choose(backend or "eager", device)
 
 
 def _check_run(precision: str, iterations: int | None) -> None:
     _checks.choice("precision", precision, PRECISIONS)
     if iterations is not None and iterations < 1:
-        raise ValueError(f"iterations: takes a positive number of steps or None, got {iterations}")
+        raise ValueError(f"iterations: expected a positive number of steps or None, got {iterations}")

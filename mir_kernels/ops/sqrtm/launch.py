@@ -1,4 +1,4 @@
-"""From checked tensors to the iterations of a backend: roots by each method, polar factors, the coupled iteration."""
+"""Run the iterations of a backend on checked tensors: roots by each method, polar factors, the coupled iteration."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ NEWTON_SCHULZ = Operation("newton_schulz", orders={"cuda": ("eager",), "cpu": ("
 OPERATIONS = (SQRTM, INVERSE_SQRTM, POLAR, NEWTON_SCHULZ)
 
 _COUPLED = {"bfloat16": 12, "float16": 14, "float32": 24, "float64": 40}
-# Residuals above this are not what rounding leaves of a converged iteration.
+# Residuals above these mean that the iteration has not converged; rounding alone stays below.
 _DIVERGED = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-3, "float64": 1e-8}
 
 
 def root(
     a: Tensor, kind: str, method: str, precision: str, iterations: int | None, tol: float | None, backend: str
 ) -> Tensor:
-    """A^(1/2) (kind "sqrt") or A^(-1/2) ("inverse") of square a (..., d, d), new, contiguous, of its dtype.
+    """A^(1/2) (kind "sqrt") or A^(-1/2) ("inverse") of square a (..., d, d): a new contiguous tensor of a's dtype.
 
-    ValueError where a is not finite, symmetric and positive (semi-)definite; a warning where `tol` was not reached.
+    Raises ValueError if a is not finite, symmetric and positive (semi-)definite; warns if `tol` is not reached.
     """
     _checks.symmetric("a", a)
     d = a.shape[-1]
@@ -55,7 +55,7 @@ def root(
 
 
 def polar(m: Tensor, precision: str, iterations: int | None, backend: str) -> Tensor:
-    """The orthogonal polar factor of m (..., m, n), new, contiguous, of its dtype. ValueError where m is not finite."""
+    """The orthogonal polar factor of m (..., m, n), a new contiguous tensor. Raises ValueError if m is not finite."""
     _checks.finite("m", m)
     wide = m.shape[-2] < m.shape[-1]
     x = (m.mT if wide else m).reshape(-1, max(m.shape[-2:]), min(m.shape[-2:]))
@@ -67,7 +67,7 @@ def polar(m: Tensor, precision: str, iterations: int | None, backend: str) -> Te
 
 
 def newton_schulz(a: Tensor, iterations: int, precision: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A^(1/2), A^(-1/2) and the residual (...) of the coupled iteration, with a warning where it has not converged."""
+    """A^(1/2), A^(-1/2) and the residual (...) of the coupled iteration; warns if it has not converged."""
     _checks.symmetric("a", a)
     d = a.shape[-1]
     flat = symmetrize(a.reshape(-1, d, d))
@@ -78,8 +78,8 @@ def newton_schulz(a: Tensor, iterations: int, precision: str, backend: str) -> t
     if bool(diverged.any()):
         warn(
             f"newton_schulz: {int(diverged.sum())} of {flat.shape[0]} matrices have not converged after {iterations} "
-            f"iterations in {precision}, with a residual of up to {residual.amax().item():.2g}; more iterations, a "
-            "higher precision or sqrtm(), which cannot diverge, may help"
+            f"iterations in {precision}: residual up to {residual.amax().item():.2g}; try more iterations, a "
+            "higher precision, or sqrtm(), which cannot diverge"
         )
     root, inverse = (t.to(a.dtype).reshape(a.shape).contiguous() for t in (y, z))
     return root, inverse, residual.to(residual_dtype(precision)).reshape(a.shape[:-2])
@@ -100,10 +100,10 @@ def polar_iteration(m: Tensor, precision: str, backend: str, iterations: int | N
 
 
 def polished_polar(m: Tensor, precision: str, backend: str, iterations: int | None = None) -> tuple[Tensor, Tensor]:
-    """The polar factor in float64, the iteration in `precision` and `rounding.contract`; and a bound of its norm.
+    """The float64 polar factor U, by the iteration in `precision` and `rounding.contract`, and a bound of its norm.
 
-    That last step squares the deviation from orthogonality that rounding left. What remains is a rotation, which
-    changes <U, M> in second order only. Finite, whatever the iteration did.
+    `contract` squares the deviation from orthogonality. The remaining error is a rotation, which changes <U, M> only in
+    second order. U is finite even if the iteration is not.
     """
     return rounding.contract(polar_iteration(m, precision, backend, iterations).double().nan_to_num(0.0, 0.0, 0.0))
 
@@ -139,7 +139,7 @@ def symmetric_part(x: Tensor) -> Tensor:
 
 
 def _warn_if_above(tol: float, kind: str, a: Tensor, x: Tensor) -> None:
-    """A RuntimeWarning where |XX - A|_F / |A|_F, or |X A X - I|_F / sqrt(d) of an inverse root, is above `tol`."""
+    """Warn if |XX - A|_F / |A|_F, or |X A X - I|_F / sqrt(d) of an inverse root, exceeds `tol`."""
     a, x = a.double(), x.double()
     if kind == "sqrt":
         size = eager.frobenius(a)
@@ -150,24 +150,24 @@ def _warn_if_above(tol: float, kind: str, a: Tensor, x: Tensor) -> None:
     if not reached <= tol:
         name = (SQRTM if kind == "sqrt" else INVERSE_SQRTM).name
         warn(
-            f"{name}: reached a relative residual of {reached:.2g}, tol={tol:.2g}; "
-            'a higher precision or method="eigh" gets closer'
+            f"{name}: reached a relative residual of {reached:.2g}, above tol={tol:.2g}; "
+            'use a higher precision or method="eigh"'
         )
 
 
 def _check_positive(positive: Tensor) -> None:
     if not bool(positive.all()):
         raise ValueError(
-            f"a: takes positive definite matrices, {int((~positive).sum())} of {positive.numel()} are singular to "
-            "rounding: add a multiple of the identity, or use sqrtm"
+            f"a: expected positive definite matrices, got {int((~positive).sum())} of {positive.numel()} that are "
+            "singular to rounding; add a multiple of the identity, or use sqrtm"
         )
 
 
 def _check_semidefinite(lowest: Tensor, largest: Tensor, a: Tensor) -> None:
-    """Refuse an eigenvalue that rounding in a's dtype cannot explain."""
+    """Raise for a negative eigenvalue that rounding in a's dtype cannot explain."""
     allowed = 8 * a.shape[-1] * max(torch.finfo(a.dtype).eps, 1e-12)
     if bool((lowest < -allowed * largest).any()):
         worst = (lowest / torch.where(largest > 0, largest, 1.0)).amin().item()
         raise ValueError(
-            f"a: takes positive semi-definite matrices, got one with an eigenvalue of {worst:.3g} of the largest"
+            f"a: expected positive semi-definite matrices, got one with an eigenvalue of {worst:.3g} times the largest"
         )

@@ -1,4 +1,4 @@
-"""Float64 matrix functions by eigen- and singular vectors: the oracle of the tests, never picked by itself."""
+"""Float64 reference of the matrix functions, by eigen- and singular vectors; used only when asked for by name."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Newton-Schulz in Triton: the steps of large matrices by `triton_products`, small ones in one launch a batch.
+"""Newton-Schulz in Triton: steps of large matrices by `triton_products`, a batch of small ones in one launch.
 
-A small matrix is one program's, whose steps need no other's results. Products are accumulated in float32; a float32
-product is three of float16 on tensor cores: every entry here is below 32, so that its high and its low half fit
-float16's range and hold 22 bits together, as two tf32 would at half the rate.
+One program runs all steps of a small matrix. Products are accumulated in float32. A float32 product is three float16
+products on tensor cores: every entry is below 32, so that its high and low halves fit float16's range and together hold
+22 bits, like two tf32 at half the rate.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mir_kernels.ops.sqrtm import eager, triton_products
 from mir_kernels.ops.sqrtm.coefficients import Step
 from mir_kernels.ops.sqrtm.triton_tiles import UNIT_IN_KERNELS, exact_dot, halves
 
-SMALL = 128  # up to this size all steps of a matrix are one program's
+SMALL = 128  # up to this size one program runs all steps of a matrix
 
 
 class Blocks(NamedTuple):
-    """How one architecture keeps a small matrix.
+    """How one architecture stores a small matrix.
 
     small: {edge: warps} of the kernels that keep a whole matrix of that size in registers.
-    looped: edge of a tile of the kernel that keeps a matrix in the first-level cache.
-    float32: how float32 products are made, "fp16x3" or "ieee".
+    looped: tile edge of the kernel that keeps a matrix in the L1 cache.
+    float32: how float32 products are computed, "fp16x3" or "ieee".
     """
 
     small: dict[int, int]
@@ -72,10 +72,9 @@ def polar(m: Tensor, precision: str, *, iterations: int | None = None, lower: fl
 
 
 def small_polar(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    """Every step for every normalized matrix of x (batch, m, n) in one launch, a program a matrix.
+    """All steps for all normalized matrices of x (batch, m, n) in one launch, with one program per matrix.
 
-    Up to the edge in the table a matrix stays in registers; above, in four scratch matrices of its own that fit the
-    first-level cache.
+    Up to the edge in the table a matrix stays in registers; above, it uses four scratch matrices that fit the L1 cache.
     """
     batch, rows, cols = x.shape
     blocks = _triton.row(TABLE[x.dtype], x.device)
@@ -90,7 +89,7 @@ def small_polar(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
                     EDGE=edge, FLOAT32=blocks.float32, num_warps=blocks.small[edge], num_stages=1, **_triton.LAUNCH,
                 )  # fmt: skip
         return out
-    # A copy, for the kernel writes over its input.
+    # A copy, because the kernel overwrites its input.
     x = torch.nn.functional.pad(x, (0, edge - cols, 0, edge - rows)).contiguous()
     x = x.clone() if (rows, cols) == (edge, edge) else x
     g, z, out = (torch.empty_like(x) for _ in range(3))
@@ -105,7 +104,7 @@ def small_polar(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _step_table(steps: tuple[Step, ...], device: torch.device) -> Tensor:
-    """The coefficients on the device. Kept: a CUDA graph cannot capture a copy from the host."""
+    """The coefficients on the device. Cached, because a CUDA graph cannot capture a copy from the host."""
     return torch.tensor(steps, dtype=torch.float32, device="cpu").to(device)
 
 
@@ -127,7 +126,7 @@ def _dot(x, y, acc, FLOAT32: tl.constexpr):
 
 @triton.jit
 def _unit(dtype: tl.constexpr, FLOAT32: tl.constexpr):
-    """What `_dot` multiplies products with."""
+    """The factor by which `_dot` scales products."""
     return UNIT_IN_KERNELS * UNIT_IN_KERNELS if dtype == tl.float32 and FLOAT32 == "fp16x3" else 1.0
 
 
@@ -159,8 +158,8 @@ def _looped_polar_fwd(
     p_x, p_g, p_z, p_out, p_steps, steps, batch_stride,
     EDGE: tl.constexpr, TILE: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    # One program a matrix, whose four scratch matrices stay in its multiprocessor's cache; a barrier after each product
-    # makes what the program's other threads wrote visible.
+    # One program per matrix, whose four scratch matrices stay in its multiprocessor's cache; a barrier after each
+    # product makes the writes of the program's other threads visible.
     base = tl.program_id(0).to(tl.int64) * batch_stride
     p_x += base
     p_g += base

@@ -1,9 +1,9 @@
 """Products of matrices too large for one program, in Triton: symmetric ones at half the work, and the fused step.
 
-Everything here takes and gives *planes*, (parts, batch, m, n) with m and n padded to multiples of ALIGN: one part, the
-matrices themselves, or two, float32 matrices times 2^10 as the sum of a high and a low float16 (`split`). Halves lie in
-memory, not in registers: then every operand of a matrix instruction comes straight from shared memory, and the tensor
-cores need not wait for a program's threads to cut their operands first. A batch is one launch.
+All functions accept and return *planes*, (parts, batch, m, n) with m and n padded to multiples of ALIGN: one part, the
+matrices themselves, or two, float32 matrices times 2^10 as the sum of a high and a low float16 (`split`). Halves are
+kept in memory, not in registers: every operand of a matrix instruction then comes straight from shared memory, and the
+tensor cores do not wait for threads to split their operands. A batch is one launch.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mir_kernels._triton import column_quarters, lower_tile
 from mir_kernels.ops.sqrtm.coefficients import Step
 from mir_kernels.ops.sqrtm.triton_tiles import UNIT, load, store, tile, tile_product
 
-ALIGN = 64  # a multiple of every step: the depth of a product ends with a step, inside its own matrix
-LARGE = 1024  # from this size on one matrix fills a GPU with large tiles
+ALIGN = 64  # a multiple of every step, so that the last step of a product stays inside its own matrix
+LARGE = 1024  # from this size on a single matrix fills a GPU with large tiles
 
 
 class Tiles(NamedTuple):
     """How one architecture multiplies.
 
-    rows, columns: of an output tile; columns are rows or twice as many.  step: depth of one product.
-    halves: of float32 matrices three products of halves make one: in one loop with an accumulator each ("together":
-    every tile is read once), in a loop each with one accumulator ("in turn": larger tiles), or in one loop with one
-    ("chained": where accumulators do not lie in registers, or products wait for one another anyway). "none" multiplies
-    the matrices as they are.
+    rows, columns: of an output tile; columns equals rows or 2 * rows.  step: depth of one product.
+    halves: how three products of halves make one float32 product: "together", in one loop with three accumulators
+    (every tile is read once); "in turn", in three loops over one accumulator (larger tiles); "chained", in one loop
+    with one accumulator (if accumulators are not in registers, or products wait for one another anyway). "none"
+    multiplies the matrices as they are.
     descriptors: tiles are fetched by the copy engine (sm_90 and later), not by the program's threads.
-    band: rows of tiles that programs of one time work on, so that they share what they read in the second-level cache.
+    band: rows of tiles that concurrent programs work on, so that they share their reads in the L2 cache.
     """
 
     rows: int
@@ -70,7 +70,7 @@ _FLOAT32_BELOW = _FLOAT32 | {
     "sm_90": Tiles(64, 128, 32, 4, 3, "together", descriptors=True),
     "interpreter": Tiles(32, 64, 32, 4, 1, "chained", band=2),
 }
-# From LARGE on, and below.
+# For sizes from LARGE on, and below LARGE.
 TABLE = {torch.bfloat16: _HALF, torch.float16: _HALF, torch.float32: _FLOAT32}
 TABLE_BELOW = {torch.bfloat16: _HALF_BELOW, torch.float16: _HALF_BELOW, torch.float32: _FLOAT32_BELOW}
 
@@ -82,7 +82,7 @@ def tiles_for(rows: int, cols: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def split(x: Tensor, tiles: Tiles) -> Tensor:
-    """(batch, m, n) as planes. The low half of 0.01, the size of an entry at d = 4096, is no subnormal yet."""
+    """(batch, m, n) as planes. The low half of 0.01, a typical entry at d = 4096, is not yet subnormal."""
     rows, cols = x.shape[-2:]
     x = torch.nn.functional.pad(x, (0, -cols % ALIGN, 0, -rows % ALIGN))
     if tiles.halves == "none":
@@ -93,7 +93,7 @@ def split(x: Tensor, tiles: Tiles) -> Tensor:
 
 
 def join(planes: Tensor, rows: int, cols: int) -> Tensor:
-    """(batch, rows, cols) of planes."""
+    """The matrices (batch, rows, cols) stored in planes."""
     if planes.shape[0] == 1:
         return planes[0, :, :rows, :cols]
     return (planes[0, :, :rows, :cols].float() + planes[1, :, :rows, :cols].float()) / UNIT
@@ -112,7 +112,7 @@ def symmetric_product(
 ) -> Tensor:
     """Planes of alpha X X^T + beta add (X^T X where `transposed`); `add` is symmetric.
 
-    Only the tiles that touch or lie below the diagonal are computed; what lies below is stored twice, once mirrored.
+    Only tiles that touch or lie below the diagonal are computed; those below it are stored twice, once mirrored.
     """
     parts, batch, rows, cols = x.shape
     size = cols if transposed else rows
@@ -131,7 +131,7 @@ def symmetric_product(
 
 
 def product(x: Tensor, z: Tensor, tiles: Tiles, *, beta: float) -> Tensor:
-    """Planes of X Z + beta X for those of X (m, n) and of symmetric Z (n, n), rounded once."""
+    """Planes of X Z + beta X from planes of X (m, n) and symmetric Z (n, n), rounded once."""
     _, batch, rows, cols = x.shape
     out = torch.empty_like(x)
     if batch:
@@ -147,7 +147,7 @@ def product(x: Tensor, z: Tensor, tiles: Tiles, *, beta: float) -> Tensor:
 
 
 def _source(planes: Tensor, tiles: Tiles, depth_first: bool, width: int) -> Tensor | TensorDescriptor:
-    """What a kernel reads tiles of [width, step] from, [step, width] where `depth_first`: all rows of all planes."""
+    """The source of tiles [width, step], [step, width] where `depth_first`, over all rows of all planes."""
     if not tiles.descriptors:
         return planes
     shape = [tiles.step, width] if depth_first else [width, tiles.step]
@@ -177,7 +177,7 @@ def _symmetric_product_fwd(
     )  # fmt: skip
     for_all = (p_add, p_out, alpha, beta, b, batch, size, m)
     quarter: tl.constexpr = TILE_N // 4
-    # In quarters of the columns: a whole tile beside what is added to it would take more registers than there are.
+    # In quarters of the columns: a whole tile and its addend would not fit the registers.
     one, two, three, four = column_quarters(acc, TILE_M, TILE_N)
     _finish_symmetric(one, for_all, n, i > j, HAS_ADD, HALVES, TILE_M, quarter)
     _finish_symmetric(two, for_all, n + quarter, i > j, HAS_ADD, HALVES, TILE_M, quarter)
@@ -190,7 +190,7 @@ def _finish_symmetric(
     acc, for_all, n, below,
     HAS_ADD: tl.constexpr, HALVES: tl.constexpr, TILE_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Stores [TILE_M, WIDTH] of a symmetric result and its mirror image. below: it lies below the diagonal."""
+    """Store [TILE_M, WIDTH] of a symmetric result and its mirror image. below: the tile lies below the diagonal."""
     p_add, p_out, alpha, beta, b, batch, size, m = for_all
     o_m = m + tl.arange(0, TILE_M)
     o_n = n + tl.arange(0, WIDTH)
@@ -207,7 +207,7 @@ def _finish_symmetric(
         store(p_out + offsets, plane, acc, inside, False, HALVES)
         store(p_out + mirrored, plane, acc, inside_mirrored, True, HALVES)
     else:
-        # What lies above the diagonal is the mirror image of what lies below, to the last bit.
+        # The part above the diagonal is the exact mirror image of the part below.
         store(p_out + offsets, plane, acc, inside & (o_m[:, None] >= o_n[None, :]), False, HALVES)
         store(p_out + mirrored, plane, acc, inside_mirrored & (o_m[None, :] > o_n[:, None]), True, HALVES)
 
@@ -222,7 +222,7 @@ def _product_fwd(
     down = tl.cdiv(rows, TILE_M)
     b = tl.program_id(0) // (across * down)
     i, j = tile(tl.program_id(0) % (across * down), down, across, BAND)
-    # Z is symmetric: column n of it is its row n, read along memory.
+    # Z is symmetric: its column n is read as row n, contiguous in memory.
     acc = tile_product(
         left, right, b * rows, b * cols, batch * rows, batch * cols, i * TILE_M, j * TILE_N, cols, cols, cols,
         False, True, HALVES, DESCRIPTORS, TILE_M, TILE_N, STEP,
@@ -239,7 +239,7 @@ def _product_fwd(
 
 @triton.jit
 def _finish(acc, for_all, n, HALVES: tl.constexpr, TILE_M: tl.constexpr, WIDTH: tl.constexpr):
-    """Stores [TILE_M, WIDTH] of acc + beta X."""
+    """Store [TILE_M, WIDTH] of acc + beta X."""
     p_x, p_out, beta, b, batch, rows, cols, m = for_all
     o_m = m + tl.arange(0, TILE_M)
     o_n = n + tl.arange(0, WIDTH)

@@ -1,7 +1,7 @@
-"""Device functions of the large products: the order of the tiles, a tile's product, its way to and from float32.
+"""Device functions of the large products: tile order, the product of one tile, conversion to and from float32.
 
-`HALVES` is that of `triton_products.Tiles`; with "none" a plane holds the matrices as they are, otherwise there are two
-planes, of the high and the low halves.
+`HALVES` is `triton_products.Tiles.halves`: with "none" a plane holds the matrices as they are, otherwise there are two
+planes, one of high and one of low halves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from mir_kernels._triton import INTERPRET, cast
 
-UNIT = 1024.0  # what halves are multiplied with: no entry of a step exceeds 32, so they fit float16's range
+UNIT = 1024.0  # the scale of halves: no entry of a step exceeds 32, so they fit float16's range
 UNIT_IN_KERNELS = tl.constexpr(UNIT)
 
 
@@ -25,7 +25,7 @@ def halves(x):
 
 @triton.jit
 def exact_dot(x, y, acc):
-    # The interpreter multiplies bfloat16 wrongly; products of 16 bits are exact in float32 anyway.
+    # The interpreter multiplies bfloat16 incorrectly; products of 16-bit values are exact in float32 anyway.
     if INTERPRET:
         out = tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -35,7 +35,7 @@ def exact_dot(x, y, acc):
 
 @triton.jit
 def tile(t, down, across, BAND: tl.constexpr):
-    """Tile t of down x across: bands of BAND rows from top to bottom, in a band column by column."""
+    """Tile t of down x across: bands of BAND rows from top to bottom, column by column within a band."""
     band = t // (BAND * across)
     height = tl.minimum(down - band * BAND, BAND)
     t -= band * BAND * across
@@ -48,10 +48,10 @@ def tile_product(
     LEFT_DEPTH_FIRST: tl.constexpr, RIGHT_DEPTH_FIRST: tl.constexpr, HALVES: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """sum over k of left (m, k) right (k, n) of one matrix each, [TILE_M, TILE_N] in float32.
+    """sum_k left (m, k) right (k, n) of one pair of matrices, [TILE_M, TILE_N] in float32.
 
-    first: the row of all planes at which a matrix starts; plane: the rows of one plane. A tile that hangs over the edge
-    of its matrix reads rows of the next, whose products are not stored.
+    first: the row, over all planes, at which a matrix starts; plane: the rows of one plane. A tile that extends past
+    the edge of its matrix reads rows of the next one, whose products are not stored.
     """
     acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
     parts: tl.constexpr = 1 if HALVES == "none" else 2
@@ -79,7 +79,7 @@ def tile_product(
             high_b = _operand(of_right, first_right, k, True, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
             low_a = _operand(of_left, low_left, k, False, LEFT_DEPTH_FIRST, DESCRIPTORS, TILE_M, STEP)
             low_b = _operand(of_right, low_right, k, True, RIGHT_DEPTH_FIRST, DESCRIPTORS, TILE_N, STEP)
-            if HALVES == "together":  # an accumulator of its own lets every product run ahead of the loop
+            if HALVES == "together":  # separate accumulators let every product run ahead of the loop
                 first = exact_dot(low_a, high_b, first)
                 second = exact_dot(high_a, low_b, second)
                 acc = exact_dot(high_a, high_b, acc)
@@ -99,12 +99,12 @@ def _operand(
     source, first, k, RIGHT: tl.constexpr, DEPTH_FIRST: tl.constexpr, DESCRIPTORS: tl.constexpr,
     WIDTH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """[WIDTH, STEP] of the left operand, [STEP, WIDTH] of the right; DEPTH_FIRST: in its matrix depth is the row."""
+    """[WIDTH, STEP] of the left operand, [STEP, WIDTH] of the right; DEPTH_FIRST: depth is the row of its matrix."""
     p, at, last, cols = source
     if DESCRIPTORS:
         found = p.load([first + k, at]) if DEPTH_FIRST else p.load([first + at, k])
         found = found if DEPTH_FIRST == RIGHT else tl.trans(found)
-    else:  # in its final shape from the start: a transposed tile would not be copied ahead on sm_80
+    else:  # loaded in its final shape: a transposed tile would not be prefetched on sm_80
         o_w = at + tl.arange(0, WIDTH)
         o_k = k + tl.arange(0, STEP)
         o_w = o_w[None, :] if RIGHT else o_w[:, None]
@@ -115,14 +115,14 @@ def _operand(
 
 @triton.jit
 def _gather(p, first, row, column, last, cols):
-    """Elements of planes of `last` rows and `cols` columns in all, from row `first` on; zero outside."""
+    """Elements of planes with `last` rows and `cols` columns in total, from row `first` on; zero outside."""
     inside = (first + row < last) & (column < cols)
     return tl.load(p + (first + row).to(tl.int64) * cols + column, mask=inside, other=0.0)
 
 
 @triton.jit
 def load(p, plane, inside, HALVES: tl.constexpr):
-    """A tile in float32."""
+    """Load a tile as float32."""
     x = tl.load(p, mask=inside, other=0.0).to(tl.float32)
     if HALVES != "none":
         x = (x + tl.load(p + plane, mask=inside, other=0.0).to(tl.float32)) / UNIT_IN_KERNELS
@@ -131,7 +131,7 @@ def load(p, plane, inside, HALVES: tl.constexpr):
 
 @triton.jit
 def store(p, plane, x, inside, MIRRORED: tl.constexpr, HALVES: tl.constexpr):
-    """A tile from float32, transposed where MIRRORED."""
+    """Store a float32 tile, transposed where MIRRORED."""
     if HALVES == "none":
         out = cast(x, p.dtype.element_ty)
         tl.store(p, tl.trans(out) if MIRRORED else out, mask=inside)

@@ -1,1 +1,1 @@
-"""The `mir` command: everything that knows files, folders, processes, and a person at a terminal."""
+"""The `mir` command: files, folders, processes and terminal output."""

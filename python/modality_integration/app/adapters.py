@@ -1,4 +1,4 @@
-"""PEFT adapters (LoRA and the like) as the model: merged in memory into the model that they were trained on."""
+"""PEFT adapters (such as LoRA) given as the model: merged in memory into their base model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from modality_integration.models.calibration import is_calibrated
 from modality_integration.models.moca import add_moca, moca_parameters
 from modality_integration.models.moca_files import FILE, KEY, load_moca
 
-# What the original LLaVA's trainer writes beside its adapters: the projector, and MoCa of the published code.
+# Written by the original LLaVA's trainer next to its adapters: the projector, and MoCa of the published code.
 NOT_OF_LORA = "non_lora_trainables.bin"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Adapter(NamedTuple):
-    """An adapter's folder, its kind, the model it is for, and what its file calls the model that it was trained on.
+    """An adapter's folder, its kind, its base model, and the name of that model in the adapter's file.
 
-    `inside`: the model's weights lie beside the adapter.
+    `inside`: the model's weights are in the adapter's folder.
     """
 
     name: str
@@ -40,17 +40,17 @@ class Adapter(NamedTuple):
 
     @property
     def note(self) -> str:
-        """For the result: what was done with it."""
+        """A note for the result on how the adapter was used."""
         if self.inside:
             return (
                 f"{self.name} holds a model and a {self.kind} adapter, which was merged into it in memory, as "
-                f"transformers applies it: if the model has it already, take {ADAPTER} away"
+                f"transformers applies it; if the model already includes the adapter, remove {ADAPTER}"
             )
         return f"{self.name} is a {self.kind} adapter, merged in memory into {self.base.name}"
 
 
 def find(source: Source) -> Adapter | None:
-    """The adapter at `source`, None if there is none; InputError where it cannot be merged into its model here."""
+    """The adapter at `source`, None if there is none; InputError if it cannot be merged into its model here."""
     file = source.file(ADAPTER)
     if file is None:
         return None
@@ -64,30 +64,30 @@ def find(source: Source) -> Adapter | None:
     what = f"model: {source.name} is a {kind} adapter"
     inside = (folder / CONFIG).is_file() and has_weights(folder)
     if installed("peft") is None:
-        beside = " beside a model" if inside else ""
-        raise InputError(f"{what}{beside}, which takes peft: {pip_install('peft')}; {_merge_first(base)}")
+        beside = " next to a model" if inside else ""
+        raise InputError(f"{what}{beside}, which needs peft: {pip_install('peft')}; or {_merge_first(base)}")
     if not any(source.file(name) for name in _WEIGHTS):
-        raise InputError(f"{what} without its weights: expected {' or '.join(_WEIGHTS)} beside {ADAPTER}")
+        raise InputError(f"{what} without weights: expected {' or '.join(_WEIGHTS)} next to {ADAPTER}")
     if inside:
         return Adapter(source.name, folder, kind, source, str(base or ""), True)
     if not base:
-        raise InputError(f"{what}, and its {ADAPTER} names no base_model_name_or_path; {_merge_first(base)}")
+        raise InputError(f"{what}, but its {ADAPTER} names no base_model_name_or_path; {_merge_first(base)}")
     base = recorded_folder(str(base), folder)
     try:
-        place = hub.find("its model", base, config.get("revision"))
+        place = hub.find("base model", base, config.get("revision"))
     except InputError as error:
         raise InputError(
-            f"{what} on {base}: {error}; if it is elsewhere now, set base_model_name_or_path in its {ADAPTER}, or "
+            f"{what} for {base}: {error}; if it has moved, set base_model_name_or_path in its {ADAPTER}, or "
             f"{_merge_first(base)}"
         ) from error
     if place.file(ADAPTER) is not None:
-        raise InputError(f"{what} on {base}, which has an adapter itself; {_merge_first(base)}")
+        raise InputError(f"{what} for {base}, which itself has an adapter; {_merge_first(base)}")
     return Adapter(source.name, folder, kind, place, base, False)
 
 
 @contextlib.contextmanager
 def weights_alone(adapter: Adapter | None, source: Source) -> Iterator[Source]:
-    """Where the model's weights are without the adapter, which transformers would put in, reporting on it alone."""
+    """The model's weights without the adapter, which transformers would otherwise load and report on alone."""
     if adapter is None or not adapter.inside:
         yield source if adapter is None else adapter.base
         return
@@ -99,9 +99,9 @@ def weights_alone(adapter: Adapter | None, source: Source) -> Iterator[Source]:
 
 
 def merge(model: torch.nn.Module, adapter: Adapter) -> tuple[torch.nn.Module, list[str]]:
-    """`model` with the adapter in its weights, and with the MoCa that was trained beside; sentences for the result.
+    """`model` with the adapter merged into its weights and any MoCa trained with it; notes for the result.
 
-    Raises InputError for adapters that are no change of weights, or whose files are not whole.
+    Raises InputError for adapters that do not change weights, or whose files are incomplete.
     """
     import peft
 
@@ -109,40 +109,40 @@ def merge(model: torch.nn.Module, adapter: Adapter) -> tuple[torch.nn.Module, li
         others, moca = _trained_beside(adapter.folder)
     if others:
         raise InputError(
-            f"model: {adapter.name} has {keys(others)} in {NOT_OF_LORA} beside its adapter, which only the code that "
-            f"trained it puts together; {_merge_first(adapter.base.name)}"
+            f"model: {adapter.name} has {keys(others)} in {NOT_OF_LORA} next to its adapter, which only the code that "
+            f"trained it can combine; {_merge_first(adapter.base.name)}"
         )
     with reading(adapter.name):
         config = peft.PeftConfig.from_pretrained(str(adapter.folder))
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise InputError(
-            f"model: {adapter.name} is a {adapter.kind} adapter, virtual tokens and no change of weights, so it cannot "
-            "be merged: measure the model as it is in memory (measure_mir, capture)"
+            f"model: {adapter.name} is a {adapter.kind} adapter, which adds virtual tokens and changes no weights, "
+            "so it cannot be merged; measure the model in memory instead (measure_mir, capture)"
         )
     notes = [adapter.note]
     if getattr(model, "is_quantized", False):
-        notes.append(f"the weights of {adapter.base.name} are quantised, and rounded again with the adapter in them")
+        notes.append(f"the weights of {adapter.base.name} are quantised; merging the adapter rounded them again")
     if moca and not any(is_calibrated(module) for module in model.modules()):
-        add_moca(model)  # before, as PEFT looks for every module that it saved
+        add_moca(model)  # first, because PEFT looks for every module it saved
     with reading(adapter.name):
         adapted: Any = peft.PeftModel(model, config)
         report = adapted.load_adapter(str(adapter.folder), "default", torch_device="cpu")
     if report.missing_keys:
         raise InputError(
-            f"model: the adapter {adapter.name} lacks {keys(report.missing_keys)}; with none in their place MIR "
-            "would be of another model"
+            f"model: the adapter {adapter.name} lacks {keys(report.missing_keys)}; without them MIR would be that of "
+            "another model"
         )
     if unused := [key for key in report.unexpected_keys if not KEY.search(key)]:
-        notes.append(f"the model has no place for {keys(unused)} in the adapter {adapter.name}, which are not used")
+        notes.append(f"the adapter {adapter.name} contains {keys(unused)} that the model does not have; ignored")
     merged = adapted.merge_and_unload(safe_merge=True)
     if moca:
         load_moca(merged, adapter.folder)
-        notes.append(f"with the MoCa that {adapter.name} holds, in {len(moca_parameters(merged)) // 2} decoder layers")
+        notes.append(f"using MoCa from {adapter.name} in {len(moca_parameters(merged)) // 2} decoder layers")
     return merged, notes
 
 
 def _trained_beside(folder: Path) -> tuple[list[str], bool]:
-    """Names of weights outside of the adapter that are not MoCa's, and whether there is a MoCa."""
+    """Names of weights outside the adapter that do not belong to MoCa, and whether there is a MoCa."""
     from safetensors import safe_open
 
     names: list[str] = []
@@ -162,5 +162,5 @@ def _merge_first(base: Any) -> str:
     return (
         "merge it first where it was trained: peft.PeftModel.from_pretrained(model"
         + (f" of {base}" if base else "")
-        + ", ADAPTER).merge_and_unload().save_pretrained(FOLDER), and give FOLDER"
+        + ", ADAPTER).merge_and_unload().save_pretrained(FOLDER), and pass FOLDER"
     )

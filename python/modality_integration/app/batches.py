@@ -1,4 +1,4 @@
-"""Inputs of several samples as one batch, padded on the right."""
+"""Combine the inputs of several samples into one batch, padded on the right."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from modality_integration.models.token_roles import BOUNDARIES
 
 
 class CannotBatch(ValueError):
-    """These inputs do not go together into one forward pass."""
+    """These inputs cannot be combined into one forward pass."""
 
 
 def collated(each: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
-    """The inputs of samples, each a batch of one, as one batch.
+    """Combine the inputs of samples, each a batch of one, into one batch.
 
-    Each sample is processed by itself, so its tokens and pixels are those of a batch of one. Token ids and what goes
-    with them, token by token, are padded on the right: a causal decoder's tokens do not see what comes after, wherever
-    the tokenizer pads. Pixels are put one after the other; where models take them as (B, images, ...), a sample with
-    fewer has images of zeros after its own, as processors pad them, and images of a size of their own, told by
-    image_sizes, have zeros around. CannotBatch for anything else.
+    Each sample is processed alone, so its tokens and pixels are those of a batch of one. Token ids and other per-token
+    inputs are padded on the right, wherever the tokenizer pads: in a causal decoder, tokens do not attend to later
+    ones. Pixels are concatenated. In models with pixels of shape (B, images, ...), a sample with fewer images is padded
+    with images of zeros, as processors do, and images of different sizes, given by image_sizes, are padded with zeros.
+    CannotBatch for anything else.
     """
     names = list(each[0])
     if any(list(inputs) != names for inputs in each):
         raise CannotBatch("their inputs have different names")
     lengths = {inputs["input_ids"].shape[1] for inputs in each}
     if len(lengths) > 1 and "attention_mask" not in names:
-        raise CannotBatch("the processor gives no attention_mask, which tells padding from tokens")
+        raise CannotBatch("the processor returns no attention_mask to tell padding from tokens")
     return {name: _joined(name, [inputs[name] for inputs in each], each, tokenizer) for name in names}
 
 
@@ -37,7 +37,7 @@ def _joined(name: str, values: Sequence[Any], each: Sequence[dict[str, Any]], to
     if name in BOUNDARIES:
         raise CannotBatch(f"{name} counts the tokens of one sequence")
     if not all(isinstance(value, Tensor) and value.dim() for value in values):
-        raise CannotBatch(f"{name} is a {type(values[0]).__name__}, not a tensor of a row a sample")
+        raise CannotBatch(f"{name} is a {type(values[0]).__name__}, not a tensor with one row per sample")
     shapes = [tuple(value.shape) for value in values]
     if len({shape[1:] for shape in shapes}) == 1:
         return torch.cat(list(values))
@@ -54,7 +54,7 @@ def _joined(name: str, values: Sequence[Any], each: Sequence[dict[str, Any]], to
 
 
 def _padded(values: Sequence[Tensor], filling: int) -> Tensor:
-    """(1, ...) tensors of as many axes -> (B, ...), each filled at the end of every axis that another is longer in."""
+    """(1, ...) tensors with equally many axes -> (B, ...), each padded at the end of every axis to the longest."""
     longest = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
 
     def filled(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `mir compute` leaves on disk while it streams, so that a killed run goes on and ends with the same bits."""
+"""Run checkpoints of `mir compute`, so that a killed run can resume and end with a bit-identical result."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ FIRST = 10.0  # seconds before the first checkpoint
 
 @dataclass(frozen=True)
 class Passage:
-    """Which pass over the samples (a second one makes the outlier rule exact) and how many of them it has counted."""
+    """The current pass over the samples (a second one makes the outlier rule exact) and how many are counted."""
 
     number: int = 1
     done: int = 0
 
 
 class Checkpoint:
-    """The metric's state after so many samples, and the arguments it belongs to; one per process.
+    """The metric's state after a number of samples, and the arguments it belongs to; one per process.
 
-    `<folder>/rank<r>.json` names the state file that counts, `<folder>/rank<r>-pass<n>-<samples>.safetensors`. The
-    state is complete on disk before the JSON that names it takes its place: a kill at any moment leaves a valid pair.
+    `<folder>/rank<r>.json` names the current state file, `<folder>/rank<r>-pass<n>-<samples>.safetensors`. The state is
+    complete on disk before the JSON that names it is replaced, so a kill at any moment leaves a valid pair.
     """
 
     def __init__(self, folder: Path, arguments: dict[str, Any], rank: int = 0) -> None:
         self.folder = folder
-        self.arguments = json.loads(json.dumps(arguments))  # as they will read back: tuples become lists
+        self.arguments = json.loads(json.dumps(arguments))  # as read back from JSON: tuples become lists
         self.rank = rank
-        self.kept: Passage | None = None  # what is on disk
-        self.command = "the same command"  # that goes on from it
+        self.kept: Passage | None = None  # the passage on disk
+        self.command = "the same command"  # the command that resumes from it
         self._progress = folder / f"rank{rank}.json"
 
     def passage(self) -> Passage:
-        """How far this process had come, the start without a checkpoint.
+        """The passage this process had reached; the start if there is no checkpoint.
 
-        Raises InputError if it was written with other arguments, naming each, or cannot be read.
+        Raises InputError if the checkpoint has other arguments, naming each, or cannot be read.
         """
         if not self._progress.exists():
             return Passage()
@@ -57,25 +57,25 @@ class Checkpoint:
         ]
         if differing:
             raise InputError(
-                f"{self.folder} holds an unfinished run with other arguments or versions ({'; '.join(differing)}): "
-                "finish it with those, choose another --out, or add --restart to drop it"
+                f"{self.folder} holds an unfinished run with other arguments or versions ({'; '.join(differing)}); "
+                "finish it with those, choose another --out, or add --restart to discard it"
             )
         self.kept = Passage(saved["pass"], saved["done"])
         return self.kept
 
     def load(self, metric: Any) -> None:
-        """Put the checkpoint's state into `metric`."""
+        """Load the checkpoint's state into `metric`."""
         state = self.folder / self._read()["state"]
         try:
             metric.load(state)
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"the checkpoint {state} cannot be read ({error}): add --restart to begin anew") from error
+            raise InputError(f"the checkpoint {state} cannot be read ({error}); add --restart to start over") from error
         logger.info("read the checkpoint %s", state)
 
     def save(self, metric: Any, passage: Passage) -> None:
-        """Write `metric`'s state at `passage`, then drop the state before it.
+        """Write `metric`'s state at `passage`, then delete the previous one.
 
-        Raises OSError that names the file where that cannot be written; the checkpoint before it stays.
+        Raises OSError naming the file that cannot be written; the previous checkpoint stays.
         """
         state, began = self.folder / state_name(self.rank, passage.number, passage.done), time.monotonic()
         try:
@@ -101,7 +101,7 @@ class Checkpoint:
                 old.unlink()
 
     def try_to_save(self, metric: Any, passage: Passage) -> str:
-        """`save`, or else why not, in words; "" where it is saved."""
+        """`save`; return the reason if it fails, "" if it succeeds."""
         try:
             self.save(metric, passage)
         except OSError as error:
@@ -109,27 +109,27 @@ class Checkpoint:
         return ""
 
     def way_on(self) -> str:
-        """What the same command would do now."""
+        """What rerunning the same command would do now."""
         if self.kept is None:
-            return "there is no checkpoint, the same command begins anew"
-        return f"{self.command} goes on after {self.kept.done} samples" + " of pass 2" * (self.kept.number == 2)
+            return "there is no checkpoint; the same command starts over"
+        return f"{self.command} resumes after {self.kept.done} samples" + " of pass 2" * (self.kept.number == 2)
 
     def clear(self, *, of_all: bool = False) -> None:
-        """Remove this process's checkpoint, or those of all: the run is finished, or begins anew."""
+        """Remove this process's checkpoint, or those of all processes, when a run is finished or starts over."""
         self.kept = None
         rank = "*" if of_all else self.rank
-        # First what names the states: a kill on the way leaves no checkpoint rather than half of one.
+        # The JSON goes first: a kill in between leaves no checkpoint rather than half of one.
         for file in [*self.folder.glob(f"rank{rank}.json"), *self._files(rank)]:
-            file.unlink(missing_ok=True)  # another process may be at it too
+            file.unlink(missing_ok=True)  # another process may be deleting it too
         self._drop_empty_folder()
 
     def _files(self, rank: int | str) -> list[Path]:
-        """A process's states, and what a killed one left half written."""
+        """The state files of a process, including files left half written by a kill."""
         patterns = ("rank{}-*.safetensors", ".rank{}-*.partial", ".rank{}.json.partial")
         return [path for pattern in patterns for path in self.folder.glob(pattern.format(rank))]
 
     def _drop_empty_folder(self) -> None:
-        with contextlib.suppress(OSError):  # gone already, or there still is a checkpoint, of another process maybe
+        with contextlib.suppress(OSError):  # already gone, or it still holds a checkpoint, perhaps of another process
             self.folder.rmdir()
 
     def _read(self) -> dict[str, Any]:
@@ -138,14 +138,14 @@ class Checkpoint:
             _check(saved, self.rank)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"the checkpoint {self._progress} is damaged ({error}): add --restart to begin anew"
+                f"the checkpoint {self._progress} is damaged ({error}); add --restart to start over"
             ) from error
         return saved
 
 
 class Due:
-    """When a checkpoint is written: every `every` samples; or, with None, by the clock, so that writing takes no more
-    than a twentieth of the time. At 7B a state is 20 GB and more.
+    """When to write a checkpoint: every `every` samples, or, with None, by elapsed time, so that writing takes at most
+    a twentieth of it. The state of a 7B model is 20 GB and more.
     """
 
     def __init__(self, every: int | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -153,14 +153,14 @@ class Due:
         self._next = clock() + FIRST
 
     def __call__(self, count: int, latest: int = 1) -> bool:
-        """Whether one is due after `count` samples, the last `latest` of which came together."""
+        """Whether a checkpoint is due after `count` samples, the last `latest` of which arrived in one batch."""
         if self._every:
             return count // self._every > (count - latest) // self._every
         return self._clock() >= self._next
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Around a write, whose time tells when the next is due, were it to fail too."""
+        """Time a write, even one that fails, to schedule the next."""
         began = self._clock()
         try:
             yield
@@ -170,20 +170,20 @@ class Due:
 
 
 def _check(saved: Any, rank: int) -> None:
-    """ValueError unless `saved` is what `Checkpoint.save` writes."""
+    """ValueError unless `saved` has the form that `Checkpoint.save` writes."""
     if not isinstance(saved, dict) or not isinstance(saved.get("arguments"), dict):
-        raise ValueError("takes an object with arguments")
+        raise ValueError("expected an object with arguments")
     number: Any
     done: Any
     number, done, state = saved.get("pass"), saved.get("done"), saved.get("state")
     if not all(isinstance(count, int) and not isinstance(count, bool) for count in (number, done)):
-        raise ValueError(f"pass, done: take integers, got {number!r} and {done!r}")
+        raise ValueError(f"pass, done: expected integers, got {number!r} and {done!r}")
     if number not in (1, 2) or done < 0:
-        raise ValueError(f"pass, done: take 1 or 2 and a count, got {number} and {done}")
+        raise ValueError(f"pass, done: expected 1 or 2 and a count, got {number} and {done}")
     if state != state_name(rank, number, done):
-        raise ValueError(f"state: takes {state_name(rank, number, done)}, got {state!r}")
+        raise ValueError(f"state: expected {state_name(rank, number, done)}, got {state!r}")
 
 
 def state_name(rank: int, number: int, done: int) -> str:
-    """The file of a process's state in pass `number` after `done` samples."""
+    """Name of the state file of a process in pass `number` after `done` samples."""
     return f"rank{rank}-pass{number}-{done:06d}.safetensors"

@@ -1,6 +1,6 @@
-"""The `mir` command: what each of its commands takes, and which module does the work, imported when it is needed.
+"""The commands of `mir`: their options, and the modules that do the work, imported only when a command runs.
 
-The options are the fields of the dataclasses in `options.py`: a parameter with such a type stands for all of them.
+The options are the fields of the dataclasses in `options.py`: a parameter of such a type stands for all its fields.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ main = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Modality Integration Rate (MIR): how well a vision-language model blends image and text tokens.\n\n"
-    "MIR is log10 of the Fréchet distance between vision and text tokens, summed over the decoder's layers; lower is "
-    "better blended. Start with [bold]mir demo[/], then point [bold]mir compute[/] at your model.",
+    help="Modality Integration Rate (MIR): how well a vision-language model integrates image and text tokens.\n\n"
+    "MIR is log10 of the sum over decoder layers of the Fréchet distance between vision and text tokens. Lower is "
+    "better. Start with [bold]mir demo[/], then run [bold]mir compute[/] on your model.",
 )
 
 
@@ -44,9 +44,9 @@ def _version(wanted: bool) -> None:
 
 
 Labels = Annotated[
-    list[str] | None, of_output(metavar="NAME", help="What to call a result; once for each, in their order.")
+    list[str] | None, of_output(metavar="NAME", help="Label of a result; repeat once per result, in the same order.")
 ]
-Replace = Annotated[bool, of_output("--overwrite", help="Replace the file that --out names.")]
+Replace = Annotated[bool, of_output("--overwrite", help="Overwrite the file given by --out.")]
 
 
 @main.callback()
@@ -54,17 +54,23 @@ def _options(
     ctx: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave."),
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
     ] = False,
-    json: Annotated[bool, of_terminal("--json", help="Before or after the command: the result as JSON.")] = False,
-    quiet: Annotated[bool, of_terminal("--quiet", "-q", help="Likewise: no progress and no notes.")] = False,
-    verbose: Annotated[bool, of_terminal("--verbose", "-v", help="Likewise: more of what is done.")] = False,
+    json: Annotated[
+        bool, of_terminal("--json", help="Print the result as JSON. Also accepted after the command.")
+    ] = False,
+    quiet: Annotated[
+        bool, of_terminal("--quiet", "-q", help="Hide progress and notes. Also accepted after the command.")
+    ] = False,
+    verbose: Annotated[
+        bool, of_terminal("--verbose", "-v", help="Show more detail. Also accepted after the command.")
+    ] = False,
 ) -> None:
     ctx.obj = {"json": json, "quiet": quiet, "verbose": verbose}
 
 
 def command(epilog: str) -> Callable:
-    """Register a command: its options flat, what it refuses in one line, its page of help."""
+    """Register a command with flat options, one-line errors and its own help page."""
 
     def register(function: Callable) -> Callable:
         flat = FlatOptions(function)
@@ -84,7 +90,7 @@ def command(epilog: str) -> Callable:
         described.__signature__ = inspect.Signature([context, *flat.parameters])
         run.__annotations__ = {"ctx": typer.Context, **{p.name: p.annotation for p in flat.parameters}}
         run.__name__ = function.__name__
-        paragraphs = (function.__doc__ or "").split("\n\n")  # whose line breaks are the source's, not the terminal's
+        paragraphs = (function.__doc__ or "").split("\n\n")  # unwrapped: the terminal breaks the lines
         help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
         return main.command(cls=CommandPage, epilog=epilog, help=help)(run)
 
@@ -92,13 +98,13 @@ def command(epilog: str) -> Callable:
 
 
 def _talk(ctx: typer.Context, values: dict[str, Any]) -> dict[str, bool]:
-    """--json, --quiet and --verbose, which may stand before the command as well."""
+    """--json, --quiet and --verbose, given before or after the command."""
     assert ctx.parent is not None
     talk = {name: values[name] or ctx.parent.obj[name] for name in ("json", "quiet", "verbose")}
     if talk["quiet"] and talk["verbose"]:
         typed = {n for n in ("quiet", "verbose") for c in (ctx, ctx.parent) if source(c, n) == "COMMANDLINE"}
-        if len(typed) != 1:  # what is typed counts before what a file or the environment says
-            raise typer.BadParameter("--quiet and --verbose exclude one another: give one of them", ctx)
+        if len(typed) != 1:  # a typed option overrides the file and the environment
+            raise typer.BadParameter("--quiet and --verbose are mutually exclusive: use only one of them", ctx)
         talk |= {"quiet": "quiet" in typed, "verbose": "verbose" in typed}
     return talk
 
@@ -107,11 +113,12 @@ def _talk(ctx: typer.Context, values: dict[str, Any]) -> dict[str, bool]:
     epilog="Examples:\n\n  mir demo\n\n  mir demo --steps 240 --save demo-model   # then mir compute --model demo-model"
 )
 def demo(options: DemoOptions, terminal: Terminal) -> None:
-    """MIR of a real model before, during and after training, offline, in a few minutes on a laptop.
+    """Measure the MIR of a real model before, during and after training, offline, in a few minutes on a laptop.
 
-    SmolLM2-135M gets eyes: an EfficientNet that was trained on ImageNet. Both stay frozen while the projector between
-    them learns captions of photographs, emoji, drawn scenes and digits, as LLaVA pre-trains. MIR is measured along the
-    way, with its standard error, on held-out pictures and unrelated prose. --json prints what history.json holds.
+    SmolLM2-135M is given a vision encoder: an EfficientNet trained on ImageNet. Both stay frozen while the projector
+    between them learns captions of photographs, emoji, drawn scenes and digits, as in LLaVA's pre-training. MIR and its
+    standard error are measured along the way on held-out pictures and unrelated prose. --json prints the contents of
+    history.json.
     """
     from modality_integration.app import demo as work
     from modality_integration.app.out_folder import HISTORY
@@ -129,7 +136,8 @@ def demo(options: DemoOptions, terminal: Terminal) -> None:
     "  mir compute --config run.yaml --samples 200 --study samples --out study\n\n"
     "  torchrun --nproc-per-node 2 -m modality_integration compute \\\n"
     "    --config run.yaml\n\n"
-    "Interrupted (Ctrl-C, a kill, a power cut), the same command goes on from the last checkpoint with the same bits."
+    "After an interruption (Ctrl-C, kill, power cut), rerun the same command: it resumes from the last checkpoint, and "
+    "the result is bit-identical."
 )
 def compute(
     options: ComputeOptions,
@@ -138,9 +146,9 @@ def compute(
         StudyName | None,
         typer.Option(
             rich_help_panel="Study",
-            help="One of the paper's studies in place of one value, as a table and a plot: samples (how many are "
-            "enough), normalization (on and off, layer by layer), content (each sub-folder of --images with each of "
-            "--text), template (chat and plain), layers (the terms of each).",
+            help="Run one of the paper's studies instead of a single measurement; writes a table and a plot. samples: "
+            "how many are enough; normalization: on and off, for each layer; content: each sub-folder of --images with "
+            "each of --text; template: chat and plain; layers: the terms of each layer's distance.",
         ),
     ] = None,
     repeat: Annotated[
@@ -148,15 +156,15 @@ def compute(
         typer.Option(
             rich_help_panel="Study",
             min=1,
-            help="Sets of samples that --study samples draws, a seed each; the paper's Table 6: 10.",
+            help="Number of sample sets for --study samples, each with its own seed; the paper's Table 6 has 10.",
         ),
     ] = 1,
 ) -> None:
-    """MIR of a model on your images and prose: one number, one per layer, a table and a plot.
+    """Measure the MIR of a model on your images and prose: one value, the distance of each layer, a table and a plot.
 
-    --json prints what mir.json holds, of a study its rows.
+    --json prints the contents of mir.json, or the rows of a study.
     """
-    for path, option in ((options.images, "images"), (options.text, "text")):  # before seconds of imports
+    for path, option in ((options.images, "images"), (options.text, "text")):  # before slow imports
         if not path.exists():
             raise InputError(f"{option}: {path} does not exist")
     if study is None:
@@ -171,17 +179,17 @@ def compute(
 
 @command(
     epilog="Examples:\n\n  mir states run/*.safetensors --out run\n\n  mir states run --outliers median\n\n"
-    "A file holds layer.1 ... layer.K, (T, d) or (B, T, d), vision_mask and text_mask, as "
-    "modality_integration.save_states writes them."
+    "Each file holds layer.1 ... layer.K of shape (T, d) or (B, T, d), vision_mask and text_mask, as written by "
+    "modality_integration.save_states."
 )
 def states(
-    files: Annotated[list[Path], typer.Argument(help="Hidden states as safetensors, or folders of such files.")],
+    files: Annotated[list[Path], typer.Argument(help="Safetensors files of hidden states, or folders of such files.")],
     options: StatesOptions,
     terminal: Terminal,
 ) -> None:
-    """MIR of hidden states saved to files, from any model; memory for one layer at a time.
+    """Compute MIR from saved hidden states of any model, with one layer in memory at a time.
 
-    --json prints what mir.json holds.
+    --json prints the contents of mir.json.
     """
     from modality_integration.app import states as work
 
@@ -194,16 +202,16 @@ def states(
 )
 def compare(
     results: Annotated[
-        list[Path], typer.Argument(help="mir.json files of two runs or more, or their folders: the reference first.")
+        list[Path], typer.Argument(help="mir.json files of two or more runs, or their folders, the reference first.")
     ],
     terminal: Terminal,
     label: Labels = None,
 ) -> None:
-    """Runs side by side: each layer's distances, and whether MIR differs from that of the first.
+    """Compare runs: the distances of each layer, and whether MIR differs from that of the first run.
 
-    A difference is held against its standard error (mir compute --groups): that of the differences where both runs had
-    the same samples, else of the two together. From 2 standard errors on one "seems" better, from 3 it is. --json
-    prints results, differences and verdicts as an object.
+    A difference is tested against its standard error (mir compute --groups): of the paired differences if both runs
+    used the same samples, otherwise of both runs combined. From 2 standard errors on, a run "seems" better; from 3 on,
+    it "is" better. --json prints results, differences and verdicts as an object.
     """
     from modality_integration.app.console import show_comparison
     from modality_integration.app.errors import refusals
@@ -223,21 +231,24 @@ def compare(
 def plot(
     results: Annotated[
         list[Path],
-        typer.Argument(help="mir.json files, or their folders: a curve each. Or history.json of one mir demo."),
+        typer.Argument(
+            help="mir.json files or their folders, one curve each; or the history.json of one mir demo run."
+        ),
     ],
     terminal: Terminal,
     out: Annotated[
         Path,
         of_output(
-            metavar="FILE", help="The picture; its suffix is the format (.png, .svg, .pdf, .eps, .jpg, .tif, .webp)."
+            metavar="FILE",
+            help="Output picture; the suffix sets the format (.png, .svg, .pdf, .eps, .jpg, .tif, .webp).",
         ),
     ] = Path("layers.png"),
     overwrite: Replace = False,
     label: Labels = None,
 ) -> None:
-    """The distance of every layer as a curve, one per run, as the paper's Figure 2; or a demo's training.
+    """Plot the distance of every layer, one curve per run, as in the paper's Figure 2; or the training of a demo.
 
-    --json prints the path that was written, as "written".
+    --json prints the path of the picture, as "written".
     """
     from modality_integration.app import plot as work
 
@@ -246,15 +257,15 @@ def plot(
 
 @command(epilog="Examples:\n\n  mir report mir-out\n\n  mir report before after --label before --label after")
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Folders of runs, or their mir.json.")],
+    results: Annotated[list[Path], typer.Argument(help="Folders of runs, or their mir.json files.")],
     terminal: Terminal,
-    out: Annotated[Path, of_output(metavar="FILE", help="The page, HTML in one file.")] = Path("report.html"),
+    out: Annotated[Path, of_output(metavar="FILE", help="Output page, a single HTML file.")] = Path("report.html"),
     overwrite: Replace = False,
     label: Labels = None,
 ) -> None:
-    """Runs side by side as one page of HTML: values, layers, settings, samples, studies.
+    """Write an HTML page that shows runs side by side: values, layers, settings, samples, studies.
 
-    --json prints the path that was written, as "written".
+    --json prints the path of the page, as "written".
     """
     from modality_integration.app import report as work
 
@@ -263,9 +274,9 @@ def report(
 
 @command(epilog="Example:\n\n  mir doctor")
 def doctor(terminal: Terminal) -> None:
-    """What is installed, what runs where and why the rest does not, free memory, and what to install.
+    """Show installed packages, devices, free memory, which kernels run here (or why not), and what to install.
 
-    --json prints the same as an object.
+    --json prints the same information as an object.
     """
     from modality_integration.app import doctor as work
 
@@ -274,7 +285,7 @@ def doctor(terminal: Terminal) -> None:
 
 
 def _measure(terminal: Terminal, run: Callable[..., Any], *arguments: Any) -> None:
-    """Run it; its result as JSON where that is asked for, also where it was measured and could not be written."""
+    """Run it and, with --json, print its result; also a result that was measured but could not be written."""
     from modality_integration.app.results import NotWritten
 
     try:

@@ -1,7 +1,7 @@
 """`mir compute`: MIR of a saved model on images and prose, resumable, over several processes.
 
-`run` is the whole way: samples and model are chosen and loaded, `_stream_passes` feeds the metric and leaves
-checkpoints, and what came of it is printed, then written, then drawn.
+`run` does everything: it chooses samples, loads the model, feeds the metric and writes checkpoints (`_stream_passes`),
+then prints, writes and plots the result, in that order.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ NOT_ASKED = ("overwrite", "restart", "checkpoint_every", "plots")
 
 
 def run(options: ComputeOptions, console: Console, results: Console | None = None) -> MIRResult:
-    """MIR of `options.model`: a table and the value, then mir.json, run.json and a plot of the layers in `options.out`.
+    """MIR of `options.model`: prints a table and the value, then writes mir.json, run.json and a plot to `options.out`.
 
-    console: for progress and notes on the way. results: for the result, `console` where None.
+    console: for progress and notes. results: for the result; None: `console`.
 
-    Raises InputError for what a person can mend, `options.out` that holds results or is in use by another run among it;
-    NotWritten where the result could be printed but not written; Interrupted after Ctrl-C or SIGTERM with the state
-    saved.
+    Raises InputError for anything a user can fix, including an `options.out` that holds results or is in use by another
+    run; NotWritten if the result was printed but could not be written; Interrupted after Ctrl-C or SIGTERM, with the
+    state saved.
     """
     device = pick_device(options.device)
     with processes(device) as (rank, world), contextlib.ExitStack() as stack:
         console.quiet = console.quiet or rank > 0
         asked = options
         with all_or_none(world):
-            options.metric()  # refuses before anything is read
+            options.metric()  # checks the options before anything is read
             if rank == 0:
                 stack.enter_context(taken(options.out, console))
                 _require_no_results(options)
@@ -80,7 +80,7 @@ def run(options: ComputeOptions, console: Console, results: Console | None = Non
         mine = samples[rank::world]
         if passage.done:
             checkpoint.load(metric)
-            console.print(f"going on after {passage.done} of {len(mine)} samples", highlight=False)
+            console.print(f"resuming after {passage.done} of {len(mine)} samples", highlight=False)
 
         result, metric, passage = _stream_passes(loaded, mine, metric, passage, checkpoint, options, console)
         result.notes.extend(loaded.notes + chosen.notes)
@@ -102,25 +102,25 @@ def run(options: ComputeOptions, console: Console, results: Console | None = Non
 
 
 def _require_no_results(options: ComputeOptions) -> None:
-    """InputError where the folder holds results; unless they may go, or a run goes on that was let begin there."""
+    """InputError if the folder holds results, unless they may be overwritten or an unfinished run resumes there."""
     if options.overwrite or (unfinished(options.out) and not options.restart):
         return
     if (options.out / "mir.json").exists() and _asked_before(options) == _asked(options):
         raise InputError(
-            f"out: {options.out} holds the finished result of these very options (mir.json): to measure again, add "
+            f"out: {options.out} already holds the result of exactly these options (mir.json); to measure again, add "
             "--overwrite or choose another --out"
         )
     require_free(options.out, MEASUREMENT, options.overwrite)
 
 
 def _asked(options: ComputeOptions) -> dict[str, Any]:
-    """The options as they read back from JSON."""
+    """The options as read back from JSON."""
     values = {name: value for name, value in asdict(options).items() if name not in NOT_ASKED}
     return json.loads(json.dumps(values, default=str))
 
 
 def _asked_before(options: ComputeOptions) -> Any:
-    """The options of the run that is finished in the folder; None where its record does not say."""
+    """The options of the finished run in the folder; None if its record has none."""
     try:
         record = read_json(options.out / "run.json")
     except (OSError, ValueError):
@@ -137,22 +137,22 @@ def _stream_passes(
     options: ComputeOptions,
     console: Console,
 ) -> tuple[MIRResult, ModalityIntegrationRate, Passage]:
-    """The result of one pass over the samples, or of a second one where the first missed outliers and it is wanted;
-    with the metric that has it, and which passage that is.
+    """The result of one pass over the samples, or of a second one if requested and the first pass missed outliers;
+    with the metric that computed it and its passage.
     """
     while True:
         _stream_pass(loaded, samples, metric, passage, checkpoint, options, console)
         try:
-            with console.status("square roots, layer by layer"):
+            with console.status("computing square roots, layer by layer"):
                 result = finish(metric)
-        except KeyboardInterrupt as interrupt:  # in the midst of arithmetic: the state may be half changed
+        except KeyboardInterrupt as interrupt:  # during the arithmetic: the state may be half updated
             raise Interrupted(
                 f"interrupted after all {len(samples)} samples, before their result; {checkpoint.way_on()}"
             ) from interrupt
         passage = Passage(passage.number, len(samples))
         if passage.number == 2 or not options.second_pass or not result.total_missed:
             return result, metric, passage
-        with metric.sync_context():  # the limits are those of all processes' tokens
+        with metric.sync_context():  # limits are computed from the tokens of all processes
             metric = metric.second_pass()
         passage = Passage(2, 0)
 
@@ -166,7 +166,7 @@ def _stream_pass(
     options: ComputeOptions,
     console: Console,
 ) -> None:
-    """Stream the samples that `passage` has not counted yet, with a bar, checkpoints, and a clean way out."""
+    """Stream the samples after `passage`, with a progress bar, checkpoints and a clean exit on signals."""
     with DeferredSignals() as stop, progress_bar(console) as bar:
         task = bar.add_task(
             f"{Path(options.model).name}, pass {passage.number}", total=len(samples), completed=passage.done
@@ -176,17 +176,17 @@ def _stream_pass(
         def after_sample(count: int) -> None:
             bar.update(task, completed=count)
             first_batch = count <= passage.done + options.batch_size
-            if passage.number == 1 and first_batch:  # by now it is known what a sample takes
+            if passage.number == 1 and first_batch:  # the memory per sample is now known
                 show_notes(check_memory(metric, len(samples)), console)
             why_not = ""
             if stop.signal or due(count, options.batch_size):
                 with due.writing():
                     why_not = checkpoint.try_to_save(metric, Passage(passage.number, count))
             if stop.signal:
-                way_on = f"{why_not}; {checkpoint.way_on()}" if why_not else f"{checkpoint.command} goes on from there"
+                way_on = f"{why_not}; {checkpoint.way_on()}" if why_not else f"{checkpoint.command} resumes from there"
                 raise Interrupted(f"interrupted after {count} of {len(samples)} samples; {way_on}", 128 + stop.signal)
             if why_not:
-                show_notes([f"{why_not}: after an interrupt, {checkpoint.way_on()}"], console)
+                show_notes([f"{why_not}; after an interruption, {checkpoint.way_on()}"], console)
 
         model, processor, _ = loaded
         first = stream(
@@ -207,21 +207,21 @@ def _stream_pass(
 def _kept_unless_written(
     result: MIRResult, metric: ModalityIntegrationRate, passage: Passage, checkpoint: Checkpoint, out: Path
 ) -> Iterator[None]:
-    """What cannot be written inside becomes NotWritten, with a checkpoint from which the same command ends at once."""
+    """Turn a failed write inside into NotWritten, with a checkpoint from which the same command finishes at once."""
     try:
         yield
-    except (OSError, InputError) as error:  # InputError: another process could not
+    except (OSError, InputError) as error:  # InputError: another process failed to write
         words = in_words(error) if isinstance(error, OSError) else str(error)
         why_not, way_on = checkpoint.try_to_save(metric, passage), checkpoint.way_on()
         if checkpoint.kept is None and (out / "mir.json").exists():
-            way_on = "mir.json is there; there is no checkpoint, the same command begins anew with --overwrite"
+            way_on = "mir.json was written, but there is no checkpoint; the same command starts over with --overwrite"
         raise NotWritten(
             "; ".join(filter(None, [f"the result could not be written: {words}", why_not, way_on])), result
         ) from error
 
 
 def _drop(checkpoint: Checkpoint, console: Console, rank: int) -> None:
-    """Remove the checkpoint of a run whose result is written; a note where that fails, as nothing is lost by it."""
+    """Remove the checkpoint of a run whose result is written; failure is only a note, as nothing is lost."""
     try:
         checkpoint.clear(of_all=rank == 0)
     except OSError as error:
@@ -234,11 +234,11 @@ def _record(
     arguments: dict[str, Any],
     skipped: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """What run.json says: which options gave which value, with what, and what else there was to tell."""
+    """The contents of run.json: options, value, arguments, skipped samples and versions."""
     return {
         "mir": result.value,
         "error": result.error,
-        "groups": result.groups,  # of samples, that the error is of
+        "groups": result.groups,  # groups of samples behind the standard error
         "images": str(options.images),
         "text": str(options.text),
         "options": _asked(options),

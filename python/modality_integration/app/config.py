@@ -1,4 +1,4 @@
-"""Options from elsewhere than the command line: a YAML file, and MIR_* variables of the environment."""
+"""Options from a YAML file and from MIR_* environment variables."""
 
 from __future__ import annotations
 
@@ -14,19 +14,29 @@ from modality_integration.app.endings import one_line_endings
 from modality_integration.app.errors import InputError
 from modality_integration.app.flat_options import Known, variables
 
-# Of each command: its options, by name.
+# The options of each command, by name.
 KNOWN: dict[str, Mapping[str, Known]] = {}
-# Variables that start with MIR_ and are no options: of the build, the kernels and the tests.
-OF_OTHERS = ("MIR_CPU_ISA", "MIR_CUDA", "MIR_CUDA_ARCHS", "MIR_EARLIER", "MIR_NATIVE", "MIR_REPORT", "MIR_SHARD")
+# MIR_* variables that are not options: those of the build, the kernels and the tests.
+OF_OTHERS = (
+    "MIR_CPU_ISA",
+    "MIR_CUDA",
+    "MIR_CUDA_ARCHS",
+    "MIR_EARLIER",
+    "MIR_EMULATED_FLAGS",
+    "MIR_FLOAT64",
+    "MIR_NATIVE",
+    "MIR_REPORT",
+    "MIR_SHARD",
+)
 
 
 def remember(command: str, known: Mapping[str, Known]) -> None:
-    """A command has these options."""
+    """Register the options of a command."""
     KNOWN[command] = known
 
 
 def use_file(ctx: typer.Context, value: Path | None) -> Path | None:
-    """The callback of --config: what the file says stands in for the defaults of the command's other options."""
+    """Callback of --config: values in the file replace the defaults of the command's other options."""
     if value is not None and not ctx.resilient_parsing:
         with one_line_endings():
             ctx.default_map = read(value, KNOWN[str(ctx.command.name)])
@@ -34,11 +44,11 @@ def use_file(ctx: typer.Context, value: Path | None) -> Path | None:
 
 
 def read(path: Path, known: Mapping[str, Known]) -> dict[str, Any]:
-    """The options in a YAML file, by name, as what they are to be.
+    """The options in a YAML file, by name, with checked types.
 
-    A key is an option as it is typed, with or without the hyphens before it, or with underscores; a flag takes true or
-    false; "~/" begins a path in the home folder. Raises InputError, which names file and key, for what is no option,
-    given twice, or of a wrong type.
+    A key is an option as typed, with or without its leading hyphens, or with underscores. A flag is true or false.
+    "~/" expands to the home folder. Raises InputError naming the file and key for an unknown option, one given twice,
+    or a value of the wrong type.
     """
     options: dict[str, Any] = {}
     for key, value in _entries(path):
@@ -58,14 +68,14 @@ def read(path: Path, known: Mapping[str, Known]) -> dict[str, Any]:
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """A sentence for each MIR_* variable that is set and that no option goes by."""
+    """A sentence for each MIR_* variable that is set but belongs to no option."""
     known = {*OF_OTHERS, *(v for command, names in KNOWN.items() for name in names for v in variables(command, name))}
     unknown = sorted(name for name in environment if name.startswith("MIR_") and name not in known)
-    return [f"no option goes by the variable {name}{_did_you_mean(name, known)}" for name in unknown]
+    return [f"environment variable {name} is unknown and ignored{_did_you_mean(name, known)}" for name in unknown]
 
 
 def _entries(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Key and value of each line of the file, in order, also where a key comes twice."""
+    """Key and value of each entry of the file, in order, including duplicate keys."""
     import yaml
 
     if not path.is_file():
@@ -77,7 +87,7 @@ def _entries(path: Path) -> Iterator[tuple[Any, Any]]:
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
-            raise InputError(f"config: {path} takes a line `option: value` for each option")
+            raise InputError(f"config: {path}: expected one `option: value` per line")
         for key, value in root.value:
             yield loader.construct_object(key, deep=True), loader.construct_object(value, deep=True)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -103,20 +113,20 @@ def _one(value: Any, option: Known, where: str) -> Any:
     elif kind is int:
         wanted = None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
         if wanted is None and option.least is not None and value < option.least:
-            wanted = f"a whole number of at least {option.least}"
+            wanted = f"a whole number >= {option.least}"
     else:
-        wanted = None if isinstance(value, str) and value else "words (in quotes, where they look like something else)"
+        wanted = None if isinstance(value, str) and value else "text (quote it if YAML reads it as another type)"
     if wanted is not None:
-        raise InputError(f"{where}: takes {wanted}, got {value!r}")
+        raise InputError(f"{where}: expected {wanted}, got {value!r}")
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _nearest(name: str, known: Mapping[str, Known]) -> str:
     if name in KNOWN:
-        return "; options of a file stand without a section, and a file is for one command"
+        return "; a config file has no sections: it lists the options of one command"
     typed = _did_you_mean(_key(name), map(_key, known))
     others = [command for command, options in KNOWN.items() if name in options]
-    return typed or (f" (it is one of mir {' and mir '.join(others)})" if others else "")
+    return typed or (f" (it is an option of mir {' and mir '.join(others)})" if others else "")
 
 
 def _key(name: str) -> str:
@@ -125,4 +135,4 @@ def _key(name: str) -> str:
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
     near = get_close_matches(name, sorted(names), n=1)
-    return f": did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else ""

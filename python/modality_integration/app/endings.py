@@ -1,4 +1,4 @@
-"""How a command ends where it does not succeed: in one line, with its exit code."""
+"""How a command ends when it fails: with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modality_integration.app.packages import not_installed
 
 
 def say(message: str, color: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     from rich.console import Console
 
     rank = os.environ.get("RANK", "0")
@@ -23,7 +23,7 @@ def say(message: str, color: str) -> None:
 
 @contextlib.contextmanager
 def one_line_endings() -> Iterator[None]:
-    """Refusals inside end in one line and exit code 1, Ctrl-C in one line and 130."""
+    """Errors in the input end with one line and exit code 1, Ctrl-C with one line and exit code 130."""
     try:
         yield
     except KeyboardInterrupt as interrupt:

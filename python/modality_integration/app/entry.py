@@ -1,4 +1,4 @@
-"""Where the `mir` command starts: with no package but Python's own, so that it can say which one is missing."""
+"""Entry point of the `mir` command. Imports only the standard library, so that it can report a missing package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from modality_integration.app.packages import not_installed
 
 
 def main() -> None:
-    """Run the command line; one line and exit code 1 where a package that it is made of is not installed."""
+    """Run the command line. If a required package is missing, print one line and exit with code 1."""
     try:
         from modality_integration.app.cli import main as command
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What a person can mend: refusals of what was given, and interruptions, each said in one line by the command."""
+"""Errors that a user can fix, and interruptions; the command prints each as one line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something a person gave cannot be used; the message says what it was and what would do."""
+    """An input cannot be used; the message names it and says what is expected."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal; the message says what is kept and how to go on, `code` is the exit code."""
+    """A signal stopped a run; the message says what was saved and how to resume. `code` is the exit code."""
 
     def __init__(self, message: str, code: int = 130) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def refusals(what: str) -> Iterator[None]:
-    """A ValueError raised inside becomes an InputError that begins with `what` it was about."""
+    """Turn a ValueError raised inside into an InputError whose message begins with `what`."""
     try:
         yield
     except InputError:
@@ -32,27 +32,27 @@ def refusals(what: str) -> Iterator[None]:
 
 
 def require_folder(out: Path, option: str = "out") -> None:
-    """InputError unless `out` is a folder that can be written to, or can become one."""
+    """InputError unless `out` is a writable folder or can be created as one."""
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise InputError(f"{option}: {there} is a file, and a folder is wanted")
+        raise InputError(f"{option}: expected a folder, got the file {there}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{option}: {there} cannot be written to")
+        raise InputError(f"{option}: {there} is not writable")
 
 
 def require_unused(files: Iterable[Path], overwrite: bool, option: str = "out") -> None:
-    """InputError where one of the files to be written exists already, unless `overwrite`."""
+    """InputError if one of the files to be written already exists, unless `overwrite`."""
     there = [] if overwrite else [str(file) for file in files if os.path.lexists(file)]
     if there:
         are, them = ("exist", "them") if len(there) > 1 else ("exists", "it")
         raise InputError(
-            f"{option}: {', '.join(there)} {are} already: choose another --{option}, or add --overwrite to replace "
+            f"{option}: {', '.join(there)} already {are}; choose another --{option}, or add --overwrite to replace "
             f"{them}"
         )
 
 
 def in_words(error: OSError) -> str:
-    """What the system refused and about which file, without its number."""
+    """The system's error message and file name, without the error number."""
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}"

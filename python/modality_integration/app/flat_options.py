@@ -1,4 +1,4 @@
-"""Commands whose options are the fields of dataclasses: what typer, the YAML file and the environment read of them."""
+"""Commands whose options are the fields of dataclasses, as typer, the YAML file and the environment see them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METAVARS: Mapping[Any, str] = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 class Known(NamedTuple):
     """One option or argument of a command.
 
-    kind: its type, without None and list. many: whether it takes several. negatable: whether --no-... is one as well.
+    kind: its type, without None and list. many: whether it accepts several values. negatable: whether --no-... exists.
     """
 
     kind: Any
@@ -28,10 +28,10 @@ class Known(NamedTuple):
 
 
 class FlatOptions:
-    """The parameters of a command: those of its function, the fields of a dataclass in place of each of that type.
+    """The parameters of a command: those of its function, with each dataclass replaced by its fields.
 
-    Fields without a `typer.Option` are no options of the command line and keep their defaults. Each option has a
-    metavar and its choices in the help, and goes by the variables MIR_<COMMAND>_<OPTION> and MIR_<OPTION>.
+    Fields without a `typer.Option` are not on the command line and keep their defaults. The help shows each option's
+    metavar and choices. Each option can be set by the variables MIR_<COMMAND>_<OPTION> and MIR_<OPTION>.
     """
 
     def __init__(self, function: Callable) -> None:
@@ -50,11 +50,11 @@ class FlatOptions:
             for field in fields:
                 default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
                 self._add(function.__name__, field.name, default, of_fields[field.name])
-        # What must be given comes first.
+        # Required parameters come first.
         self.parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
     def grouped(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of the function, from values of the options by name."""
+        """The arguments of the function, from option values by name."""
         inside = {field for fields in self._fields.values() for field in fields}
         groups = {
             name: group(**{field: values[field] for field in self._fields[name]})
@@ -78,23 +78,23 @@ class FlatOptions:
 
 
 def variables(command: str, option: str) -> list[str]:
-    """The environment variables of an option, the one that counts first."""
+    """The environment variables of an option, the one that takes precedence first."""
     return [f"MIR_{command}_{option}".upper(), f"MIR_{option}".upper()]
 
 
 def source(ctx: Any, name: str) -> str | None:
-    """Where the value of an option was given: "COMMANDLINE", "ENVIRONMENT" or "DEFAULT_MAP"; None for a default."""
+    """Where an option was set: "COMMANDLINE", "ENVIRONMENT" or "DEFAULT_MAP" (the file); None for a default."""
     found = ctx.get_parameter_source(name)
     return None if found is None or found.name == "DEFAULT" else found.name
 
 
 def variable_of(ctx: Any, name: str) -> str:
-    """The variable of the environment that an option has its value from."""
+    """The environment variable that set an option."""
     return next(variable for variable in variables(str(ctx.command.name), name) if os.environ.get(variable))
 
 
 def spelled(name: str) -> str:
-    """An option as it is typed."""
+    """The option as typed on the command line."""
     return "--" + name.replace("_", "-")
 
 
@@ -104,7 +104,7 @@ def _known(annotation: Any, default: Any, option: Any) -> Known:
         (kind,) = (part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is list:
         (kind,), many = get_args(kind), True
-    # Within `Annotated`, typer has the first name of an option as its default.
+    # Within `Annotated`, typer stores an option's first name as its default.
     named = [name for name in (option.default, *(option.param_decls or ())) if isinstance(name, str)]
     negatable = kind is bool and not named
     return Known(kind, many, negatable, default, option.min)

@@ -1,4 +1,4 @@
-"""The pages of `mir --help`: options under headings, each whole on its line, at any width of the terminal."""
+"""The pages of `mir --help`: options under headings, never split across lines, at any terminal width."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CommandPage(TyperCommand):
-    """A command whose help is such a page, and that names the variable from which a wrong value comes."""
+    """A command with such a help page, whose errors name the environment variable that holds an invalid value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As `TyperCommand`."""
@@ -30,7 +30,7 @@ class CommandPage(TyperCommand):
             raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What stands behind the command's name in `Usage:`."""
+        """The words after the command's name in `Usage:`."""
         return ["[OPTIONS]", *(_argument(p) for p in self.get_params(ctx) if p.param_type_name == "argument")]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -39,10 +39,10 @@ class CommandPage(TyperCommand):
 
 
 class FrontPage(TyperGroup):
-    """The command above all others, likewise."""
+    """The top-level command, with such a help page."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What stands behind its name in `Usage:`."""
+        """The words after its name in `Usage:`."""
         return ["[OPTIONS]", "COMMAND ..."]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -76,7 +76,7 @@ def _show(command: TyperCommand | TyperGroup, ctx: Any) -> None:
 
 
 def _panel(heading: str, entries: list[tuple[Text, Text]], console: Console) -> None:
-    """A frame with a line or more an entry; names keep their width, and what is said of them takes the rest."""
+    """A frame with one or more lines per entry; names keep their width, and the help text takes the rest."""
     from rich.panel import Panel
     from rich.table import Table
 
@@ -96,7 +96,7 @@ def _heading(parameter: Any) -> str:
 
 
 def _name(parameter: Any) -> Text:
-    """An option as it is typed, with what it takes; of a flag, how it is turned off in a second line."""
+    """An option as typed, with its metavar; for a flag, a second line shows how to turn it off."""
     from rich.text import Text
 
     if parameter.param_type_name == "argument":
@@ -114,7 +114,7 @@ def _argument(parameter: Any) -> str:
 
 
 def _help(parameter: Any) -> Text:
-    """What an option is for, then its default or that it must be given."""
+    """The help text of an option, then its default or "required"."""
     from rich.text import Text
 
     text, default = Text(parameter.help or ""), parameter.default

@@ -1,6 +1,6 @@
-"""Where the files of a name are: a folder, the hub's cache, or the hub, which is asked once and not for long.
+"""Locate the files of a name: in a folder, in the hub's cache, or on the hub, with one short request.
 
-transformers asks again and again, for half a minute, before it says that there is no network.
+transformers retries for half a minute before it reports that there is no network.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 from modality_integration.app.errors import InputError
 
-SECONDS = 5.0  # for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says how long
+SECONDS = 5.0  # to wait for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
 _OF_THE_LIBRARY = 3.0
-# One of these is in the cache if anything of a model, an adapter or a processor is.
+# A cached model, adapter or processor has at least one of these.
 _FIRST_FILES = ("config.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json")
 
 
 class Source(NamedTuple):
-    """Where files are read: from `folder`, or where that is None, by the hub name `name`."""
+    """Where files are read from: `folder`, or if that is None, the hub name `name`."""
 
     name: str
     folder: Path | None
@@ -29,20 +29,20 @@ class Source(NamedTuple):
 
     @property
     def where(self) -> str:
-        """For transformers' `from_pretrained`: of a hub name that is cached, the folder in the cache.
+        """The name for transformers' `from_pretrained`; for a cached hub name, the folder in the cache.
 
-        By its name, transformers asks the hub for more than it then needs, even if told that files are local.
+        Given a hub name, transformers asks the hub for more than it needs, even with local_files_only.
         """
         return self.name if self.folder is None else str(self.folder)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For `from_pretrained`, too. Code that comes with a model is not run, and nobody is asked whether."""
+        """Keyword arguments for `from_pretrained`. Code shipped with a model is never run, without prompting."""
         local = self.folder is not None
         return {"local_files_only": local, "revision": None if local else self.revision, "trust_remote_code": False}
 
     def file(self, name: str) -> Path | None:
-        """The file of that name, from the hub if need be; None if there is none."""
+        """The file of that name, downloaded if necessary; None if there is none."""
         if self.folder is not None:
             return self.folder / name if (self.folder / name).is_file() else None
         from transformers.utils.hub import cached_file
@@ -52,14 +52,14 @@ class Source(NamedTuple):
 
 
 def find(what: str, name: str, revision: str | None = None) -> Source:
-    """Where the files of `name` are. what: the argument that it was given as, for messages.
+    """Locate the files of `name`. what: the argument it was given as, for messages.
 
-    Raises InputError, within seconds, where they are neither here nor to be had.
+    Raises InputError within seconds if they are neither local nor available on the hub.
     """
     if Path(name).is_dir():
         return Source(name, Path(name))
     if Path(name).exists():
-        raise InputError(f"{what}: {name} is a file; give the folder it is in")
+        raise InputError(f"{what}: {name} is a file; pass the folder that contains it")
     if looks_like_path(name):
         raise InputError(f"{what}: {name} does not exist")
 
@@ -70,7 +70,7 @@ def find(what: str, name: str, revision: str | None = None) -> Source:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise InputError(f"{what}: {name!r} is no folder here, and no hub name") from None
+        raise InputError(f"{what}: {name!r} is neither a local folder nor a valid hub name") from None
     cached = cached_folder(name, revision)
     if cached and cached.name == revision:  # a commit never changes
         return Source(name, cached, revision)
@@ -78,16 +78,16 @@ def find(what: str, name: str, revision: str | None = None) -> Source:
     if why is None:
         return Source(name, None, revision)
     if cached:
-        return Source(name, cached, revision, f"{name} is what the hub's cache has (commit {cached.name[:8]}): {why}")
-    at = f" of its revision {revision}" if revision else ""
+        return Source(name, cached, revision, f"{name} was read from the hub's cache (commit {cached.name[:8]}): {why}")
+    at = f" at revision {revision}" if revision else ""
     raise InputError(
-        f"{what}: {name} is no folder here, the hub's cache ({HF_HUB_CACHE}) has nothing{at}, and {ENDPOINT} cannot be "
-        f"reached ({why}); offline, give the folder that it was saved in"
+        f"{what}: {name} is not a local folder, the hub's cache ({HF_HUB_CACHE}) does not contain it{at}, and "
+        f"{ENDPOINT} cannot be reached ({why}); offline, pass the folder where it was saved"
     )
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
-    """Where the hub's cache has `name` at `revision`: a folder named after the commit; None if it has none of it."""
+    """The folder of `name` at `revision` in the hub's cache, named after the commit; None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in _FIRST_FILES:
@@ -98,14 +98,14 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether `name` can only be meant as a folder: a hub name is `name` or `owner/name`."""
+    """Whether `name` can only be a folder: a hub name is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
 def _why_unreachable(what: str, name: str, revision: str | None) -> str | None:
-    """None if the hub knows `name`, else why it cannot be asked; one request, as every download begins with.
+    """None if the hub knows `name`, else why it cannot be reached. Sends the one request that starts every download.
 
-    Raises InputError if it answers that there is no such model for this user.
+    Raises InputError if the hub answers that this user has no access to such a model.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import (
@@ -124,31 +124,31 @@ def _why_unreachable(what: str, name: str, revision: str | None) -> str | None:
         try:
             get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=seconds)
             raised.append(None)
-        except Exception as error:  # of whichever HTTP library huggingface_hub uses; told apart below
+        except Exception as error:  # from whichever HTTP library huggingface_hub uses; distinguished below
             raised.append(error)
 
-    # The timeout is of each step of a request but not of resolving a name, so a thread is waited for in all. Before the
-    # first request of a day huggingface_hub asks for a list of its own.
+    # The timeout covers each step of a request but not name resolution, so the wait for the thread limits the total.
+    # Before the first request of a day huggingface_hub also fetches a list.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(2 * seconds + _OF_THE_LIBRARY)
     error = raised[0] if raised else TimeoutError("timed out")
     if isinstance(error, GatedRepoError):
-        raise InputError(f"{what}: {name} is gated: accept its terms on the hub, then `hf auth login`") from error
+        raise InputError(f"{what}: {name} is gated; accept its terms on the hub, then run `hf auth login`") from error
     if isinstance(error, RepositoryNotFoundError):
         raise InputError(
-            f"{what}: {name} is no folder here, and the hub has no model of that name that it shows to you (private "
-            "ones take `hf auth login`)"
+            f"{what}: {name} is not a local folder, and the hub has no model of that name that you can access (for "
+            "private ones, run `hf auth login`)"
         ) from error
     if isinstance(error, RevisionNotFoundError):
         raise InputError(f"revision: {name} has no branch, tag or commit {revision!r}") from error
     if error is None:
         return None
-    if isinstance(error, HfHubHTTPError):  # it answered; what else is wrong is said where files are read
+    if isinstance(error, HfHubHTTPError):  # it answered; other problems are reported when files are read
         status = error.response.status_code
-        return f"it answers with status {status}" if status >= 500 else None
+        return f"it answered with status {status}" if status >= 500 else None
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if "timed out" in str(error).lower() or not str(error):
-        return f"no answer in {seconds:g} seconds (HF_HUB_ETAG_TIMEOUT, in seconds, waits longer)"
+        return f"no answer within {seconds:g} seconds; to wait longer, set HF_HUB_ETAG_TIMEOUT in seconds"
     return re.sub(r"^\[Errno [^]]*\] ", "", str(error).strip().splitlines()[0])

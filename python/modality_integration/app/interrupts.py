@@ -1,4 +1,4 @@
-"""Signals while a run streams: the sample in hand is finished and the state saved before the process leaves."""
+"""Signals during streaming: the current sample is finished and the state saved before the process exits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modality_integration.app.errors import Interrupted
 
 
 class DeferredSignals:
-    """While entered, the first SIGINT or SIGTERM is only noted in `signal`; a second Ctrl-C stops at once."""
+    """Inside, the first SIGINT or SIGTERM is only recorded in `signal`; a second one stops immediately."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -29,6 +29,6 @@ class DeferredSignals:
     def _note(self, number: int, frame: object) -> None:
         if self.signal:
             raise Interrupted(
-                "stopped at once; the same command goes on from the last checkpoint, if there is one", 128 + number
+                "stopped immediately; the same command resumes from the last checkpoint, if there is one", 128 + number
             )
         self.signal = number

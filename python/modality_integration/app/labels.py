@@ -1,4 +1,4 @@
-"""What several results are called beside one another: by their folders, or as a person says."""
+"""Labels for several results: derived from their folders, or as given."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from modality_integration.app.errors import InputError
 
 
 def labels_of(paths: Sequence[Path], given: Sequence[str] = ()) -> list[str]:
-    """A name a result, all different: `given` ones if there are any, else the shortest that tell the folders apart.
+    """A distinct label per result: those `given`, if any, else the shortest that tell the folders apart.
 
-    paths: `mir.json` files or their folders. `runs/a/mir.json` and `runs/b` are a and b, `a/out` and `b/out` too; where
-    names alone do not differ, so much of the path as does. A file by another name, or one of several in a folder, adds
-    its stem: `a/before.json` and `a/mir.json` are before and mir. One result twice has a number behind its name.
-    InputError for as many `given` as there are not results, or one that is empty or there twice.
+    paths: `mir.json` files or their folders. `runs/a/mir.json` and `runs/b` become a and b, as do `a/out` and `b/out`;
+    if the folder names are equal, as much of the path is added as differs. A file with another name, or one of several
+    in a folder, adds its stem: `a/before.json` and `a/mir.json` become before and mir. A result given twice gets a
+    number appended. InputError if the number of `given` labels is wrong, or one is empty or duplicate.
     """
     if given:
         return _checked(given, len(paths))
@@ -34,24 +34,24 @@ def labels_of(paths: Sequence[Path], given: Sequence[str] = ()) -> list[str]:
 
 def _checked(given: Sequence[str], count: int) -> list[str]:
     if len(given) != count:
-        raise InputError(f"label: takes one for each result, {count}, got {len(given)}")
+        raise InputError(f"label: expected one label per result ({count}), got {len(given)}")
     for label, times in Counter(given).items():
         if not label.strip():
-            raise InputError(f"label: takes a name, got {label!r}")
+            raise InputError(f"label: expected a non-empty label, got {label!r}")
         if times > 1:
-            raise InputError(f"label: takes a different one for each result, got {label!r} {times} times")
+            raise InputError(f"label: expected a different label for each result, got {label!r} {times} times")
     return list(given)
 
 
 def _result_of(path: Path) -> Path:
-    """The file, absolute and without `..`; links keep the names by which they were given."""
+    """The file, absolute and without `..`; links are not resolved."""
     path = Path(os.path.abspath(path))
     is_file = path.is_file() or (path.suffix == ".json" and not path.is_dir())
     return path if is_file else path / "mir.json"
 
 
 def _without_common_end(parts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Paths without the names in which all of them end, as long as they differ at all."""
+    """Paths without their common trailing names, unless all paths are equal."""
     if len(set(parts)) < 2:
         return parts
     while len({one[-1] for one in parts}) == 1 and all(len(one) > 2 for one in parts):
@@ -60,7 +60,7 @@ def _without_common_end(parts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def _shortest(one: tuple[str, ...], among: list[tuple[str, ...]]) -> str:
-    """As many of the last names of a path as no other one ends in."""
+    """The shortest trailing part of a path that no other path ends with."""
     others = [other for other in among if other != one]
     for count in range(1, len(one)):
         if all(other[-count:] != one[-count:] for other in others):
@@ -69,7 +69,7 @@ def _shortest(one: tuple[str, ...], among: list[tuple[str, ...]]) -> str:
 
 
 def _numbered(names: list[str]) -> list[str]:
-    """Names that are there several times with (1), (2), ... behind them, past those that are names already."""
+    """Append (1), (2), ... to repeated names, skipping numbered names that already exist."""
     times, taken, found = Counter(names), set(names), []
     for name in names:
         number, label = 0, name

@@ -1,4 +1,4 @@
-"""A vision-language model and its processor, from a folder or a hub name."""
+"""Load a vision-language model and its processor from a folder or a hub name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPES = {
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers and its progress bars say nothing but errors inside."""
+    """Inside, transformers reports only errors and shows no progress bars."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -53,7 +53,7 @@ def quiet() -> Iterator[None]:
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode, its processor, and sentences on what was not ordinary in the files."""
+    """A model in eval mode, its processor, and notes on anything unusual in the files."""
 
     model: torch.nn.Module
     processor: Any
@@ -70,15 +70,15 @@ def load(
     processor: str | None = None,
     revision: str | None = None,
 ) -> Loaded:
-    """`name`, a folder or a hub name, on `device`, or spread by transformers' `device_map`; a folder needs no network.
+    """Load `name`, a folder or a hub name, onto `device` or spread by transformers' `device_map`.
 
-    dtype: "auto" (as saved), "float32", "bfloat16", "float16" or "float64". template: of the prompts to come, or
-    several, refused before the weights are read if the processor has none. processor: folder or hub name of the
-    processor, where it is not the one beside the model. revision: of the hub name: of the model, or of the processor
-    where the model is a folder. MoCa in the weights is put into the model, and an adapter (LoRA) merged into the model
-    that it is for.
-    Raises InputError if there is no such model, it does not take images and text, a package is missing, or the files
-    lack weights that the model has: their random stand-ins would be measured in silence.
+    A folder needs no network. dtype: "auto" (as saved), "float32", "bfloat16", "float16" or "float64". template: one or
+    several templates of the prompts to come, checked against the processor before the weights are read. processor:
+    folder or hub name of the processor, if not the one next to the model. revision: of the model's hub name, or of the
+    processor's if the model is a folder. MoCa weights are loaded into the model, and an adapter (LoRA) is merged into
+    its base model.
+    Raises InputError if there is no such model, it does not accept images and text, a package is missing, or the files
+    lack weights of the model, which would otherwise be measured with random values.
     """
     from transformers import AutoConfig
 
@@ -109,7 +109,7 @@ def load(
 def load_chosen(
     options: ModelOptions, template: Template | tuple[Template, ...], device: torch.device, console: Console
 ) -> Loaded:
-    """The model that `options` name, with a word on the way. template: of the prompts to come, or several."""
+    """Load the model of `options`, with a status line. template: one or several templates of the prompts to come."""
     began = time.monotonic()
     with console.status(f"loading {escape(options.model)}"):
         loaded = load(
@@ -128,7 +128,7 @@ def load_chosen(
         type(loaded.model).__name__,
         sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6,
         str(first.dtype).removeprefix("torch."),
-        first.device if options.device_map is None else f"devices as by device map {options.device_map}",
+        first.device if options.device_map is None else f"devices of device map {options.device_map}",
         type(loaded.processor).__name__,
         time.monotonic() - began,
     )
@@ -136,25 +136,25 @@ def load_chosen(
 
 
 def processor_names(processor: Any) -> dict[str, str]:
-    """Class names of `processor` and of its image processor, whose pixels differ with and without torchvision."""
+    """Class names of `processor` and its image processor, whose pixels differ with and without torchvision."""
     return {"processor": type(processor).__name__, "image_processor": type(processor.image_processor).__name__}
 
 
 def _revisions(name: str, processor: str | None, revision: str | None) -> tuple[str | None, str | None]:
-    """The revisions of the model and of its processor: `revision` is of the model's hub name, else of the other's."""
+    """Revisions of the model and processor: `revision` belongs to the model's hub name, else to the processor's."""
     if revision is None:
         return None, None
     if not Path(name).exists():
         return revision, revision if processor == name else None
     if processor is not None and not Path(processor).exists():
         return None, revision
-    raise InputError(f"revision: is of a hub name, and {name} is a folder here")
+    raise InputError(f"revision: applies only to a hub name, but {name} is a local folder")
 
 
 def _model(
     place: Source, device: torch.device, dtype: Any, device_map: str | None
 ) -> tuple[torch.nn.Module, list[str]]:
-    """The weights at `place`, with the MoCa among or beside them; sentences on what was not ordinary in the files."""
+    """The model at `place`, with any MoCa in or next to its weights; notes on anything unusual in the files."""
     from transformers import AutoModelForImageTextToText
 
     with reading(place.name):
@@ -164,26 +164,26 @@ def _model(
     model, info = loaded
     if info["missing_keys"]:
         raise InputError(
-            f"model: the files of {place.name} lack {keys(info['missing_keys'])}; with random numbers in their place "
-            f"MIR would mean nothing{_instead(info['unexpected_keys'])}"
+            f"model: the files of {place.name} lack {keys(info['missing_keys'])}; with random values in their place "
+            f"MIR would be meaningless{_instead(info['unexpected_keys'])}"
         )
     if device_map is None:
         model.to(device)
     notes = []
     moca = [key for key in info["unexpected_keys"] if KEY.search(key)]
-    if moca or place.file(FILE):  # among the weights, or beside them as save_moca writes it
+    if moca or place.file(FILE):  # among the weights, or next to them as written by save_moca
         config = place.file(CONFIG)
         assert config is not None  # it was read before the weights
         load_moca(model, config.parent)
-        notes.append(f"with the MoCa that {place.name} holds, in {len(moca_parameters(model)) // 2} decoder layers")
+        notes.append(f"using MoCa from {place.name} in {len(moca_parameters(model)) // 2} decoder layers")
     if unused := set(info["unexpected_keys"]) - set(moca):
-        notes.append(f"the model has no place for {keys(unused)} in its files, which are not used")
+        notes.append(f"the model's files contain {keys(unused)} that the model does not have; ignored")
     return model, notes
 
 
 @contextlib.contextmanager
 def _said(source: Source) -> Iterator[None]:
-    """What transformers raises inside, as an InputError of one line."""
+    """Turn errors of transformers raised inside into a one-line InputError."""
     name = source.name
     try:
         yield
@@ -196,23 +196,23 @@ def _said(source: Source) -> Iterator[None]:
         raise InputError(f"model: the processor of {name} needs {package}: {_brings(package)}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(
-            f"model: out of memory while loading {name}: load the weights smaller with --dtype bfloat16, spread them "
+            f"model: out of memory while loading {name}; load smaller weights with --dtype bfloat16, spread them "
             "with --device-map auto, or use --device cpu"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         if "nms does not exist" in str(error):
-            said = f"torchvision, which {name} needs, does not load: {_brings('torchvision')}"
+            said = f"{name} needs torchvision, which does not load: {_brings('torchvision')}"
             raise InputError(f"model: {said}") from error
         first = in_one_line(error)
         if "ignore_mismatched_sizes" in first:
-            first = "weights in its files have other shapes than its config.json says"
+            first = "the shapes of the weights in its files do not match its config.json"
         raise InputError(f"model: {name} cannot be loaded: {first}") from error
 
 
 def _brings(package: str) -> str:
     line = pip_install(package)
-    return f"{line} (one that was built for the torch that is here)" if package == "torchvision" else line
+    return f"{line} (built for the installed torch)" if package == "torchvision" else line
 
 
 def _instead(unexpected: Iterable[str]) -> str:
-    return f"; they have {keys(unexpected)} instead: were they renamed?" if unexpected else ""
+    return f"; the files have {keys(unexpected)} instead, perhaps renamed" if unexpected else ""

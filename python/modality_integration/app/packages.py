@@ -1,4 +1,4 @@
-"""Packages that the `mir` command can do with, by the names that indexes have them under, and the pip lines for them.
+"""Optional packages of the `mir` command, by their names on package indexes, and the pip commands to install them.
 
 No index has this package itself, so no advice may name it. Imports nothing that could be missing.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 
-# Extra of pyproject.toml -> (package on the index, module it brings).
+# Extra of pyproject.toml -> {package on the index: module it provides}.
 EXTRAS = {
     "mir": {
         "transformers": "transformers",
@@ -43,25 +43,25 @@ def installed(package: str) -> str | None:
 
 
 def missing(extra: str) -> list[str]:
-    """The packages of `extra` whose modules are not here."""
+    """The packages of `extra` whose modules are not installed."""
     return [package for package, module in EXTRAS[extra].items() if importlib.util.find_spec(module) is None]
 
 
 def pip_install(*packages: str) -> str:
-    """The command that brings `packages`; a torchvision comes from where a torch of this build did."""
+    """The command that installs `packages`; torchvision from the same index as the installed build of torch."""
     line = f"pip install {' '.join(packages)}"
-    build = (installed("torch") or "").partition("+")[2]  # "cpu" or "cu128"; PyPI's have none
+    build = (installed("torch") or "").partition("+")[2]  # "cpu" or "cu128"; empty for builds from PyPI
     if build and "torchvision" in packages:
         line += f" --extra-index-url https://download.pytorch.org/whl/{build}"
     return line
 
 
 def not_installed(module: str) -> str:
-    """One line on `module`, which an import wanted, with all that `mir` lacks beside it."""
+    """One line on the missing `module`, with the pip command for it and all other packages that `mir` lacks."""
     module = module.partition(".")[0]
     package = next((name for extra in EXTRAS.values() for name, brought in extra.items() if brought == module), module)
     packages = dict.fromkeys([package, *missing("mir")])
     return (
-        f"{package} is not installed: {pip_install(*packages)} (or, in the source folder of mir-kernels, "
-        'pip install ".[mir]")'
+        f"{package} is not installed: {pip_install(*packages)} "
+        '(or pip install ".[mir]" in the source folder of mir-kernels)'
     )

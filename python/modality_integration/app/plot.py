@@ -1,4 +1,4 @@
-"""`mir plot`: results drawn together, or a training drawn again, in the format that a paper takes."""
+"""`mir plot`: plot several results together, or a training history again, in any figure format."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from modality_integration.metric import figures
 
 
 class ValueWithError(float):
-    """MIR with its standard error, as `plots.plot_training` takes it."""
+    """MIR with its standard error, as `plots.plot_training` expects it."""
 
     error: float | None = None
 
 
 def run(paths: Sequence[Path], out: Path, labels: Sequence[str], results: Console, overwrite: bool = False) -> Path:
-    """Draw the layers of the results in `paths`, or the training of a history.json, into `out`, and say so.
+    """Plot the layers of the results in `paths`, or the training of a history.json, to `out`, and print its path.
 
-    The suffix of `out` is the format; without one it is .png. Raises InputError for what a person can mend.
+    The suffix of `out` sets the format, .png by default. Raises InputError for anything a user can fix.
     """
     with refusals("out"):
         out = figures.check_suffix(out)
     require_unused([out], overwrite)
     trainings = [path for path in paths if path.name == HISTORY]
     if trainings and len(paths) > 1:
-        raise InputError(f"results: {trainings[0]} is a training, which is drawn alone; got {len(paths)} paths")
+        raise InputError(
+            f"results: {trainings[0]} is a training history, which is plotted alone; got {len(paths)} paths"
+        )
     if trainings and labels:
-        raise InputError(f"label: a training ({trainings[0]}) has no curves to name")
+        raise InputError(f"label: a training history ({trainings[0]}) has no curves to label")
     with refusals(""):
         curves = {} if trainings else named_results(paths, labels)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def _draw_training(path: Path, out: Path) -> Path:
         raise InputError(f"{path} does not exist")
     history = read(path.parent, path.parent.name).history
     if history is None:
-        raise InputError(f"{path} has no measurement yet")
+        raise InputError(f"{path} contains no measurement yet")
     return plots.plot_training(_results(history), dict(history.loss), out, _held_out(history))
 
 

@@ -1,4 +1,4 @@
-"""Several results, a training and studies as plots in files."""
+"""Plots of several results, a training and studies, written to files."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ TERMS = {"normalized": "with text-centric normalisation", "unnormalized": "witho
 
 
 def plot_layers(results: Mapping[str, MIRResult], path: str | Path) -> Path:
-    """The distance of each layer, a curve a result, named with its MIR; the file's suffix is the format.
+    """Plot the distance of each layer, one curve per result, labelled with its MIR; the suffix sets the format.
 
-    ValueError for a suffix that is none (see `figures.check_suffix`).
+    ValueError for an unknown suffix (see `figures.check_suffix`).
     """
     path = figures.check_suffix(path)
     return figures.save_figure(layers_figure(results)[0], path)
 
 
 def layers_figure(results: Mapping[str, MIRResult]) -> tuple[Figure, Axes]:
-    """The figure of `plot_layers`, and its axes."""
+    """The figure of `plot_layers` and its axes."""
     return figures.layer_figure({figures.mir_label(result, name): result for name, result in results.items()})
 
 
@@ -44,12 +44,11 @@ def plot_training(
     path: str | Path,
     held_out_loss: Losses | None = None,
 ) -> Path:
-    """MIR above and losses below against training steps, as the paper's Figure 4; the file's suffix is the format.
+    """Plot MIR above losses against training steps, as in the paper's Figure 4; the suffix sets the format.
 
-    results: step to MIRResult, drawn with its standard error where it has one, or to MIR. loss: step to the training
-    loss, at steps of its own; may be empty. held_out_loss: the same of pictures held out, points where it was measured.
-    Each is a mapping, or (step, value) pairs as `MIRCallback.history` has them. ValueError without results, or for a
-    wrong suffix.
+    results: step to MIR, or to an MIRResult, drawn with its standard error if it has one. loss: step to training loss,
+    at its own steps; may be empty. held_out_loss: the same on held-out pictures, with a point per measurement. Each is
+    a mapping, or (step, value) pairs as in `MIRCallback.history`. ValueError without results, or for an unknown suffix.
     """
     path = figures.check_suffix(path)
     return figures.save_figure(training_figure(results, loss, held_out_loss), path)
@@ -59,7 +58,7 @@ def training_figure(results: Measured, loss: Losses | None = None, held_out_loss
     """The figure of `plot_training`."""
     results = dict(results)
     if not results:
-        raise ValueError("results: takes at least one measurement, got none")
+        raise ValueError("results: expected at least one measurement, got none")
     steps = sorted(results)
     values, errors = [float(results[step]) for step in steps], [getattr(results[step], "error", None) for step in steps]
     if not (loss or held_out_loss):
@@ -81,9 +80,9 @@ def training_figure(results: Measured, loss: Losses | None = None, held_out_loss
 
 
 def plot_study(name: str, rows: Sequence[Row], path: str | Path) -> Path:
-    """The rows of study `name` (see `study`), drawn, with their standard errors; the file's suffix is the format.
+    """Plot the rows of study `name` (see `study`) with their standard errors; the suffix sets the format.
 
-    ValueError for a wrong suffix.
+    ValueError for an unknown suffix.
     """
     path = figures.check_suffix(path)
     figure, axes = figures.empty_figure()
@@ -102,9 +101,9 @@ def plot_study(name: str, rows: Sequence[Row], path: str | Path) -> Path:
 def draw_kinds(
     figure: Figure, axes: Axes, kinds: Sequence[str], series: Mapping[str, Mapping[str, Row]], title: str = ""
 ) -> None:
-    """MIR of every kind as a point with its standard error, the kinds' names below; several series side by side.
+    """Plot MIR of each kind as a point with its standard error above the kind's name; several series side by side.
 
-    series: by name, a row a kind; a kind may be missing. The legend names several, under its title.
+    series: rows by kind for each series name; kinds may be missing. Several series get a legend titled `title`.
     """
     width = min(0.6, 0.12 * (len(series) - 1))
     handles: list[Any] = []
@@ -118,7 +117,7 @@ def draw_kinds(
     axes.set_xlim(-0.5, len(kinds) - 0.5)
     axes.set_ylabel("MIR, with its standard error")
     axes.grid(visible=False, axis="x")
-    # A name on end takes the width of a line of text, and the marks of its kind what they need.
+    # A vertical name needs the width of one line of text, and the marks of its kind need theirs.
     figure.set_figwidth(max(figure.get_figwidth(), 0.16 * len(kinds) + 1.0, 0.09 * len(kinds) * len(series) + 1.0))
     drawing.names_on_axis(figure, axes, range(len(kinds)), kinds)
     if len(series) > 1:
@@ -128,7 +127,7 @@ def draw_kinds(
 def _draw_losses(axes: Axes, loss: Mapping[int, float], held_out_loss: Mapping[int, float]) -> list[Line2D]:
     training: dict[str, Any] = {"label": "training loss", "color": drawing.COLORS[6], "linewidth": 0.8}
     held_out: dict[str, Any] = {"label": "held-out loss", **drawing.look(1)}
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     return [
         drawing.curve(axes, sorted(losses), [float(losses[step]) for step in sorted(losses)], **style)[0]
         for losses, style in ((loss, training), (held_out_loss, held_out))
@@ -161,7 +160,7 @@ def _draw_normalization(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None
         drawing.curve(axes, layers, values, label=label, **drawing.look(index))[0]
         for index, (label, values) in enumerate(drawn.items())
     ]
-    axes.set_ylabel("Fréchet distance / that of layer 1")
+    axes.set_ylabel("Fréchet distance relative to layer 1")
     drawing.layer_axis(axes, len(rows))
     drawing.legend_outside(figure, handles)
 
@@ -182,7 +181,7 @@ def _draw_layers(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_content(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None:
-    """Kinds of images below and a series a kind of text; kinds of text below where they are all that differs."""
+    """Kinds of images on the axis, one series per kind of text; or kinds of text on the axis if only they differ."""
     images, texts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("images", "text"))
     key, other, kinds = ("images", "text", images) if len(images) > 1 or len(texts) == 1 else ("text", "images", texts)
     series: dict[str, dict[str, Row]] = {}

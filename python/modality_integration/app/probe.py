@@ -1,4 +1,4 @@
-"""`build_probe`: images before prose for `MIRCallback` and `measure_mir`, made as `mir compute` makes samples."""
+"""`build_probe`: image-text batches for `MIRCallback` and `measure_mir`, made like the samples of `mir compute`."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def build_probe(
     groups: int = MeasureOptions.groups,
     dtype: torch.dtype | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Batches of a random image before unrelated prose, as the MIR paper pairs them (section 3.2), for a probe.
+    """Batches of a random image followed by unrelated prose, as paired in the MIR paper (section 3.2), for a probe.
 
-    processor: of the model, with its tokenizer. images: a folder or file as `mir compute --images` takes it, or a list
-    of pictures and files. text: likewise, or a list of pieces of prose (a list of strings is never one of files).
-    samples: pairs; from too few images or texts they come again, within one of `groups` groups of samples, so that a
-    standard error is one of independent groups. batch_size: samples in a batch, padded on the right. seed: of the
-    choice and the pairs. text_tokens: prose is cut to so many, None takes it whole. template: "chat", "plain",
-    "published", or "auto", chat where there is one. dtype: of pixels, where the model does not take float32.
+    processor: of the model, with its tokenizer. images: a folder or file as for `mir compute --images`, or a list of
+    pictures and files. text: likewise, or a list of pieces of prose (strings in a list are never file names). samples:
+    number of pairs; if there are too few images or texts, they repeat within one of `groups` groups of samples, so that
+    the groups behind a standard error stay independent. batch_size: samples per batch, padded on the right. seed: for
+    choice and pairing. text_tokens: truncate prose to this many, None keeps it whole. template: "chat", "plain",
+    "published", or "auto" (chat if there is one). dtype: of pixels, if the model does not accept float32.
 
-    Gives what the processor makes of them, on the CPU. What is broken is left out with a warning. Raises ValueError
-    for what cannot be used, and for samples that do not go into one batch.
+    Returns the processor's outputs on the CPU. Broken files are skipped with a warning. Raises ValueError for unusable
+    inputs, and for samples that do not fit into one batch.
     """
     require_count("samples", samples)
     require_count("batch_size", batch_size)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise InputError(
-            "processor: takes one with a tokenizer and an image processor, as AutoProcessor gives of a vision-language "
-            f"model, got {type(processor).__name__}"
+            "processor: expected one with a tokenizer and an image processor, as AutoProcessor returns for a "
+            f"vision-language model, got {type(processor).__name__}"
         )
     pictures = _chosen("images", images, samples, seed)
     prose = _chosen("text", text, samples, seed)
@@ -68,35 +68,35 @@ def build_probe(
         try:
             batch = each[0] if len(each) == 1 else collated(each, processor.tokenizer)
         except CannotBatch as error:
-            raise InputError(f"batch_size: samples do not go into one batch ({error}); take 1") from error
+            raise InputError(f"batch_size: samples do not fit into one batch ({error}); use 1") from error
         batches.append({name: _of_dtype(value, dtype) for name, value in batch.items()})
     return batches
 
 
 def _chosen(name: str, source: Any, count: int, seed: int) -> Chosen[Any]:
-    """Images or texts of a folder, a file or a list."""
+    """Images or texts from a folder, a file or a list."""
     if isinstance(source, str | Path):
         choose = choose_images if name == "images" else choose_texts
         chosen: Chosen[Any] = choose(source, count, seed, distinct=True)
     else:
         chosen = _chosen_of_list(name, source, count, seed)
     for broken, reason in chosen.skipped:
-        warnings.warn(f"{name}: {broken} is left out: {reason}", stacklevel=3)
+        warnings.warn(f"{name}: skipped {broken}: {reason}", stacklevel=3)
     if not chosen.items:
-        raise InputError(f"{name}: holds nothing usable: {why_none(chosen, 'it is empty')}")
+        raise InputError(f"{name}: nothing usable found: {why_none(chosen, 'it is empty')}")
     return chosen
 
 
 def _chosen_of_list(name: str, source: Any, count: int, seed: int) -> Chosen[Any]:
     kinds = (str, Path, Image.Image) if name == "images" else (str,)
-    takes = "a folder, a file, or a list of " + ("pictures and files" if name == "images" else "pieces of prose")
+    accepted = "a folder, a file, or a list of " + ("pictures and files" if name == "images" else "pieces of prose")
     if not isinstance(source, Sequence) or not source:
         raise InputError(
-            f"{name}: takes {takes}, got {'none' if isinstance(source, Sequence) else type(source).__name__}"
+            f"{name}: expected {accepted}, got {'none' if isinstance(source, Sequence) else type(source).__name__}"
         )
     for index, item in enumerate(source):
         if not isinstance(item, kinds) or (isinstance(item, str) and not item.strip()):
-            raise InputError(f"{name}[{index}]: takes {takes}, got {item!r:.80}")
+            raise InputError(f"{name}[{index}]: expected {accepted}, got {item!r:.80}")
     items: list[Any] = [Text(f"text[{i}]", item) for i, item in enumerate(source)] if name == "text" else list(source)
     items = [Path(item) if isinstance(item, str) else item for item in items]
     check = open_image if name == "images" else lambda item: None

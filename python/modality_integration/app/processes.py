@@ -1,4 +1,4 @@
-"""Several processes in one run, as torchrun starts them."""
+"""Runs over several processes, as started by torchrun."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from modality_integration.app.errors import InputError
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """(rank, number of processes); joins the group that torchrun announces, and leaves it again."""
+    """(rank, number of processes); joins torchrun's process group and leaves it at the end."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     world = world_size()
     if world == 1 or dist.is_initialized():
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return
-    # Objects travel over gloo, from any device; NCCL would put them on the GPU.
+    # Python objects go over gloo, whatever the device; NCCL would move them to the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), world
@@ -32,18 +32,18 @@ def processes(device: torch.device) -> Iterator[tuple[int, int]]:
 
 
 def world_size() -> int:
-    """How many processes torchrun has started; 1 without it."""
+    """Number of processes started by torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def require_one_process(what: str) -> None:
-    """InputError under torchrun with more."""
+    """InputError under torchrun with more than one process."""
     if world_size() > 1:
-        raise InputError(f"{what}: runs in one process, without torchrun")
+        raise InputError(f"{what}: runs in one process only; start it without torchrun")
 
 
 def agreed(passage: Passage, world: int) -> Passage:
-    """Where to go on, every process in the same pass: a kill between two passes leaves some without their first one."""
+    """Where to resume, with all processes in the same pass: a kill between passes can leave them in different ones."""
     if world == 1:
         return passage
     passages: list[Any] = [None] * world
@@ -53,9 +53,9 @@ def agreed(passage: Passage, world: int) -> Passage:
 
 @contextlib.contextmanager
 def all_or_none(world: int) -> Iterator[None]:
-    """Around a step of every process: where it fails in one, the others stop with an InputError that says why.
+    """Around a step of every process: if it fails in one, the others stop with an InputError that says why.
 
-    None of them is left waiting for one that is gone, and a refusal reads the same whichever process it came from.
+    No process waits for one that has exited, and an error reads the same whichever process raised it.
     """
     failure: Exception | None = None
     try:

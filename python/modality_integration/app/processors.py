@@ -1,7 +1,7 @@
-"""The processor of a model: its own, the one that was given, or the one of the model that it was trained from.
+"""The processor of a model: its own, a given one, or that of the model it was trained from.
 
-transformers' Trainer saves no processor unless it is given one, and a tokenizer alone is none. Where a checkpoint has
-none, the folder around it, the model that its files name, and models of the same configuration close by are looked at.
+transformers' Trainer saves no processor unless it is given one, and a tokenizer alone is not enough. If a checkpoint
+has none, `find` searches its parent folder, the model named in its files, and nearby models of the same configuration.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WORDS = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-# What training changes in a configuration, or writing it: two that differ in these alone are of the same model.
+# Fields that training or saving changes: configurations that differ only in these belong to the same model.
 _NOT_THE_MODEL = (
     "_name_or_path",
     "architectures",
@@ -45,11 +45,11 @@ _NOT_THE_MODEL = (
 def find(
     source: Source, config: Any, given: str | None, revision: str | None, recorded: Sequence[str]
 ) -> tuple[Any, list[str]]:
-    """The processor for the model at `source`, and a sentence on where it is from unless it lies there.
+    """The processor for the model at `source`, and a note on its origin unless it lies there.
 
-    config: of the model. given: the folder or hub name that was asked for, of `revision`. recorded: names of models
-    that the files at `source` give as what it was trained from. Raises InputError where there is no processor, or where
-    the given one is of another model.
+    config: of the model. given: the requested folder or hub name, at `revision`. recorded: names of models that, by the
+    files at `source`, it was trained from. Raises InputError if there is no processor, or if the given one belongs to
+    another model.
     """
     if given is not None:
         asked = hub.find("processor", given, revision)
@@ -57,74 +57,74 @@ def find(
         if processor is None:
             raise InputError(f"processor: {given} has no {_lacking(asked)}")
         if reason := _unfit(processor, config, None):
-            raise InputError(f"processor: that of {given} is of another model than {source.name}: {reason}")
-        notes = [f"with the processor of {given}", *([asked.note] if asked.note else [])]
+            raise InputError(f"processor: {given} belongs to another model than {source.name}: {reason}")
+        notes = [f"using the processor of {given}", *([asked.note] if asked.note else [])]
         if reason := _unfit(processor, config, _own_words(source)):
-            notes.append(f"of the processor of {given}, {reason}")
+            notes.append(f"the processor of {given} differs: {reason}")
         return processor, notes
 
     processor = _whole(source)
     if processor is not None:
         return processor, []
     words = _own_words(source)
-    tried = [source.note] if source.note else []  # the cache may have a model in part
+    tried = [source.note] if source.note else []  # the cache may hold only part of a model
     for place, why in _recorded(source, recorded):
         if isinstance(place, str):
             tried.append(place)
         elif (processor := _whole(place)) is None:
             tried.append(f"{place.name}, {why}, has no {_lacking(place)} either")
         elif reason := _unfit(processor, config, words):
-            tried.append(f"that of {place.name}, {why}, does not fit: {reason}")
+            tried.append(f"the processor of {place.name}, {why}, does not match: {reason}")
         else:
-            return processor, [f"{source.name} has no {_lacking(source)}: with the processor of {place.name}, {why}"]
+            return processor, [f"{source.name} has no {_lacking(source)}; using the processor of {place.name}, {why}"]
     near: dict[str, tuple[Any, str]] = {}
     for close, shown in _close_by(source):
         try:
             if not _same_model(close, source) or (processor := _whole(close)) is None:
                 continue
-        except (InputError, OSError, ValueError):  # a folder that happens to be there and cannot be read is no answer
+        except (InputError, OSError, ValueError):  # skip unrelated folders that cannot be read
             continue
         if not _unfit(processor, config, words):
             near.setdefault(_what_it_does(processor), (processor, shown))
     if len(near) == 1:
         ((processor, shown),) = near.values()
         return processor, [
-            f"{source.name} has no {_lacking(source)}: with the processor of {shown}, a model of the same configuration"
+            f"{source.name} has no {_lacking(source)}; using the processor of {shown}, of the same configuration"
         ]
     if near:
         names = ", ".join(shown for _, shown in near.values())
-        tried.append(f"models of its configuration have different ones: {names}")
+        tried.append(f"models of the same configuration have different processors: {names}")
     raise InputError(
-        f"model: {source.name} has no {_lacking(source)}, as transformers' Trainer saves what processing_class it is "
-        "given: name the folder or the hub name of the model that it was trained from with --processor"
+        f"model: {source.name} has no {_lacking(source)} (transformers' Trainer saves only the processing_class it is "
+        "given); pass the folder or hub name of the model it was trained from with --processor"
         + "".join(f"; {line}" for line in tried)
     )
 
 
 def trained_from(source: Source, config: dict[str, Any], adapted: str) -> list[str]:
-    """Names of the model that a training began from: as `adapted`, of an adapter, and the files at `source` have it."""
-    names = [adapted, config.get("_name_or_path")]  # transformers 5 writes the second no more
+    """Names of the model that training started from: `adapted`, from an adapter, and those in the files at `source`."""
+    names = [adapted, config.get("_name_or_path")]  # transformers 5 no longer writes the second
     state = source.folder / "trainer_state.json" if source.folder is not None else None
     if state is not None and state.is_file():
-        names += _values("trained_from", read_json(state).get("stateful_callbacks"))  # of MIRCallback
+        names += _values("trained_from", read_json(state).get("stateful_callbacks"))  # written by MIRCallback
     return [name for name in dict.fromkeys(names) if isinstance(name, str) and name]
 
 
 def recorded_folder(name: str, near: Path | None) -> str:
-    """`name` as a file has it: where it is a relative path, from here or else from a folder around `near`."""
+    """Resolve `name` from a file: a relative path starts here, or else at a parent folder of `near`."""
     if near is None or Path(name).is_absolute() or Path(name).is_dir():
         return name
     return next((str(parent / name) for parent in near.absolute().parents if (parent / name).is_dir()), name)
 
 
 def _recorded(source: Source, names: Sequence[str]) -> Iterator[tuple[Source | str, str]]:
-    """Places that belong to the model at `source`, and why; words on those that are not here."""
+    """Places that belong to the model at `source`, and why; a message for those that are missing."""
     folder = source.folder
     if folder is not None:
         around = Source(str(folder.parent), folder.parent)
         own = not (folder.parent / CONFIG).exists() or _same_model(around, source)
         if own and _has(around, _IMAGES):
-            yield around, "the folder it lies in"
+            yield around, "the folder that contains it"
     for name in names:
         name = recorded_folder(name, folder)
         if folder is not None and Path(name).is_dir() and folder.samefile(name):
@@ -132,13 +132,13 @@ def _recorded(source: Source, names: Sequence[str]) -> Iterator[tuple[Source | s
         try:
             place = hub.find("processor", name)
         except InputError as error:
-            yield f"its files say that it was trained from {name} ({str(error).removeprefix('processor: ')})", ""
+            yield f"its files say it was trained from {name} ({str(error).removeprefix('processor: ')})", ""
         else:
             yield place, "which it was trained from"
 
 
 def _close_by(source: Source) -> Iterator[tuple[Source, str]]:
-    """Folders of models around that of `source`, around here and in the hub's cache; how each is shown."""
+    """Model folders near `source`, near the working directory and in the hub's cache, and the name to show for each."""
     if source.folder is None:
         return
     folder = source.folder.absolute()
@@ -161,7 +161,7 @@ def _hub_cache() -> Path:
 
 
 def _whole(place: Source) -> Any | None:
-    """The processor at `place`; None where it lacks the images' half or the words'."""
+    """The processor at `place`; None if it lacks the image processor or the tokenizer."""
     from transformers import AutoProcessor
 
     both = _has(place, _IMAGES) and _has(place, _WORDS)
@@ -176,14 +176,14 @@ def _whole(place: Source) -> Any | None:
         return processor
     if both:
         raise InputError(
-            f"model: of the processor's files in {place.name} transformers makes a {type(processor).__name__}, and not "
-            "an image processor and a tokenizer: is their processor_class one that it knows?"
+            f"model: transformers loads the processor files in {place.name} as a {type(processor).__name__}, not as an "
+            "image processor with a tokenizer; check that it knows their processor_class"
         )
     return None
 
 
 def _own_words(source: Source) -> Any | None:
-    """The tokenizer beside the model, None if there is none."""
+    """The tokenizer saved with the model; None if there is none."""
     from transformers import AutoTokenizer
 
     if not _has(source, _WORDS):
@@ -199,7 +199,7 @@ def _lacking(place: Source) -> str:
 
 
 def _has(place: Source, names: tuple[str, ...]) -> bool:
-    """Whether one of the files `names` is at `place`; a processor_config.json counts if it has the image processor."""
+    """Whether one of the files `names` is at `place`; processor_config.json counts if it has the image processor."""
     for name in names:
         file = place.file(name)
         if file is not None and (name != "processor_config.json" or "image_processor" in read_json(file)):
@@ -208,18 +208,18 @@ def _has(place: Source, names: tuple[str, ...]) -> bool:
 
 
 def _unfit(processor: Any, config: Any, words: Any | None) -> str | None:
-    """Why `processor` is not one for a model of `config`, whose own tokenizer is `words`; None if it may be."""
+    """Why `processor` does not match a model of `config` whose own tokenizer is `words`; None if it may."""
     marker = getattr(processor, "image_token_id", None)
     wanted = getattr(config, "image_token_id", None)
     if isinstance(marker, int) and isinstance(wanted, int) and marker != wanted:
-        return f"its image token is {marker}, the model's {wanted}"
+        return f"its image token is {marker}, that of the model is {wanted}"
     if words is not None and words.get_vocab() != processor.tokenizer.get_vocab():
-        return "its tokenizer has another vocabulary than the one beside the model"
+        return "its tokenizer has another vocabulary than the one saved with the model"
     return None
 
 
 def _same_model(a: Source, b: Source) -> bool:
-    """Whether the configurations of two folders are of one model, whatever its weights."""
+    """Whether two folders have the configuration of the same model, whatever the weights."""
     from transformers import AutoConfig
 
     configs = []
@@ -239,7 +239,7 @@ def _of_model(value: Any) -> Any:
 
 
 def _what_it_does(processor: Any) -> str:
-    """What decides the tokens and pixels that a processor makes, to tell two apart."""
+    """Everything that determines a processor's tokens and pixels, to compare two processors."""
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {

@@ -1,4 +1,4 @@
-"""What a run leaves: its result, printed before anything is written, then in files, then as a picture."""
+"""The outputs of a run: the result is printed first, then written to files, then plotted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modality_integration.metric.result import MIRResult
 
 
 class NotWritten(InputError):
-    """A result that was measured and printed could not be written; `result` is what `run` would have returned."""
+    """A result was measured and printed but could not be written; `result` is what `run` would have returned."""
 
     def __init__(self, message: str, result: object) -> None:
         super().__init__(message)
@@ -26,12 +26,12 @@ class NotWritten(InputError):
 
 @contextlib.contextmanager
 def printed_first(show: Callable[[], None]) -> Iterator[None]:
-    """Prints, then runs the block that writes, whatever became of the printing; an error of that is raised last."""
+    """Print, then run the block that writes, even if printing failed; a printing error is raised at the end."""
     failure: BaseException | None = None
     try:
         with named_errors("the standard output"):
             show()
-    except (OSError, SystemExit, KeyboardInterrupt) as error:  # rich leaves by SystemExit where nobody reads a pipe
+    except (OSError, SystemExit, KeyboardInterrupt) as error:  # rich raises SystemExit if a pipe has no reader
         failure = error
     yield
     if failure is not None:
@@ -39,23 +39,23 @@ def printed_first(show: Callable[[], None]) -> Iterator[None]:
 
 
 def write_result(result: MIRResult, out: Path) -> None:
-    """mir.json into the folder `out`, which is made where it is missing; older results there, now stale, go."""
+    """Write mir.json to the folder `out`, created if missing, and remove stale results of earlier runs."""
     out.mkdir(parents=True, exist_ok=True)
     result.to_json(out / "mir.json")
     remove_stale(out, ["mir.json"])
 
 
 def remove_stale(out: Path, written: Sequence[str]) -> None:
-    """Remove what an earlier measurement left in `out`, but for the files just `written`."""
+    """Remove files of an earlier measurement from `out`, except those just `written`."""
     for name in MEASUREMENT:
         if name not in written:
             (out / name).unlink(missing_ok=True)
 
 
 def draw(plot: Callable[[Path], object], file: Path, console: Console) -> list[str]:
-    """The name of the picture that `plot` made of `file`; none, and a note, where it could not.
+    """The name of the picture that `plot` wrote to `file`; an empty list and a note if that failed.
 
-    The numbers are on disk before, so that neither a full disk nor a fault of matplotlib's costs them.
+    The numbers are already on disk, so neither a full disk nor an error in matplotlib can lose them.
     """
     try:
         with named_errors(file):
@@ -68,6 +68,6 @@ def draw(plot: Callable[[Path], object], file: Path, console: Console) -> list[s
 
 
 def say_written(files: Sequence[str], out: Path, console: Console, more: str = "") -> None:
-    """One line on what is in `out` now."""
+    """Print one line naming the files written to `out`."""
     names = " and ".join([", ".join(files[:-1]), files[-1]] if len(files) > 1 else files)
     console.print(f"wrote {names} in {escape(str(out))}{more}", highlight=False, soft_wrap=True)

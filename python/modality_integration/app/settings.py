@@ -1,4 +1,4 @@
-"""What a value depends on: the settings in its JSON, and the arguments that a checkpoint belongs to."""
+"""Everything a result depends on: the settings in its JSON, and the arguments of a run checkpoint."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from modality_integration.app.options import ComputeOptions, RunOptions, part
 from modality_integration.app.packages import installed
 from modality_integration.app.samples import Sample, samples_digest
 
-# Deciding arguments that are no settings: fields of the result itself, and what changes no more than its last digits.
+# Arguments that are not settings: fields of the result itself, and those that change only its last digits.
 NOT_SETTINGS = ("outliers", "normalize", "bounds", "sinks", "device", "model_files", "processor_files", "threads")
-# Packages that the value depends on: features by the first two, the pixels that a model sees by the next two.
+# Packages that MIR depends on: the first two affect features, the next two the pixels that a model sees.
 PACKAGES = ("torch", "transformers", "torchvision", "pillow", "mir-kernels")
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that a value depends on, by the names of settings; None for one that is not installed."""
+    """Versions of the packages that MIR depends on, by setting name; None for one that is not installed."""
     return {f"{package.replace('-', '_')}_version": installed(package) for package in PACKAGES}
 
 
 def deciding_arguments(
     options: ComputeOptions, samples: Sequence[Sample], device: torch.device, processes: int
 ) -> dict[str, Any]:
-    """What the bits of the result depend on, by the names a person typed, and the versions that they depend on.
+    """All arguments, by option name, and package versions that the exact bits of the result depend on.
 
-    Not the classes of the processor, which are known once it is loaded: they follow from its files and the versions.
+    Excludes the processor's classes, known only once it is loaded: its files and the versions determine them.
     """
     values = asdict(options)
-    # The data count by `chosen_samples`, so a moved folder does not.
+    # `chosen_samples` identifies the data, so moving a folder changes nothing.
     for name in (*part(options, RunOptions), "protocol", "device_map", "images", "text"):
         del values[name]
     return values | {
@@ -44,7 +44,9 @@ def deciding_arguments(
         "in_order": options.in_order,
         "device": device.type,
         "processes": processes,
-        "dealt": "in blocks" if options.groups else None,  # into groups; the same samples in turn are other groups
+        "dealt": "in blocks"
+        if options.groups
+        else None,  # how samples are assigned to groups; in turn would be other groups
         "model_files": _folder_digest(options.model),
         "processor_files": _folder_digest(options.processor),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -54,15 +56,15 @@ def deciding_arguments(
 
 
 def settings_of(arguments: dict[str, Any], model: Any, processor: Any) -> dict[str, Any]:
-    """What the value was measured with, for `MIRResult.settings`."""
+    """The settings of a measurement, for `MIRResult.settings`."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     settings = {name: value for name, value in arguments.items() if name not in NOT_SETTINGS}
-    commit = getattr(model.config, "_commit_hash", None)  # of a model from the hub
+    commit = getattr(model.config, "_commit_hash", None)  # set for a model from the hub
     return settings | {"dtype": dtype, "model_commit": commit, **processor_names(processor)}
 
 
 def _folder_digest(name: str | None) -> str | None:
-    """A short hash of a local model's file names, sizes and times, so that a retrained one is not resumed into."""
+    """A short hash of a local model's file names, sizes and times, so that no run resumes with a retrained model."""
     if name is None or not (folder := Path(name)).is_dir():
         return None
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]

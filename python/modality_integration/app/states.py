@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def run(files: Sequence[Path], options: StatesOptions, console: Console, results: Console | None = None) -> MIRResult:
-    """MIR of saved hidden states (see `saved_states`), a folder meaning its .safetensors files.
+    """MIR of saved hidden states (see `saved_states`); a folder stands for its .safetensors files.
 
-    Printed, written and drawn as `mir compute` does it, and refused and raised likewise.
+    Prints, writes, plots and raises like `mir compute`.
     """
     require_one_process("states")
     paths: list[Path] = []
@@ -35,7 +35,7 @@ def run(files: Sequence[Path], options: StatesOptions, console: Console, results
         if not found or not found[0].exists():
             raise InputError(f"{path} holds no .safetensors file" if path.is_dir() else f"{path} does not exist")
         paths += found
-    # Medians of groups say nothing of the median of all.
+    # The medians of groups do not determine the median of all.
     groups = 0 if options.outliers == "median" else options.groups
     device, began = pick_device(options.device), time.monotonic()
     with taken(options.out, console):
@@ -70,8 +70,8 @@ def run(files: Sequence[Path], options: StatesOptions, console: Console, results
 
 
 def _notes_on_groups(asked: int, used: int, result: MIRResult) -> list[str]:
-    """Why the standard error is none, or of fewer groups than were asked for, where the result does not say so."""
+    """Why there is no standard error, or fewer groups than requested, if the result does not say so itself."""
     if asked and not used:
-        return ["no standard error: with --outliers median there is none"]
+        return ["no standard error: not available with --outliers median"]
     got = result.groups
-    return [f"the standard error is of {got} groups, as there are {got} samples"] if 0 < got < used else []
+    return [f"the standard error uses {got} groups because there are only {got} samples"] if 0 < got < used else []

@@ -1,4 +1,4 @@
-"""Samples through a model, a few at a time, into the metric."""
+"""Run samples through a model, a few at a time, and feed the metric."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modality_integration.training.measure import lean_forward
 
 logger = logging.getLogger(__name__)
 
-MOST_APART = 0.25  # of the norm of a sample's states, between a batch and the sample alone
+MOST_APART = 0.25  # largest relative difference between a sample's states in a batch and alone
 
 
 def stream(
@@ -39,8 +39,8 @@ def stream(
     """Forward `samples[start:]`, `batch_size` at a time, and feed the hidden states of every layer to `metric`.
 
     `after_sample(count)` is called after each forward pass with the number of samples counted so far; the metric then
-    holds exactly those. Samples of one pass are padded on the right, and padding counts for nothing.
-    Gives how many of the samples forwarded begin with the image.
+    holds exactly those. Samples of one pass are padded on the right, and padding is not counted.
+    Returns how many of the forwarded samples begin with the image.
     """
     image_first = 0
     device, dtype, forward = parameter_device(model), next(model.parameters()).dtype, lean_forward(model)
@@ -79,7 +79,7 @@ def stream(
 
 
 def finish(metric: ModalityIntegrationRate) -> MIRResult:
-    """The metric's result, what cannot be computed said as an InputError."""
+    """The metric's result; InputError if it cannot be computed."""
     began = time.monotonic()
     with refusals("MIR is not defined for these samples"):
         result = metric.compute()
@@ -87,7 +87,7 @@ def finish(metric: ModalityIntegrationRate) -> MIRResult:
     asked, got = metric.options.groups, result.groups
     if 0 < got < asked:
         result.notes.append(
-            f"the standard error is of {got} groups of samples, {asked} were asked for: take more samples"
+            f"the standard error uses {got} groups of samples instead of the requested {asked}; use more samples"
         )
     return result
 
@@ -95,21 +95,21 @@ def finish(metric: ModalityIntegrationRate) -> MIRResult:
 def _pass(
     each: Sequence[dict[str, Any]], processor: Any, forward: Callable[[dict[str, Any]], None], captured: Capture
 ) -> None:
-    """One forward pass of all. InputError where several samples cannot be, though each can be by itself."""
+    """One forward pass of all samples. InputError if they fail together although each works alone."""
     if len(each) == 1:
         return forward(each[0])
     try:
         forward(collated(each, processor.tokenizer))
         rows = len(captured.vision_mask)
         if rows != len(each):
-            raise CannotBatch(f"the model made {rows} rows of {len(each)} samples")
+            raise CannotBatch(f"the model returned {rows} rows for {len(each)} samples")
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # a model that does not take several raises anything
+    except Exception as error:  # a model without batch support may raise anything
         if isinstance(error, RuntimeError) and _is_out_of_memory(error):
             raise
         if not isinstance(error, CannotBatch):
-            for inputs in each:  # what is wrong with one sample alone says so itself
+            for inputs in each:  # an error of a single sample is raised here
                 forward(inputs)
                 _ = captured.text_mask
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -119,9 +119,9 @@ def _pass(
 def _require_apart(
     each: Sequence[dict[str, Any]], forward: Callable[[dict[str, Any]], None], captured: Capture
 ) -> None:
-    """InputError unless the sample with the most padding has about the states that it has by itself.
+    """InputError unless the sample with the most padding has about the same states in the batch as alone.
 
-    A model or its inputs may mix up samples without an error. Rounding differs by less than the tolerance in any dtype.
+    A model or its inputs may mix up samples without an error. Rounding stays below the tolerance in any dtype.
     """
     shortest = min(range(len(each)), key=lambda row: each[row]["input_ids"].shape[1])
     together = captured.hidden_states[-1][shortest].float()
@@ -129,12 +129,14 @@ def _require_apart(
     alone = captured.hidden_states[-1][0].float()
     apart = float((together[: len(alone)] - alone).norm() / alone.norm())
     if not apart < MOST_APART:
-        raise _one_at_a_time(len(each), f"a sample's hidden states differ by {apart:.0%} from those by itself")
+        raise _one_at_a_time(
+            len(each), f"a sample's hidden states in the batch differ by {apart:.0%} from those of the sample alone"
+        )
 
 
 def _one_at_a_time(count: int, reason: str) -> InputError:
     return InputError(
-        f"batch-size: this model and processor do not take {count} samples in a forward pass ({reason}); use "
+        f"batch-size: this model and processor do not support {count} samples per forward pass ({reason}); use "
         "--batch-size 1"
     )
 
@@ -152,13 +154,13 @@ def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch's CPU allocator says so."""
+    """Whether this is an out-of-memory error of torch's CPU allocator."""
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _out_of_memory(device: torch.device, name: str, text_tokens: int | None, batch_size: int) -> InputError:
     fewer = f"--batch-size (now {batch_size}), " if batch_size > 1 else ""
     return InputError(
-        f"out of memory on {device} at {name}: lower {fewer}--text-tokens (now {text_tokens or 'all'}) or --groups, "
-        "load the weights smaller with --dtype bfloat16, or use --device cpu; with changed arguments add --restart"
+        f"out of memory on {device} at {name}; lower {fewer}--text-tokens (now {text_tokens or 'all'}) or --groups, "
+        "load smaller weights with --dtype bfloat16, or use --device cpu; with changed arguments, add --restart"
     )

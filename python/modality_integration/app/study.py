@@ -6,10 +6,10 @@ content        kinds of images with kinds of text (Figure 3 a)
 template       with and without the conversation template (Figure 3 b)
 layers         every layer's distance and its terms (Figure 2, right)
 
-The data pass by once wherever the question allows: `samples` reads the value along one stream, `normalization` takes
-both of its values from one set of covariances. Values have standard errors; a study takes no bounds and keeps no
-checkpoint, but its table holds every row that is finished. `missed` counts tokens that the one-pass outlier rule
-would have left out (see `ModalityIntegrationRate`); 0 is exact.
+Where possible a study makes one pass over the data: `samples` reads MIR along one stream, and `normalization` computes
+both its values from one set of covariances. Values have standard errors. A study computes no bounds and writes no
+checkpoint, but its table holds every finished row. `missed` counts tokens that the one-pass outlier rule should have
+removed (see `ModalityIntegrationRate`); 0 means exact.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from modality_integration.metric.standard_error import counted
 from modality_integration.metric.streaming import ModalityIntegrationRate
 
 TEMPLATES: tuple[Literal["chat", "plain"], ...] = ("chat", "plain")
-COUNTS = (5, 10, 20, 50, 100, 200, 500, 800, 1000)  # of samples, as in Table 6; 1 has no standard error
+COUNTS = (5, 10, 20, 50, 100, 200, 500, 800, 1000)  # numbers of samples, as in Table 6; 1 has no standard error
 
 Row = dict[str, Any]
 Advance = Callable[[int], None]
@@ -59,7 +59,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject(MeasureOptions, TokenOptions):
-    """What is studied: a model with its processor, and how tokens are chosen and counted."""
+    """The subject of a study: a model with its processor, and how tokens are chosen and counted."""
 
     model: Any
     processor: Any
@@ -67,15 +67,15 @@ class Subject(MeasureOptions, TokenOptions):
     batch_size: int = 1
 
     def with_groups_of(self, samples: Sequence[Sample], in_turn: bool = False) -> Subject:
-        """The same with as many groups of samples, in blocks or in turn, as `samples` have that share nothing."""
+        """The same with as many groups of samples, in blocks or in turn, as `samples` allow without shared content."""
         return replace(self, groups=groups_of(samples, self.groups, in_turn))
 
     def fresh_metric(self, samples: int | None = None) -> ModalityIntegrationRate:
-        """One on the model's device. samples: how many will come, None if it is to give results before the last."""
+        """A new metric on the model's device. samples: how many will come; None to read results before the last."""
         return self.metric(samples).to(next(self.model.parameters()).device)
 
     def feed(self, metric: ModalityIntegrationRate, samples: Sequence[Sample], start: int, advance: Advance) -> None:
-        """Count `samples[start:]`; advance(n) after each forward pass of n samples."""
+        """Count `samples[start:]`; calls advance(n) after each forward pass of n samples."""
         done = start
 
         def after_sample(count: int) -> None:
@@ -104,19 +104,21 @@ class Subject(MeasureOptions, TokenOptions):
 def run(
     name: StudyName, options: ComputeOptions, console: Console, repeat: int = 1, results: Console | None = None
 ) -> list[Row]:
-    """The rows of study `name`; also in study_<name>.csv, drawn in study_<name>.png, both in `options.out`.
+    """The rows of study `name`; also written to study_<name>.csv and plotted as study_<name>.png in `options.out`.
 
-    repeat: sets of samples that "samples" draws, each with a seed of its own. console, results: as `compute.run`.
-    Raises InputError for what a person can mend, `options.out` that holds this study or is in use among it; NotWritten
-    where the rows could be printed but not written; Interrupted after Ctrl-C.
+    repeat: number of sample sets for "samples", each with its own seed. console, results: as in `compute.run`.
+    Raises InputError for anything a user can fix, including an `options.out` that holds this study or is in use;
+    NotWritten if the rows were printed but could not be written; Interrupted after Ctrl-C.
     """
     if repeat > 1 and (name != "samples" or options.in_order):
-        raise InputError("repeat: draws sets of random samples for --study samples alone")
+        raise InputError("repeat: applies only to the random samples of --study samples")
     require_one_process("study")
     for given, option in ((options.second_pass, "--second-pass"), (options.restart, "--restart")):
         if given:
-            raise InputError(f"study: keeps no checkpoint and passes over the data once, so it takes no {option}")
-    options.metric()  # refuses before anything is read
+            raise InputError(
+                f"study: writes no checkpoint and makes one pass over the data, so it does not accept {option}"
+            )
+    options.metric()  # checks the options before anything is read
     table, shown = options.out / f"study_{name}.csv", results or console
     with taken(options.out, console):
         require_free(options.out, (table.name, *(f"study_{name}.{s}" for s in get_args(PlotFormat))), options.overwrite)
@@ -154,8 +156,8 @@ def rows_of(
 ) -> Iterator[Row]:
     """The rows of study `name`, one by one as they are measured.
 
-    cells: the samples, by kind of image and kind of text; "content" takes several, "samples" takes each for a set of
-    its own, the others take one.
+    cells: the samples by kind of image and kind of text. "content" uses several, "samples" treats each as a separate
+    set, the others require exactly one.
     """
     if name == "content":
         return content(subject, cells, advance)
@@ -176,9 +178,9 @@ def write(
     done: list[Row] | None = None,
     console: Console | None = None,
 ) -> list[Row]:
-    """Add rows to `done` as they come, and each time put all in <out>/study_<name>.csv, with the columns of `extra`.
+    """Add rows to `done` as they arrive, each time writing all to <out>/study_<name>.csv with the columns of `extra`.
 
-    With a `console`, a row that cannot be written is a note there, and the next one tries again.
+    With a `console`, a failed write is a note there, and the next row tries again.
     """
     done = [] if done is None else done
     for row in rows:
@@ -193,7 +195,7 @@ def write(
 
 
 def write_rows(path: Path, rows: Sequence[Row], extra: Row | None = None) -> None:
-    """A CSV of the rows, each with the columns of `extra`, in one step."""
+    """Write a CSV of the rows, each with the columns of `extra`, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, [*rows[0], *(extra or {})])
@@ -203,7 +205,7 @@ def write_rows(path: Path, rows: Sequence[Row], extra: Row | None = None) -> Non
 
 
 def read(path: Path) -> list[Row]:
-    """The rows that `write_rows` wrote, numbers as numbers and empty cells as None."""
+    """Read rows written by `write_rows`, with numbers as numbers and empty cells as None."""
     with path.open(newline="", encoding="utf-8") as file:
         return [{key: _read(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
 
@@ -211,8 +213,8 @@ def read(path: Path) -> list[Row]:
 def sample_count(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
     """MIR after 5, 10, 20, 50, ... and all samples of one stream.
 
-    The paper draws ten sets a count and gives mean and range: see `repeated_sample_count`. One set's own standard error
-    tells about as much.
+    The paper draws ten sets per count and reports mean and range: see `repeated_sample_count`. The standard error of
+    one set is about as informative.
     """
     metric, done = subject.with_groups_of(samples, in_turn=True).fresh_metric(), 0
     for count in sorted({*(c for c in COUNTS if c < len(samples)), len(samples)}):
@@ -223,7 +225,7 @@ def sample_count(subject: Subject, samples: Sequence[Sample], advance: Advance) 
 
 
 def repeated_sample_count(subject: Subject, sets: Sequence[Sequence[Sample]], advance: Advance) -> Iterator[Row]:
-    """`sample_count` of each set of samples in turn: mean and range of their values are Table 6 and Figure 8."""
+    """`sample_count` for each set of samples; Table 6 and Figure 8 show the mean and range over sets."""
     for number, samples in enumerate(sets, 1):
         for row in sample_count(subject, samples, advance):
             yield {"set": number, **row}
@@ -232,8 +234,8 @@ def repeated_sample_count(subject: Subject, sets: Sequence[Sequence[Sample]], ad
 def normalization(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
     """Each layer's distance with the scale alpha of Eq. 2, and without.
 
-    Scaling by alpha scales means by alpha and covariances by alpha^2, and so the distance by alpha^2; the outlier rule
-    does not see it. One computation gives both.
+    Scaling features by alpha scales means by alpha, covariances by alpha^2, and so the distance by alpha^2; the outlier
+    rule is unaffected. One computation therefore yields both.
     """
     result = replace(subject, normalize=True, groups=0).measure(samples, advance)
     for layer, (distance, alpha) in enumerate(zip(result.per_layer, result.alpha, strict=True), 1):
@@ -243,14 +245,14 @@ def normalization(subject: Subject, samples: Sequence[Sample], advance: Advance)
 
 
 def content(subject: Subject, cells: dict[tuple[str, str], Sequence[Sample]], advance: Advance) -> Iterator[Row]:
-    """MIR of every kind of image with every kind of text; text tokens see the image, so each pair is a stream."""
+    """MIR of every kind of image with every kind of text; text tokens attend to the image, so each pair is a stream."""
     for (images, text), samples in cells.items():
         result = subject.measure(samples, advance)
         yield {"images": images, "text": text, "samples": len(samples), **_value(result)}
 
 
 def template(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Iterator[Row]:
-    """MIR of the same samples in the chat template and plain."""
+    """MIR of the same samples in the chat template and in the plain one."""
     for name in TEMPLATES:
         one = replace(subject, protocol="random", text_tokens=subject.prose_tokens, template=name)
         result = one.measure(samples, advance)
@@ -273,7 +275,7 @@ def layers(subject: Subject, samples: Sequence[Sample], advance: Advance) -> Ite
 
 
 def _kept(done: Sequence[Row], table: Path, console: Console) -> str:
-    """What is left of an interrupted study, in words; its rows are printed."""
+    """Print the finished rows of an interrupted study; returns a message on where they are."""
     if not done:
         return "interrupted before the first row"
     words = f"interrupted after {len(done)} row{'s' * (len(done) > 1)}"
@@ -282,13 +284,13 @@ def _kept(done: Sequence[Row], table: Path, console: Console) -> str:
         write_rows(table, done)
     except OSError as error:
         return f"{words}, which could not be written: {in_words(error)}"
-    return f"{words}, in {table}"
+    return f"{words}, saved in {table}"
 
 
 def _cells(
     name: str, options: ComputeOptions, console: Console, mark: str = ""
 ) -> dict[tuple[str, str], Sequence[Sample]]:
-    """The samples, by kind of image and kind of text: for "content" the sub-folders, else all there are."""
+    """The samples by kind of image and kind of text: per sub-folder for "content", otherwise all together."""
     images, texts = [options.images], [options.text]
     if name == "content":
         images, texts = _kinds(options.images, console), _kinds(options.text, console)
@@ -299,7 +301,7 @@ def _cells(
             )
     cells: dict[tuple[str, str], Sequence[Sample]] = {}
     for image, text in product(images, texts):
-        in_turn = name == "samples"  # which has results, with errors of all groups, before the last sample
+        in_turn = name == "samples"  # it reads results with standard errors before the last sample
         chosen = choose(replace(options, images=image, text=text), console, in_turn=in_turn)
         cells[image.name, text.name + mark] = chosen.samples
         show_notes((f"{image.name} with {text.name}: {note}" for note in chosen.notes), console)
@@ -312,7 +314,10 @@ def _kinds(folder: Path, console: Console) -> list[Path]:
     inside = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
     kinds = sorted(path for path in inside if path.is_dir())
     if kinds and (beside := len(inside) - len(kinds)):
-        show_notes([f"{counted(beside, 'file')} beside the sub-folders of {folder}: of no kind, not used"], console)
+        show_notes(
+            [f"ignored {counted(beside, 'file')} next to the sub-folders of {folder}: only sub-folders are kinds"],
+            console,
+        )
     return kinds or [folder]
 
 

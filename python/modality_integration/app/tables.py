@@ -11,15 +11,15 @@ from modality_integration.metric.standard_error import error_cell
 if TYPE_CHECKING:
     from modality_integration.metric.fitted_table import FittedTable
 
-# Columns of a study that a narrow console does without, those that go first first; then any that is not named here.
+# Columns of a study that a narrow console drops, in this order; then any not named here.
 EXPENDABLE = ("deviations", "trace_root", "trace_text", "trace_vision", "mean", "text_tokens", "vision_tokens", "alpha")
-# What a row is of, where no column of words says it; and what it is read for.
+# Columns that identify a row if no text column does, and columns that are never dropped.
 INDEX = ("set", "samples", "layer")
 READ_FOR = ("mir", "error", "distance", "normalized", "unnormalized")
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
-    """A rich table of a study's rows, a column a key; none for a key that is empty in every row."""
+    """A rich table of a study's rows, one column per key; keys that are empty in every row get none."""
     from rich.text import Text
 
     filled = [name for name in rows[0] if name == "error" or any(row[name] is not None for row in rows)]

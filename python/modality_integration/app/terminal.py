@@ -1,4 +1,4 @@
-"""How a command talks: where its results and progress go, and how much is said."""
+"""Terminal output of a command: where results and progress go, and how verbose it is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ of_terminal = partial(typer.Option, rich_help_panel="Terminal")
 
 @dataclass(frozen=True, kw_only=True)
 class Terminal:
-    """A result on stdout; progress, notes on the way, warnings and errors on stderr."""
+    """Results go to stdout; progress, notes, warnings and errors go to stderr."""
 
     config: Annotated[
         Path | None,
@@ -33,20 +33,20 @@ class Terminal:
             metavar="FILE",
             is_eager=True,
             callback=use_file,
-            help="Options from a YAML file, `text-tokens: 100` a line. What is typed counts first, then variables "
-            "(MIR_COMPUTE_SEED for a command, MIR_SEED for all), then the file.",
+            help="Read options from a YAML file, one per line (`text-tokens: 100`). The command line takes precedence, "
+            "then environment variables (MIR_COMPUTE_SEED for one command, MIR_SEED for all), then the file.",
         ),
     ] = None
-    json: Annotated[bool, of_terminal("--json", help="The result as JSON, and nothing else, on stdout.")] = False
-    quiet: Annotated[bool, of_terminal("--quiet", "-q", help="No progress, no notes; errors and the result stay.")] = (
-        False
-    )
+    json: Annotated[bool, of_terminal("--json", help="Print only the result on stdout, as JSON.")] = False
+    quiet: Annotated[
+        bool, of_terminal("--quiet", "-q", help="Hide progress and notes; keep errors and the result.")
+    ] = False
     verbose: Annotated[
-        bool, of_terminal("--verbose", "-v", help="Also what is loaded, where it runs and how long it takes.")
+        bool, of_terminal("--verbose", "-v", help="Also show what is loaded, where it runs and how long it takes.")
     ] = False
 
     def results(self) -> Console:
-        """Where results go: stdout, unless they go there as JSON."""
+        """Console for results: stdout, silent when they are printed there as JSON."""
         from rich.console import Console
 
         from modality_integration.app.console import WithoutNotes
@@ -54,20 +54,20 @@ class Terminal:
         return _console(WithoutNotes if self.quiet else Console, stderr=False, quiet=self.json)
 
     def progress(self) -> Console:
-        """Where progress and notes on the way go: stderr, so that results can be piped."""
+        """Console for progress and notes: stderr, so that results can be piped."""
         from rich.console import Console
 
         return _console(Console, stderr=True, quiet=self.quiet)
 
     def note(self, notes: Sequence[str]) -> None:
-        """Notes on the way, a line each."""
+        """Print each note on its own line."""
         for note in notes:
             self.progress().print(f"[yellow]note[/] {_plain(note)}", highlight=False, soft_wrap=True)
 
     def write_json(self, result: Any) -> None:
-        """The result on stdout, where --json asks for it; of several processes the first one writes.
+        """With --json, print the result on stdout, from the first process only.
 
-        result: JSON as text, or what becomes some; a number that is not finite is a string there, as in mir.json.
+        result: JSON text, or an object to encode. Non-finite numbers become strings, as in mir.json.
         """
         if self.json and os.environ.get("RANK", "0") == "0":
             from modality_integration.metric.files import json_text
@@ -78,7 +78,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, Python's warnings are a line each on stderr, and with --verbose so is what this package logs."""
+        """Inside, print each Python warning, and with --verbose this package's log, one line each on stderr."""
         shown = warnings.showwarning
         warnings.showwarning = self._show_warning
         with contextlib.ExitStack() as stack:
@@ -114,14 +114,14 @@ class Terminal:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        """A warning's first line, and what gave it: of another library the rest is for whoever writes that."""
+        """Print the first line of a warning, with --verbose also its origin; the rest rarely concerns a user."""
         first = next(iter(str(message).strip().splitlines()), category.__name__)
         where = f"   ({category.__name__}, {Path(filename).name}:{lineno})" if self.verbose else ""
         self.progress().print(f"[yellow]warning[/] {_plain(first + where)}", highlight=False, soft_wrap=True)
 
 
 def _console(kind: type[Console], *, stderr: bool, quiet: bool) -> Console:
-    # A pipe or a log has no width: tables there get one that fits them, and never a terminal's guess of 80.
+    # A pipe or a log has no width. Use one that fits the tables, not rich's default of 80.
     width = None if kind(stderr=stderr).is_terminal or "COLUMNS" in os.environ else 120
     return kind(stderr=stderr, width=width, quiet=quiet)
 

@@ -1,4 +1,4 @@
-"""Samples as small pictures with the beginning of their prose, for a run's record and its report."""
+"""Small pictures of samples with the start of their prose, for run.json and the report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CHARACTERS = 200  # of prose
 
 
 def sample_cards(samples: Sequence[Sample], most: int = 12) -> list[dict[str, str | None]]:
-    """The first `most` samples as {"name", "text", "jpeg"}: the first 200 characters of prose, and the picture as
-    base64 of a JPEG of at most 160 x 160 pixels, turned as its EXIF says.
+    """The first `most` samples as {"name", "text", "jpeg"}: the first 200 characters of prose, and the picture as a
+    base64 JPEG of at most 160 x 160 pixels, rotated according to its EXIF.
 
-    "jpeg" is None where the picture can no longer be opened: a record of a finished run does not fail for that.
+    "jpeg" is None if the picture can no longer be opened, so that the record of a finished run never fails.
     """
     return [
         {"name": sample.name, "text": sample.text.content[:CHARACTERS], "jpeg": _jpeg(sample)}
@@ -30,7 +30,7 @@ def sample_cards(samples: Sequence[Sample], most: int = 12) -> list[dict[str, st
 def _jpeg(sample: Sample) -> str | None:
     try:
         image = open_image(sample.image)
-    except Exception:  # a broken file raises nearly anything, by format
+    except Exception:  # a broken file may raise almost anything, depending on its format
         return None
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     file = io.BytesIO()

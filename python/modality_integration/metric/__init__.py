@@ -1,3 +1,3 @@
-"""The Modality Integration Rate of tensors: features in memory, hidden states that pass by, hidden states in files."""
+"""MIR from tensors: features in memory, streamed hidden states, or hidden states in files."""
 
 MODALITIES = ("vision", "text")

@@ -1,4 +1,4 @@
-"""One layer of a stream: vision and text tokens on their way into means and covariances, by groups of samples."""
+"""One layer of a stream: accumulates vision and text tokens into means and covariances by group of samples."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from modality_integration.metric.outliers import KEEP_ALL, Decision, Limits
 from modality_integration.metric.sinks import ModalityTokens, SinkMarks
 from modality_integration.metric.tokens import alpha_of, require_tokens, roundings_of_norms, sent, sum_of_norms
 
-# Rows held back in a stream while they might turn out to be outliers; at least one more than the hidden size, so that
-# a covariance short of rank is never formed: its root is taken from the features instead.
+# Rows held back while they might still turn out to be outliers. At least one more than the hidden size, so that a
+# rank-deficient covariance is never formed: with that few tokens, the root is computed from the features.
 HOLD = 2048
 
 
 class LayerAccumulator:
-    """Both modalities of layer `layer` (1..K): `push` rows as they come, `result` at any time.
+    """Both modalities of layer `layer` (1..K): `push` rows as they arrive, read `result` at any time.
 
-    Holds an accumulator a modality and group of samples (a triangle of d^2 / 2 float64 numbers each; one group without
-    `options.groups`), made when the first rows are released, and at most `hold` rows a modality. limits: the outlier
-    limits of a first pass over the same tokens, by modality.
+    Keeps one accumulator per modality and group of samples (a triangle of d^2 / 2 float64 numbers each; one group
+    without `options.groups`), created when the first rows are released, and at most `hold` rows per modality.
+    limits: the outlier limits of a first pass over the same tokens, by modality.
 
-    host: where the accumulators of finished groups are put, if groups come one after the other (`options.samples`) and
-    it is for this device. Rows of theirs that come out of the held ones later, at most `hold` a group, wait with them.
+    host: host memory for the accumulators of finished groups, used if groups are consecutive (`options.samples`) and it
+    serves this device. Held rows of such a group that are released later, at most `hold` per group, are stored there.
 
-    Attention sinks are kept apart, `hold` rows a modality at most, so that the distance without them is known as well;
-    with `options.sinks` "leave out" no row of them is kept.
+    Attention sinks are kept separately, at most `hold` rows per modality, so that the distance without them is known
+    too. With `options.sinks` "leave out", their rows are not kept.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LayerAccumulator:
             for m in MODALITIES
         }
         self.moments = self.accumulators(options.precision, host)
-        # Sums, by group, without the sinks'.
+        # By group, excluding attention sinks.
         self.text_norms = torch.zeros(max(options.groups, 1), dtype=torch.float64, device=device)
 
     @property
@@ -79,12 +79,12 @@ class LayerAccumulator:
 
     @property
     def moves(self) -> bool:
-        """Whether finished groups' accumulators are put into host memory."""
+        """Whether the accumulators of finished groups move to host memory."""
         return self._in_blocks and self.moments.moves
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no token counts as an outlier."""
+        """Whether the outlier rule is off."""
         return all(self.tokens[m].limits == KEEP_ALL for m in MODALITIES)
 
     def push(
@@ -95,8 +95,10 @@ class LayerAccumulator:
         groups: Tensor | None = None,
         marks: SinkMarks | None = None,
     ) -> None:
-        """Take rows (n, d), and on the CPU their norms (n,), float32, and the group of each one's sample (n,), uint8,
-        below `options.groups`; None is group 0 for all. marks: which are attention sinks; None where none is.
+        """Count rows (n, d) with their norms (n,), float32, CPU.
+
+        groups: the group of each row's sample, (n,), uint8, CPU, below `options.groups`; None means group 0 for all.
+        marks: which rows are attention sinks; None if none are.
         """
         rows = rows.to(self.device)
         if groups is None:
@@ -112,16 +114,16 @@ class LayerAccumulator:
         if released is not None:
             for group, part in _by_group(released.rows, released.groups):
                 self.moments.update((modality, group), part)
-                if oldest <= group < newest:  # a batch of several groups: one of them at a time
+                if oldest <= group < newest:  # a batch that spans groups: keep one of them on the device
                     self.moments.put_away((modality, group))
 
     def result(self) -> LayerResult:
-        """The distance over all that was pushed; the tokens stay as they are."""
+        """The distance over everything pushed so far; does not change the tokens."""
         (result,) = layer_results([self], self.options)
         return result
 
     def counted(self) -> CountedTokens:
-        """All tokens, the held rows as the outlier rule decides. ValueError where they are too few."""
+        """All tokens, with the outlier rule applied to the held rows. ValueError if there are too few."""
         layer = self.layer
         for modality in MODALITIES:
             require_tokens(self.tokens[modality].count(), layer, modality)
@@ -130,12 +132,12 @@ class LayerAccumulator:
             require_tokens(decision.kept, layer, f"{modality} within the outlier limits")
         notes = [
             f"layer {layer}, {modality}: {decision.missed} tokens beyond the final 3-sigma limits had already been "
-            "counted (the norms moved while the stream passed): a larger hold, or a second pass, makes this exact"
+            "counted because the norms drifted during the stream; a larger hold or a second pass makes this exact"
             for modality, decision in decisions.items()
             if decision.missed
         ]
         notes += [
-            f"layer {layer}, {modality}: the second pass saw other tokens than the first pass, whose limits it applied"
+            f"layer {layer}, {modality}: the second pass saw other tokens than the first pass, whose limits it uses"
             for modality, tokens in self.tokens.items()
             if tokens.limits not in (None, KEEP_ALL) and not tokens.limits.close_to(self.final_limits[modality])
         ]
@@ -153,12 +155,12 @@ class LayerAccumulator:
         )
 
     def leave_group_out(self) -> WithoutGroup | None:
-        """For the standard error; None where the tokens are of one group."""
+        """For the standard error; None if all tokens are in one group."""
         groups = sorted({group for m in MODALITIES for group in self.tokens[m].groups})
         return WithoutGroup(self, groups) if len(groups) > 1 else None
 
     def text_norm_sums(self, sinks: bool) -> Tensor:
-        """The sums of the norms of all text tokens, by group, (groups,), float64; those of sinks among them or not."""
+        """Sum of text token norms per group, (groups,), float64. sinks: whether to include attention sinks."""
         store = self.tokens["text"].sinks
         if not sinks or len(store) == 0:
             return self.text_norms
@@ -174,9 +176,9 @@ class LayerAccumulator:
         text_norms: Tensor,
         without: int | None = None,
     ) -> GaussianPair:
-        """Each modality's held rows as decided, with what `moments` have seen; those stay as they are.
+        """Combine each modality's kept held rows with the rows counted in `moments`, which do not change.
 
-        text_norms: the sum of the norms of all text tokens, for alpha. without: a group that is left out.
+        text_norms: the sum of the norms of all text tokens, for alpha. without: a group to leave out.
         """
         alpha, count = 1.0, decisions["text"].kept + decisions["text"].removed
         if self.options.normalize:
@@ -185,7 +187,7 @@ class LayerAccumulator:
         return GaussianPair(self.layer, vision, text, alpha, roundings_of_norms(count, self.hidden_size, streamed=True))
 
     def merge(self, other: LayerAccumulator) -> None:
-        """Take over another accumulator of the same layer."""
+        """Add the tokens of another accumulator of the same layer."""
         self.text_norms = self.text_norms + other.text_norms
         for modality in MODALITIES:
             self.tokens[modality].merge(other.tokens[modality])
@@ -194,14 +196,14 @@ class LayerAccumulator:
             self._finish_older(slot)
 
     def to(self, device: torch.device) -> None:
-        """Move rows and accumulators. Where that fails, nothing has changed."""
+        """Move rows and accumulators. If that fails, nothing changes."""
         moved = LayerAccumulator(self.layer, self.hidden_size, self.dtype, device, self.options, host=self._host)
         moved.load_state_dict(self.state_dict())
         vars(self).update(vars(moved))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: `text_norms` (groups,), the keys of ModalityTokens after `vision.` and `text.`, and those of
-        each accumulator there is after `vision.moments.<group>.` and `text.moments.<group>.`.
+        """Plain tensors: `text_norms` (groups,), the keys of ModalityTokens under `<modality>.`, and those of each
+        existing accumulator under `<modality>.moments.<group>.`.
         """
         state = {"text_norms": self.text_norms}
         for modality in MODALITIES:
@@ -211,9 +213,9 @@ class LayerAccumulator:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; goes on with the same bits.
+        """Restore a `state_dict`; continuing from it is bit-identical.
 
-        ValueError or TypeError that names the entry where something does not fit: half of it may then be taken over.
+        ValueError or TypeError that names the first invalid entry; the state may then be partly loaded.
         """
         self._check_state(state)
         self.moments = self.accumulators(self.options.precision, self._host)
@@ -233,19 +235,19 @@ class LayerAccumulator:
                 self.tokens[slot[0]].others.released(slot[1]),
             )
             if counted != released:
-                raise ValueError(f"{prefix_of(slot)}count: takes the {released} tokens released so far, got {counted}")
+                raise ValueError(f"{prefix_of(slot)}count: expected {released} released tokens, got {counted}")
             self._finish_older(slot)
 
     def accumulator(self, precision: Precision) -> StreamingMoments:
-        """A fresh one for any slot."""
+        """A new accumulator for any slot."""
         return StreamingMoments(self.hidden_size, device=self.device, precision=precision, backend=self.options.backend)
 
     def accumulators(self, precision: Precision, host: HostMemory | None) -> GroupMoments:
-        """A fresh set, of none yet."""
+        """A new, empty set of accumulators."""
         return GroupMoments(self.hidden_size, self.device, precision, self.options.backend, host)
 
     def _turn_to(self, modality: str, groups: Tensor) -> tuple[int, int]:
-        """The first and the last group of rows that came; of those before the first no more will come."""
+        """The first and last group of the new rows, after moving those to the device and earlier groups off it."""
         if len(groups) == 0 or not self._in_blocks:
             return 0, 0
         oldest, newest = int(groups.min()), int(groups.max())
@@ -260,7 +262,7 @@ class LayerAccumulator:
         return self.options.samples is not None and self.options.groups > 0
 
     def _finish_older(self, slot: Slot) -> None:
-        """Put away a group's accumulator that tokens of a later group have come after."""
+        """Move a group's accumulator to host memory if tokens of a later group have arrived."""
         if self._in_blocks and slot[1] < max(self.tokens[slot[0]].groups, default=0):
             self.moments.put_away(slot)
 
@@ -271,42 +273,40 @@ class LayerAccumulator:
             modality, _, rest = name.partition(".")
             strange = rest.startswith("moments.") and not name.startswith(prefixes)
             if name != "text_norms" and (modality not in MODALITIES or strange):
-                raise ValueError(f"{name}: is no entry of a layer's state")
-            # Before anything is made as large as a file says.
+                raise ValueError(f"{name}: is not an entry of a layer's state")
+            # Before allocating anything of a size read from a file.
             if name.endswith(".second") and value.numel() != entries(self.hidden_size):
-                raise ValueError(f"{name}: takes {entries(self.hidden_size)} numbers, got {value.numel()}")
+                raise ValueError(f"{name}: expected {entries(self.hidden_size)} numbers, got {value.numel()}")
         norms = state.get("text_norms")
         if norms is None or norms.dtype != torch.float64 or norms.shape != self.text_norms.shape:
             got = "nothing" if norms is None else f"{norms.dtype} {tuple(norms.shape)}"
-            raise ValueError(f"text_norms: takes torch.float64 {tuple(self.text_norms.shape)}, got {got}")
+            raise ValueError(f"text_norms: expected torch.float64 {tuple(self.text_norms.shape)}, got {got}")
         if not bool((norms.isfinite() & (norms >= 0)).all()):
-            raise ValueError(f"text_norms: takes sums of norms, got {norms.tolist()}")
+            raise ValueError(f"text_norms: expected finite sums of norms >= 0, got {norms.tolist()}")
         for modality in MODALITIES:
             groups = {k: v for k, v in state.items() if k.startswith(f"{modality}.") and k.endswith("groups")}
             for name, value in groups.items():
                 if value.dtype != torch.uint8:
-                    raise ValueError(f"{name}: takes torch.uint8, got {value.dtype}")
+                    raise ValueError(f"{name}: expected torch.uint8, got {value.dtype}")
             highest = max((int(v.max()) for v in groups.values() if v.numel()), default=0)
             if highest >= len(norms):
-                raise ValueError(f"{modality}: takes groups below {len(norms)}, got {highest}")
+                raise ValueError(f"{modality}: expected groups below {len(norms)}, got {highest}")
         for slot in slots(self.options):
             moments_state = _below(prefix_of(slot), state)
             if moments_state and "second" not in moments_state:
                 raise ValueError(f"{prefix_of(slot)}second: is missing")
             for name, value in moments_state.items():
                 if value.is_floating_point() and not bool(value.isfinite().all()):
-                    raise ValueError(f"{prefix_of(slot)}{name}: takes finite numbers")
+                    raise ValueError(f"{prefix_of(slot)}{name}: expected finite numbers")
 
     def _without_sinks(self) -> tuple[GaussianPair | None, bool, list[str]]:
-        """What the distance would be computed of without any sink, None if there is none; whether that is known; and
-        what to say of it.
-        """
+        """The inputs of the distance without sinks (None if there are none), whether they are known, and notes."""
         stores = {m: self.tokens[m].sinks for m in MODALITIES}
         if not self.options.counts_sinks or not any(map(len, stores.values())):
             return None, True, []
         notes = [
-            f"layer {self.layer}, {modality}: {len(store) + store.beyond} tokens are attention sinks, more than are "
-            f'held apart ({store.hold}), so the distance without them is not known; sinks="leave out" gives it'
+            f"layer {self.layer}, {modality}: {len(store) + store.beyond} tokens are attention sinks, more than the "
+            f'{store.hold} kept, so the distance without them is unknown; use sinks="leave out" to compute it'
             for modality, store in stores.items()
             if store.beyond
         ]
@@ -319,8 +319,8 @@ class LayerAccumulator:
             return None, False, []
         notes = [
             f"layer {self.layer}, {modality}: the distance without attention sinks has {_tokens(decision.missed)} on "
-            "the wrong side of the outlier limits without them, counted or dropped as the stream passed: a larger "
-            'hold, or sinks="leave out" with a second pass, makes this exact'
+            "the wrong side of the outlier limits without them, counted or dropped during the stream; a larger hold, "
+            'or sinks="leave out" with a second pass, makes this exact'
             for modality, decision in decisions.items()
             if decision.missed
         ]
@@ -333,7 +333,7 @@ class LayerAccumulator:
         parts = [slot for slot in moments.slots() if slot[0] == modality and slot[1] != without]
         if not parts:
             return FeatureMoments(rows)
-        # For the standard error held rows need no more digits than the others.
+        # For the standard error, held rows need no more digits than the others.
         counted = self.accumulator("exact" if without is None else self.options.precision)
         counted.load_state_dict(moments.state(parts[0]))
         for slot in parts[1:]:
@@ -346,10 +346,10 @@ class LayerAccumulator:
 
 
 class WithoutGroup:
-    """An accumulator's tokens without one group of samples at a time.
+    """An accumulator's tokens, leaving out one group of samples at a time.
 
-    The other groups are merged: taking a group's moments away from the whole would cancel. Limits and alpha are those
-    of the others' tokens; of rows that were counted in passing none is taken back.
+    The other groups are merged, because subtracting a group's moments from the total would cancel digits. Outlier
+    limits and alpha are recomputed from the remaining tokens; rows that were already released stay counted.
     """
 
     def __init__(self, accumulator: LayerAccumulator, groups: list[int]) -> None:
@@ -359,11 +359,11 @@ class WithoutGroup:
         self._settled = accumulator.accumulators(precision, accumulator.moments.another_host())
         for slot in accumulator.moments.slots():
             self._settled.load(slot, accumulator.moments.state(slot))
-            self._settled.on_device(slot)._fold_pending()  # once for all that follows
-            self._settled.put_away(slot)  # where there is room for all of them, if not here
+            self._settled.on_device(slot)._fold_pending()  # once, not in every merge
+            self._settled.put_away(slot)  # the device may not have room for all
 
     def pair(self, group: int) -> GaussianPair | None:
-        """Without `group`; None where that leaves less than two tokens of a modality."""
+        """Without `group`; None if that leaves fewer than two tokens of a modality."""
         if any(self._all.tokens[m].count(without=group) < 2 for m in MODALITIES):
             return None
         decisions = {m: self._all.tokens[m].decide(without=group) for m in MODALITIES}
@@ -375,7 +375,7 @@ class WithoutGroup:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Names what a refusal is about."""
+    """Prefix errors raised inside with `name`."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -391,9 +391,9 @@ def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _by_group(rows: Tensor, groups: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each group's rows, in the order they came."""
+    """Each group with its rows, in order of arrival."""
     present = groups.unique().tolist()
     for group in present:
-        # By index: indexing with a mask would wait for the device to count it.
+        # By index: indexing with a mask would synchronise with the device.
         index = (groups == group).nonzero().flatten()
         yield group, rows if len(present) == 1 else rows.index_select(0, sent(index, rows.device))

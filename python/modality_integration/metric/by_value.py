@@ -1,4 +1,4 @@
-"""What has a `value` as a number: in order, in arithmetic, in `round`, and to numpy, pytest and loggers."""
+"""`ByValue`: objects with a `value` that compare, compute and round like that number, also for numpy and loggers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class ByValue:
-    """Does what a float does with `value`, against numbers and others of its kind; arithmetic gives floats."""
+    """Behave like the float `value`, with numbers and with other `ByValue` objects; arithmetic returns floats."""
 
     @property
     def value(self) -> float:
@@ -81,11 +81,11 @@ class ByValue:
         return float(self.value)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """To numpy, a number: `np.asarray(results)` is an array of their values."""
+        """Convert to a numpy scalar, so `np.asarray(results)` is an array of their values."""
         import numpy as np
 
         if copy is False:
-            raise ValueError("copy: a result has no array of its own to share; leave copy=False out")
+            raise ValueError("copy: a result has no array to share without copying; omit copy=False")
         return np.array(self.value, dtype=dtype)
 
     def _by_value(self, operation: Callable[[Any, Any], Any], other: object) -> Any:
@@ -94,4 +94,4 @@ class ByValue:
         return operation(self.value, other) if isinstance(other, Real) else NotImplemented
 
 
-Real.register(ByValue)  # loggers and numpy ask for a number by this class
+Real.register(ByValue)  # loggers and numpy recognise numbers by this class

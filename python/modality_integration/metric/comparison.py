@@ -1,4 +1,4 @@
-"""Results side by side: whether MIR differs beyond what the choice of samples does to it."""
+"""Comparison of results: tests differences of MIR against their standard errors."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from modality_integration.metric.standard_error import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-FEW_GROUPS = 5  # below, a standard error is too uncertain to decide by
-SEEMS, IS = 2, 3  # standard errors from which on one result seems better, and is
-LONG = 20  # a header
+FEW_GROUPS = 5  # with fewer, a standard error is too uncertain for a decision
+SEEMS, IS = 2, 3  # thresholds in standard errors: one result seems better; is better
+LONG = 20  # characters of a column header
 SCHEMA = "modality-integration-rate-comparison"
 VERSION = 1
 
 
 @dataclass(repr=False)
 class Comparison:
-    """Two results: b against a.
+    """Comparison of two results: b against a.
 
-    difference: MIR of b minus MIR of a (below 0: b's modalities are closer). per_layer: each layer's distance in b over
-    that in a; empty where they have different depths. disjoint: whether the intervals that hold for the arithmetic
-    (`MIRResult.lower`, `upper`) do not overlap, None where a result has no bounds; it says nothing about other samples.
-    error: standard error of the difference, None unless both results have one that tells something. paired: whether it
-    is the jackknife of the differences, group by group, which takes the same samples in both; otherwise it is
-    sqrt(error_a^2 + error_b^2), of two results with samples of their own. notes: what makes the two not comparable as
-    they stand, or the error weak. names: of a and b.
+    difference: MIR of b minus MIR of a (below 0: b's modalities are closer).
+    per_layer: each layer's distance in b divided by that in a; empty if their depths differ.
+    disjoint: whether the certified bounds of the arithmetic (`MIRResult.lower`, `upper`) do not overlap; None if a
+    result has no bounds. It says nothing about other samples.
+    error: standard error of the difference; None unless both results have a meaningful one.
+    paired: whether the error is the jackknife of the group-by-group differences, which requires the same samples in
+    both. Otherwise it is sqrt(error_a^2 + error_b^2), for two results on independent samples.
+    notes: reasons why the two are not directly comparable or why the error is weak. names: of a and b.
     """
 
     a: MIRResult
@@ -69,14 +70,14 @@ class Comparison:
 
     @property
     def z(self) -> float | None:
-        """The difference in standard errors; None without them, or where they are rounding alone."""
+        """The difference in standard errors; None if there is no error or it is only rounding."""
         if self.error is None or self.difference == 0.0:
             return None if self.error is None else 0.0
         return self.difference / self.error if tells(self.error) else None
 
     @property
     def groups(self) -> int:
-        """Groups of samples of the result that has fewer."""
+        """The smaller number of groups of samples of the two results."""
         return min(self.a.groups, self.b.groups)
 
     @property
@@ -85,16 +86,16 @@ class Comparison:
         return self.z is not None and abs(self.z) >= IS and self.groups >= FEW_GROUPS
 
     def by_chance(self, errors: float) -> float:
-        """How often two results that do not differ are more than so many standard errors apart (Student's t)."""
+        """Probability that equal results are more than `errors` standard errors apart by chance (Student's t)."""
         groups = self.a.groups, self.b.groups
         return chance(errors, max(groups[0] - 1 if self.paired else sum(groups) - 2, 1))
 
     def verdict(self, names: tuple[str, str] | None = None) -> str:
-        """Whether the two differ, in words: from two standard errors on one "seems" better, from three it is.
+        """Whether the two differ, in words: from 2 standard errors one "seems" better, from 3 it "is" better.
 
-        With errors from 5 groups each, two are passed by chance once in 12 times and three once in 59 (Student's t, 8
-        degrees of freedom); paired, once in 9 and once in 25 (4 degrees). With fewer groups nothing is said for sure,
-        and without an error nothing at all.
+        With errors from 5 groups each, chance alone exceeds 2 once in 12 times and 3 once in 59 (Student's t, 8 degrees
+        of freedom); paired, once in 9 and once in 25 (4 degrees). With fewer groups, one only ever "seems" better;
+        without an error, neither does.
         """
         return self._verdict(names or self.names, self._without_error)
 
@@ -103,7 +104,7 @@ class Comparison:
             return "the same MIR"
         lower, higher = (names[1], names[0]) if self.difference < 0 else names
         if math.isinf(self.difference):
-            return f"{lower}'s MIR is -inf: its modalities are not told apart in any layer; {higher}'s are"
+            return f"{lower}'s MIR is -inf: its modalities are indistinguishable in every layer; {higher}'s are not"
         far = f"MIR is {_far(abs(self.difference))} below {higher}'s"
         if self.z is None:
             return f"{lower}'s {far}{without_error(names)}"
@@ -111,20 +112,20 @@ class Comparison:
         if self.certain:
             return f"{lower} blends the modalities better: its {far}"
         if abs(self.z) >= SEEMS:
-            return f"{lower} seems to blend the modalities better, more samples would tell: its {far}"
+            return f"{lower} seems to blend the modalities better (more samples are needed to be sure): its {far}"
         return f"no difference beyond the standard error: {lower}'s {far}"
 
     def _without_error(self, names: tuple[str, str]) -> str:
         if self.error is not None:
-            return ", with every group of samples left out alike"
+            return ", by the same amount whichever group of samples is left out"
         reasons = {name: why_no_error(result) for name, result in zip(names, (self.a, self.b), strict=True)}
         known = [f"{name} has no standard error ({why})" for name, why in reasons.items() if why and why != "groups 0"]
         if known:
-            words = f"; whether other samples would say so too is not known: {listed(known)}"
+            words = f"; whether this holds for other samples is unknown: {listed(known)}"
         else:
             words = (
-                "; whether other samples would say so too takes a standard error of both (mir compute --groups "
-                f"{FEW_GROUPS})"
+                "; whether this holds for other samples is unknown without a standard error of both (mir compute "
+                f"--groups {FEW_GROUPS})"
             )
         return words + self._arithmetic()
 
@@ -135,20 +136,20 @@ class Comparison:
         if self.disjoint is None:
             return ""
         if self.disjoint:
-            return "; it is beyond the rounding of the arithmetic, which says nothing about other samples"
-        return "; it is within the rounding of the arithmetic"
+            return "; the difference exceeds arithmetic rounding, which says nothing about other samples"
+        return "; the difference is within arithmetic rounding"
 
     def table(self, names: tuple[str, str] | None = None) -> Table:
-        """A rich table: each layer's distances, their ratio where both are as deep, and MIR, its error, the difference
-        and its error at the foot.
+        """A rich table: each layer's distances and their ratio (if the depths agree); MIR, its error, the difference
+        and its error in the footer.
         """
         names = names or self.names
         if names[0] == names[1]:
-            raise ValueError(f"names: takes two that differ, got {names[0]!r} twice")
+            raise ValueError(f"names: expected two different names, got {names[0]!r} twice")
         return _table(dict(zip(names, (self.a, self.b), strict=True)), {names[1]: self})
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON takes: the difference and what it is held against; numbers that are not finite as words."""
+        """JSON-compatible dict of the difference and its test; non-finite numbers as strings."""
         return finite(
             {
                 "name": self.names[1],
@@ -167,11 +168,10 @@ class Comparison:
 
 @dataclass(repr=False)
 class Comparisons:
-    """Several results, the first of which is the reference.
+    """Comparison of several results with the first one, the reference.
 
-    results: by name. against: each other result's comparison with the first, by its name. neighbours: comparisons of
-    each result with the next one, in the order of their values, the lowest first. notes: as `Comparison` has them, each
-    once.
+    results: by name. against: comparison of each other result with the first, by name. neighbours: comparisons of each
+    result with the next higher one, in ascending order of MIR. notes: as in `Comparison`, without duplicates.
     """
 
     results: dict[str, MIRResult]
@@ -189,8 +189,8 @@ class Comparisons:
 
     @property
     def ranking(self) -> str | None:
-        """The names, lowest MIR first: `a < b ~ c`, with < where three standard errors or more lie between neighbours,
-        = where nothing does, and ~ otherwise. None without an error between any two neighbours, or without a single <.
+        """The names, lowest MIR first, as `a < b ~ c`: < for at least 3 standard errors between neighbours, = for equal
+        values, ~ otherwise. None if any two neighbours have no error between them, or if no pair is separated by <.
         """
         if any(one.z is None and one.difference for one in self.neighbours):
             return None
@@ -203,7 +203,8 @@ class Comparisons:
         )
 
     def lines(self) -> list[str]:
-        """Each result's verdict against the first; of three results or more their ranking, and what chance does."""
+        """Each result's verdict against the first; for three or more results also the ranking and the rate of false
+        positives."""
         if len(self.against) == 1:
             return [one.verdict() for one in self.against.values()]
         first = next(iter(self.results))
@@ -212,30 +213,32 @@ class Comparisons:
             for name, one in self.against.items()
         ]
         if self.ranking:
-            lines.append(f"lowest MIR first: {self.ranking} (< {IS} standard errors or more apart, ~ not told apart)")
+            lines.append(
+                f"lowest MIR first: {self.ranking} (<: at least {IS} standard errors apart, ~: not distinguishable)"
+            )
         tested = [one for one in self.against.values() if one.z is not None]
         if len(tested) > 1:
             seems, better = (min(sum(one.by_chance(errors) for one in tested), 1.0) for errors in (SEEMS, IS))
             lines.append(
-                f"{len(tested)} comparisons at once: were there no differences, one or more would pass {SEEMS} "
+                f"{len(tested)} comparisons at once: if there were no differences, at least one would exceed {SEEMS} "
                 f"standard errors by chance in up to {_percent(seems)} of such sets, and {IS} in up to "
-                f"{_percent(better)}; both thresholds are those of a single comparison"
+                f"{_percent(better)}; both thresholds are meant for a single comparison"
             )
         return lines
 
     def verdict(self) -> str:
-        """`lines`, one below the other."""
+        """`lines`, joined by newlines."""
         return "\n".join(self.lines())
 
     def table(self) -> Table:
-        """A rich table: a column of distances a result; MIR, its error, the difference and its error at the foot."""
+        """A rich table: a column of distances per result; MIR, the difference and their errors in the footer."""
         return _table(self.results, self.against)
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON takes; numbers that are not finite as words.
+        """JSON-compatible dict; non-finite numbers as strings.
 
         {"schema", "version", "reference": name, "results": [{"name", "mir", "error", "lower", "upper", "per_layer"}],
-        "comparisons": [as `Comparison.to_dict`], "ranking": string or null, "notes": [string], "verdict": [string]}
+        "comparisons": [see `Comparison.to_dict`], "ranking": string or null, "notes": [string], "verdict": [string]}
         """
         return finite(
             {
@@ -258,24 +261,26 @@ class Comparisons:
         )
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """`to_dict` as JSON text."""
         return json_text(self.to_dict(), ensure_ascii=False)
 
 
 def compare(
     a: MIRResult, b: MIRResult, *, paired: bool | None = None, names: tuple[str, str] = ("A", "B")
 ) -> Comparison:
-    """Set b beside a.
+    """Compare b with a.
 
-    paired: whether both have the same samples in the same groups; None goes by their settings: "chosen_samples", and
-    how they were "dealt", or among how many "processes" if in turn. ValueError where True cannot be: a result without
-    groups, or with another number of them. names: what notes and verdict call them.
+    paired: whether both have the same samples in the same groups. None decides by their settings: "chosen_samples", and
+    "dealt" or, for round-robin groups, the number of "processes". ValueError for True if a result has no groups or the
+    numbers of groups differ. names: names of a and b in notes and verdict.
     """
     groups = a.groups, b.groups
     if paired and (0 in groups or groups[0] != groups[1]):
-        raise ValueError(f"paired: takes results with as many groups of samples, got {groups[0]} and {groups[1]}")
+        raise ValueError(
+            f"paired: expected results with the same number of groups of samples, got {groups[0]} and {groups[1]}"
+        )
     if names[0] == names[1]:
-        raise ValueError(f"names: takes two that differ, got {names[0]!r} twice")
+        raise ValueError(f"names: expected two different names, got {names[0]!r} twice")
     if paired is None:
         dealing = _dealing(a)
         paired = groups[0] == groups[1] > 0 and None not in dealing and dealing == _dealing(b)
@@ -298,12 +303,12 @@ def compare(
 
 
 def compare_several(results: Mapping[str, MIRResult], *, paired: bool | None = None) -> Comparisons:
-    """Set results, by name, beside the first of them. ValueError for fewer than two.
+    """Compare results, given by name, with the first of them. ValueError for fewer than two.
 
-    paired: as in `compare`, of all.
+    paired: as in `compare`, for all of them.
     """
     if len(results) < 2:
-        raise ValueError(f"results: takes two or more, got {len(results)}")
+        raise ValueError(f"results: expected two or more, got {len(results)}")
     (first, reference), *others = results.items()
     against = {name: compare(reference, r, paired=paired, names=(first, name)) for name, r in others}
     ordered = sorted(results.items(), key=lambda item: item[1].value)
@@ -313,8 +318,9 @@ def compare_several(results: Mapping[str, MIRResult], *, paired: bool | None = N
 
 
 def paired_error(a: MIRResult, b: MIRResult) -> float | None:
-    """Standard error of b's MIR minus a's where both have the same samples in the same groups: the jackknife of the
-    differences, in which what the choice of samples does to both cancels. None where it is not finite.
+    """Standard error of b's MIR minus a's if both have the same samples in the same groups.
+
+    It is the jackknife of the differences, in which variation shared by both results cancels. None if it is not finite.
     """
     return finite_jackknife([y - x for x, y in zip(a.left_out_values, b.left_out_values, strict=True)])
 
@@ -336,33 +342,33 @@ def _table(results: Mapping[str, MIRResult], against: Mapping[str, Comparison]) 
 
 
 def _notes(results: Mapping[str, MIRResult], paired: Sequence[str]) -> list[str]:
-    """Notes on what is not alike, on errors that say little, and on those that are of the same samples as the first."""
+    """Notes on differing settings, on paired errors, and on weak or missing standard errors."""
     notes = notes_on_settings(results)
     first, *others = results
     if paired:
         both = f"{first}, {listed(paired)}"
         who = "both" if len(results) == 2 else "all" if len(paired) == len(others) else both
         one = "the error is" if len(paired) == 1 else "each error is"
-        notes.append(f"the same samples in {who}: {one} that of the differences, group by group")
+        notes.append(f"the same samples in {who}: {one} computed from group-by-group differences")
     few: dict[int, list[str]] = {}
     without: dict[str, list[str]] = {}
     for name, result in results.items():
         if 1 < (groups := result.groups) < FEW_GROUPS:
             few.setdefault(groups, []).append(name)
         if len(results) > 2 and (why := why_no_error(result)) is not None:
-            without.setdefault(why or f"mir compute --groups {FEW_GROUPS} gives one", []).append(name)
+            without.setdefault(why or f"use mir compute --groups {FEW_GROUPS}", []).append(name)
     for groups, names in few.items():
         whose = f"{names[0]}'s standard error is" if len(names) == 1 else f"the standard errors of {listed(names)} are"
-        notes.append(f"{whose} of {groups} groups of samples: take {FEW_GROUPS} or more")
+        notes.append(f"{whose} based on {groups} groups of samples; use {FEW_GROUPS} or more")
     for why, names in without.items():
         notes.append(f"{listed(names)} {'has' if len(names) == 1 else 'have'} no standard error ({why})")
     return notes
 
 
 def _dealing(result: MIRResult) -> tuple[Any, Any]:
-    """Which samples there were, and what else their groups depend on; None where that is not known.
+    """The samples used, and the setting that their groups depend on; None if unknown.
 
-    Groups that are dealt one after the other are the same on any number of processes.
+    Groups of consecutive samples do not depend on the number of processes.
     """
     settings = result.settings
     return settings.get("chosen_samples"), settings.get("dealt") or settings.get("processes")
@@ -375,7 +381,7 @@ def _ratio(value: float, of: float) -> float:
 
 
 def _far(difference: float, sign: str = "") -> str:
-    fine = 0.0 < abs(difference) < 1e-3  # of which four decimals would show one digit, or none
+    fine = 0.0 < abs(difference) < 1e-3  # four decimals would show at most one digit
     return f"{difference:{sign}.1e}" if fine else f"{difference:{sign}.4f}"
 
 

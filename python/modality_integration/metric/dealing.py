@@ -1,4 +1,4 @@
-"""Which group of samples, for the standard error, a sample is dealt into."""
+"""Assignment of samples to groups for the standard error."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ Number = TypeVar("Number", int, Tensor)
 def dealt(
     first: int, count: int, groups: int, samples: int | None = None, *, process: int = 0, processes: int = 1
 ) -> Tensor:
-    """The groups of a process's samples `first` ... `first + count - 1`: (count,), uint8; 0 throughout without groups.
+    """The groups of a process's samples `first` ... `first + count - 1`: (count,), uint8; all 0 if groups is 0.
 
-    Without `samples` in turn, each process beginning with another group: with few samples each they fill all alike.
-    samples: how many all processes have together. Groups then come one after the other: sample i of process p, of P,
-    is number n = i P + p of all, as processes share a list that each takes every P-th of, and goes to group
-    n groups / samples, rounded down. ValueError for a sample beyond that number.
+    Without `samples`, samples go to groups round-robin. Each process starts at a different group, so that groups fill
+    evenly even when every process has few samples.
+    samples: the total over all processes. Groups are then consecutive blocks of samples: processes share a list of
+    which process p of P has every P-th entry, so its sample i is number n = i P + p overall and goes to group
+    floor(n groups / samples). ValueError for a sample beyond that total.
     """
     numbers = torch.arange(first, first + count, dtype=torch.int64, device="cpu")
     if samples is None:
         return ((numbers + process) % max(groups, 1)).to(torch.uint8)
     numbers = numbers * processes + process
     if count and int(numbers[-1]) >= samples:
-        raise ValueError(f"samples: {samples} were announced, got sample number {int(numbers[-1]) + 1}")
+        raise ValueError(f"samples: expected at most {samples}, got sample number {int(numbers[-1]) + 1}")
     return group_of(numbers, max(groups, 1), samples).to(torch.uint8)
 
 
 def group_of(number: Number, groups: int, samples: int) -> Number:
-    """The group of a sample, by its number, where groups come one after the other."""
+    """The group of sample `number` if groups are consecutive blocks of samples."""
     return number * groups // samples
 
 
 def ends_of_groups(groups: int, samples: int) -> list[int]:
-    """The number of the first sample after each group, where groups come one after the other."""
+    """The number of the first sample after each group if groups are consecutive blocks of samples."""
     return [-(-samples * (group + 1) // groups) for group in range(groups)]
 
 
 def sharing(items: Iterable[Iterable[Hashable]]) -> list[list[int]]:
-    """The numbers of items that have a key in common, directly or through others, in lists, all in the items' order:
-    what is to be in one group.
+    """Lists of item numbers connected by shared keys, directly or through other items, in order of the items.
+
+    Such items must go to the same group.
     """
     leader: list[int] = []
 
@@ -64,5 +66,5 @@ def sharing(items: Iterable[Iterable[Hashable]]) -> list[list[int]]:
 
 
 def share(samples: int, process: int, processes: int) -> int:
-    """How many of all samples are a process's own."""
+    """How many of all samples belong to one process."""
     return len(range(process, samples, processes))

@@ -1,18 +1,18 @@
-"""What is not alike in results that are compared, in sentences."""
+"""Notes on settings that differ between compared results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-VERSION = "_version"  # ends the names of settings that are versions
-DIGESTS = ("chosen_samples",)  # that they differ is all they tell
-# What does not change the value: where results go, and what they look like.
+VERSION = "_version"  # suffix of settings that are versions
+DIGESTS = ("chosen_samples",)  # their values mean nothing to a reader
+# Settings of the output, which do not affect the value.
 WITHOUT_EFFECT = ("plot_format", "out", "overwrite")
 
 
 class Set(Protocol):
-    """What the notes are read from: a `MIRResult`."""
+    """The fields that the notes read: a `MIRResult`."""
 
     outliers: str
     normalize: bool
@@ -22,9 +22,10 @@ class Set(Protocol):
 
 
 def notes_on_settings(results: Mapping[str, Set]) -> list[str]:
-    """A sentence for each setting that differs, one for all versions, and one for depths.
+    """One note per setting that differs, one for all versions, and one for depths.
 
-    A setting counts where it is known of every result. Of two, values are given in order; of more, each with its names.
+    Only settings that every result has are compared. For two results the values are listed in order; for more, each
+    value is followed by the names of its results.
     """
     known = [
         {"outliers": r.outliers, "normalize": r.normalize, "sinks": r.sinks, **r.settings} for r in results.values()
@@ -51,7 +52,9 @@ def notes_on_settings(results: Mapping[str, Set]) -> list[str]:
         notes.append(f"versions differ: {', '.join(versions)}")
     depths = [len(r.terms) for r in results.values()]
     if len(set(depths)) > 1:
-        notes.append(f"{_by_label(labels, depths)} layers: MIR sums over them, and is compared as it stands")
+        notes.append(
+            f"{_by_label(labels, depths)} layers: MIR is a sum over layers and is compared without correction for depth"
+        )
     return notes
 
 
@@ -61,23 +64,23 @@ def listed(words: Sequence[str]) -> str:
 
 
 def _by_label(labels: Sequence[str], values: Sequence[Any]) -> str:
-    """`x and y` of two; of more, `x (a, c) and y (b)`."""
+    """`x and y` for two values; for more, `x (a, c) and y (b)`."""
     if len(values) == 2:
         return f"{values[0]} and {values[1]}"
     return listed([f"{values[of[0]]} ({', '.join(labels[k] for k in of)})" for of in _groups(values)])
 
 
 def _alike(labels: Sequence[str], values: Sequence[Any]) -> str:
-    """Which have the same value: `others in each`, or `the same in a and c, others in b`."""
+    """Which results share a value: `different in each`, or `the same in a and c, different in b`."""
     groups = _groups(values)
     if len(groups) == len(values):
-        return "others in each"
+        return "different in each"
     groups.sort(key=len, reverse=True)
-    return "the same in " + ", others in ".join(listed([labels[n] for n in of]) for of in groups)
+    return "the same in " + ", different in ".join(listed([labels[n] for n in of]) for of in groups)
 
 
 def _groups(values: Sequence[Any]) -> list[list[int]]:
-    """The places of each value, in the order in which values come first."""
+    """The indices of each distinct value, in order of first occurrence."""
     groups: list[list[int]] = []
     for place, value in enumerate(values):
         for group in groups:

@@ -1,7 +1,7 @@
-"""The Fréchet distance between the vision and the text tokens of a layer, and its terms (Eq. 3 of the MIR paper).
+"""The Fréchet distance between the vision and text tokens of a layer, and its terms (Eq. 3 of the MIR paper).
 
-`distances` takes several layers: each is prepared, the roots of layers of one size are taken by one call (which a GPU
-is faster at), and each is finished.
+`distances` handles several layers at once: roots of layers of equal size are computed in one batched call, which is
+faster on a GPU.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from modality_integration.metric.result import LayerTerms
 
 
 class Side(NamedTuple):
-    """One modality: its mean as coarse + fine, which is not evaluated, and its variances, (d,) float64 each.
+    """One modality: its mean as an unevaluated sum coarse + fine, and its variances, (d,) float64 each.
 
-    matrix: the covariance (d, d) to take a root of, up to a power of two; None where the root is taken of the features.
-    proved: what is proved of all that, if bounds were asked for.
+    matrix: the covariance (d, d) for the root, up to a power of two; None if the root is computed from the features.
+    proved: certified bounds on all of these, if requested.
     """
 
     coarse: Tensor
@@ -41,27 +41,27 @@ class Side(NamedTuple):
 class TokenMoments:
     """The counted tokens of one modality as a mean and a covariance with ddof 1, in float64.
 
-    rounded: the moments carry more than float64's rounding, so that a covariance short of rank may come out indefinite.
+    rounded: the moments carry more than float64 rounding, so a rank-deficient covariance may be indefinite.
     """
 
     def __init__(self, moments: StreamingMoments, rounded: bool = False) -> None:
         self._moments, self._rounded = moments, rounded
 
     def side(self, bounds: bool, short: bool) -> Side:
-        """bounds: with what is proved. short: without a covariance; of features alone."""
+        """bounds: include certified bounds. short: omit the covariance; only for features."""
         mean, matrix = self._moments.mean, self._moments.covariance(ddof=1)
         proved = proved_terms.of_moments(mean, matrix) if bounds else None
         return Side(mean, torch.zeros_like(mean), matrix.diagonal(), matrix, proved)
 
     def semidefinite(self, covariance: Tensor) -> tuple[Tensor, bool]:
-        """The covariance, positive semi-definite to float64's rounding; and whether it had to be made so."""
+        """The covariance, positive semi-definite up to float64 rounding, and whether it had to be changed."""
         if not self._rounded or torch.linalg.cholesky_ex(covariance).info == 0:
             return covariance, False
         return nearest_semidefinite(covariance), True
 
 
 class FeatureMoments(TokenMoments):
-    """The same with the features (n, d) themselves at hand."""
+    """Like `TokenMoments`, but keeps the features (n, d) themselves."""
 
     def __init__(self, features: Tensor) -> None:
         self.features, self._rounded = features, False
@@ -72,7 +72,7 @@ class FeatureMoments(TokenMoments):
         return len(self.features) <= self.features.shape[-1]
 
     def side(self, bounds: bool, short: bool) -> Side:
-        """As of `TokenMoments`."""
+        """See `TokenMoments`."""
         if bounds:
             proved = proved_terms.of_features(self.features, short)
             matrix = None if proved.covariance is None else proved.covariance.matrix
@@ -86,7 +86,7 @@ class FeatureMoments(TokenMoments):
 class GaussianPair(NamedTuple):
     """Both modalities of a layer, with the scale alpha of Eq. 2; `layer` (1..K) is for messages.
 
-    roundings: of the sum of norms behind alpha, as `roundings_of_norms` has them.
+    roundings: roundings in the sum of norms behind alpha, see `roundings_of_norms`.
     """
 
     layer: int
@@ -97,7 +97,7 @@ class GaussianPair(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A pair with everything but its root, or the root already."""
+    """A pair with everything except its root; `root` is set if already known."""
 
     pair: GaussianPair
     sides: tuple[Side, Side]
@@ -106,30 +106,30 @@ class _Prepared(NamedTuple):
 
     @property
     def matrices(self) -> list[Tensor]:
-        """Vision's and text's; empty where the root is known without."""
+        """The covariances of vision and text; empty if the root is already known."""
         return [side.matrix for side in self.sides if side.matrix is not None]
 
     @property
     def proved(self) -> tuple[ProvedSide, ProvedSide] | None:
-        """What is proved of both sides, if bounds were asked for."""
+        """Certified bounds of both sides, if requested."""
         vision, text = (side.proved for side in self.sides)
         return None if vision is None or text is None else (vision, text)
 
 
 def distances(pairs: Sequence[GaussianPair], options: MetricOptions) -> list[tuple[LayerTerms, list[str]]]:
-    """For each pair the terms of Eq. 3, scaled by its alpha, and notes on what was not exact in them."""
+    """For each pair, the terms of Eq. 3 scaled by its alpha, and notes on anything inexact in them."""
     prepared = [_prepare(pair, options) for pair in pairs]
     return [_terms(one, root, options) for one, root in zip(prepared, _roots(prepared, options), strict=True)]
 
 
 def layers_together(hidden_size: int, device: torch.device) -> int:
-    """How many layers' roots to take by one call: on a CPU one, where LAPACK has no use for more; on a GPU as many as
-    mir_kernels works on at a time."""
+    """How many layers' roots to compute per call: one on a CPU, where LAPACK does not batch; on a GPU as many as
+    mir_kernels processes at a time."""
     return max(1, CHUNK // max(hidden_size, 1) ** 2) if device.type == "cuda" else 1
 
 
 def nearest_semidefinite(covariance: Tensor) -> Tensor:
-    """A covariance (d, d), float64, with the negative eigenvalues of its correlation matrix set to zero."""
+    """A copy of a covariance (d, d), float64, with negative eigenvalues of its correlation matrix set to zero."""
     scale = covariance.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     values, vectors = torch.linalg.eigh(covariance / scale / scale[:, None])
@@ -147,7 +147,7 @@ def _prepare(pair: GaussianPair, options: MetricOptions) -> _Prepared:
 
 
 def _side(pair: GaussianPair, modality: str, bounds: bool, short: bool) -> Side:
-    """ValueError that names layer and modality where its moments are not finite."""
+    """One modality's `Side`; ValueError that names layer and modality if its moments are not finite."""
     try:
         return getattr(pair, modality).side(bounds, short)
     except ValueError as error:
@@ -155,7 +155,7 @@ def _side(pair: GaussianPair, modality: str, bounds: bool, short: bool) -> Side:
 
 
 def _roots(prepared: Sequence[_Prepared], options: MetricOptions) -> list[ProvedRoot | float]:
-    """The root of each; those of one size on one device by one call."""
+    """The root of each pair, with one call per matrix size and device."""
     roots = [one.root for one in prepared]
     alike: dict[tuple[int, torch.device], list[int]] = {}
     for i, one in enumerate(prepared):
@@ -169,10 +169,10 @@ def _roots(prepared: Sequence[_Prepared], options: MetricOptions) -> list[Proved
 
 
 def _roots_of_one_size(prepared: Sequence[_Prepared], options: MetricOptions) -> list[ProvedRoot | float]:
-    """Their roots. A covariance that its accumulation left short of rank is mended first, with a note.
+    """Roots of pairs of one size. A covariance that rounding made indefinite is mended first, with a note.
 
-    That is looked for before roots with bounds. A root alone says whether its Cholesky factors ran through, which is
-    the same question; only where they did not are they taken for themselves.
+    With bounds, every covariance is checked beforehand. Without them, the root's report tells whether its Cholesky
+    factorisation succeeded, which is the same test; only failed pairs are then mended and redone.
     """
     if options.bounds:
         prepared = [_mended(one) for one in prepared]
@@ -187,7 +187,7 @@ def _roots_of_one_size(prepared: Sequence[_Prepared], options: MetricOptions) ->
             return [proved_terms.proved_root(both, *three) for both, three in zip(sides, ends, strict=True)]
         report = trace_sqrt_report(*pair, precision=options.sqrt_precision, backend=backend)
     except (ValueError, torch.linalg.LinAlgError) as error:
-        if together:  # of one of them: of which?
+        if together:  # redo one by one to find the layer at fault
             return [root for one in prepared for root in _roots_of_one_size([one], options)]
         mended = _mended(prepared[0])
         if mended is not prepared[0]:
@@ -202,7 +202,7 @@ def _roots_of_one_size(prepared: Sequence[_Prepared], options: MetricOptions) ->
 
 
 def _mended(prepared: _Prepared) -> _Prepared:
-    """With covariances that are positive semi-definite to float64's rounding; itself where they are."""
+    """`prepared` with covariances made positive semi-definite up to float64 rounding; unchanged if they already are."""
     sides = []
     for modality, tokens, side in zip(MODALITIES, prepared.pair[1:3], prepared.sides, strict=True):
         if side.matrix is None:
@@ -215,8 +215,8 @@ def _mended(prepared: _Prepared) -> _Prepared:
             proved = side.proved and side.proved._replace(covariance=exactly(matrix))
             side = side._replace(matrix=matrix, proved=proved)
             prepared.notes.append(
-                f"layer {prepared.pair.layer}, {modality}: the covariance lacks rank to the precision it was "
-                'accumulated in, so its smallest directions are rounding; precision="exact" resolves them'
+                f"layer {prepared.pair.layer}, {modality}: the covariance is rank-deficient at the accumulated "
+                'precision, so its smallest directions are rounding noise; precision="exact" resolves them'
             )
         sides.append(side)
     if all(side is before for side, before in zip(sides, prepared.sides, strict=True)):
@@ -237,13 +237,13 @@ def _root_of_features(layer: int, vision: Tensor, text: Tensor, options: MetricO
 
 
 def _root_backend(options: MetricOptions) -> Backend | None:
-    """A backend of the token kernels alone ("native") leaves the root's to be chosen."""
+    """The backend for the root; None (automatic) for "native", which only the token kernels have."""
     return None if options.backend == "native" else options.backend
 
 
 def _no_root(layer: int, error: Exception) -> ValueError:
-    """Of moments that are finite, but no covariances: a state made by hand."""
-    return ValueError(f"layer {layer}: of its covariances no root can be taken ({error})")
+    """For finite moments that are not covariances, as in a hand-made state."""
+    return ValueError(f"layer {layer}: no square root of its covariances exists ({error})")
 
 
 def _terms(prepared: _Prepared, root: ProvedRoot | float, options: MetricOptions) -> tuple[LayerTerms, list[str]]:

@@ -1,6 +1,6 @@
-"""What all figures are drawn with: curves with their errors, scales, names on axes, a legend beside the axes.
+"""Drawing primitives shared by all figures: curves with error bands, scales, axis labels, legends.
 
-It takes matplotlib's axes and imports no matplotlib before it has some.
+The functions draw into matplotlib axes; matplotlib is imported only inside them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without yellow, which is faint on white. Numbers of
-# colours, dashes and markers share no factor, so that in grey too no two of the first 28 curves look alike.
+# Okabe and Ito's colours, distinguishable for colour-blind readers, without yellow, which is faint on white. The
+# numbers of colours, dashes and markers are coprime, so the first 28 curves differ even in greyscale.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (2, 1)))
 MARKERS = "os^Dv<>PX*p"
@@ -32,11 +32,11 @@ ERROR_LABEL = "± one standard error"
 
 _LONGEST = 64  # characters of a label on one line
 _LONGEST_NAME = 24  # of a name under an axis
-_FAR_BELOW = 1e-300  # where a band goes whose lower end is 0 or less: off any logarithmic axis
+_FAR_BELOW = 1e-300  # lower end of a band that reaches 0 or less: below any logarithmic axis
 
 
 def look(index: int) -> dict[str, Any]:
-    """How curve `index` of a figure is told from the others, in colour and without."""
+    """Colour, dash and marker of curve `index` of a figure."""
     return {
         "color": COLORS[index % len(COLORS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -45,25 +45,25 @@ def look(index: int) -> dict[str, Any]:
 
 
 def spread(values: Iterable[float]) -> float:
-    """The largest of the positive, finite values over the smallest; 1 without any."""
+    """Ratio of the largest to the smallest positive finite value; 1 if there are none."""
     positive = [value for value in values if 0.0 < value < math.inf]
     return max(positive) / min(positive) if positive else 1.0
 
 
 def scale_for(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic vertical axis for values that span a decade, a linear one below; marks are plain numbers."""
+    """Use a logarithmic vertical axis if the values span a decade, else a linear one; ticks are plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     values = list(values)
     ratio = spread(values)
     if ratio < 10.0:
         if not any(values):
-            axes.set_ylim(-0.05, 1.0)  # all are 0, and none can be less
+            axes.set_ylim(-0.05, 1.0)  # all are 0; values cannot be negative
         return
     axes.set_yscale("log")
     numbers = FuncFormatter(lambda value, position: f"{value:g}")
     axes.yaxis.set_major_formatter(numbers)
-    if ratio < 1000.0:  # powers of ten alone would be few marks
+    if ratio < 1000.0:  # powers of ten alone would be too few ticks
         axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
         axes.yaxis.set_minor_formatter(numbers)
 
@@ -71,11 +71,11 @@ def scale_for(axes: Axes, values: Iterable[float]) -> None:
 def curve(
     axes: Axes, at: Sequence[float], values: Sequence[float], errors: Sequence[float | None] | None = None, **style: Any
 ) -> tuple[Line2D, bool]:
-    """A line with marks; what has no place on the axis is a gap: not finite, or 0 on a logarithmic one.
+    """Draw a line with markers; non-finite values, and values <= 0 on a logarithmic axis, are gaps.
 
-    errors: standard errors, as a band along the line and as a bar at a point between gaps; None where there is none. A
-    band whose lower end is below 0 leaves a logarithmic axis at its foot. Gives the line, and whether any error was
-    drawn.
+    errors: standard errors, drawn as a band along the line, or as a bar at a point between gaps; None where there is
+    none. On a logarithmic axis, a band that reaches 0 or below extends past the bottom. Returns the line, and whether
+    any error was drawn.
     """
     logarithmic = axes.get_yscale() == "log"
     shown = [value if math.isfinite(value) and not (logarithmic and value <= 0.0) else math.nan for value in values]
@@ -103,42 +103,42 @@ def _band(axes: Axes, points: Sequence[tuple[float, float, float]], color: str, 
     low = [(x, max(value - error, foot)) for x, value, error in points]
     high = [(x, value + error) for x, value, error in points]
     if len(points) > 1:
-        # Pale by itself and not by transparency alone, which EPS does not have.
+        # A pale colour instead of only transparency, which EPS does not support.
         pale = [1.0 - 0.3 * (1.0 - part) for part in to_rgb(color)]
         axes.add_collection(
             PolyCollection([low + high[::-1]], facecolors=[(*pale, 0.7)], linewidths=0, zorder=1.5), autolim=False
         )
     else:
         axes.add_collection(LineCollection([low + high], colors=[color], linewidths=1.0, zorder=1.9), autolim=False)
-    # The axis has room for the errors, but not for all of one that goes towards 0 on a logarithmic axis.
+    # Make room for the errors, but on a logarithmic axis cut off bands that approach 0.
     least = 0.2 if logarithmic else -math.inf
     axes.update_datalim([(x, max(y, least * value)) for (x, value, _), (_, y) in zip(points, low, strict=True)])
     axes.update_datalim(high)
 
 
 def error_sign() -> Artist:
-    """What the legend shows for the bands."""
+    """Legend entry for the error bands."""
     from matplotlib.patches import Patch
 
     return Patch(facecolor="0.8", label=ERROR_LABEL)
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Marks of the horizontal axis at whole numbers, as layers and steps are."""
+    """Put the horizontal ticks at whole numbers, for layers and steps."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
 
 
 def layer_axis(axes: Axes, layers: int) -> None:
-    """A horizontal axis of the layers 1 to `layers`, those that are gaps too, or of more where more are drawn."""
+    """Make the horizontal axis show layers 1 to `layers`, including gaps, or further if more are already drawn."""
     axes.set_xlabel("decoder layer")
     axes.set_xlim(0.5, max(layers, axes.dataLim.x1 if math.isfinite(axes.dataLim.x1) else 1) + 0.5)
     whole_numbers(axes)
 
 
 def legend_outside(figure: Figure, handles: Sequence[Artist], title: str = "") -> None:
-    """A legend below the axes in as many columns as its labels leave room for; the figure grows by its height."""
+    """Add a legend below the axes with as many columns as fit; the figure grows by its height."""
     for columns in range(min(len(handles), 4), 0, -1):
         legend = figure.legend(
             *_numbered(handles),
@@ -157,13 +157,13 @@ def legend_outside(figure: Figure, handles: Sequence[Artist], title: str = "") -
 
 
 def legend_beside(axes: Axes, handles: Sequence[Artist]) -> None:
-    """A legend to the right of axes in a figure of the caller's, whose size stays."""
+    """Add a legend to the right of axes in the caller's figure, whose size does not change."""
     legend = axes.legend(*_numbered(handles), loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0.0)
     _label(legend, handles)
 
 
 def _numbered(handles: Sequence[Artist]) -> tuple[Sequence[Artist], list[str]]:
-    """For a legend that `_label` then labels: matplotlib itself leaves out labels that begin with an underscore."""
+    """Handles with numbers as labels, to be replaced by `_label`: matplotlib skips labels with a leading underscore."""
     return handles, [str(number) for number in range(len(handles))]
 
 
@@ -175,10 +175,10 @@ def _label(legend: Legend, handles: Sequence[Artist]) -> None:
 
 
 def legend_labels(labels: Sequence[str]) -> list[str]:
-    """Labels of one line each, without their middle where they are too long.
+    """Labels of one line each; the middle of long ones is replaced by an ellipsis.
 
-    Where the middle is what tells two apart, the folders that all long ones begin with go instead; where that does not
-    do, the rest goes on several lines.
+    If that would make two labels equal, the leading folders shared by all long ones are removed instead. If that is not
+    enough, long labels are wrapped.
     """
     long = [label for label in labels if len(label) > _LONGEST]
     shorter = _without_common_folders(long) if _middles_differ(long) else long
@@ -188,7 +188,7 @@ def legend_labels(labels: Sequence[str]) -> list[str]:
 
 
 def _middles_differ(labels: Sequence[str]) -> bool:
-    """Whether labels that begin alike would lose what differs in them."""
+    """Whether shortening would make different labels look alike."""
     cuts = {label: _cut(label, _LONGEST) for label in labels if len(label) > _LONGEST}
     with_middles = {(head, label[len(head) : -len(tail)]) for label, (head, tail) in cuts.items()}
     return len({head for head, _ in cuts.values()}) < len(with_middles)
@@ -202,13 +202,13 @@ def _without_common_folders(labels: Sequence[str]) -> list[str]:
 
 
 def _wrapped(label: str) -> str:
-    """A label on several lines; what stands in brackets at its end stays together."""
+    """Wrap a label onto several lines, keeping a final parenthesis together."""
     together = re.sub(r"\([^()]*\)$", lambda end: end[0].replace(" ", "\xa0"), label)
     return "\n".join(textwrap.wrap(together, _LONGEST, break_on_hyphens=False)).replace("\xa0", " ")
 
 
 def shortened(text: str, longest: int) -> str:
-    """The text with an ellipsis for its middle, beyond so many characters."""
+    """The text, with its middle replaced by an ellipsis if it is longer than `longest` characters."""
     return text if len(text) <= longest else "…".join(_cut(text, longest))
 
 
@@ -218,15 +218,15 @@ def _cut(text: str, longest: int) -> tuple[str, str]:
 
 
 def plain(text: str) -> str:
-    """The text so that matplotlib draws it as it is: `$` begins no formula."""
+    """Escape the text so that matplotlib draws `$` literally."""
     return text.replace("$", r"\$")
 
 
 def names_on_axis(figure: Figure, axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
-    """Names under the horizontal axis: upright to the reader where they fit, else slanted, else on end.
+    """Label the horizontal axis with names: horizontal if they fit, else slanted, else vertical.
 
-    Long ones lose their middle, unless two would then be the same.
-    The figure grows by what they are higher than a line.
+    The middle of long names is replaced by an ellipsis unless that makes two equal. The figure grows by the height of
+    the labels beyond one line.
     """
     short = [shortened(name, _LONGEST_NAME) for name in names]
     short = short if len(set(short)) == len(set(names)) else list(names)
@@ -247,7 +247,7 @@ def names_on_axis(figure: Figure, axes: Axes, places: Sequence[float], names: Se
 
 
 def _crowded(figure: Figure, texts: Sequence[Text], angle: float) -> bool:
-    """Whether a label comes nearer to the next than a space, along the axis or, slanted, across its lines."""
+    """Whether adjacent labels are closer than a space along the axis, or overlap if they are slanted."""
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in texts]
     size = float(texts[0].get_fontsize()) * figure.dpi / 72

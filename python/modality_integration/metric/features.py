@@ -1,4 +1,4 @@
-"""A layer whose vision and text tokens are in memory, as `mir` takes them."""
+"""A layer whose vision and text tokens are in memory, as for `mir`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 
 class FeatureLayer:
-    """Features (n, d) and (m, d) of layer `layer` (1..K), tensors or arrays; they stay as they are.
+    """Features (n, d) and (m, d) of layer `layer` (1..K), tensors or arrays; they are not changed.
 
-    marks: which of each modality's tokens are attention sinks; None where none is.
+    marks: which tokens of each modality are attention sinks; None if none are.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class FeatureLayer:
         options: MetricOptions,
         marks: Mapping[str, SinkMarks] | None = None,
     ) -> None:
-        features: dict[str, Any] = {"vision": vision, "text": text}  # tensors, once they are checked
+        features: dict[str, Any] = {"vision": vision, "text": text}  # tensors after `check`
         self.features: dict[str, Tensor] = features
         self.layer, self.options, self.marks = layer, options, marks
 
     def counted(self) -> CountedTokens:
-        """Both modalities after the outlier rule. ValueError or TypeError that names the layer and the modality."""
+        """Both modalities after the outlier rule. Errors name the layer and the modality."""
         self.check()
         features = {modality: part.detach() for modality, part in self.features.items()}
         if self.marks is None:
@@ -57,18 +57,18 @@ class FeatureLayer:
         others = {m: ~marks.sink for m, marks in self.marks.items()}
         bare = {m: part[others[m].to(part.device)] for m, part in features.items()}
         bare_norms = {m: norms[others[m]] for m, norms in self.norms.items()}
-        # A stream's marks know positions, those of `mir` do not.
+        # Marks from files have positions, those of `mir` do not.
         positions = {m: tally(marks.positions[marks.sink[: len(marks.positions)]]) for m, marks in self.marks.items()}
         if not self.options.counts_sinks:
             for modality, part in bare.items():
-                require_tokens(len(part), self.layer, f"{modality} that is no attention sink")
+                require_tokens(len(part), self.layer, f"{modality} besides attention sinks")
             counted = self._counted(bare, bare_norms)[0]
             massive = {m: int(marks.massive.sum()) for m, marks in self.marks.items()}
             return replace(counted, sinks=massive, sink_positions=positions)
         counted, outliers = self._counted(features, self.norms)
         massive = {m: int((marks.massive & ~outliers[m]).sum()) for m, marks in self.marks.items()}
         enough = all(len(part) > 1 for part in bare.values())
-        known = enough and (not self.options.normalize or bool(bare["text"].any()))  # else no alpha without them
+        known = enough and (not self.options.normalize or bool(bare["text"].any()))  # else alpha is undefined
         without = self._counted(bare, bare_norms)[0].pair if known else None
         return replace(
             counted,
@@ -81,7 +81,7 @@ class FeatureLayer:
     def _counted(
         self, features: Mapping[str, Tensor], norms: Mapping[str, Tensor]
     ) -> tuple[CountedTokens, dict[str, Tensor]]:
-        """These tokens after the outlier rule, and which (n,) were outliers, on the CPU."""
+        """These tokens after the outlier rule, and bool (n,) masks of the outliers, on the CPU."""
         moments, kept, removed, outliers = {}, {}, {}, {}
         for modality in MODALITIES:
             counted, outlier = self._without_outliers(features[modality], norms[modality])
@@ -96,16 +96,16 @@ class FeatureLayer:
         return CountedTokens(pair, kept, removed), outliers
 
     def leave_group_out(self) -> None:
-        """Features are of no known samples."""
+        """None: features carry no sample numbers."""
         return None
 
     def check(self) -> None:
-        """ValueError or TypeError that names the layer and the modality, unless both fit one another."""
+        """Check each modality and that both match. Raises ValueError or TypeError that names layer and modality."""
         layer = self.layer
         for modality in MODALITIES:
             features = _checks.floating(f"{modality}, layer {layer}", self.features[modality])
             if features.dim() != 2:
-                raise ValueError(f"layer {layer}: {modality} takes shape (tokens, d), got {tuple(features.shape)}")
+                raise ValueError(f"layer {layer}, {modality}: expected shape (tokens, d), got {tuple(features.shape)}")
             require_tokens(len(features), layer, modality)
             self.features[modality] = with_memory("mir", f"{modality}, layer {layer}", features)
         vision, text = self.features["vision"], self.features["text"]
@@ -115,8 +115,9 @@ class FeatureLayer:
 
     @cached_property
     def norms(self) -> dict[str, Tensor]:
-        """Float32 norms (n,) by modality, on the CPU. ValueError that names a token that is not finite: one that
-        overflowed would pass for a sink.
+        """Float32 norms (n,) by modality, on the CPU.
+
+        ValueError that names the first non-finite token: an overflowed one would be mistaken for a sink.
         """
         found = {m: token_norms(self.features[m].detach(), backend=self.options.backend).cpu() for m in MODALITIES}
         for modality, norms in found.items():
@@ -124,7 +125,7 @@ class FeatureLayer:
         return found
 
     def concentrated(self, places: Tensor) -> Tensor:
-        """Bool (n,): of the tokens at places (n, 1), vision counted first and then text."""
+        """Bool (n,): `concentrated` for the tokens at places (n, 1), numbering vision tokens first, then text."""
         first = len(self.features["vision"])
         index = places[:, 0].to(self.features["vision"].device)
         found = torch.zeros(len(index), dtype=torch.bool, device=index.device)
@@ -133,7 +134,7 @@ class FeatureLayer:
         return found
 
     def _without_outliers(self, features: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """The features that count, and which rows (n,) were outliers, on the CPU."""
+        """The features after the outlier rule, and a bool (n,) mask of the outliers, on the CPU."""
         if self.options.outliers == "none":
             return features, torch.zeros(len(norms), dtype=torch.bool, device="cpu")
         outlier = three_sigma(norms).beyond(norms)
@@ -145,16 +146,16 @@ class FeatureLayer:
 def feature_layer_result(
     vision: Tensor, text: Tensor, layer: int, options: MetricOptions, marks: Mapping[str, SinkMarks] | None = None
 ) -> LayerResult:
-    """One layer of `mir`."""
+    """The result of one layer of `mir`."""
     (result,) = layer_results([FeatureLayer(vision, text, layer, options, marks)], options)
     return result
 
 
 def with_sinks_marked(layers: Sequence[FeatureLayer]) -> Sequence[FeatureLayer]:
-    """The same layers, which take their tokens for one sample; where there are sinks, with their marks.
+    """Mark attention sinks in the layers, treating all tokens as one sample; returns the same layers.
 
-    A token is a sink in every layer if it is massive in one. That takes rows that are the same tokens in all layers:
-    where the layers have different numbers of them, each layer goes by itself.
+    A token that is massive in one layer is a sink in every layer. This requires that rows are the same tokens in all
+    layers; if the layers have different numbers of tokens, each is treated separately.
     """
     for layer in layers:
         layer.check()
@@ -166,7 +167,7 @@ def with_sinks_marked(layers: Sequence[FeatureLayer]) -> Sequence[FeatureLayer]:
 
 
 def _mark(layers: Sequence[FeatureLayer]) -> None:
-    """Layers of the same tokens."""
+    """Set the marks of layers that share the same tokens."""
     sizes = [len(layers[0].features[m]) for m in MODALITIES]
     is_text = torch.arange(sum(sizes), dtype=torch.int64, device="cpu") >= sizes[0]
     masks = {"vision": ~is_text, "text": is_text}

@@ -1,7 +1,7 @@
-"""Layers as curves, and how all figures become files: sizes, fonts and formats for a paper.
+"""Figures of per-layer curves, and output of all figures: sizes, fonts and formats for publication.
 
-It takes plain numbers and knows no result. Figures have canvases of their own: no display is needed, and the caller's
-pyplot, backend and rcParams stay as they are.
+Works on plain numbers, independent of `MIRResult`. Figures have their own canvases: no display is needed, and the
+caller's pyplot, backend and rcParams do not change.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".pdf", ".svg", ".eps", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
-WIDTH, HEIGHT = 6.4, 3.4  # inches: the width of a page's text; the height without the legend
+WIDTH, HEIGHT = 6.4, 3.4  # inches: text width of a page; height without the legend
 
-# Fonts in files are TrueType, as journals ask, and text stays text in SVG. Same data, same bytes: the salt of SVG's ids
-# is fixed, and no file has a date.
+# Fonts are embedded as TrueType, as journals require, and text stays text in SVG. Output is reproducible byte for byte:
+# the salt of SVG ids is fixed and files carry no date.
 _STYLE: Any = {
     "font.size": 9,
     "axes.labelsize": 9,
@@ -47,29 +47,29 @@ _STYLE: Any = {
 
 
 class Curve(Distances, Protocol):
-    """What a curve is drawn from: a `MIRResult`."""
+    """The data of a curve: a `MIRResult`."""
 
     @property
     def layer_errors(self) -> list[float] | None:
-        """The standard error of each layer's distance; None without."""
+        """The standard error of each layer's distance; None if there are none."""
 
 
 def layer_curves(curves: Mapping[str, Curve], path: str | Path) -> Path:
-    """`layer_figure` in a file, whose suffix is the format; gives the file. ValueError as `check_suffix`."""
+    """Write `layer_figure` to a file in the format of its suffix; returns the file. ValueError as in `check_suffix`."""
     path = check_suffix(path)
     return save_figure(layer_figure(curves)[0], path)
 
 
 def layer_figure(curves: Mapping[str, Curve], ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """The distance of each layer, a curve a label, as the right of the paper's Figure 2; gives figure and axes.
+    """Draw the distance of each layer, one curve per label, as in Figure 2 (right) of the paper.
 
-    Standard errors are bands, where a curve has them; where attention sinks count, the distance without them is a thin
-    dotted line with hollow marks of the same colour. The axis is logarithmic where the distances span a decade: a
-    distance of 0 is a gap there. ax: the axes to draw into, whose figure keeps its size; the legend stands to their
-    right, as it stands below those of a figure made here. ValueError without curves.
+    Standard errors are drawn as bands. If attention sinks count, the distance without them is a thin dotted line with
+    hollow markers of the same colour. The axis is logarithmic if the distances span a decade; a distance of 0 is then a
+    gap. ax: the axes to draw into; its figure keeps its size, and the legend is placed to the right. In a new figure,
+    the legend is below the axes. Returns figure and axes. ValueError without curves.
     """
     if not curves:
-        raise ValueError("curves: takes at least one, got none")
+        raise ValueError("curves: expected at least one, got none")
     if ax is not None:
         drawing.legend_beside(ax, _draw_layers(curves, ax))
         return cast("Figure", ax.get_figure()), ax
@@ -80,27 +80,27 @@ def layer_figure(curves: Mapping[str, Curve], ax: Axes | None = None) -> tuple[F
 
 
 def mir_label(result: Curve, name: str = "") -> str:
-    """What a result's curve is labelled with: `name (MIR 3.374 ± 0.002)`, or the value alone."""
+    """Label of a result's curve: `name (MIR 3.374 ± 0.002)`, or the value alone."""
     mir = f"MIR {with_error(result.value, result.error, places=3, sign='±')}"
     return f"{name} ({mir})" if name else mir
 
 
 def check_suffix(path: str | Path) -> Path:
-    """The file that a picture goes into: `path`, as PNG where its name has no suffix.
+    """The file for a picture: `path`, with .png appended if it has no suffix.
 
-    ValueError for a suffix that is no format here, and for a folder; to be called before the work that is to be drawn.
+    ValueError for an unsupported suffix or a folder. Call it before the computation whose result is to be drawn.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: expected a name for a picture, got a folder")
+        raise ValueError(f"{path}: expected an image file name, got a folder")
     path = path if path.suffix else path.with_suffix(".png")
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: expected a picture's suffix, {', '.join(SUFFIXES)}, got {path.suffix!r}")
+        raise ValueError(f"{path}: expected an image suffix, one of {', '.join(SUFFIXES)}, got {path.suffix!r}")
     return path
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure whole or not at all, its suffix the format; gives the file. ValueError as `check_suffix`."""
+    """Write the figure atomically in the format of the suffix; returns the file. ValueError as in `check_suffix`."""
     path = check_suffix(path)
     picture = _bytes_of(figure, path.suffix.lower().removeprefix("."))
     with written_whole(path) as partial:
@@ -109,7 +109,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def empty_figure() -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, in the style of all."""
+    """A figure with one set of axes in the common style."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,7 +122,7 @@ def empty_figure() -> tuple[Figure, Axes]:
 
 
 def stacked_figure(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """A figure with panels of these relative heights one above the other, over one horizontal axis."""
+    """A figure of stacked panels with these relative heights and a shared horizontal axis."""
     figure, axes = empty_figure()
     axes.remove()
     with paper_style():
@@ -135,7 +135,7 @@ def stacked_figure(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
 
 
 def tidy(axes: Axes) -> None:
-    """Axes as all are: a faint grid behind what is drawn, marks of readable size."""
+    """Apply the common axes style: a faint grid behind the data and readable tick labels."""
     axes.grid(color="0.9", which="both", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=_STYLE["xtick.labelsize"], which="both")
@@ -143,7 +143,7 @@ def tidy(axes: Axes) -> None:
 
 @contextlib.contextmanager
 def paper_style() -> Iterator[None]:
-    """matplotlib's own defaults with this module's settings over them, until the context is left."""
+    """Context with matplotlib's defaults plus this module's settings."""
     import matplotlib
     from matplotlib import style
 
@@ -152,7 +152,7 @@ def paper_style() -> Iterator[None]:
 
 
 def _draw_layers(curves: Mapping[str, Curve], axes: Axes) -> list[Artist]:
-    """The curves, beside what the axes have; gives what the legend shows."""
+    """Add the curves to the axes; returns the legend handles, including those already there."""
     rows = [row for curve in curves.values() for row in (curve.per_layer, curve.without_sinks or ())]
     drawing.scale_for(axes, itertools.chain.from_iterable(rows))
     before: list[Artist] = axes.get_legend_handles_labels()[0]
@@ -176,7 +176,8 @@ def _bytes_of(figure: Figure, format: str) -> bytes:
     dates: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     if format != "svg" and (lacking := fonts.characters_without_font(figure)):
         warnings.warn(
-            f"no installed font has {lacking}: the picture shows boxes for them, an .svg has them", stacklevel=3
+            f"no installed font has {lacking}: the picture shows boxes instead; an .svg file keeps the characters",
+            stacklevel=3,
         )
     file = io.BytesIO()
     with paper_style():

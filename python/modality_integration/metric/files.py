@@ -1,6 +1,6 @@
-"""Files written in one step: a reader sees the old one or the new one, never half, whatever kills the process.
+"""Atomic file writes: a reader sees the old file or the new one, never a partial one, even if the process is killed.
 
-What keeps a file from being written is an OSError that names the file.
+A failed write raises an OSError that names the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path to write to; what lies there afterwards is on disk, then takes the place of `path`."""
+    """Yield a temporary path to write to; on exit it is flushed to disk and replaces `path`."""
     partial = partial_of(path)
     with named_errors(path):
         try:
@@ -26,33 +26,33 @@ def written_whole(path: Path) -> Iterator[Path]:
             _flush_to_disk(partial)
             os.replace(partial, path)
         finally:
-            with contextlib.suppress(OSError):  # on a disk that fails it stays; what failed is being raised
+            with contextlib.suppress(OSError):  # on a failing disk it stays; the first error is raised
                 partial.unlink(missing_ok=True)
         try:
             _flush_to_disk(path.parent)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that flushes files alone
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush folders
                 raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text in one step."""
+    """Write UTF-8 text atomically."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one step."""
+    """Write JSON atomically."""
     write_text(path, json_text(value))
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """`value` as JSON, a line an entry. options: of `json.dumps`."""
+    """`value` as indented JSON text. options: passed to `json.dumps`."""
     return json.dumps(finite(value), indent=2, allow_nan=False, **options) + "\n"
 
 
 def finite(value: Any) -> Any:
-    """`value` as JSON can have it: a number that is not finite as a word, "inf", "-inf" or "nan"."""
+    """`value` with non-finite numbers replaced by the strings "inf", "-inf" or "nan", as JSON requires."""
     if isinstance(value, dict):
         return {str(key): finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -61,7 +61,7 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; ValueError where it is none, OSError where it cannot be read."""
+    """The content of a JSON file; ValueError if it is not JSON, OSError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -69,16 +69,15 @@ def read_json(path: Path) -> Any:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is written before it takes its place. One name for all processes: a killed one leaves it behind, and
-    the next to write takes it over."""
+    """The temporary path of a file. All processes share the name, so a leftover of a killed process is overwritten."""
     return path.with_name(f".{path.name}.partial")
 
 
 @contextlib.contextmanager
 def named_errors(path: Path | str) -> Iterator[None]:
-    """An error of the operating system inside becomes an OSError about `path`, which the system's own often leaves out.
+    """Turn operating system errors raised inside into an OSError that names `path`, which they often omit.
 
-    safetensors has errors of its own for what the system refused, with the system's number in their words.
+    safetensors raises its own error type for these, with the system's error number in the message.
     """
     try:
         yield
@@ -96,7 +95,7 @@ def named_errors(path: Path | str) -> Iterator[None]:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """A file's content, or a folder's names, survive the machine's losing power from here on."""
+    """Make a file's content, or a folder's entries, survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A rich table that fits the console: whole columns go or are continued below, and no number is cut or wrapped."""
+"""A rich table that fits the console: whole columns are dropped or continued below; numbers are never wrapped."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 GAP = 2  # between columns
-# Where width is short, a word that is longer than the first may be broken, but never within a number; where it is too
-# short for that, one longer than the next.
+# On narrow consoles, words longer than the first value may be broken, but never within a number. If that does not
+# suffice, the next value applies.
 WORDS = (8, 5, 3)
-# A number with its point, exponent and sign; letters; anything else. Each with the mark that follows it.
+# A number with sign, point and exponent; letters; anything else. Each with the punctuation mark that follows it.
 PIECES = re.compile(r"[+-]?\d+(?:\.\d+)*(?:e[+-]?\d+)?[-_/.]?|[^\W\d_]+[-_/.]?|\s+|.", re.DOTALL)
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)*(?:e[+-]?\d+)?")
 
 
 class _Drawn(NamedTuple):
-    """A column: header, footer and cells; the widths that it takes at least, with whole words, and at best."""
+    """A column: header, footer and cells; its minimum width, its width with whole words, and its ideal width."""
 
     column: int
     header: Text
@@ -36,14 +36,14 @@ class _Drawn(NamedTuple):
 class FittedTable(Table):
     """A rich table for any width, with three kinds of columns.
 
-    The `index` columns, which come first, are always there. Of the others, those with a `rank` are left out where the
-    width is short, the highest rank first, and a line below names them; those without continue in a further table
-    below. Columns justified to the right hold numbers, which stay whole; words in the others, and in headers, wrap.
+    The first `index` columns are always shown. Of the others, columns with a `rank` are dropped on narrow consoles,
+    highest rank first, and a line below names them; columns without one continue in a further table below.
+    Right-justified columns hold numbers, which are never wrapped; words in other columns and in headers wrap.
 
-    Words are broken only where they are longer than `WORDS` say; those of a header of numbers only where the column is
-    `named`, by what people call their runs.
+    Words are broken only if they are longer than `WORDS` allows. In the header of a number column, that applies only if
+    the column is `named`, that is, headed by a user-chosen name such as that of a run.
 
-    elsewhere: where the columns are that were left out, for that line.
+    elsewhere: where to find the dropped columns, for that line.
     """
 
     def __init__(self, *, title: str | None, elsewhere: str = "", index: int = 1, **options: Any) -> None:
@@ -54,7 +54,7 @@ class FittedTable(Table):
         self.named: set[int] = set()
 
     def add_column(self, header: Any = "", *args: Any, rank: int = 0, named: bool = False, **options: Any) -> None:
-        """As rich's; rank, named: see the class."""
+        """Like rich's `add_column`; for rank and named see the class."""
         if named:
             self.named.add(len(self.columns))
         super().add_column(header, *args, **options)
@@ -104,7 +104,7 @@ class FittedTable(Table):
         return drawn
 
     def _choose(self, columns: Sequence[_Drawn], width: int) -> tuple[list[_Drawn], list[_Drawn]]:
-        """The columns that are shown, and those that are left out."""
+        """The columns that are shown, and those that are dropped."""
         shown, gone = list(columns), []
         for one in sorted(columns, key=lambda one: -self.ranks[one.column]):
             if not self.ranks[one.column] or _least(shown) <= width:
@@ -114,7 +114,7 @@ class FittedTable(Table):
         return shown, sorted(gone, key=lambda one: one.column)
 
     def _blocks(self, columns: Sequence[_Drawn], width: int) -> Iterator[list[_Drawn]]:
-        """The columns by tables, one below the other: each the index columns and one more at least."""
+        """Split the columns into stacked tables, each with the index columns and at least one more."""
         index, rest = list(columns[: self.index]), list(columns[self.index :])
         if not rest:
             yield index
@@ -131,7 +131,7 @@ class FittedTable(Table):
             show_footer=self.show_footer,
             show_edge=False,
             pad_edge=False,
-            # Between columns a box draws one more.
+            # A box adds one column of space.
             padding=(0, GAP - (self.box is not None), 0, 0),
             header_style=self.header_style,
             footer_style=self.footer_style,
@@ -153,7 +153,7 @@ def _text(cell: Any, console: Console, style: str = "") -> Text:
 
 
 def _least(columns: Sequence[_Drawn]) -> int:
-    """The width that the columns take at least."""
+    """The minimum width of the columns."""
     return sum(one.least for one in columns) + GAP * max(len(columns) - 1, 0)
 
 
@@ -168,7 +168,7 @@ def _least_of_words(text: str, most: int) -> int:
 
 
 def _widths(columns: Sequence[_Drawn], width: int) -> list[int]:
-    """Each column's least width, then as many as can be with whole words, then shares of what is left."""
+    """Column widths: first the minimum, then whole words for as many columns as possible, then the rest shared out."""
     widths = [one.least for one in columns]
     left = width - _least(columns)
     for wanted, k in sorted((one.whole - one.least, k) for k, one in enumerate(columns)):
@@ -184,7 +184,7 @@ def _widths(columns: Sequence[_Drawn], width: int) -> list[int]:
 
 
 def _folded(text: Text, width: int) -> Text:
-    """The text in lines of `width`: broken at spaces, in long words after a mark, and anywhere only where it must."""
+    """Wrap the text to `width`: at spaces, in long words after punctuation, and elsewhere only if unavoidable."""
     lines = []
     for line in text.split("\n", allow_blank=True):
         places = _breaks(line.plain, width)
@@ -207,7 +207,7 @@ def _breaks(text: str, width: int) -> list[int]:
 
 
 def _pieces(text: str, width: int) -> Iterator[str]:
-    """What is kept together: words with the space after them, parts of words that are too long, single characters."""
+    """Unbreakable pieces: words with the space after them, parts of words that are too long, single characters."""
     for word in re.findall(r"\S+\s*|\s+", text):
         if cell_len(word.rstrip()) <= width:
             yield word

@@ -1,4 +1,4 @@
-"""Letters of all scripts in figures: where matplotlib's own font lacks one, an installed font stands in."""
+"""Characters of all scripts in figures: if matplotlib's own font lacks one, an installed font is used instead."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-_LAST_RESORT = "Last Resort High-Efficiency"  # matplotlib's font that has a box for every character
+_LAST_RESORT = "Last Resort High-Efficiency"  # matplotlib's font of placeholder boxes for every character
 
 
 def with_glyphs(texts: Iterable[Text]) -> None:
-    """Where a text has characters that matplotlib's own font lacks, an installed font that has them stands in."""
+    """Add installed fonts to texts that have characters missing from matplotlib's own font."""
     for text in texts:
         if missing := _missing_glyphs(text):
             text.set_fontfamily([*text.get_fontfamily(), *_fonts_with(missing)])
 
 
 def characters_without_font(figure: Figure) -> str:
-    """Characters in a figure that no installed font has: a picture of letters shows boxes for them."""
+    """Characters in a figure that no installed font has; rendered pictures show boxes for them."""
     from matplotlib.text import Text
 
     missing = frozenset().union(*map(_missing_glyphs, figure.findobj(Text)))
@@ -39,7 +39,7 @@ def _own_glyphs() -> frozenset[int]:
 
 @functools.cache
 def _glyphs_of(*families: str) -> frozenset[int]:
-    """The characters of these fonts, without that of last resort, which has boxes for all."""
+    """The characters of these fonts, ignoring the last-resort font, which has only boxes."""
     from matplotlib.font_manager import get_font
 
     files = _installed()
@@ -48,7 +48,7 @@ def _glyphs_of(*families: str) -> frozenset[int]:
 
 @functools.cache
 def _fonts_with(missing: frozenset[int]) -> tuple[str, ...]:
-    """Installed fonts that together have as many of the characters as any, the one that has most of them first."""
+    """Installed fonts that together cover as many of the characters as possible; greedy, largest share first."""
     glyphs = {family: missing & _glyphs_of(family) for family in _installed()} if missing else {}
     found = []
     while missing and glyphs:
@@ -62,7 +62,7 @@ def _fonts_with(missing: frozenset[int]) -> tuple[str, ...]:
 
 @functools.cache
 def _installed() -> dict[str, str]:
-    """Font files of upright letters of ordinary weight, by family, in order."""
+    """Font files of upright regular-weight fonts, sorted by family."""
     from matplotlib.font_manager import fontManager
 
     fonts = [(font.name, font.fname) for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]

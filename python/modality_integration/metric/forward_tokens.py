@@ -1,4 +1,4 @@
-"""The tokens of one forward pass: checked, and told apart by modality, with their norms in every layer."""
+"""The tokens of one forward pass: checked and split by modality, with their norms in every layer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class ForwardTokens(NamedTuple):
-    """Where the tokens of a modality lie in (T,) or (B, T), and their norms a layer; by modality, on the CPU.
+    """Indices of each modality's tokens in (T,) or (B, T), and their norms per layer, on the CPU.
 
-    indices: int64 (n, 1 or 2).  norms: one float32 (n,) a layer.  sinks: which are attention sinks, a layer; None where
-    no token is.  samples: the number of each token's sample, int64 (n,), from 0.
+    indices: int64 (n, 1 or 2).  norms: float32 (n,) per layer.  sinks: the attention sinks per layer; None if there are
+    none.  samples: the number of each token's sample, int64 (n,), from 0.
     """
 
     indices: dict[str, Tensor]
@@ -42,15 +42,16 @@ class ForwardTokens(NamedTuple):
         backend: Backend | None,
         packing: Packing | None = None,
     ) -> ForwardTokens:
-        """ValueError or TypeError where the hidden states and masks do not fit, or a masked token is not finite.
+        """Collect the tokens. ValueError or TypeError if hidden states and masks do not match, or a masked token is not
+        finite.
 
-        packing: where a row is several samples; else each row of (B, T), or all of (T,), is one.
+        packing: the samples within rows; if None, each row of (B, T), or all of (T,), is one sample.
         """
         masks = _masks(hidden_states, vision_mask, text_mask)
         indices = {modality: mask.nonzero() for modality, mask in masks.items()}
         every = [token_norms(hidden.detach(), backend=backend) for hidden in hidden_states]
         one_device = len({norms.device for norms in every}) == 1
-        # Where that is possible, one wait for the device, not one a layer.
+        # If possible, wait for the device once and not once per layer.
         every = list(torch.stack(every).cpu()) if one_device else [norms.cpu() for norms in every]
         norms = {m: [layer[tuple(i.unbind(1))] for layer in every] for m, i in indices.items()}
         for k in range(len(hidden_states)):
@@ -63,7 +64,9 @@ class ForwardTokens(NamedTuple):
             return cls(indices, norms, None if massive is None else _marks(massive, indices), samples)
         samples = {m: packing.sample[tuple(i.unbind(1))] for m, i in indices.items()}
         if outside := sum(int((numbers < 0).sum()) for numbers in samples.values()):
-            raise ValueError(f"sample_ids: {outside} tokens of the masks are in no sample, their number is negative")
+            raise ValueError(
+                f"sample_ids: expected a number >= 0 for every token in the masks, got {outside} that are negative"
+            )
         massive = massive_tokens(
             torch.stack([packing.unpacked(layer) for layer in every]),
             {m: packing.unpacked(mask) for m, mask in masks.items()},
@@ -73,19 +76,19 @@ class ForwardTokens(NamedTuple):
         return cls(indices, norms, marks, samples)
 
     def places_on(self, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
-        """What to index a layer's hidden states on `device` with, for each modality that has tokens."""
+        """Indices into a layer's hidden states on `device`, for each modality that has tokens."""
         return {m: tuple(sent(index, device).unbind(1)) for m, index in self.indices.items() if len(index)}
 
 
 def checked_hidden_states(hidden_states: Sequence[Array]) -> Sequence[Tensor]:
-    """One tensor (B, T, d) or (T, d) with data a layer, of the same tokens; tensors of arrays."""
+    """Check for one tensor or array (B, T, d) or (T, d) per layer, all of the same tokens; returns tensors."""
     given = one_tensor_a_layer("hidden_states", hidden_states)
     states = [_checks.tokens(f"hidden_states[{k}]", hidden) for k, hidden in enumerate(given)]
     lead = states[0].shape[:-1]
     for k, hidden in enumerate(states):
         name = f"hidden_states[{k}]"
         if hidden.dim() not in (2, 3):
-            raise ValueError(f"{name}: takes shape (B, T, d) or (T, d), got {tuple(hidden.shape)}")
+            raise ValueError(f"{name}: expected shape (B, T, d) or (T, d), got {tuple(hidden.shape)}")
         if hidden.shape[:-1] != lead:
             raise ValueError(f"{name}: has tokens {tuple(hidden.shape[:-1])}, hidden_states[0] has {tuple(lead)}")
         _require_data(name, hidden)
@@ -93,7 +96,7 @@ def checked_hidden_states(hidden_states: Sequence[Array]) -> Sequence[Tensor]:
 
 
 def _masks(hidden_states: Sequence[Tensor], vision_mask: Array, text_mask: Array) -> dict[str, Tensor]:
-    """Both masks as bool on the CPU, no token in both."""
+    """Both masks as bool on the CPU, after checking that no token is in both."""
     masks: dict[str, Tensor] = {}
     for modality, given in zip(MODALITIES, (vision_mask, text_mask), strict=True):
         _require_data(f"{modality}_mask", given)
@@ -113,7 +116,9 @@ def _concentrated(hidden_states: Sequence[Tensor], layer: int, places: Tensor) -
 def _marks(
     massive: Tensor, indices: Mapping[str, Tensor], position: Tensor | None = None
 ) -> dict[str, list[SinkMarks]]:
-    """What `massive_tokens` found, by modality and layer. position: (B, T), in its sample; else the column."""
+    """The result of `massive_tokens` by modality and layer. position: (B, T), each token's position in its sample; the
+    column if None.
+    """
     sink = massive.any(0)
     marks: dict[str, list[SinkMarks]] = {}
     for modality, index in indices.items():
@@ -126,7 +131,7 @@ def _marks(
 def _require_data(name: str, value: Array) -> None:
     value = _checks.tensor(name, value)
     if value.is_meta:
-        raise ValueError(f"{name}: takes a tensor with data, got one on the meta device")
+        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
     with_memory("ModalityIntegrationRate", name, value)
 
 

@@ -1,4 +1,4 @@
-"""A layer's accumulators by modality and group of samples; those of finished groups wait in host memory."""
+"""A layer's accumulators by modality and group of samples; those of finished groups are kept in host memory."""
 
 from __future__ import annotations
 
@@ -26,28 +26,26 @@ def slots(options: MetricOptions) -> list[Slot]:
 
 
 def prefix_of(slot: Slot) -> str:
-    """What the keys of an accumulator begin with in a layer's state."""
+    """The prefix of an accumulator's keys in a layer's state."""
     return f"{slot[0]}.moments.{slot[1]}."
 
 
 @dataclass
 class _Away:
-    """An accumulator in host memory: its state, None before it has seen rows, and the rows that came since, in parts as
-    they came.
-    """
+    """An accumulator in host memory: its state (None before it has seen rows) and the chunks of rows received since."""
 
     state: dict[str, Tensor] | None
     late: list[Tensor] = field(default_factory=list)
 
 
 class GroupMoments:
-    """Accumulators by slot, each made when its first rows come.
+    """Accumulators by slot, each created when its first rows arrive.
 
-    `put_away` moves one to host memory, without waiting. Rows that come for it later are kept beside it as they are,
-    and counted when it is next on the device: every accumulator sees the same updates in the same order wherever it
-    waited, so moving changes no bit.
+    `put_away` moves one to host memory without synchronising. Rows that arrive for it later are stored next to it
+    uncounted, until it is next on the device. Every accumulator sees the same updates in the same order, so moving does
+    not change a single bit.
 
-    host: where accumulators are put away; None, or one that does not take this device, keeps all of them here.
+    host: the host memory to use; with None, or one that does not serve this device, accumulators stay on the device.
     """
 
     def __init__(
@@ -66,17 +64,17 @@ class GroupMoments:
 
     @property
     def here(self) -> list[StreamingMoments]:
-        """Those on the device."""
+        """The accumulators on the device."""
         return list(self._here.values())
 
     @property
     def away_bytes(self) -> int:
-        """Bytes that are put away."""
+        """Bytes held in host memory."""
         parts = [away.late + list((away.state or {}).values()) for away in self._away.values()]
         return sum(tensor.nbytes for tensors in parts for tensor in tensors)
 
     def another_host(self) -> HostMemory | None:
-        """Empty host memory for accumulators that are needed for a while, where any were put away; else None."""
+        """Empty host memory for temporary accumulators if any were put away; else None."""
         return self._host.another() if self._host is not None and self._away else None
 
     def __contains__(self, slot: Slot) -> bool:
@@ -87,7 +85,7 @@ class GroupMoments:
         return len(self.slots())
 
     def slots(self) -> list[Slot]:
-        """Those that have seen rows, in order."""
+        """Slots that have seen rows, sorted."""
         return sorted(slot for slot in {*self._here, *self._away} if slot in self)
 
     def update(self, slot: Slot, rows: Tensor) -> None:
@@ -98,7 +96,7 @@ class GroupMoments:
             self._made(slot).update(rows)
 
     def merge(self, slot: Slot, other: StreamingMoments) -> None:
-        """Count what another accumulator has seen."""
+        """Count the rows of another accumulator."""
         if slot in self._away:
             moments = self.on_device(slot)
             moments.merge(other)
@@ -107,13 +105,13 @@ class GroupMoments:
             self._made(slot).merge(other)
 
     def put_away(self, slot: Slot) -> None:
-        """To host memory, where there is one for this device; the rows to come are then expected to be few."""
+        """Move an accumulator to host memory, if available for this device; few further rows should follow."""
         if self.moves and slot not in self._away:
             moments = self._here.pop(slot, None)
             self._away[slot] = _Away(None if moments is None else self._stored(moments))
 
     def take_back(self, slot: Slot) -> None:
-        """To the device, if it was put away: its rows come again."""
+        """Move an accumulator back to the device if it was put away."""
         if slot in self._away:
             moments = self.on_device(slot) if slot in self else None
             del self._away[slot]
@@ -121,7 +119,7 @@ class GroupMoments:
                 self._here[slot] = moments
 
     def on_device(self, slot: Slot) -> StreamingMoments:
-        """One that has seen rows, on the device: itself, or a copy of what was put away. To be read only."""
+        """A non-empty accumulator on the device: itself, or a copy from host memory. Read-only."""
         if slot in self._here:
             return self._here[slot]
         away = self._away[slot]
@@ -134,7 +132,7 @@ class GroupMoments:
         return moments
 
     def state(self, slot: Slot) -> dict[str, Tensor]:
-        """The `state_dict` of one that has seen rows, its tensors where it is."""
+        """The `state_dict` of a non-empty accumulator, with tensors in their current memory."""
         if slot in self._here:
             return self._here[slot]._live_state()
         away = self._away[slot]
@@ -142,7 +140,7 @@ class GroupMoments:
         waiting = [] if away.state is None else [away.state["pending"]]
         rows = [part for part in (*waiting, *away.late) if len(part)]
         if away.late and (away.state is None or sum(map(len, rows)) >= ROWS.get(self._device.type, ROWS["cuda"])):
-            self._replace(away, self.on_device(slot))  # a block is full: the device multiplies it
+            self._replace(away, self.on_device(slot))  # a full block, which the device folds in
             self._memory.wait()
         if away.state is None or not away.late:
             return dict(away.state or {})
@@ -150,13 +148,13 @@ class GroupMoments:
         return {**away.state, "pending": pending, "bound": number(len(pending))}
 
     def load(self, slot: Slot, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, on the device. ValueError or TypeError if it does not fit."""
+        """Restore the result of `state` on the device. ValueError or TypeError if it does not fit."""
         self._away.pop(slot, None)
         self._made(slot).load_state_dict(state)
 
     @property
     def _memory(self) -> HostMemory:
-        assert self._host is not None  # nothing is put away without
+        assert self._host is not None  # otherwise nothing is put away
         return self._host
 
     def _made(self, slot: Slot) -> StreamingMoments:
@@ -168,7 +166,7 @@ class GroupMoments:
         return {name: self._memory.store(value) for name, value in moments._live_state().items()}
 
     def _replace(self, away: _Away, moments: StreamingMoments) -> None:
-        """In the same memory, but for the gathered rows: holes would keep blocks from being given back."""
+        """Overwrite a stored state in place where shapes allow: holes would keep blocks from being freed."""
         if away.state is None:
             away.state = self._stored(moments)
         else:
@@ -180,7 +178,7 @@ class GroupMoments:
         away.late = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: each tensor for itself, without the block that it lies in."""
+        """For copies: clone each tensor, so that the block around it is not copied."""
         if self._host is not None:
             self._host.wait()
         away = {

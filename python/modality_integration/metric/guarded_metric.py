@@ -1,4 +1,4 @@
-"""torchmetrics.Metric for a state that is no set of registered tensors, and that no exception leaves half-way."""
+"""A torchmetrics.Metric whose state is not a set of registered tensors, with guarantees after exceptions."""
 
 from __future__ import annotations
 
@@ -18,46 +18,45 @@ from modality_integration.metric.tensor_result import as_tensor
 
 
 class GuardedMetric(Metric):
-    """What torchmetrics promises of a metric and does not see to itself.
+    """Guarantees that torchmetrics expects of a metric but does not provide itself.
 
-    - After an exception in `compute`, `sync`, a sync context or a refused `update`, the metric is as before: not
-      synced, with this process's own tokens. Where `compute` put processes together and failed on one, it fails on all.
-    - While synced, its state is everybody's: what would change that, and be lost with `unsync`, is refused.
-    - `compute` gives what was computed of the tokens it has now, also where it was synced by hand.
-    - `.to()` and its like leave results alone.
+    - After an exception in `compute`, `sync`, a sync context or a rejected `update`, the metric is as before: unsynced,
+      with this process's own tokens. If `compute` synced the processes and failed on one, it fails on all.
+    - While synced, the state is that of all processes: changes, which `unsync` would lose, raise an error.
+    - `compute` always reflects the current tokens, even after a manual sync.
+    - `.to()` and similar calls leave results unchanged.
 
-    STATE: names of the attributes that are the state. `_sync_dist` puts others in their place and changes none.
+    STATE: names of the state attributes. `_sync_dist` replaces them and must not modify the old ones.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
 
-    _in_state_dict: bool | None = None  # what `persistent` was told, if anything
+    _in_state_dict: bool | None = None  # the argument of `persistent`, if it was called
 
     def persistent(self, mode: bool = False) -> None:
-        """Whether the state goes into `state_dict`, of the metric itself and of a model that it is a part of.
+        """Set whether `state_dict` includes the state, both the metric's own and that of a model containing it.
 
-        Before it is said, it goes into the metric's own and not into a model's, whose checkpoints then load as those of
-        the model without the metric.
+        By default only the metric's own does, so that a model's checkpoints load with or without the metric.
         """
         self._in_state_dict = mode
 
     def belongs_into(self, prefix: str) -> bool:
-        """Whether a `state_dict` with this prefix has the state; "" is the metric's own."""
+        """Whether a `state_dict` with this prefix includes the state; "" is the metric's own."""
         return prefix == "" if self._in_state_dict is None else self._in_state_dict
 
     def require_unsynced(self, what: str) -> None:
-        """TorchMetricsUserError that names the call, where the state is not this process's own."""
+        """Raise a TorchMetricsUserError that names the call if the metric is synced."""
         if self._is_synced:
             raise TorchMetricsUserError(
-                f"{what}: the metric is synced and has the tokens of all processes; call unsync() first"
+                f"{what}: the metric is synced and holds the tokens of all processes; call unsync() first"
             )
 
     def own(self, name: str) -> Any:
-        """An attribute of the state as it is for this process's tokens alone, also while synced."""
+        """A state attribute for this process's tokens alone, even while synced."""
         return getattr(self, name) if self._cache is None else self._cache[name]
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """As torchmetrics' own. Where it fails, nothing has changed."""
+        """Like `torchmetrics.Metric.sync`, but a failure changes nothing."""
         try:
             super().sync(*args, **kwargs)
         except BaseException:
@@ -74,7 +73,7 @@ class GuardedMetric(Metric):
         should_unsync: bool = True,
         distributed_available: Callable | None = None,
     ) -> Iterator[None]:
-        """As torchmetrics' own, and left by an exception the metric is not synced either."""
+        """Like `torchmetrics.Metric.sync_context`, but an exception also unsyncs the metric."""
         self.sync(
             dist_sync_fn=dist_sync_fn,
             process_group=process_group,
@@ -89,10 +88,10 @@ class GuardedMetric(Metric):
         self.unsync(should_unsync=self._is_synced and should_unsync)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """A result of `compute` or `forward` as a point, several in a list as a curve; `compute()` if none is given.
+        """Plot a result of `compute` or `forward` as a point, or a list of them as a curve; default `compute()`.
 
-        ax: matplotlib's axes to draw into. Gives figure and axes; the figure is None with `ax`. Each layer's distance
-        is drawn by `MIRResult.plot`.
+        ax: matplotlib axes to draw into. Returns figure and axes; the figure is None if `ax` is given. For the distance
+        of each layer use `MIRResult.plot`.
         """
         if isinstance(val, MIRResult):
             val = as_tensor(val)
@@ -109,7 +108,7 @@ class GuardedMetric(Metric):
             before = self._update_count, self._computed
             try:
                 counted(*args, **kwargs)
-            except (TypeError, ValueError):  # refused before anything changed, but torchmetrics has counted the call
+            except (TypeError, ValueError):  # nothing has changed, but torchmetrics has counted the call
                 self._update_count, self._computed = before
                 raise
 
@@ -122,16 +121,19 @@ class GuardedMetric(Metric):
         def of_this_state(*args: Any, **kwargs: Any) -> Any:
             by_hand = self._is_synced and not self._to_sync
             if by_hand:
-                self._computed = None  # of this process's tokens
+                self._computed = None  # cached for this process's tokens
             value = cached(*args, **kwargs)
             if by_hand:
-                self._computed = None  # of all processes' tokens, which torchmetrics has let go of
+                self._computed = None  # of all processes' tokens; torchmetrics has unsynced since
             return value
 
         return of_this_state
 
     def _on_all_or_none(self, compute: Callable) -> Callable:
-        """Else a process that failed would have to sync again, and the others, with a result, would not take part."""
+        """Make `compute` fail on all processes if it fails on one.
+
+        Otherwise a failed process would sync again while the others, which have a result, would not take part.
+        """
 
         @functools.wraps(compute)
         def together(*args: Any, **kwargs: Any) -> Any:
@@ -145,14 +147,14 @@ class GuardedMetric(Metric):
             if where := self._where_failed(False):
                 raise RuntimeError(
                     f"compute: failed on {', '.join(f'process {rank}' for rank in where)}, so no process has a result; "
-                    "each has its own tokens, as before"
+                    "each keeps its own tokens"
                 )
             return value
 
         return together
 
     def _where_failed(self, here: bool) -> list[int]:
-        """The processes that failed, told to all of them."""
+        """The ranks that failed, gathered on every process."""
         device = transport_device(self.process_group)
         failed = torch.tensor([int(here)], dtype=torch.int64, device=device)
         gather = self.dist_sync_fn or gather_all_tensors
@@ -162,14 +164,14 @@ class GuardedMetric(Metric):
         return {name: getattr(self, name) for name in self.STATE}
 
     def _restore(self) -> None:
-        """The state from before a sync."""
+        """Restore the state from before a sync."""
         for name, value in (self._cache or {}).items():
             setattr(self, name, value)
         self._cache = None
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> torch.nn.Module:
         results: Any = self._computed, self._forward_cache
-        self._computed = self._forward_cache = None  # torchmetrics would move them, and what is moved is no result
+        self._computed = self._forward_cache = None  # torchmetrics would convert them to plain tensors
         try:
             return super()._apply(fn, exclude_state)
         finally:

@@ -1,39 +1,39 @@
-"""Host memory that tensors of a GPU are put into while it works on."""
+"""Page-locked host memory that tensors of a GPU are copied into asynchronously."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SMALLEST, LARGEST = 2**24, 2**30  # bytes of a block; each is twice the one before
-ALIGNED = 64  # bytes; every dtype may begin there
+SMALLEST, LARGEST = 2**24, 2**30  # bytes of a block; each is twice as large as the previous one
+ALIGNED = 64  # bytes; alignment for every dtype
 
 
 class HostMemory:
-    """Page-locked host memory: a GPU copies tensors into it in the order of its own work, and nobody waits.
+    """Page-locked host memory: GPU copies are queued in stream order, without synchronising.
 
-    Tensors lie one behind the other in blocks of a power of two, to which torch rounds every page-locked allocation:
-    with one for each, some triangles would take nearly twice their size. A block is given back once no tensor in it is
-    used any more.
+    Tensors are packed into blocks of a power of two, because torch rounds every page-locked allocation up to one: with
+    separate allocations, some triangles would take nearly twice their size. A block is freed once none of its tensors
+    is in use.
 
-    of: types of devices whose tensors it is for. A CPU's lie in the host's memory already.
+    of: device types it serves. CPU tensors are in host memory already.
     """
 
     def __init__(self, of: tuple[str, ...] = ("cuda",)) -> None:
         self._of = of
         self._pinned = "cuda" in of and torch.cuda.is_available()
         self._block: Tensor | None = None
-        self._used = 0  # bytes of it
+        self._used = 0  # bytes of the block
         self._copying: set[torch.device] = set()
 
     def takes(self, device: torch.device) -> bool:
-        """Whether it is for tensors of this device."""
+        """Whether it serves tensors of this device."""
         return device.type in self._of
 
-    @torch.inference_mode(False)  # what is stored outlives it
+    @torch.inference_mode(False)  # stored tensors outlive inference mode
     @torch.no_grad()
     def store(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor; it has its content after `wait`, and the tensor itself may go at once."""
+        """A copy of the tensor, valid after `wait`; the tensor itself may be freed immediately."""
         place = self._place(tensor)
         place.copy_(tensor, non_blocking=True)
         if tensor.is_cuda:
@@ -41,13 +41,13 @@ class HostMemory:
         return place
 
     def wait(self) -> None:
-        """Until everything stored is there."""
+        """Wait until all copies have finished."""
         for device in self._copying:
             torch.cuda.synchronize(device)
         self._copying.clear()
 
     def another(self) -> HostMemory:
-        """An empty one for the same devices: what is stored there for a while leaves no holes here."""
+        """Empty host memory for the same devices; temporary tensors stored there leave no holes here."""
         return HostMemory(self._of)
 
     def _place(self, tensor: Tensor) -> Tensor:
@@ -60,4 +60,4 @@ class HostMemory:
         return self._block[start : self._used].view(tensor.dtype).view(tensor.shape)
 
     def __reduce__(self) -> tuple[type[HostMemory], tuple[tuple[str, ...]]]:
-        return HostMemory, (self._of,)  # a copy begins with a block of its own
+        return HostMemory, (self._of,)  # a copy starts with its own block

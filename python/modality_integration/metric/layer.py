@@ -1,4 +1,4 @@
-"""A layer's share of a result, from whatever holds its tokens, and the layers' shares as one `MIRResult`."""
+"""Per-layer results from any source of tokens, and their combination into one `MIRResult`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modality_integration.metric.result import LayerTerms
 from modality_integration.metric.sink_notes import notes_on_sinks
 from modality_integration.metric.tensor_result import MIRTensor
 
-# Of the roots with a group left out, relative: far below what leaving out a group of samples changes.
+# Precision of the roots with a group left out: its error is far below the change from leaving out a group.
 LEFT_OUT_PRECISION: SqrtPrecision = "float32"
 
 
@@ -29,12 +29,12 @@ def _nowhere() -> dict[str, dict[int, int]]:
 
 @dataclass
 class CountedTokens:
-    """A layer's tokens after the outlier rule: what its distance is computed of, and how many were kept and left out.
+    """A layer's tokens after the outlier rule: the inputs of its distance, and counts of kept and removed tokens.
 
-    missed: tokens among those kept that the rule would have left out, had they not been counted already. sinks: tokens
-    of massive activation in this layer among those kept; where sinks are left out, those left out. sink_positions: of
-    all sinks, how many stand at which position; empty where positions are not known. without_sinks: what the distance
-    would be computed of without any sink; None where that is `pair`, or where `sinks_known` is False.
+    missed: kept tokens that the rule would have removed had they not been counted already.
+    sinks: kept tokens of massive activation in this layer; with sinks left out, those left out.
+    sink_positions: number of sinks at each position; empty if positions are unknown.
+    without_sinks: the inputs of the distance without any sink; None if that is `pair` or `sinks_known` is False.
     """
 
     pair: GaussianPair
@@ -49,19 +49,19 @@ class CountedTokens:
 
 
 class LeaveGroupOut(Protocol):
-    """A layer's tokens without one group of samples at a time."""
+    """A layer's tokens, leaving out one group of samples at a time."""
 
     groups: list[int]
 
     def pair(self, group: int) -> GaussianPair | None:
-        """Without `group`; None where that leaves too little."""
+        """Without `group`; None if that leaves too few tokens."""
 
 
 class Layer(Protocol):
-    """The tokens of one decoder layer, however they are held."""
+    """The tokens of one decoder layer, in any representation."""
 
     def counted(self) -> CountedTokens:
-        """All of them, after the outlier rule."""
+        """All tokens, after the outlier rule."""
 
     def leave_group_out(self) -> LeaveGroupOut | None:
         """For the standard error; None without groups of samples."""
@@ -69,7 +69,7 @@ class Layer(Protocol):
 
 @dataclass
 class LayerResult:
-    """One layer's share of a MIRResult: numbers alone, the tokens are let go of."""
+    """One layer's part of a MIRResult: only numbers, no tokens."""
 
     terms: LayerTerms
     alpha: float
@@ -85,7 +85,7 @@ class LayerResult:
 
 
 def layer_results(layers: Iterable[Layer], options: MetricOptions, together: int = 1) -> list[LayerResult]:
-    """Each layer's share, in order; the roots of `together` layers are taken at a time."""
+    """The result of each layer, in order; roots are computed for `together` layers at a time."""
     remaining, results = iter(layers), list[LayerResult]()
     while batch := list(islice(remaining, together)):
         counted = [layer.counted() for layer in batch]
@@ -108,18 +108,18 @@ def layer_results(layers: Iterable[Layer], options: MetricOptions, together: int
                     without_sinks=without_sinks[i],
                 )
             )
-        del counted, tokens  # before the next layers' take their place
+        del counted, tokens  # free them before the next batch is built
     return results
 
 
 def mir_result(layers: Sequence[LayerResult], options: MetricOptions) -> MIRTensor:
-    """The layers' shares, in order, as one MIRResult."""
+    """Combine the layers' results, in order, into one MIRResult."""
     notes = [note for layer in layers for note in layer.notes]
     left_out = [layer.left_out for layer in layers if layer.left_out is not None]
     if options.groups and len(left_out) < len(layers):
         notes.append(
-            "no standard error: it takes samples in two groups or more, and without any one of them at least 2 tokens "
-            "of each modality"
+            "no standard error: it requires samples in at least two groups, and at least 2 tokens of each modality "
+            "with any one group left out"
         )
     result = MIRTensor(
         terms=[layer.terms for layer in layers],
@@ -145,7 +145,7 @@ def mir_result(layers: Sequence[LayerResult], options: MetricOptions) -> MIRTens
 def _without_sinks(
     counted: Sequence[CountedTokens], own: Sequence[LayerTerms], options: MetricOptions
 ) -> list[float | None]:
-    """Each layer's distance without any sink, its own where it has none; None where that is not known."""
+    """Each layer's distance without sinks, its own if it has none; None if unknown."""
     pairs = {i: tokens.without_sinks for i, tokens in enumerate(counted) if tokens.without_sinks is not None}
     found = dict(zip(pairs, distances(list(pairs.values()), replace(options, bounds=False)), strict=True))
     return [
@@ -155,13 +155,13 @@ def _without_sinks(
 
 
 def _distances_without_sinks(layers: Sequence[LayerResult]) -> list[float] | None:
-    """None where no layer has sinks that count, or where the distance without them is not known in one."""
+    """The distances without sinks; None if no layer counts any sinks or if one distance is unknown."""
     known = [layer.without_sinks for layer in layers if layer.without_sinks is not None]
     return known if len(known) == len(layers) and any(layer.counts_sinks for layer in layers) else None
 
 
 def _left_out(layers: Sequence[Layer], options: MetricOptions) -> list[list[float] | None]:
-    """For each layer its distance with each group of samples left out in turn; None where that leaves too little."""
+    """For each layer, its distances with each group of samples left out; None if that leaves too few tokens."""
     parts = [layer.leave_group_out() for layer in layers]
     found: list[list[float] | None] = [None if part is None else [] for part in parts]
     cheaper = replace(options, bounds=False, sqrt_precision=LEFT_OUT_PRECISION)

@@ -1,4 +1,4 @@
-"""How much memory a stream will take, told from the samples of it that have passed."""
+"""Estimate of a stream's memory from the samples seen so far."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from mir_kernels.ops.moments.streaming import ROWS
 from modality_integration.metric import MODALITIES
 from modality_integration.metric.accumulator import LayerAccumulator
 
-# d x d matrices of float64, about, that `compute()` has beside the accumulators and its merged copies of them.
+# Approximate number of float64 d x d matrices that `compute()` needs in addition to the accumulators and merged copies.
 SQUARES = 6
-# Triangles of a layer that it has at once: both modalities merged, and one that is being merged in; with groups, both
-# modalities again without the last group and without this one.
+# Triangles of a layer that `compute()` holds at once: both modalities merged and one being merged in; with groups, also
+# both modalities without the previous group and without the current one.
 MERGED, MERGED_WITHOUT = 3, 7
 
 
 class MemoryToCome(NamedTuple):
-    """Bytes beyond what is held now: by device, and in the host's memory for finished groups of a device."""
+    """Bytes in addition to those held now: by device, and in host memory for finished groups of a device."""
 
     devices: dict[torch.device, int]
     host: int
 
 
 def memory_to_come(layers: Sequence[LayerAccumulator], growth: float, groups: int | None = None) -> MemoryToCome:
-    """About what the stream and `compute()` will take once `growth` times the tokens so far have passed.
+    """Estimated memory of the stream and `compute()` after `growth` times the tokens seen so far.
 
-    groups: as if samples were dealt into that many.
+    groups: assume this number of groups of samples.
     """
     devices, host = Counter[torch.device](), 0
     at_once: dict[torch.device, int] = {}
@@ -47,7 +47,7 @@ def memory_to_come(layers: Sequence[LayerAccumulator], growth: float, groups: in
                 continue  # nothing is released
             here = 1 if layer.moves else dealt
             devices[layer.device] += here * (triangle + (block + 1) * row)
-            late = min(block + layer.hold, rows // dealt)  # gathered already, or held while their group ended
+            late = min(block + layer.hold, rows // dealt)  # gathered already, or held when their group ended
             host += (dealt - here) * (triangle + late * row)
         devices[layer.device] -= sum(moments.memory_bytes for moments in layer.moments.here)
         host -= layer.moments.away_bytes

@@ -1,4 +1,4 @@
-"""The state of `ModalityIntegrationRate` as plain tensors under one prefix, and back, checked entry by entry."""
+"""Conversion of the state of `ModalityIntegrationRate` to plain tensors and back, with checks of every entry."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from modality_integration.metric.accumulator import LayerAccumulator
 from modality_integration.metric.host_memory import HostMemory
 from modality_integration.metric.options import MetricOptions
 
-VERSION = 3  # of the state's layout
-_PLACE = re.compile(r"0|[1-9]\d{0,5}", re.ASCII)  # a layer in the keys of a state
+VERSION = 3  # of the state layout
+_PLACE = re.compile(r"0|[1-9]\d{0,5}", re.ASCII)  # layer numbers in state keys
 
 
 def to_tensors(layers: Sequence[LayerAccumulator], samples: int) -> dict[str, Tensor]:
     """`version`, `samples`, and under `layers.<k>.` the state of each layer (see `LayerAccumulator`).
 
-    The layers' own tensors, where they can be: copy them to keep them through what comes next.
+    Tensors are shared with the layers where possible; copy them to keep them across further updates.
     """
     numbers = {"version": VERSION, "samples": samples}
     state = {name: number(value) for name, value in numbers.items()}
@@ -34,9 +34,9 @@ def to_tensors(layers: Sequence[LayerAccumulator], samples: int) -> dict[str, Te
 
 @dataclass
 class ReadState:
-    """What `from_tensors` found: layers and samples, unless something was missing or wrong.
+    """Result of `from_tensors`: layers and samples, unless something was missing or invalid.
 
-    missing, unexpected: keys. error: what does not fit, or None.
+    missing, unexpected: keys. error: message, or None.
     """
 
     layers: list[LayerAccumulator] = field(default_factory=list)
@@ -47,16 +47,16 @@ class ReadState:
 
     @property
     def whole(self) -> bool:
-        """Whether layers and samples can be taken over, whatever else was in the state."""
+        """Whether layers and samples are usable; there may be unexpected keys."""
         return not self.missing and self.error is None
 
 
 def from_tensors(
     state: Mapping[str, Tensor], options: MetricOptions, device: torch.device, host: HostMemory, *, strict: bool
 ) -> ReadState:
-    """Read what `to_tensors` gave, onto `device`, and finished groups' accumulators into `host` where it is for it.
+    """Read the result of `to_tensors` onto `device`, and accumulators of finished groups to `host` if it serves it.
 
-    strict: unexpected keys are a reason to read no further.
+    strict: stop reading if there are unexpected keys.
     """
     entries = dict(state)
     read = ReadState(missing=[key for key in ("version", "samples") if key not in entries][:1])
@@ -66,7 +66,7 @@ def from_tensors(
     try:
         number, read.samples = _checks.whole_number("version", version), _checks.whole_number("samples", samples)
         if number != VERSION:
-            raise ValueError(f"version: takes {VERSION}, got {number}")
+            raise ValueError(f"version: expected {VERSION}, got {number}")
         layers = _by_layer(entries, read.unexpected)
         if strict and read.unexpected:
             return read
@@ -75,7 +75,7 @@ def from_tensors(
         read.error = str(error)
         return read
     if any(layer.keeps_all != (options.outliers == "none") for layer in read.layers):
-        read.error = f'was gathered with another outlier rule than outliers="{options.outliers}"'
+        read.error = f'was gathered with a different outlier rule than outliers="{options.outliers}"'
     return read
 
 
@@ -93,22 +93,22 @@ def _by_layer(entries: Mapping[str, Tensor], unexpected: list[str]) -> dict[int,
 def _layer(
     layers: Mapping[int, dict[str, Tensor]], k: int, options: MetricOptions, device: torch.device, host: HostMemory
 ) -> LayerAccumulator:
-    """Layer k of a state, or an error that names it."""
+    """Layer k of a state; errors name the layer."""
     if k not in layers:
-        raise ValueError(f"layers.{k}: is missing, of {len(layers)} layers")
+        raise ValueError(f"layers.{k}: is missing among {len(layers)} layers")
     state = layers[k]
     for key in ("vision.held", "text_norms"):
         if not isinstance(state.get(key), Tensor):
-            raise ValueError(f"layers.{k}.{key}: takes a tensor, got {type(state.get(key)).__name__}")
+            raise ValueError(f"layers.{k}.{key}: expected a tensor, got {type(state.get(key)).__name__}")
     groups, held = state["text_norms"].numel(), state["vision.held"]
     if groups != max(options.groups, 1):
-        raise ValueError(f"was gathered in {groups} groups, takes groups={options.groups}")
+        raise ValueError(f"was gathered in {groups} groups, but this metric has groups={options.groups}")
     for modality in MODALITIES:
         rows, norms = (state.get(f"{modality}.sinks.{name}") for name in ("held", "norms"))
         if not isinstance(rows, Tensor) or not isinstance(norms, Tensor) or norms.numel() == 0:
             continue
         if (rows.numel() > 0) != options.counts_sinks:
-            raise ValueError(f'was gathered with another handling of attention sinks than sinks="{options.sinks}"')
+            raise ValueError(f'was gathered with a different handling of attention sinks than sinks="{options.sinks}"')
     _checks.tokens(f"layers.{k}.vision.held", held)
     layer = LayerAccumulator(k + 1, held.shape[-1], held.dtype, device, options, host=host)
     try:

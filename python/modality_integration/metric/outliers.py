@@ -1,12 +1,12 @@
-"""The 3-sigma rule on token norms: over tokens in memory (two passes) and over a stream that passes by once.
+"""The 3-sigma rule on token norms, for tokens in memory (two passes) and for a stream (one pass).
 
-MIR paper, section 2.1: occasional tokens with an unusually high l2 norm are taken out before the Fréchet distance.
+MIR paper, section 2.1: occasional tokens with an unusually high l2 norm are removed before the Fréchet distance.
 
-What the rule cannot do: attention sinks (see `modality_integration.metric.sinks`) enter the standard deviation that
-sets their own limit. If a fraction p of the tokens has one norm that lies D above all others, that deviation is at
-least D sqrt(p (1 - p)), so they can be removed only if p (1 - p) < 1/9, p < 0.127: about one token in eight. If sinks
-differ in strength, the strong ones set the limit and weaker ones stay at smaller fractions too. Removed or kept, they
-widen the limits for all other tokens. sinks="leave out" takes them out before the limits are computed.
+A limitation of the rule: attention sinks (see `modality_integration.metric.sinks`) contribute to the standard deviation
+that sets their own limit. If a fraction p of the tokens has a norm D above all others, that deviation is at least
+D sqrt(p (1 - p)), so they can be removed only if p (1 - p) < 1/9, p < 0.127: about one token in eight. If sinks differ
+in strength, the strong ones set the limit and weaker ones remain even at smaller fractions. Removed or kept, they widen
+the limits for all other tokens. sinks="leave out" removes them before the limits are computed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from modality_integration.metric.tokens import sent
 
-# Norms are float32: tokens whose norms agree to a few of its roundings (as after a final RMSNorm with unit weight)
-# are no outliers of one another, whatever the rule makes of the noise.
+# Norms are float32: if they agree to within a few roundings (as after a final RMSNorm with unit weight), none of them
+# may become an outlier because of rounding noise.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 _MARKS = ("held", "released", "dropped")
 
@@ -33,15 +33,15 @@ class Limits(NamedTuple):
     radius: float
 
     def keep(self, norms: Tensor) -> Tensor:
-        """Bool (n,): which of the norms (n,) lie within."""
+        """Bool (n,): which of the norms (n,) lie within the limits."""
         return (norms.double() - self.center).abs() <= self.radius
 
     def beyond(self, norms: Tensor) -> Tensor:
-        """Bool (n,): which lie outside. Where norm, center or radius is NaN, a token is neither kept nor beyond."""
+        """Bool (n,): which lie outside. If norm, center or radius is NaN, a token is neither kept nor beyond."""
         return (norms.double() - self.center).abs() > self.radius
 
     def close_to(self, other: Limits) -> bool:
-        """Whether both come from the same norms: sums in another order differ by rounding."""
+        """Whether both come from the same norms, up to rounding from the order of summation."""
         return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(self, other, strict=True))
 
 
@@ -55,14 +55,17 @@ def three_sigma(norms: Tensor) -> Limits:
     features are multiplied by a constant, so it is applied to norms before the scaling by alpha (Eq. 2).
     """
     if norms.dim() != 1 or norms.numel() < 2:
-        raise ValueError(f"norms: takes shape (n,) with n >= 2, got {tuple(norms.shape)}")
+        raise ValueError(f"norms: expected shape (n,) with n >= 2, got {tuple(norms.shape)}")
     center = norms.median().item()
     radius = 3.0 * norms.double().std(correction=1).item()
     return Limits(center, max(radius, _ROUNDING * abs(center)))
 
 
 def replace_by_column_medians(features: Tensor, outlier: Tensor) -> Tensor:
-    """A copy of features (n, d) with the rows where `outlier` (n,) is True set to the (lower) medians of all n rows."""
+    """Features (n, d) with the rows where `outlier` (n,) is True replaced by the (lower) column medians of all n rows.
+
+    Returns a copy unless nothing is replaced.
+    """
     if not outlier.any():
         return features
     replaced = features.clone()
@@ -71,36 +74,36 @@ def replace_by_column_medians(features: Tensor, outlier: Tensor) -> Tensor:
 
 
 class Marks(NamedTuple):
-    """What is remembered of tokens: their norms (n,), float32, and the group of each one's sample (n,), uint8; CPU."""
+    """Record of tokens: their norms (n,), float32, and the group of each token's sample (n,), uint8; on the CPU."""
 
     norms: Tensor
     groups: Tensor
 
     def where(self, mask: Tensor) -> Marks:
-        """Those where the mask (n,) is True."""
+        """The entries where the mask (n,) is True."""
         return Marks(self.norms[mask], self.groups[mask])
 
     @classmethod
     def cat(cls, parts: Iterable[Marks]) -> Marks:
-        """One after the other."""
+        """Concatenate `parts`, which may be empty."""
         none = Marks(torch.empty(0, dtype=torch.float32, device="cpu"), torch.empty(0, dtype=torch.uint8, device="cpu"))
         return cls(*(torch.cat(tensors) for tensors in zip(none, *parts, strict=True)))
 
 
 class Released(NamedTuple):
-    """Rows (m, d) that may be counted now, and the group of each one's sample, uint8 (m,) on the CPU."""
+    """Rows (m, d) that may be counted now, and the group of each row's sample, uint8 (m,), on the CPU."""
 
     rows: Tensor
     groups: Tensor
 
 
 class Decision(NamedTuple):
-    """How a stream's tokens fall once all of its norms are known.
+    """The outcome of the rule for a stream once all of its norms are known.
 
-    rows: the held rows that are kept, (h, d): to be counted beside what was released before.
-    kept, removed: how many of all tokens are counted and left out.
-    missed: how many of the counted tokens lie beyond the limits: they had been released when the limits were others.
-    With limits other than those given from outside, also how many lie within that had been dropped on arrival.
+    rows: the held rows that are kept, (h, d), to be counted in addition to those released before.
+    kept, removed: how many of all tokens are counted and removed.
+    missed: how many counted tokens lie beyond the limits, because they were released under earlier limits. If the
+    limits differ from the given ones, tokens that were dropped on arrival but lie within the limits are included.
     """
 
     rows: Tensor
@@ -110,26 +113,25 @@ class Decision(NamedTuple):
 
 
 class OnePass:
-    """The 3-sigma rule over a stream: rows go in, rows that may be counted come out, the rest is decided at the end.
+    """The 3-sigma rule over a stream: releases rows that are safe to count and decides the rest at the end.
 
-    All norms are kept (5 bytes a token with its group), so the limits are known exactly at the end. At most `hold` rows
-    are held back, in a buffer of no more: whenever there would be more, those closest to the median of all norms so far
-    are released until hold/2 are left, so what is held is always the most extreme part of the stream, and rows come out
-    in large blocks. The kept set is that of the two-pass rule unless a row was released and the stream then moved away
-    from it; `decide` counts such rows as `missed`. No row is ever removed that the rule keeps.
+    All norms are kept (5 bytes per token including its group), so the final limits are exact. At most `hold` rows are
+    held back. When there would be more, those closest to the median of all norms so far are released until hold/2 are
+    left, so the held rows are always the most extreme part of the stream, and rows are released in large blocks. The
+    kept set is that of the two-pass rule unless a row was released and the stream then drifted away from it; `decide`
+    counts such rows as `missed`. A row that the rule keeps is never removed.
 
-    hold: rows held back at most, after each push; 2 or more. limits: apply these (of a first pass over the same
-    stream) instead: what lies beyond is dropped on arrival and nothing is missed. Limits(0, inf) keeps everything.
+    hold: maximum number of rows held back after each push; 2 or more. limits: use these (from a first pass over the
+    same stream): rows beyond them are dropped on arrival and nothing is missed. Limits(0, inf) keeps everything.
     """
 
     def __init__(self, hidden_size: int, dtype: torch.dtype, *, hold: int, limits: Limits | None = None) -> None:
         if hold < 2:
-            raise ValueError(f"hold: takes 2 rows or more, got {hold}")
+            raise ValueError(f"hold: expected 2 rows or more, got {hold}")
         self.hidden_size, self.dtype, self.hold, self.limits = hidden_size, dtype, hold, limits
-        # One buffer, and not the rows as they came: those would lie scattered over the heap between what is short-lived
-        # and keep it from being given back.
+        # One buffer instead of the incoming tensors, which would fragment the heap and keep memory from being freed.
         self._buffer: Tensor | None = None  # (capacity, d); the first `held` rows count
-        self._held: list[Marks] = []  # of the held rows, in step with them
+        self._held: list[Marks] = []  # of the held rows, in the same order
         self._released: list[Marks] = []
         self._dropped: list[Marks] = []
         self.held = 0  # rows held back now
@@ -145,28 +147,28 @@ class OnePass:
         return self.norms_outside(None)
 
     def norms_outside(self, group: int | None) -> Tensor:
-        """The norms of every token seen, or of those outside one group."""
+        """The norms of all tokens seen, or of those outside one group."""
         seen = self._seen()
         return seen.norms if group is None else seen.norms[seen.groups != group]
 
     @property
     def groups(self) -> list[int]:
-        """The groups of which there are tokens, in order."""
+        """The groups that have tokens, sorted."""
         return self._seen().groups.unique().tolist()
 
     def released(self, group: int) -> int:
-        """How many tokens of a group were released."""
+        """How many tokens of a group have been released."""
         return sum(int((marks.groups == group).sum()) for marks in self._released)
 
     def count(self, without: int | None = None) -> int:
-        """How many tokens were seen, in all or outside one group."""
+        """How many tokens were seen, in total or outside one group."""
         return len(self.norms_outside(without))
 
-    @torch.inference_mode(False)  # the buffer outlives it
+    @torch.inference_mode(False)  # the buffer outlives inference mode
     def push(self, rows: Tensor, norms: Tensor, groups: Tensor | None = None) -> Released | None:
-        """Take rows (n, d), their norms (n,), float32, and groups (n,), uint8, both on the CPU.
+        """Add rows (n, d) with their norms (n,), float32, and groups (n,), uint8, both on the CPU.
 
-        groups: of each row's sample, all 0 if None. Returns the rows that may be counted now, or None.
+        groups: the group of each row's sample, all 0 if None. Returns the rows that may be counted now, or None.
         """
         marks = Marks(norms, torch.zeros(len(norms), dtype=torch.uint8, device="cpu") if groups is None else groups)
         if self.limits is not None:
@@ -183,10 +185,9 @@ class OnePass:
         return None
 
     def decide(self, without: int | None = None, limits: Limits | None = None) -> Decision:
-        """Apply the rule to everything seen, or to all but one group; the stream stays as it is. Needs 2 tokens.
+        """Apply the rule to everything seen, or to all but one group; does not change the stream. Needs 2 tokens.
 
-        limits: these, in place of those given from outside, or of those of the norms seen (without a group, the
-        others').
+        limits: override the given limits, or those computed from the norms seen (outside the group).
         """
         seen, held, released = self._seen(), Marks.cat(self._held), Marks.cat(self._released)
         others = torch.ones(len(held.norms), dtype=torch.bool, device="cpu")
@@ -204,7 +205,7 @@ class OnePass:
 
     @torch.inference_mode(False)
     def merge(self, other: OnePass) -> None:
-        """Take over what another stream of the same layer and modality holds; may exceed `hold` until the next push."""
+        """Add the tokens of another stream of the same layer and modality; may exceed `hold` until the next push."""
         for name in ("_held", "_released", "_dropped"):
             getattr(self, name).extend(getattr(other, name))
         self._append(other._rows())
@@ -215,8 +216,8 @@ class OnePass:
         self._buffer = None if self._buffer is None else self._rows().to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: `held` (h, d); norms and groups as `held_norms`, `held_groups` (h,), and so with `released`
-        and `dropped`; `limits` (2,) or (0,).
+        """Plain tensors: `held` (h, d), its norms and groups as `held_norms` and `held_groups` (h,), likewise for
+        `released` and `dropped`; `limits` (2,) or (0,).
         """
         limits = torch.tensor(self.limits or (), dtype=torch.float64, device="cpu")
         state = {"held": self._rows().clone(), "limits": limits}
@@ -227,8 +228,8 @@ class OnePass:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a state that `state_dict` gave; goes on with the same bits. ValueError, and nothing changes, if it
-        is another's or was tampered with.
+        """Restore a `state_dict`; continuing from it is bit-identical. For an invalid state, ValueError, and nothing
+        changes.
         """
         _check_state(state, self.hidden_size, self.dtype)
         self._buffer = state["held"].clone() if len(state["held"]) else None
@@ -242,23 +243,23 @@ class OnePass:
         return Marks.cat([*self._released, *self._held, *self._dropped])
 
     def _release(self, rows: Tensor, marks: Marks) -> Released:
-        """Takes in rows that are too many for the buffer and gives out the least extreme of all."""
+        """Add rows that overflow the buffer; returns the least extreme of all."""
         marks = Marks.cat([*self._held, marks])
         if self.limits is None:
             center = torch.cat([*(part.norms for part in self._released), marks.norms]).median().item()
         else:
             center = self.limits.center
-        # Stable, so that equal norms are released in the order they came in, on every machine.
+        # Stable, so that equal norms are released in order of arrival on every platform.
         order = torch.argsort((marks.norms.double() - center).abs(), stable=True)
         released = torch.ones(len(order), dtype=torch.bool, device="cpu")
-        if self.limits != KEEP_ALL:  # under given limits too: `decide` may be asked for narrower ones
+        if self.limits != KEEP_ALL:  # even under given limits, as `decide` may use narrower ones
             released[order[len(order) - self.hold // 2 :]] = False
         parts, split = (self._rows() if self.held else rows[:0], rows), (self.held, len(rows))
         out, stay = (
             [_take(part, mask) for part, mask in zip(parts, which.split(split), strict=True)]
             for which in (released, ~released)
         )
-        if self.held > self.hold:  # merged: a buffer of `hold` rows is enough again
+        if self.held > self.hold:  # grown by a merge: shrink back to `hold` rows
             self._buffer = None
         self.held = 0
         for part in stay:
@@ -273,7 +274,7 @@ class OnePass:
         return self._buffer[: self.held]
 
     def _append(self, rows: Tensor) -> None:
-        """Copy rows behind those that are held; a full buffer doubles, up to `hold` rows."""
+        """Append rows to the buffer; a full buffer doubles, up to `hold` rows."""
         total, capacity = self.held + len(rows), 0 if self._buffer is None else len(self._buffer)
         if total > capacity:
             buffer = rows.new_empty(max(total, min(2 * capacity, self.hold)), self.hidden_size)
@@ -287,7 +288,7 @@ class OnePass:
 def _check_state(state: dict[str, Tensor], hidden_size: int, dtype: torch.dtype) -> None:
     expected = {"held", "limits", *(f"{name}_{kind}" for name in _MARKS for kind in Marks._fields)}
     if set(state) != expected:
-        raise ValueError(f"state: takes the keys {sorted(expected)}, got {sorted(state)}")
+        raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "held": (dtype, (state["held_norms"].numel(), hidden_size))
     }
@@ -298,16 +299,16 @@ def _check_state(state: dict[str, Tensor], hidden_size: int, dtype: torch.dtype)
     for name, (kind, shape) in layout.items():
         got = (state[name].dtype, tuple(state[name].shape))
         if got != (kind, shape):
-            raise ValueError(f"{name}: takes {kind} of shape {shape}, got {got[0]} of shape {got[1]}")
+            raise ValueError(f"{name}: expected {kind} of shape {shape}, got {got[0]} of shape {got[1]}")
     for name in ("held", *(f"{name}_norms" for name in _MARKS)):
         if not bool(torch.isfinite(state[name]).all()) or (name != "held" and bool((state[name] < 0).any())):
-            raise ValueError(f"{name}: takes {'finite rows' if name == 'held' else 'norms'}, got values that are none")
+            raise ValueError(f"{name}: expected {'finite rows' if name == 'held' else 'finite norms >= 0'}")
     if len(state["limits"]) and not (state["limits"][0].isfinite() and state["limits"][1] >= 0):
-        raise ValueError(f"limits: takes a finite center and a radius, got {state['limits'].tolist()}")
+        raise ValueError(f"limits: expected a finite center and a radius >= 0, got {state['limits'].tolist()}")
 
 
 def _remember(parts: list[Marks], marks: Marks) -> None:
-    """Appends, and joins parts of like size: one small tensor for each release would pin the heap between them."""
+    """Append, joining parts of similar size: many small tensors would fragment the heap."""
     parts.append(marks)
     while len(parts) > 1 and len(parts[-2].norms) <= 2 * len(parts[-1].norms):
         last = parts.pop()
@@ -315,5 +316,5 @@ def _remember(parts: list[Marks], marks: Marks) -> None:
 
 
 def _take(rows: Tensor, mask: Tensor) -> Tensor:
-    # By index: indexing with a mask would wait for the device to count it.
+    # By index: indexing with a mask would synchronise with the device.
     return rows.index_select(0, sent(mask.nonzero().flatten(), rows.device))

@@ -1,4 +1,4 @@
-"""Samples that share a row: where the tokens of each lie, and the same tokens with a row for every sample."""
+"""Samples packed into shared rows: the position of their tokens, and conversion to one row per sample."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class PackedStates(list[Tensor]):
-    """Hidden states of decoder layers 1..K, (B, T, d) each, in whose rows several samples lie.
+    """Hidden states of decoder layers 1..K, (B, T, d) each, with several samples per row.
 
-    sample_ids: (B, T), the number of each token's sample in its row; negative where a token is in none. Slices, copies
-    and sums have it too; a list that a comprehension makes of the states has not.
+    sample_ids: (B, T), the number of each token's sample within its row; negative for tokens in no sample. Slices,
+    copies and sums keep it; a list comprehension over the states loses it.
     """
 
     def __init__(self, states: Iterable[Tensor], sample_ids: Tensor) -> None:
@@ -44,17 +44,17 @@ class PackedStates(list[Tensor]):
 
 
 def ids_of(hidden_states: Sequence[Tensor], sample_ids: Array | None) -> Array | None:
-    """The caller's sample numbers, else those that the hidden states bring along."""
+    """The caller's sample numbers, else those of the hidden states, if any."""
     if sample_ids is None and isinstance(hidden_states, PackedStates):
         return hidden_states.sample_ids
     return sample_ids
 
 
 class Packing:
-    """Tokens (B, T), numbered row after row, and the same tokens as S samples of L tokens at most; on the CPU.
+    """Mapping between tokens (B, T), numbered row by row, and S samples of at most L tokens; on the CPU.
 
-    places: (S, L) int64, the token's number, -1 behind a sample's end.  sample, position: (B, T) int64, of each token,
-    -1 where it is in none.  Samples are in the order of their numbers, row after row.
+    places: (S, L) int64, token numbers, -1 past a sample's end.  sample, position: (B, T) int64, the sample of each
+    token and its position in it, -1 for tokens in no sample.  Samples are sorted by row, then by their numbers.
     """
 
     def __init__(self, sample_ids: Array, shape: tuple[int, ...]) -> None:
@@ -62,9 +62,9 @@ class Packing:
             sample_ids = _checks.tensor("sample_ids", sample_ids)
         if not isinstance(sample_ids, Tensor) or tuple(sample_ids.shape) != shape:
             got = tuple(sample_ids.shape) if isinstance(sample_ids, Tensor) else type(sample_ids).__name__
-            raise ValueError(f"sample_ids: takes one number per token, shape {shape}, got {got}")
+            raise ValueError(f"sample_ids: expected one number per token, shape {shape}, got {got}")
         if sample_ids.is_floating_point() or sample_ids.is_complex():
-            raise TypeError(f"sample_ids: takes whole numbers, got {sample_ids.dtype}")
+            raise TypeError(f"sample_ids: expected whole numbers, got {sample_ids.dtype}")
         ids = sample_ids.detach().to("cpu", torch.int64)
         flat, rows = ids.flatten(), torch.arange(ids.numel(), dtype=torch.int64, device="cpu") // ids.shape[-1]
         token = (flat >= 0).nonzero().flatten()
@@ -84,14 +84,14 @@ class Packing:
         return len(self.places)
 
     def unpacked(self, x: Tensor) -> Tensor:
-        """(B, T, ...) -> (S, L, ...), zero behind each sample's end."""
+        """(B, T, ...) -> (S, L, ...), zero past each sample's end."""
         lead = self.sample.dim()
         places = self.places.to(x.device)
         rows = x.flatten(0, lead - 1)[places.clamp(min=0)]
         return rows.masked_fill_((places < 0).view(*places.shape, *([1] * (x.dim() - lead))), 0)
 
     def packed(self, x: Tensor) -> Tensor:
-        """(K, S, L) -> (K, B, T), zero at the tokens that are in no sample."""
+        """(K, S, L) -> (K, B, T), zero for tokens in no sample."""
         inside = self.places >= 0
         out = x.new_zeros((len(x), self.sample.numel()))
         out[:, self.places[inside]] = x[:, inside]

@@ -1,6 +1,6 @@
-"""What is proved of the terms of a layer's distance (Eq. 3): intervals that hold for the features as they are.
+"""Certified bounds on the terms of a layer's distance (Eq. 3).
 
-Of a stream that no longer has its features, for its means and covariances as accumulated.
+They hold for the exact features if these are in memory, and for the accumulated means and covariances of a stream.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from mir_kernels.ops.sqrtm import float64
 from mir_kernels.ops.sqrtm.rounding import MARGIN, gamma
 from modality_integration.metric.result import LayerTerms
 
-_LARGEST_ALPHA = 2.0**400  # above it squares of the tokens may have underflown in their norms
+_LARGEST_ALPHA = 2.0**400  # above it, squares of tokens may have underflowed in their norms
 
 
 class ProvedSide(NamedTuple):
-    """One modality: its means and deviations, and its covariance unless tokens are few, each between bounds.
+    """One modality: its means and deviations, and its covariance unless there are few tokens, all with bounds.
 
-    accumulated: they are those of a stream, whose covariance may be indefinite by rounding.
+    accumulated: they come from a stream, whose covariance may be indefinite by rounding.
     """
 
     marginals: Marginals
@@ -50,38 +50,38 @@ class ProvedRoot(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """alpha (Eq. 2) lies between `least` and `most`."""
+    """Bounds on alpha (Eq. 2)."""
 
     least: float
     most: float
 
 
 def of_features(features: Tensor, short: bool) -> ProvedSide:
-    """short: without the covariance."""
+    """Bounds for features. short: omit the covariance."""
     centred = centre(features)
     return ProvedSide(marginals_of(centred), None if short else covariance(features, centred), accumulated=False)
 
 
 def of_moments(mean: Tensor, matrix: Tensor) -> ProvedSide:
-    """Of a mean (d,) and a covariance (d, d) that are taken as they are."""
+    """Bounds for a mean (d,) and a covariance (d, d), treated as exact."""
     return ProvedSide(exact_marginals(mean, matrix.diagonal()), exactly(matrix), accumulated=True)
 
 
 def means_and_variances(side: ProvedSide) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean as coarse + fine, and variances, in the middle of what is proved: (d,) each."""
+    """The mean as coarse + fine, and the variances at the midpoint of their bounds: (d,) each."""
     marginals = side.marginals
     coarse, fine, middle = (
         float64.times_power(entry, marginals.exponent)
         for entry in (marginals.coarse, marginals.fine, marginals.lower / 2 + marginals.upper / 2)
     )
-    if side.covariance is not None and not side.accumulated:  # the root is taken of this matrix
+    if side.covariance is not None and not side.accumulated:  # consistent with the root, computed from this matrix
         diagonal = side.covariance.matrix.diagonal()
         return coarse, fine, float64.times_power(diagonal, 2 * side.covariance.exponent)
     return coarse, fine, middle.square()
 
 
 def scale_of(alpha: float, roundings: int | None) -> Scale:
-    """roundings: in the sum of norms that alpha is the inverse mean of; None where it is 1 by definition."""
+    """Bounds on alpha, the inverse mean norm. roundings: in its sum of norms; None if alpha is 1 by definition."""
     if roundings is None:
         return Scale(alpha, alpha)
     if not alpha < _LARGEST_ALPHA:
@@ -91,10 +91,10 @@ def scale_of(alpha: float, roundings: int | None) -> Scale:
 
 
 def proved_root(sides: tuple[ProvedSide, ProvedSide], value: Tensor, lower: Tensor, upper: Tensor) -> ProvedRoot:
-    """From what `trace_sqrt_product` proves of the sides' matrices.
+    """The certified root, from the bounds of `trace_sqrt_product` for the sides' matrices.
 
-    Where rounding left an accumulated one indefinite, its positive part is meant, whose trace is larger than its own: a
-    lower end of the root gives an upper one of the distance.
+    If rounding made an accumulated matrix indefinite, bounds refer to its positive semi-definite part, whose trace is
+    larger. The difference is subtracted from the lower bound of the root, which yields the upper bound of the distance.
     """
     vision, text = (side.covariance for side in sides)
     assert vision is not None and text is not None  # noqa: PT018
@@ -108,7 +108,7 @@ def proved_root(sides: tuple[ProvedSide, ProvedSide], value: Tensor, lower: Tens
 
 
 def prove(terms: LayerTerms, sides: tuple[ProvedSide, ProvedSide], root: ProvedRoot, scale: Scale) -> None:
-    """Puts the bounds into `terms`, and its values between them."""
+    """Set the bounds in `terms` and clamp its values to them."""
     vision, text = (side.marginals for side in sides)
     mean = mean_term(vision, text)
     terms.mean_lower, terms.mean_upper = _ends(mean, scale)
@@ -117,16 +117,16 @@ def prove(terms: LayerTerms, sides: tuple[ProvedSide, ProvedSide], root: ProvedR
     terms.trace_vision, terms.trace_text = (
         _between(value, *ends) for value, ends in zip((terms.trace_vision, terms.trace_text), traces, strict=True)
     )
-    # Below 0 it stands for a trace that is larger than its own matrix's.
+    # It is negative if it includes the larger trace of a positive semi-definite part.
     lower = _scaled(root.lower, root.exponent, scale.most if root.lower < 0 else scale.least, -math.inf)
     upper = _scaled(root.upper, root.exponent, scale.most, math.inf)
     if any(side.accumulated for side in sides):
-        terms.deviations = 0.0  # such covariances need not be semi-definite
+        terms.deviations = 0.0  # accumulated covariances need not be semi-definite
     else:
         terms.deviations = _ends(deviation_term(vision, text), scale)[0]
         most, exponent = largest_root(vision, text)
         upper = min(upper, _scaled(most.item(), exponent.item(), scale.most, math.inf))
-    # What the traces are off by goes into the root's: what counts is the traces less twice the root.
+    # Fold the errors of the traces into the root's bounds: only the traces minus twice the root matter.
     below = (terms.trace_vision - traces[0][0]) + (terms.trace_text - traces[1][0])
     above = (traces[0][1] - terms.trace_vision) + (traces[1][1] - terms.trace_text)
     terms.root_lower = math.nextafter(lower - 0.5 * MARGIN * above, -math.inf)
@@ -139,7 +139,7 @@ def _between(value: float, lower: float, upper: float) -> float:
 
 
 def _ends(term: Term, scale: Scale) -> tuple[float, float]:
-    """Of a term times the square of alpha."""
+    """Bounds of a term times alpha^2."""
     lower, upper, exponent = term.lower.item(), term.upper.item(), term.exponent.item()
     return max(_scaled(lower, exponent, scale.least, -math.inf), 0.0), _scaled(upper, exponent, scale.most, math.inf)
 
@@ -153,6 +153,6 @@ def _scaled(entry: float, exponent: float, alpha: float, towards: float) -> floa
         product = math.ldexp(entry * mantissa * mantissa, int(exponent) + 2 * power)
     except OverflowError:
         product = math.copysign(math.inf, entry)
-    for _ in range(4):  # two products, and the last place of a number below the normal range
+    for _ in range(4):  # two products, and possible rounding of a subnormal result
         product = math.nextafter(product, towards)
     return product

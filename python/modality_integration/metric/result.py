@@ -1,4 +1,4 @@
-"""`MIRResult`: the value of MIR, its terms layer by layer, standard errors and bounds."""
+"""`MIRResult`: the value of MIR, its terms per layer, standard errors and bounds."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class LayerTerms:
     """The terms of one layer's Fréchet distance (Eq. 3), after scaling by alpha.
 
     mean: |mu_v - mu_t|^2; trace_vision, trace_text: Tr Sigma; trace_root: Tr((Sigma_v Sigma_t)^(1/2)).
-    Where bounds were asked for, mean_lower <= |mu_v - mu_t|^2 <= mean_upper, and root_lower <= Tr(...) <= root_upper
-    with what the traces as given here are off by in them; None otherwise.
-    deviations: at most sum_i (sigma_vi - sigma_ti)^2 over the coordinates, which Tr(Sigma_v + Sigma_t) less twice the
-    root is no less than; 0 where it is not known that both Sigma, of a stream, are semi-definite.
+    With bounds, mean_lower <= |mu_v - mu_t|^2 <= mean_upper and root_lower <= Tr(...) <= root_upper; the root's bounds
+    include the errors of the traces given here. None without bounds.
+    deviations: a lower bound on sum_i (sigma_vi - sigma_ti)^2 over the coordinates, which is itself a lower bound on
+    Tr(Sigma_v + Sigma_t) - 2 Tr(...); 0 if both Sigma are not known to be semi-definite, as in a stream.
     """
 
     mean: float
@@ -53,8 +53,8 @@ class LayerTerms:
     def distance(self) -> float:
         """mean + trace_vision + trace_text - 2 trace_root.
 
-        Never less than the mean's term: what the covariances add is no less than `deviations`, nor than 0, and below
-        what float64 resolves of it that is what is known.
+        Never less than the mean term: the covariance part is at least `deviations` and at least 0, and is set to that
+        if float64 cannot resolve it.
         """
         traces = self.trace_vision + self.trace_text
         covariances = traces - 2.0 * self.trace_root
@@ -64,7 +64,7 @@ class LayerTerms:
 
     @property
     def lower(self) -> float | None:
-        """A lower bound of the distance: of the mean's term, and what the covariances add; rounded outward."""
+        """A lower bound of the distance, from those of the mean term and the covariance part; rounded outward."""
         if self.root_upper is None:
             return None
         mean = self.mean if self.mean_lower is None else self.mean_lower
@@ -73,14 +73,14 @@ class LayerTerms:
 
     @property
     def upper(self) -> float | None:
-        """An upper bound of the distance, likewise."""
+        """An upper bound of the distance, rounded outward."""
         if self.root_lower is None:
             return None
         mean = self.mean if self.mean_upper is None else self.mean_upper
         return math.nextafter(mean + max(self._covariances(self.root_lower, 1.0), 0.0), math.inf)
 
     def _covariances(self, root: float, outward: float) -> float:
-        """The traces less twice a root, with the rounding of these three operations."""
+        """The traces minus twice a root, plus or minus the rounding of these three operations."""
         traces = self.trace_vision + self.trace_text
         return traces - 2.0 * root + outward * 2.0**-50 * (traces + 2.0 * abs(root))
 
@@ -89,25 +89,25 @@ class LayerTerms:
 class MIRResult(ByValue):
     """The Modality Integration Rate (Eq. 3): log10 of the sum over layers of the Fréchet distances.
 
-    It does what a number does, by `value`: float, round, int, abs, <, <=, > and >=, arithmetic with numbers and
-    results, formats (`f"{result:.3f}"`), `np.asarray(results)`, min, max, sorted. Results are equal where every field
-    agrees; a number is equal to a result of that value. What is computed here is a `MIRTensor`, which is a torch.Tensor
-    as well, and gives tensors in arithmetic where this gives floats; what is read from JSON needs no torch.
+    Behaves like the number `value`: float, round, int, abs, <, <=, > and >=, arithmetic with numbers and results,
+    formatting (`f"{result:.3f}"`), `np.asarray(results)`, min, max, sorted. Results are equal if every field agrees; a
+    number equals a result of that value. Computed results are `MIRTensor`s, which are also torch.Tensors and return
+    tensors from arithmetic instead of floats; results read from JSON need no torch.
 
-    Every list has one entry per layer, in order; {"vision": [...], "text": [...]} is a count of tokens.
+    Every list has one entry per layer, in order; {"vision": [...], "text": [...]} are token counts.
 
-    terms: the distance's terms. alpha: the text-centric scale (Eq. 2), 1 without normalisation.
-    kept, removed: tokens counted, and tokens that the outlier rule left out (with outliers="median": replaced).
-    outliers, normalize: the settings. notes: sentences on anything that was not exact or not ordinary; empty when all
-    is well. missed: tokens among those kept that the rule would have left out, had the stream not passed already; 0 is
-    exact. left_out: the layer's distance with each group of samples left out, for the standard error; None without.
-    sinks: the setting. massive: counts of tokens of massive activation in that layer among those kept; with
-    sinks="leave out", among those left out as sinks. sink_positions: {"vision": {position: count}, "text": ...}, where
-    in their sequences how many sinks stand, most first; empty where there are none or positions are not known.
-    without_sinks: the layer's distance without any sink; None where there are none, where they are left out already,
-    or where it is not known.
-    settings: what else the value depends on, as `mir compute` writes it (model, data, prompt): by name a word, number,
-    True, False or None; may be empty.
+    terms: the terms of the distance. alpha: the text-centric scale (Eq. 2), 1 without normalisation.
+    kept, removed: tokens counted, and tokens removed by the outlier rule (with outliers="median": replaced).
+    outliers, normalize: the settings. notes: sentences on anything inexact or unusual; normally empty.
+    missed: kept tokens that the rule would have removed had they not been counted already; 0 means exact.
+    left_out: the layer's distances with each group of samples left out, for the standard error; None without groups.
+    sinks: the setting. massive: kept tokens of massive activation in the layer; with sinks="leave out", tokens left out
+    as sinks. sink_positions: {"vision": {position: count}, "text": ...}, the number of sinks at each sequence position,
+    largest count first; empty if there are none or positions are unknown.
+    without_sinks: the layer's distance without sinks; None if there are none, if they are left out already, or if it is
+    unknown.
+    settings: other settings that the value depends on, as written by `mir compute` (model, data, prompt): strings,
+    numbers, True, False or None by name; may be empty.
 
     As JSON, version 5: {"schema": "modality-integration-rate", "version": 5, "mir": number, "error", "lower", "upper",
     "mir_without_sinks": number or null, "outliers": "remove" | "median" | "none", "normalize": bool, "sinks":
@@ -116,9 +116,9 @@ class MIRResult(ByValue):
     "trace_root", "deviations": number, "error", "mean_lower", "mean_upper", "root_lower", "root_upper",
     "without_sinks": number or null, "kept": {"vision": int, "text": int}, "removed", "missed", "massive": likewise,
     "left_out": [number] or null}]}.
-    A number that is not finite is the string "inf" or "-inf". "mir", "error", "lower", "upper", "mir_without_sinks" and
-    "distance" follow from the rest and are written for readers. Readers refuse any other version; a new version is one
-    whose keys change.
+    Non-finite numbers are the strings "inf" and "-inf". "mir", "error", "lower", "upper", "mir_without_sinks" and
+    "distance" are derived from the rest, for convenience. Readers reject any other version; the version changes
+    whenever the keys do.
     """
 
     terms: list[LayerTerms]
@@ -143,7 +143,7 @@ class MIRResult(ByValue):
 
     @property
     def groups(self) -> int:
-        """How many groups of samples the standard error is of; 0 without."""
+        """The number of groups of samples behind the standard error; 0 if there is none."""
         return len(self.left_out[0]) if self.left_out else 0
 
     @property
@@ -153,13 +153,13 @@ class MIRResult(ByValue):
 
     @property
     def value(self) -> float:
-        """MIR; -inf where every layer's distance is 0."""
+        """MIR; -inf if every layer's distance is 0."""
         return mir_value(self.per_layer)
 
     @property
     def error(self) -> float | None:
-        """Standard error of `value` over the choice of samples (see `jackknife`); None without groups of samples, or
-        where it is not finite.
+        """Standard error of `value` over the choice of samples (see `jackknife`); None without groups of samples, or if
+        it is not finite.
         """
         return None if self.left_out is None else finite_jackknife(self.left_out_values)
 
@@ -170,32 +170,32 @@ class MIRResult(ByValue):
 
     @property
     def layer_errors(self) -> list[float] | None:
-        """The standard error of each layer's distance, as `error`."""
+        """The standard error of each layer's distance; None without groups."""
         return None if self.left_out is None else [jackknife(distances) for distances in self.left_out]
 
     @property
     def lower(self) -> float | None:
-        """MIR is at least this; None unless bounds were asked for.
+        """Certified lower bound of MIR; None unless bounds were requested.
 
-        Of features in memory as they are; of a stream, of its means, covariances and norms as accumulated.
+        It holds for the exact features in memory, or for a stream's means, covariances and norms as accumulated.
         """
         bounds = [terms.lower for terms in self.terms]
         return None if None in bounds else _outward(bounds, -math.inf)  # type: ignore[arg-type]
 
     @property
     def upper(self) -> float | None:
-        """MIR is at most this, as `lower`."""
+        """Certified upper bound of MIR; see `lower`."""
         bounds = [terms.upper for terms in self.terms]
         return None if None in bounds else _outward(bounds, math.inf)  # type: ignore[arg-type]
 
     @property
     def value_without_sinks(self) -> float | None:
-        """MIR without attention sinks, as sinks="leave out" has it; None as `without_sinks`."""
+        """MIR without attention sinks, as with sinks="leave out"; None if `without_sinks` is None."""
         return None if self.without_sinks is None else mir_value(self.without_sinks)
 
     @property
     def total_missed(self) -> int:
-        """`missed` over all layers and both modalities; 0 is exact."""
+        """Sum of `missed` over all layers and both modalities; 0 means exact."""
         return sum(map(sum, self.missed.values()))
 
     def __eq__(self, other: object) -> bool:
@@ -222,7 +222,7 @@ class MIRResult(ByValue):
         return "\n".join([text, *(f"note: {note}" for note in self.notes)])
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The result as JSON (see the class), written to `path` if one is given: whole, or not at all."""
+        """The result as JSON (see the class), written atomically to `path` if one is given."""
         layers = []
         errors = self.layer_errors
         for index, terms in enumerate(self.terms):
@@ -253,7 +253,7 @@ class MIRResult(ByValue):
 
     @classmethod
     def from_json(cls, source: str | Path) -> MIRResult:
-        """Read what `to_json` wrote: a path, or the JSON text itself. ValueError if it is something else."""
+        """Read a result written by `to_json`, from a path or from the JSON text. ValueError for anything else."""
         document, name = result_json.parse(source)
         try:
             fields = result_json.fields(document)
@@ -267,16 +267,16 @@ class MIRResult(ByValue):
                 result.value_without_sinks,
             )
             if any(value is not None and math.isnan(value) for value in derived):
-                raise ValueError("layers: their terms do not add up to a number")
+                raise ValueError("layers: the derived values include NaN")
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{name} is an incomplete MIR result: {error!r}") from error
         return result
 
     def table(self) -> Table:
-        """A rich table: one row per layer with its distance and terms (Eq. 3), tokens kept and out; MIR at the foot.
+        """A rich table: one row per layer with its distance, terms (Eq. 3) and token counts; MIR in the footer.
 
-        Where attention sinks count, the distances without them are the last column. A narrow console leaves columns out
-        and says which; `to_json` has them all.
+        If attention sinks count, the last column has the distances without them. On a narrow console, columns are
+        dropped and named below the table; `to_json` has them all.
         """
         names = ("distance", "mean", "Tr v", "Tr t", "Tr root", "alpha", *(f"{m} -out" for m in MODALITIES))
         columns: dict[str, list[str]] = {name: [] for name in names}
@@ -300,29 +300,29 @@ class MIRResult(ByValue):
     def plot(self, path: None = None, ax: Axes | None = None) -> tuple[Figure, Axes]: ...
 
     def plot(self, path: str | Path | None = None, ax: Axes | None = None) -> Path | tuple[Figure, Axes]:
-        """Draw the distance of each layer with its standard error, as the right of the paper's Figure 2.
+        """Draw the distance of each layer with its standard error, as in Figure 2 (right) of the paper.
 
-        Where attention sinks count, the distance without them is a thin second line. path: an image file, whose suffix
-        is the format (.pdf, .svg, .png and more; ValueError for another); gives it. Without: gives matplotlib's figure
-        and axes. ax: the axes to draw into.
+        If attention sinks count, the distance without them is a thin second line. path: an image file whose suffix sets
+        the format (.pdf, .svg, .png and more; ValueError for others); returns the file. Without a path, returns
+        matplotlib's figure and axes. ax: the axes to draw into.
         """
         curves = {figures.mir_label(self): self}
         if path is None:
             return figures.layer_figure(curves, ax)
         if ax is not None:
-            raise ValueError("plot: takes path or ax, got both")
+            raise ValueError("plot: expected either path or ax, got both")
         return figures.layer_curves(curves, path)
 
 
 def mir_value(distances: Iterable[float]) -> float:
-    """log10 of the sum of the layers' distances (Eq. 3); -inf where all are 0."""
+    """log10 of the sum of the layers' distances (Eq. 3); -inf if all are 0."""
     total = math.fsum(distances)
     return math.log10(total) if total > 0.0 else -math.inf
 
 
 def _outward(distances: Iterable[float], towards: float) -> float:
     """`mir_value`, rounded towards -inf or inf."""
-    # The sum is rounded once, and where it is next to 1 its logarithm is far smaller than that. log10 itself is right
-    # to a unit in the last place, or to two.
+    # The sum is rounded outward first: near 1, its rounding is much larger than a unit in the last place of its
+    # logarithm. log10 itself is accurate to one or two units in the last place.
     value = mir_value([math.nextafter(math.fsum(distances), towards)])
     return math.nextafter(math.nextafter(value, towards), towards)

@@ -1,10 +1,10 @@
-"""MIR of hidden states saved to files, one layer at a time: memory for one layer's accumulators and one tensor.
+"""MIR of hidden states saved to files, one layer at a time: needs memory for one layer's accumulators and one tensor.
 
-Layout of a file (safetensors), one per forward pass or batch:
+File layout (safetensors), one file per forward pass or batch:
 
-    layer.1 ... layer.K   (T, d) or (B, T, d), f32/bf16/f16/f64: the output of each decoder layer, embeddings left out
+    layer.1 ... layer.K   (T, d) or (B, T, d), f32/bf16/f16/f64: the output of each decoder layer, without embeddings
     vision_mask           (T,) or (B, T), bool or uint8: the vision tokens
-    text_mask             likewise: the text tokens; a token is in neither (prompt, padding) or in one of the two
+    text_mask             likewise: the text tokens; a token is in at most one mask (prompt and padding are in neither)
 
 `save_states` writes it. Any number of files form one sample set; they share K, d and the dtype of each layer.
 """
@@ -50,7 +50,7 @@ def save_states(
 ) -> None:
     """Write the hidden states of decoder layers 1..K and the token roles in the layout above.
 
-    Arguments and errors are those of `ModalityIntegrationRate.update`; packed samples are written a row each.
+    Arguments and errors are those of `ModalityIntegrationRate.update`; packed samples are written as one row each.
     """
     states = checked_hidden_states(hidden_states)
     lead = tuple(states[0].shape[:-1])
@@ -80,30 +80,30 @@ def mir_of_states(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda layer, layers: None,
 ) -> MIRResult:
-    """MIR of all tokens in `paths`; the arguments are those of `ModalityIntegrationRate`, or "median" as of `mir`.
+    """MIR of all tokens in `paths`; arguments as for `ModalityIntegrationRate`, plus outliers="median" as for `mir`.
 
-    Every file is read through once for its attention sinks, which are told by all layers, then once a layer, and again
-    for a layer where the outlier limits moved while it was read, so the outlier rule is always exact.
-    outliers="median" needs the column medians and holds one layer's features; it takes no groups. groups: each (T, d),
-    and each row of a (B, T, d), is one sample.
+    Every file is read completely once to find attention sinks, which depend on all layers, and then once per layer. A
+    layer is read again if its outlier limits moved during reading, so the outlier rule is always exact.
+    outliers="median" needs the column medians, so it holds one layer's features in memory; it does not support groups.
+    groups: each (T, d), and each row of a (B, T, d), is one sample.
     device: where the arithmetic runs. progress(layer, layers) is called before each layer, 1..K.
-    A file that is named twice, or holds the very states of another, counts once, and a note says so.
-    Raises ValueError that names the file, the layer and, where one token is at fault, its index.
+    A file that is listed twice, or has the same states as another, counts once, and a note says so.
+    Raises ValueError that names the file, the layer and, if a single token is at fault, its index.
     """
     options = MetricOptions(
         outliers, normalize, bounds, precision, sqrt_precision, hold, backend, groups, sinks
     ).checked()
     if groups and outliers == "median":
         raise ValueError(
-            f'groups: a standard error takes outliers="remove" or "none", got groups={groups} and "median"'
+            f'groups: expected 0 with outliers="median", got {groups}; a standard error requires "remove" or "none"'
         )
     if not paths:
-        raise ValueError("paths: takes at least one file, got none")
+        raise ValueError("paths: expected at least one file, got none")
     states = [_States(Path(path)) for path in paths]
     for other in states[1:]:
         if other.layers != states[0].layers:
             raise ValueError(
-                f"{other.path} has {other.layers} layers, {states[0].path} has {states[0].layers}: all take as many"
+                f"{other.path} has {other.layers} layers, {states[0].path} has {states[0].layers}: all must agree"
             )
     for state in states:
         state.find_sinks(options, torch.device(device))
@@ -119,10 +119,10 @@ def mir_of_states(
 
 
 def _each_once(states: list[_States]) -> tuple[list[_States], list[str]]:
-    """The files without those that hold the states of another, and a note on each of these.
+    """The files without duplicates, and a note on each duplicate.
 
-    Told by the norms of all tokens in all layers. A sample that counts twice weighs double, and is in two groups of the
-    standard error, which takes samples as independent.
+    Files are compared by the norms of all tokens in all layers. A sample counted twice would have double weight and be
+    in two groups of the standard error, which assumes independent samples.
     """
     first: dict[tuple[object, bytes], _States] = {}
     notes = []
@@ -131,14 +131,16 @@ def _each_once(states: list[_States]) -> tuple[list[_States], list[str]]:
         for tensor in (*(state.masks[modality] for modality in MODALITIES), *state.norms):
             hashed.update(tensor.numpy())
         if (other := first.setdefault((state.lead, hashed.digest()), state)) is not state:
-            same = "it was named twice" if state.path.samefile(other.path) else f"it holds the states of {other.path}"
+            same = (
+                "it was listed twice" if state.path.samefile(other.path) else f"it has the same states as {other.path}"
+            )
             notes.append(f"{state.path} counts once: {same}")
     return list(first.values()), notes
 
 
 def _streamed_layer(states: list[_States], layer: int, options: MetricOptions, device: torch.device) -> LayerResult:
     result, accumulator = _pass(states, layer, options, device, None)
-    if sum(result.missed.values()):  # read the layer again, with the limits it ended with
+    if sum(result.missed.values()):  # read the layer again with its final limits
         result, _ = _pass(states, layer, options, device, accumulator.final_limits)
     return result
 
@@ -152,7 +154,7 @@ def _pass(
             accumulator = LayerAccumulator(layer, rows.shape[1], rows.dtype, device, options, limits)
         if (rows.shape[1], rows.dtype) != (accumulator.hidden_size, accumulator.dtype):
             raise ValueError(
-                f"{path}: layer {layer} has d = {rows.shape[1]}, {rows.dtype}; the files before had "
+                f"{path}: layer {layer} has d = {rows.shape[1]}, {rows.dtype}; earlier files had "
                 f"d = {accumulator.hidden_size}, {accumulator.dtype}"
             )
         accumulator.push(modality, rows, norms, groups, marks)
@@ -177,7 +179,7 @@ def _whole_layer(states: list[_States], layer: int, options: MetricOptions, devi
 def _rows(
     states: list[_States], layer: int, options: MetricOptions, device: torch.device
 ) -> Iterator[tuple[Path, str, Tensor, Tensor, Tensor, SinkMarks | None]]:
-    """(file, modality, rows, their norms, the groups of their samples, which are sinks), file by file."""
+    """Yield (file, modality, rows, norms, groups of their samples, sink marks), file by file."""
     samples = 0
     for state in states:
         hidden = state.hidden(layer)
@@ -196,12 +198,12 @@ def _rows(
 
 
 class _States:
-    """One file: the masks, and layers read when asked for."""
+    """One file: its masks, and its layers read on demand."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.norms: list[Tensor] = []  # (tokens,) a layer, once looked through
-        self._massive: Tensor | None = None  # (K, tokens), likewise; None where no token is massive
+        self.norms: list[Tensor] = []  # (tokens,) per layer, set by find_sinks
+        self._massive: Tensor | None = None  # (K, tokens), likewise; None if no token is massive
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -210,8 +212,8 @@ class _States:
                 if names != expected or not self.layers:
                     odd = sorted(names ^ expected) or ["layer.1"]
                     raise ValueError(
-                        f"{path}: takes the tensors layer.1 ... layer.K, vision_mask and text_mask; missing or not "
-                        f"of them: {', '.join(odd[:5])}"
+                        f"{path}: expected the tensors layer.1 ... layer.K, vision_mask and text_mask; missing or "
+                        f"unexpected: {', '.join(odd[:5])}"
                     )
                 self.masks = {m: file.get_tensor(f"{m}_mask") for m in MODALITIES}
                 self.lead = tuple(self.masks["vision"].shape)
@@ -219,19 +221,19 @@ class _States:
                     shape = tuple(file.get_slice(f"layer.{k}").get_shape())
                     if len(shape) not in (2, 3) or shape[:-1] != self.lead or shape[-1] < 1:
                         raise ValueError(
-                            f"{path}: layer.{k} takes (T, d) or (B, T, d) to go with masks {self.lead}, got {shape}"
+                            f"{path}: layer.{k}: expected (T, d) or (B, T, d) to match masks {self.lead}, got {shape}"
                         )
         except SafetensorError as error:
-            raise ValueError(f"{path}: is no readable safetensors file ({error})") from error
+            raise ValueError(f"{path}: is not a readable safetensors file ({error})") from error
         for modality, mask in self.masks.items():
             try:
                 _checks.mask(f"{path}: {modality}_mask", mask, self.lead)
-            except TypeError as error:  # in a file a dtype is a value like any other
+            except TypeError as error:  # for a file, a wrong dtype is a wrong value
                 raise ValueError(str(error)) from error
         self.masks = {modality: mask.bool() for modality, mask in self.masks.items()}
         both = int((self.masks["vision"] & self.masks["text"]).sum())
         if both:
-            raise ValueError(f"{path}: {both} tokens are in vision_mask and in text_mask")
+            raise ValueError(f"{path}: {both} tokens are in both vision_mask and text_mask")
 
     def hidden(self, layer: int) -> Tensor:
         """Layer 1..K as (tokens, d)."""
@@ -246,7 +248,7 @@ class _States:
         return hidden.flatten(0, -2)
 
     def find_sinks(self, options: MetricOptions, device: torch.device) -> None:
-        """Look through all layers for tokens of massive activation."""
+        """Search all layers for tokens of massive activation."""
         self.norms = [
             token_norms(self.hidden(layer).to(device), backend=options.backend).cpu()
             for layer in range(1, self.layers + 1)
@@ -259,13 +261,13 @@ class _States:
         self._massive = None if massive is None else massive.flatten(1)
 
     def marks(self, layer: int, index: Tensor) -> SinkMarks | None:
-        """What `find_sinks` found of the tokens with flat indices `index`; None where the file has no sink."""
+        """The sink marks of the tokens with flat indices `index`; None if the file has no sinks."""
         if self._massive is None:
             return None
         positions = (index % self.lead[-1]).to(torch.int32)
         return SinkMarks(self._massive[:, index].any(0), self._massive[layer - 1, index], positions)
 
     def place(self, index: Tensor, i: int) -> int | tuple[int, ...]:
-        """Where the token with the flat index `index[i]` is in (T,) or (B, T)."""
+        """The index in (T,) or (B, T) of the token with flat index `index[i]`."""
         place = tuple(int(axis) for axis in torch.unravel_index(index[i], self.lead))
         return place[0] if len(place) == 1 else place

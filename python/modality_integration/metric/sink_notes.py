@@ -1,4 +1,4 @@
-"""What a result says of attention sinks: how many, where they stand, and what they make of the value."""
+"""Notes of a result on attention sinks: their number, their positions and their effect on the value."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Protocol
 
 from modality_integration.metric import MODALITIES
 
-FIXED = 0.9  # of the sinks at one position: it is that position's, not the tokens'
+FIXED = 0.9  # share of sinks at one position from which it is named
 
 
 class WithSinks(Protocol):
-    """What the notes are read from: a `MIRResult`."""
+    """The fields that the notes read: a `MIRResult`."""
 
     sinks: str
     massive: dict[str, list[int]]
@@ -32,9 +32,9 @@ class WithSinks(Protocol):
 
 
 def notes_on_sinks(result: WithSinks) -> list[str]:
-    """One sentence a modality that has sinks among the tokens that count, or had, and one on what they do to the value.
+    """One note per modality that has (or had) attention sinks, and one on their effect on the value.
 
-    None where no token of massive activation counts.
+    Empty if there are no tokens of massive activation.
     """
     found = [m for m in MODALITIES if any(result.massive[m])]
     if not found:
@@ -48,15 +48,15 @@ def notes_on_sinks(result: WithSinks) -> list[str]:
         layer = max(range(len(pairs)), key=lambda k: pairs[k][0] - pairs[k][1])
         with_them, without_them = pairs[layer]
         notes.append(
-            f"MIR is {result.value:.4f} with the attention sinks and {without:.4f} without them; they weigh most in "
-            f"layer {layer + 1}, whose distance is {with_them:.4g} with and {without_them:.4g} without. A sink says "
-            'nothing of its image or text: sinks="leave out" leaves them out'
+            f"MIR is {result.value:.4f} with the attention sinks and {without:.4f} without them; their effect is "
+            f"largest in layer {layer + 1}, whose distance is {with_them:.4g} with and {without_them:.4g} without. "
+            'A sink carries no information about its image or text; sinks="leave out" excludes them'
         )
     return notes
 
 
 def image_first(rows: int, of: int) -> str:
-    """What to say where vision tokens stand at the very beginning of `rows` of `of` sequences."""
+    """Warning for vision tokens at the very beginning of `rows` of `of` sequences."""
     where = "every sequence" if rows == of else f"{rows} of {of} sequences"
     return (
         f"the image is the first thing in {where}: most decoders make the first token an attention sink, and MIR then "

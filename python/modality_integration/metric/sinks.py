@@ -1,23 +1,23 @@
-"""Attention sinks among the tokens: which ones they are, and what keeps them apart from the others.
+"""Attention sinks: detection, and separate storage in a stream.
 
-A decoder parks attention that it has no use for on a few tokens, above all on a sequence's first (Xiao et al.,
-Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453; position 0 in more than 98 % of the cases in
-Sun et al., arXiv 2603.05498; background vision tokens in Kang et al., arXiv 2503.03321). Such a token carries a massive
-activation: a few of its channels are orders of magnitude above everything else, nearly the same whatever the input, so
-its state says nothing of an image or a text. A handful of them can make up nearly all of a Fréchet distance.
+A decoder parks unneeded attention on a few tokens, mainly the first of a sequence (Xiao et al., Efficient Streaming
+Language Models with Attention Sinks, arXiv 2309.17453; position 0 in more than 98 % of the cases in Sun et al., arXiv
+2603.05498; background vision tokens in Kang et al., arXiv 2503.03321). Such a token has a massive activation: a few of
+its channels are orders of magnitude above everything else and nearly independent of the input, so its state carries no
+information about an image or a text. A handful of them can make up nearly all of a Fréchet distance.
 
-The rule. In one layer a token is *massive* where its norm exceeds `TIMES` times the median norm of its own sample's
-counted tokens, vision and text together, and `FEW` channels hold at least `SHARE` of its squared norm. Sun et al.
-(Massive Activations in Large Language Models, arXiv 2402.17762) ask for an activation above 100 and 1000 times the
-median magnitude of the hidden state. The median norm stands in for the median magnitude here, because norms are at hand
-and the median of n d numbers a layer is not; in SmolLM2 (d = 576), whose sinks have 20 to 190 times the median norm,
-the two agree. The absolute 100 is left out, because MIR does not change when all features are scaled. Where a modality
-of a sample has such a token, those of its tokens count too that are as concentrated and exceed `NEARBY` times the
-median: an image that stands where a sink would be shares the role out among its first few tokens. Each sample is its
-own measure, so what is massive depends on no other sample, batch, order or process.
+The rule. In one layer, a token is *massive* if its norm exceeds `TIMES` times the median norm of the counted tokens
+of its own sample, vision and text together, and `FEW` channels hold at least `SHARE` of its squared norm. Sun et al.
+(Massive Activations in Large Language Models, arXiv 2402.17762) require an activation above 100 and above 1000 times
+the median magnitude of the hidden state. Here the median norm replaces the median magnitude, because norms are already
+available while the median of n d numbers per layer is not; in SmolLM2 (d = 576), whose sinks have 20 to 190 times the
+median norm, the two agree. The absolute threshold of 100 is dropped, because MIR is invariant to scaling all features.
+If a modality of a sample has such a token, its equally concentrated tokens above `NEARBY` times the median also count:
+an image at the position of a sink spreads that role over its first few tokens. Each sample is judged on its own, so the
+result does not depend on other samples, batch size, order or the number of processes.
 
-A token that is massive in any layer is a *sink*, in every layer: massive activations stay with their tokens from the
-layer where they appear to the last ones, and beyond those (after the final norm) the token is no better a witness.
+A token that is massive in any layer is a *sink* in every layer: massive activations persist from the layer where they
+appear to the last ones, and after those (behind the final norm) the token is no more informative.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ FEW, SHARE = 4, 0.9
 def massive_tokens(
     norms: Tensor, masks: Mapping[str, Tensor], concentrated_at: Callable[[int, Tensor], Tensor]
 ) -> Tensor | None:
-    """Bool (K, ..., T), CPU: which tokens are massive in which layer; None where none is.
+    """Bool (K, ..., T), CPU: which tokens are massive in which layer; None if none are.
 
-    norms: (K, ..., T) of all layers' tokens, on the CPU, samples being rows of T. masks: bool (..., T), the tokens of
-    each modality. concentrated_at(k, places): `concentrated` for layer k's tokens at places (n, ...) of (..., T); few
-    tokens have a norm that large, and only those are looked at again.
+    norms: (K, ..., T) of all layers' tokens, on the CPU; each row of T is one sample. masks: bool (..., T), the tokens
+    of each modality. concentrated_at(k, places): `concentrated` for layer k's tokens at places (n, ...) of (..., T); it
+    is called only for the few tokens with a large norm.
     """
-    if norms.numel() == 0:  # sequences of no token have no median
+    if norms.numel() == 0:  # empty sequences have no median
         return None
     counted = torch.stack(list(masks.values())).any(0)
     median = norms.masked_fill(~counted, torch.nan).nanmedian(dim=-1, keepdim=True).values
@@ -60,7 +60,7 @@ def massive_tokens(
         return None
     places = [candidates[k].nonzero() for k in layers]
     found = [concentrated_at(k, place) for k, place in zip(layers, places, strict=True)]
-    for k, place, of_few in zip(layers, places, found, strict=True):  # once every layer's is under way
+    for k, place, of_few in zip(layers, places, found, strict=True):  # copy to the CPU only after all layers are queued
         candidates[k][tuple(place.unbind(1))] = of_few.cpu()
     for mask in masks.values():
         candidates &= ~mask | _with_large(times * candidates, mask)
@@ -68,16 +68,16 @@ def massive_tokens(
 
 
 def concentrated(rows: Tensor) -> Tensor:
-    """Bool (n,): whether `FEW` channels, d / 8 at most, hold `SHARE` of a row's squared norm. rows: (n, d)."""
+    """Bool (n,): whether `FEW` channels (at most d / 8) hold `SHARE` of a row's squared norm. rows: (n, d)."""
     few = min(FEW, rows.shape[-1] // 8)
     squares = rows.double().square()
     return squares.topk(few, dim=-1).values.sum(-1) >= SHARE * squares.sum(-1) if few else squares.sum(-1) < 0
 
 
 class SinkMarks(NamedTuple):
-    """Of n tokens in one layer: which are sinks and which are massive in this layer, bool; positions int32; (n,), CPU.
+    """For n tokens in one layer: bool (n,) for sinks and for massive tokens in this layer, int32 positions; CPU.
 
-    positions: the token's column in its sequence; (0,) where that is not known.
+    positions: the token's position in its sequence, (n,); (0,) if unknown.
     """
 
     sink: Tensor
@@ -86,26 +86,26 @@ class SinkMarks(NamedTuple):
 
 
 def no_sinks(count: int) -> SinkMarks:
-    """Of `count` tokens none; their positions do not matter."""
+    """Marks of `count` tokens without sinks; positions are arbitrary."""
     none = torch.zeros(count, dtype=torch.bool, device="cpu")
     return SinkMarks(none, none, torch.zeros(count, dtype=torch.int32, device="cpu"))
 
 
 def tally(positions: Tensor) -> dict[int, int]:
-    """How many there are at each position, most first."""
+    """The number of tokens at each position, largest count first."""
     return dict(Counter(positions.tolist()).most_common())
 
 
 def _with_large(times: Tensor, mask: Tensor) -> Tensor:
-    """Bool (..., 1): the samples with a token in the mask, in any layer, above `TIMES` times the median."""
+    """Bool (..., 1): samples with a token in the mask that exceeds `TIMES` times the median in any layer."""
     return ((times > TIMES) & mask).any(0).any(-1, keepdim=True)
 
 
 class SinkTokens:
-    """The sinks of one layer and modality, apart from the other tokens: rows and what is known of them.
+    """The sinks of one layer and modality, stored separately from the other tokens.
 
-    hold: rows kept at most; what comes beyond is not taken in, and only counted in `beyond`. With 0, none is: the sinks
-    are left out, and norms, groups and positions are remembered all the same.
+    hold: maximum number of rows; further sinks are not stored, only counted in `beyond`. With 0, sinks are left out: no
+    rows are stored, but norms, groups and positions are.
     """
 
     _FIELDS = ("norms", "groups", "positions", "massive")
@@ -122,9 +122,9 @@ class SinkTokens:
     def __len__(self) -> int:
         return len(self.norms)
 
-    @torch.inference_mode(False)  # the rows outlive it
+    @torch.inference_mode(False)  # the rows outlive inference mode
     def push(self, rows: Tensor, norms: Tensor, groups: Tensor, marks: SinkMarks) -> Tensor:
-        """Take in the sinks among n tokens. Gives bool (n,), CPU: what was not taken in, for the caller to count."""
+        """Store the sinks among n tokens. Returns bool (n,), CPU: tokens not stored, for the caller to count."""
         index = marks.sink.nonzero().flatten()
         if self.hold:
             taken = index[: max(self.hold - len(self), 0)]
@@ -141,7 +141,7 @@ class SinkTokens:
         return others
 
     def within(self, limits: Limits, without: int | None = None) -> Tensor:
-        """Bool (len,): the sinks within outlier limits, and outside one group."""
+        """Bool (len,): the sinks within the outlier limits and outside one group."""
         keep = limits.keep(self.norms)
         return keep if without is None else keep & (self.groups != without)
 
@@ -150,12 +150,12 @@ class SinkTokens:
         return self.norms if group is None else self.norms[self.groups != group]
 
     def where(self) -> dict[int, int]:
-        """How many there are at each position, most first."""
+        """The number of sinks at each position, largest count first."""
         return tally(self.positions)
 
     def merge(self, other: SinkTokens) -> None:
-        """Take over what another store of the same layer and modality holds; may exceed `hold` afterwards."""
-        if len(other.rows):  # those of a store without any lie on the CPU, wherever the others are
+        """Add the sinks of another store of the same layer and modality; may exceed `hold` afterwards."""
+        if len(other.rows):  # an empty store is on the CPU, whatever the device
             self.rows = torch.cat([self.rows.to(other.rows.device), other.rows])
         for name in self._FIELDS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
@@ -166,16 +166,16 @@ class SinkTokens:
         self.rows = self.rows.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: `held` (h, d), and (n,) each `norms`, `groups`, `positions`, `massive`; `beyond`, a number."""
+        """Plain tensors: `held` (h, d); `norms`, `groups`, `positions`, `massive` (n,) each; `beyond`, a number."""
         state = {name: getattr(self, name) for name in self._FIELDS}
         return {"held": self.rows.clone(), **state, "beyond": number(self.beyond)}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. ValueError, and nothing changes, if it is another's or tampered with."""
+        """Restore a `state_dict`. For an invalid state, ValueError, and nothing changes."""
         expected = {"held", "beyond", *self._FIELDS}
         if set(state) != expected:
-            raise ValueError(f"state: takes the keys {sorted(expected)}, got {sorted(state)}")
+            raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
         count = state["norms"].numel()
         layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             name: (dtype, (count,)) for name, dtype in zip(self._FIELDS, self._DTYPES, strict=True)
@@ -184,12 +184,12 @@ class SinkTokens:
         for name, (dtype, shape) in layout.items():
             got = (state[name].dtype, tuple(state[name].shape))
             if got != (dtype, shape):
-                raise ValueError(f"{name}: takes {dtype} of shape {shape}, got {got[0]} of shape {got[1]}")
+                raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {got[0]} of shape {got[1]}")
         for name in ("norms", "held"):
             if not bool(state[name].isfinite().all()) or (name == "norms" and bool((state[name] < 0).any())):
-                raise ValueError(f"{name}: takes finite numbers and norms, got values that are none")
+                raise ValueError(f"{name}: expected finite numbers, and norms >= 0")
         if bool((state["positions"] < 0).any()) or bool((state["massive"] > 1).any()):
-            raise ValueError("positions, massive: take places of tokens, and 0 or 1")
+            raise ValueError("positions, massive: expected positions >= 0, and 0 or 1")
         beyond = _checks.whole_number("beyond", state["beyond"])
         for name in self._FIELDS:
             setattr(self, name, state[name].cpu().clone())
@@ -197,10 +197,10 @@ class SinkTokens:
 
 
 class ModalityTokens:
-    """The tokens of one modality in one layer of a stream: sinks apart, all others under the one-pass outlier rule.
+    """The tokens of one modality in one layer of a stream: sinks separately, others under the one-pass outlier rule.
 
-    counts_sinks: whether sinks count, as the paper has it; they then take part in the outlier rule, with limits that
-    are those of all norms. hold, limits: as of `OnePass`.
+    counts_sinks: whether sinks count, as in the paper; the outlier rule then applies to them too, with limits from all
+    norms. hold, limits: as for `OnePass`.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class ModalityTokens:
 
     @property
     def limits(self) -> Limits | None:
-        """Those given from outside."""
+        """The limits given on construction."""
         return self.others.limits
 
     @property
@@ -228,20 +228,21 @@ class ModalityTokens:
     def split(
         self, rows: Tensor, norms: Tensor, groups: Tensor, marks: SinkMarks | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in the sinks among the tokens; gives the others, to be pushed to `others`."""
+        """Store the sinks among the tokens; returns the remaining tokens, to be pushed to `others`."""
         if marks is None or not marks.sink.any():
             return rows, norms, groups
         index = self.sinks.push(rows, norms, groups, marks).nonzero().flatten()
         return rows.index_select(0, sent(index, rows.device)), norms[index], groups[index]
 
     def count(self, without: int | None = None) -> int:
-        """How many tokens that may count were seen, in all or outside one group."""
+        """How many tokens that may count were seen, in total or outside one group."""
         return len(self._norms(without, self.counts_sinks))
 
     def decide(self, without: int | None = None, *, sinks: bool | None = None) -> Decision:
-        """What counts of everything seen, or of all but one group; the stream stays as it is. Needs 2 tokens.
+        """Apply the outlier rule to everything seen, or to all but one group; does not change the stream. Needs 2
+        tokens.
 
-        sinks: whether they count; None is as everywhere.
+        sinks: whether sinks count; None means `counts_sinks`.
         """
         sinks = self.counts_sinks if sinks is None else sinks
         limits = self._limits(without, sinks)
@@ -255,12 +256,12 @@ class ModalityTokens:
 
     @property
     def groups(self) -> list[int]:
-        """The groups of which there are tokens that may count, in order."""
+        """The groups that have tokens that may count, sorted."""
         apart = self.sinks.groups.unique().tolist() if self.counts_sinks else []
         return sorted({*self.others.groups, *apart})
 
     def massive(self) -> int:
-        """How many tokens that are massive in this layer are counted; where sinks are left out, how many were."""
+        """How many counted tokens are massive in this layer; with sinks left out, how many of them are."""
         if len(self.sinks) == 0:
             return 0
         massive = self.sinks.massive.bool()
@@ -269,7 +270,7 @@ class ModalityTokens:
         return int(massive.sum())
 
     def merge(self, other: ModalityTokens) -> None:
-        """Take over what another stream of the same layer and modality holds."""
+        """Add the tokens of another stream of the same layer and modality."""
         self.others.merge(other.others)
         self.sinks.merge(other.sinks)
 
@@ -279,11 +280,11 @@ class ModalityTokens:
         self.sinks.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The keys of OnePass, and those of SinkTokens after `sinks.`."""
+        """The keys of OnePass, and those of SinkTokens under `sinks.`."""
         return self.others.state_dict() | {f"sinks.{key}": value for key, value in self.sinks.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. ValueError if it is another's or was tampered with."""
+        """Restore a `state_dict`. ValueError if it is invalid."""
         self.others.load_state_dict({key: value for key, value in state.items() if not key.startswith("sinks.")})
         own = {key.removeprefix("sinks."): value for key, value in state.items() if key.startswith("sinks.")}
         try:

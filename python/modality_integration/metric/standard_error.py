@@ -1,4 +1,4 @@
-"""Standard errors of MIR over the choice of samples: the delete-a-group jackknife, and how a value is printed."""
+"""Standard errors of MIR over the choice of samples (delete-a-group jackknife), and how values are printed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any, Protocol
 
-ROUNDING = 1e-12  # an error this small is float64's rounding: groups of samples that are all alike have it
+ROUNDING = 1e-12  # a smaller error is float64 rounding, as from identical groups of samples
 NONE = "no standard error"
 
 
 class Measured(Protocol):
-    """What is said of a value's accuracy is read from this: a `MIRResult`."""
+    """The fields that statements about accuracy read: a `MIRResult`."""
 
     notes: list[str]
     settings: dict[str, Any]
 
     @property
     def groups(self) -> int:
-        """Of samples, that the error is of; 0 without."""
+        """The number of groups of samples behind the error; 0 if there is none."""
 
     @property
     def value(self) -> float:
@@ -31,15 +31,15 @@ class Measured(Protocol):
 
     @property
     def lower(self) -> float | None:
-        """MIR is at least this, as far as arithmetic goes; None without bounds."""
+        """Certified lower bound of the arithmetic; None without bounds."""
 
     @property
     def upper(self) -> float | None:
-        """MIR is at most this, likewise."""
+        """Certified upper bound of the arithmetic; None without bounds."""
 
 
 def jackknife(left_out: Sequence[float]) -> float:
-    """The standard error of a statistic from its G values with one of G groups of samples left out each.
+    """The standard error of a statistic from its G values, each with one of G groups of samples left out.
 
     sqrt((G - 1) / G sum_g (x_g - mean)^2), the delete-a-group jackknife (Kott, The delete-a-group jackknife, Journal of
     Official Statistics, 2001), for groups of about the same size.
@@ -50,12 +50,12 @@ def jackknife(left_out: Sequence[float]) -> float:
 
 
 def finite_jackknife(values: Sequence[float]) -> float | None:
-    """`jackknife`, None where there are fewer than two values or one is not finite."""
+    """`jackknife`, or None if there are fewer than two values or one is not finite."""
     return jackknife(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
 def tells(error: float | None) -> bool:
-    """Whether an error says something of the choice of samples: it is finite and more than rounding."""
+    """Whether an error is meaningful, that is, finite and larger than rounding."""
     return error is not None and ROUNDING < error < math.inf
 
 
@@ -65,25 +65,25 @@ def counted(number: int, what: str) -> str:
 
 
 def with_error(value: float, error: float | None, places: int = 4, sign: str = "+-") -> str:
-    """A value of MIR for people: `3.3740`, or `3.3740 +- 0.0021` with a standard error that tells something.
+    """A value of MIR for display: `3.3740`, or `3.3740 +- 0.0021` with a meaningful standard error.
 
-    Both have `places` decimals; an error too small for them has two digits of its own.
+    Both have `places` decimals; an error too small for that is printed with two significant digits.
     """
     text = f"{value:.{places}f}"
     return f"{text} {sign} {error_cell(error, places)}" if tells(error) else text
 
 
 def error_cell(error: float | None, places: int = 4) -> str:
-    """The error of `with_error` by itself; empty where it tells nothing."""
+    """The error as printed by `with_error`; empty if it is not meaningful."""
     if error is None or not tells(error):
         return ""
     return f"{error:.{places}f}" if error >= 10.0**-places else f"{error:.1e}"
 
 
 def why_no_error(result: Measured) -> str | None:
-    """Why a result has no standard error that tells something, in a few words; "" if that is not known.
+    """Why a result has no meaningful standard error, in a few words; "" if unknown, None if it has one.
 
-    None where it has one. A note that begins with "no standard error: " gives the words, up to its first semicolon.
+    If a note starts with "no standard error: ", the reason is its text up to the first semicolon.
     """
     if tells(result.error):
         return None
@@ -95,21 +95,21 @@ def why_no_error(result: Measured) -> str | None:
     if result.groups < 2:
         return "one group of samples"
     return (
-        "a group of samples decides whether MIR is finite"
+        "MIR is not finite with one group of samples left out"
         if result.error is None
-        else "all groups of samples are alike"
+        else "all groups of samples are identical"
     )
 
 
 def missing_error(result: Measured) -> str:
-    """`no standard error: 1 image for 40 samples`, to stand beside the value; empty where there is one."""
+    """`no standard error: 1 image for 40 samples`, to print next to the value; empty if there is an error."""
     why = why_no_error(result)
     return "" if why is None else f"{NONE}: {why}" if why else NONE
 
 
 def arithmetic(result: Measured) -> str | None:
-    """`arithmetic exact to 1.7e-07`, how far from the exact value of the same numbers the result may be, rounded up to
-    two digits; None without bounds. It says nothing of other samples, nor of how the model and its inputs are computed.
+    """`arithmetic exact to 1.7e-07`: the largest possible distance from the exact value for the same inputs, rounded up
+    to two digits; None without bounds. It covers neither other samples nor the computation of the model and its inputs.
     """
     lower, upper, value = result.lower, result.upper, result.value
     if lower is None or upper is None:
@@ -123,7 +123,9 @@ def arithmetic(result: Measured) -> str | None:
 
 
 def chance(z: float, degrees: int) -> float:
-    """How often Student's t of so many degrees of freedom lies beyond -z or z (Abramowitz and Stegun, 26.7.3 and 4)."""
+    """Two-sided tail probability of Student's t beyond z, with `degrees` degrees of freedom (Abramowitz and Stegun,
+    26.7.3 and 26.7.4).
+    """
     angle = math.atan(abs(z) / math.sqrt(degrees))
     cosine = math.cos(angle)
     odd = degrees % 2

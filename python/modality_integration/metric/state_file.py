@@ -1,4 +1,4 @@
-"""The state of `ModalityIntegrationRate` in one safetensors file, written in one step and checked when it is read."""
+"""The state of `ModalityIntegrationRate` in one safetensors file, written atomically and verified on reading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = "modality-integration-rate-state"
 
 
 def write(path: Path, state: dict[str, Tensor], options: MetricOptions) -> None:
-    """The old file or the new one is there, never half."""
+    """Write atomically: the old file or the new one exists, never a partial one."""
     state = {key: value.contiguous() for key, value in state.items()}
     words = json.dumps(asdict(options))
     metadata = {"format": FORMAT, "version": str(VERSION), "options": words, "sha256": _digest(state, words)}
@@ -30,21 +30,21 @@ def write(path: Path, state: dict[str, Tensor], options: MetricOptions) -> None:
 
 
 def read_options(path: str | Path) -> MetricOptions:
-    """The options a state was gathered with. ValueError if the file is none of ours."""
+    """The options a state was gathered with. ValueError if the file is not such a state."""
     return _options(path, _metadata(path))
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors. ValueError if the file is none of ours, or not as it was written."""
+    """The tensors. ValueError if the file is not such a state, or is damaged."""
     metadata = _metadata(path)
     _options(path, metadata)
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error})") from error
-    # A flipped bit in a sum would only show as another result.
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    # Otherwise a flipped bit would silently change the result.
     if metadata.get("sha256") != _digest(state, metadata["options"]):
-        raise ValueError(f"{path} is damaged: its content does not have the checksum that it was written with")
+        raise ValueError(f"{path} is damaged: its content does not match its checksum")
     return state
 
 
@@ -53,10 +53,10 @@ def _metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
         raise ValueError(
-            f"{path} is no state of ModalityIntegrationRate: takes format {FORMAT} version {VERSION}, "
+            f"{path} is not a state of ModalityIntegrationRate: expected format {FORMAT} version {VERSION}, "
             f"got {metadata.get('format')} version {metadata.get('version')}"
         )
     return metadata
@@ -66,13 +66,15 @@ def _options(path: str | Path, metadata: dict[str, str]) -> MetricOptions:
     try:
         options = MetricOptions(**json.loads(metadata["options"])).checked()
         if not all(isinstance(flag, bool) for flag in (options.normalize, options.bounds)):
-            raise TypeError("normalize, bounds: take true or false")
+            raise TypeError("normalize, bounds: expected true or false")
         if any(isinstance(number, float) for number in (options.hold, options.groups, options.samples)):
-            raise TypeError("hold, groups, samples: take integers")
+            raise TypeError("hold, groups, samples: expected integers")
         if options.outliers == "median":
-            raise ValueError('outliers: "median" cannot be gathered in one pass')
+            raise ValueError('outliers: "median" cannot be computed in one pass')
     except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no state of ModalityIntegrationRate: its options are none ({error!r})") from error
+        raise ValueError(
+            f"{path} is not a state of ModalityIntegrationRate: its options are invalid ({error!r})"
+        ) from error
     return options
 
 

@@ -1,4 +1,4 @@
-"""A metric's state between processes: every process's layers gathered and merged, in rank order, on every process."""
+"""Synchronisation of a metric between processes: every process gathers all layers and merges them in rank order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Gather = Callable[[Tensor], "list[Tensor]"]
 
 
 def transport_device(group: Any) -> torch.device:
-    """Where tensors travel from: the CPU if the group has a backend for it, else (NCCL) this process's GPU.
+    """The device for communication: the CPU if the group has a backend for it, else (NCCL) this process's GPU.
 
-    Not where the data lie: the processes must agree, and one without data has none.
+    It does not depend on where the data are: the processes must agree, and some may have no data.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or "cpu:" in torch.distributed.get_backend_config(group):
@@ -37,15 +37,15 @@ def gathered(
     device: torch.device,
     host: HostMemory,
 ) -> tuple[list[LayerAccumulator], int]:
-    """New layers that hold the tokens of all processes, and how many samples they are of. `layers` stay as they are and
-    may be empty on some.
+    """New layers with the tokens of all processes, and their number of samples. `layers` does not change, and may be
+    empty on some processes.
 
-    Finished groups' accumulators go into `host` where it is for the layers' device.
+    Accumulators of finished groups go to `host` if it serves the layers' device.
     gather(tensor): the tensors of all processes, in rank order; sizes may differ, the number of dimensions may not.
-    ValueError, on every process alike, where the processes' layers do not match.
+    ValueError on every process if the processes' layers do not match.
     """
     places = slots(options)
-    # One row a layer: d, dtype, and whether each slot has an accumulator yet; before them one of settings and samples.
+    # First row: settings and samples. Then one row per layer: d, dtype, and whether each slot has an accumulator.
     about = [
         [layer.hidden_size, FLOATS.index(layer.dtype), *(int(slot in layer.moments) for slot in places)]
         for layer in layers
@@ -56,10 +56,12 @@ def gathered(
     everyone = [rows.cpu() for rows in gather(rows)]
     for rank, rows in enumerate(everyone):
         if rows.shape[1] != 2 + len(places):
-            raise ValueError(f"groups: takes the same number on all processes, process {rank} has another one")
+            raise ValueError(f"groups: expected the same number on all processes, process {rank} has a different one")
         for column, name in enumerate(("sinks", "outliers")):
             if rows[0, column] != everyone[0][0, column]:
-                raise ValueError(f"{name}: takes the same setting on all processes, process {rank} has another one")
+                raise ValueError(
+                    f"{name}: expected the same setting on all processes, process {rank} has a different one"
+                )
     samples = sum(int(rows[0, 2]) for rows in everyone)
     everyone = [rows[1:] for rows in everyone]
     present = [rank for rank, rows in enumerate(everyone) if len(rows)]
@@ -109,7 +111,7 @@ def _gather_state(
     parts: list[dict[str, Tensor]] = []
     for key in sorted(state):
         tensor = state[key].to(device).contiguous()
-        # Rows travel as bytes: not every transport knows every floating dtype. No rows may come in another dtype.
+        # Rows are sent as bytes, as not every backend supports every floating dtype. Empty ones may differ in dtype.
         as_bytes = key.endswith((".held", ".pending"))
         if as_bytes:
             tensor = tensor.to(mine.dtype)

@@ -1,4 +1,4 @@
-"""Layers as tables for the terminal. It takes plain numbers and knows no result."""
+"""Per-layer tables for the terminal, from plain numbers, independent of `MIRResult`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TITLE = "Fréchet distance of vision and text tokens, layer by layer"
 
 
 class Distances(Protocol):
-    """What a column of distances is read from: a `MIRResult`."""
+    """The data of a column of distances: a `MIRResult`."""
 
     @property
     def value(self) -> float:
@@ -31,7 +31,7 @@ class Distances(Protocol):
 
     @property
     def without_sinks(self) -> list[float] | None:
-        """The distance of each layer without attention sinks; None where none count."""
+        """The distance of each layer without attention sinks; None if none count."""
 
     @property
     def value_without_sinks(self) -> float | None:
@@ -43,10 +43,9 @@ def distance_table(
     feet: Mapping[str, Mapping[str, str]] | None = None,
     expendable: Mapping[str, Sequence[str]] | None = None,
 ) -> FittedTable:
-    """A column of distances a result, with MIR and its standard error at the foot.
+    """One column of distances per result, with MIR and its standard error in the footer.
 
-    feet: further rows there, by name the cells by result. expendable: further columns, for which a narrow console may
-    have no room.
+    feet: further footer rows, as {row: {result: cell}}. expendable: further columns, dropped on a narrow console.
     """
     columns = {name: [distance_cell(distance) for distance in r.per_layer] for name, r in results.items()}
     all_feet: dict[str, Mapping[str, str]] = {"MIR": {name: f"{r.value:.4f}" for name, r in results.items()}}
@@ -63,10 +62,10 @@ def layer_table(
     expendable: Sequence[str] = (),
     elsewhere: str = "",
 ) -> FittedTable:
-    """A rich table with a row a layer, for any width; columns may be of different length.
+    """A rich table with one row per layer, for any width; columns may have different lengths.
 
-    feet: rows at the foot, by name the cells by column. expendable: columns that a narrow console does without, those
-    that go first first. elsewhere: where they are to be found, for the line that says so.
+    feet: footer rows, as {row: {column: cell}}. expendable: columns dropped on a narrow console, first one first.
+    elsewhere: where to find them, for the line that names them.
     """
     from rich.text import Text
 
@@ -82,7 +81,7 @@ def layer_table(
 
 
 def empty_table(title: str | None = None, elsewhere: str = "", index: int = 1, footer: bool = False) -> FittedTable:
-    """A rich table of the one style that all tables have; see `FittedTable`."""
+    """A rich table in the common style of all tables; see `FittedTable`."""
     from rich import box
 
     from modality_integration.metric.fitted_table import FittedTable
@@ -91,5 +90,5 @@ def empty_table(title: str | None = None, elsewhere: str = "", index: int = 1, f
 
 
 def distance_cell(value: float) -> str:
-    """A distance in a table."""
+    """A distance formatted for a table."""
     return f"{value:.4g}"

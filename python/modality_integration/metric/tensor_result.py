@@ -1,4 +1,4 @@
-"""`MIRTensor`: a `MIRResult` that is a torch.Tensor as well, which is what wrappers and loggers take for a metric."""
+"""`MIRTensor`: a `MIRResult` that is also a torch.Tensor, as wrappers and loggers expect of a metric."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ def _not_in_place(self: Any, other: Any) -> Any:
 
 
 class MIRTensor(MIRResult, Tensor):
-    """A `MIRResult` that is also its value as a tensor: of no dimensions, float64, on the CPU, without gradient.
+    """A `MIRResult` that is also its value as a 0-d float64 CPU tensor without gradient.
 
-    Operations give plain tensors, in-place operators too; `clone`, `squeeze`, copies and pickles stay results. What
-    asks for a result gets that: ==, hash and text are those of `MIRResult`, and there is one, so it is True, also where
-    MIR is 0. Against a tensor or a number, == is a tensor's.
+    Operations return plain tensors, including in-place operators; `clone`, `squeeze`, copies and pickles stay results.
+    Equality with results, hash and text are those of `MIRResult`, and its truth value is always True, even if MIR is 0.
+    Compared with a tensor or a number, == is that of a tensor.
     """
 
-    # What comes out of an operation is no result.
+    # Operations return plain tensors, not results.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(cls, terms: Sequence[LayerTerms], *args: Any, **fields: Any) -> MIRTensor:
-        with torch.inference_mode(False):  # it outlives the pass that it was computed in
+        with torch.inference_mode(False):  # it outlives inference mode
             value = torch.tensor(mir_value(layer.distance for layer in terms), dtype=torch.float64, device="cpu")
             return Tensor._make_subclass(cls, value)
 
     def clone(self, **options: Any) -> MIRTensor:
-        """A result of its own; torchmetrics clones what `compute` returns."""
+        """An independent copy; torchmetrics clones the result of `compute`."""
         return copy.deepcopy(self)
 
     def squeeze(self, *dim: Any) -> Tensor:
-        """Itself, without a dimension to take away; torchmetrics squeezes what `compute` returns."""
+        """The result itself, which has no dimensions; torchmetrics squeezes the result of `compute`."""
         return Tensor.squeeze(self, *dim) if dim else self
 
     def detach(self) -> Tensor:
-        """The value as a plain tensor of its own: changing that one leaves the result as it is."""
+        """The value as an independent plain tensor; changing it does not change the result."""
         return super().detach().clone()
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -70,7 +70,7 @@ class MIRTensor(MIRResult, Tensor):
     def __ge__(self, other: object) -> Any:
         return Tensor.__ge__(self, _as_operand(other))
 
-    # Arithmetic is a tensor's.
+    # Arithmetic is that of a tensor.
     __add__, __sub__, __mul__, __truediv__ = Tensor.__add__, Tensor.__sub__, Tensor.__mul__, Tensor.__truediv__
     __radd__, __rsub__, __rmul__, __rtruediv__ = Tensor.__radd__, Tensor.__rsub__, Tensor.__rmul__, Tensor.__rtruediv__
     __pow__, __rpow__, __neg__, __pos__ = Tensor.__pow__, Tensor.__rpow__, Tensor.__neg__, Tensor.__pos__
@@ -88,7 +88,7 @@ class MIRTensor(MIRResult, Tensor):
 
 
 def as_tensor(result: MIRResult) -> Tensor:
-    """The result itself where it is a tensor, else its value as one."""
+    """The result itself if it is a tensor, else its value as one."""
     if isinstance(result, Tensor):
         return result
     return torch.tensor(result.value, dtype=torch.float64, device="cpu")

@@ -1,1 +1,1 @@
-"""What transformers' models are asked for: their decoder, hidden states, token roles, and a place for MoCa."""
+"""Access to transformers models: the decoder, its hidden states, token roles, and MoCa in every decoder layer."""

@@ -1,4 +1,4 @@
-"""Steps that all processes get through, or none: an error in one of them is raised in all."""
+"""Steps that either succeed in all processes or raise in all of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 @contextmanager
 def all_or_none(together: bool = True) -> Iterator[None]:
-    """Runs the block in every process; where it fails in one, the others raise that error too, with its rank.
+    """Runs the block in every process; if it fails in one, the others raise the same error with that process's rank.
 
-    Without `together`, or in a single process, an error is the process's own.
+    With `together=False`, or in a single process, errors are not shared.
     """
     if not (together and is_distributed()):
         yield
@@ -34,12 +34,12 @@ def all_or_none(together: bool = True) -> Iterator[None]:
         raise failure
     for rank, other in enumerate(everyone):
         if other is not None:
-            kind = getattr(builtins, other[0], RuntimeError)  # what is no built-in error becomes a RuntimeError
+            kind = getattr(builtins, other[0], RuntimeError)  # other classes become RuntimeError
             raise kind(f"{other[1]} (in process {rank})")
 
 
 def from_first(value: T) -> T:
-    """What the first process gives, in every process: what goes by it goes the same way in all."""
+    """Returns the first process's value in every process, so that all of them decide alike."""
     if not is_distributed():
         return value
     given = [value]

@@ -1,4 +1,4 @@
-"""`capture`: the true residual stream of every decoder layer, and the role of every token, out of any forward pass."""
+"""`capture`: the true residual stream after every decoder layer and the role of every token, from any forward pass."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ def capture(
     text_mask: Mask = None,
     layers: Layers = None,
 ) -> Iterator[Capture]:
-    """Records every forward pass of `model` inside the block: f_k of Eq. 1 of the MIR paper and the token roles.
+    """Records the forward passes of `model` inside the block: f_k of Eq. 1 of the MIR paper and the token roles.
 
         with torch.no_grad(), capture(model) as seen:
             model(**inputs)
         metric.update(seen.hidden_states, seen.vision_mask, seen.text_mask)
 
-    A layer's output is what the next layer receives, so whatever is added between layers (MoCa, DeepStack features) is
-    in it. `last`: the last layer's output after the final norm (as published) or before it. `text`: the tokens after
-    the last vision token of their row (as published) or all that are neither vision nor padding.
+    A layer's output is the input of the next layer, so it includes everything added between layers (MoCa, DeepStack
+    features). `last`: the last layer's output after the final norm (as published) or before it. `text`: the tokens
+    after the last vision token of their row (as published), or all tokens that are neither vision nor padding.
 
-    Roles come from the model's own marker: its image and video ids in `input_ids`, else its token type ids; padding
-    from a 2-D `attention_mask`. `vision_mask` and `text_mask` overrule them: a (B, T) tensor for every pass of the
-    block, or the name of the forward argument that carries one. `layers` names the decoder layers (qualified name, or
-    the modules) where they are not found by structure.
+    Roles come from the model's own marker: its image and video ids in `input_ids`, otherwise its token type ids.
+    Padding comes from a 2-D `attention_mask`. `vision_mask` and `text_mask` override them: a (B, T) tensor for every
+    pass of the block, or the name of the forward argument that carries one. `layers` gives the decoder layers (a
+    qualified name, or the modules) if they cannot be found by structure.
 
-    Audio features are neither, unless `audio="text"` counts them as text.
+    Audio features are neither vision nor text, unless `audio="text"` counts them as text.
 
-    A row may be several samples, packed one after the other: then `sample_ids` numbers them, text is what comes after
-    the last vision token of its own sample, and `ModalityIntegrationRate.update` counts each as one, because
-    `hidden_states` bring the numbers along. They are told by `position_ids` that begin anew, by `cu_seq_lens_q`,
-    `seq_idx`, or an attention_mask that numbers samples 1, 2, ..., as the caller passes them.
+    A row may pack several samples one after the other. Then `sample_ids` numbers them, text tokens are those after the
+    last vision token of their own sample, and `ModalityIntegrationRate.update` counts each sample separately, because
+    `hidden_states` carry the numbers. Samples are detected from the forward arguments: `position_ids` that restart,
+    `cu_seq_lens_q`, `seq_idx`, or an attention_mask that numbers the samples 1, 2, ....
 
-    Each pass replaces the one before, but for chunks of one prompt, which are put together: passes that go on with the
-    sequence in the same cache and bring vision tokens or, outside `generate`, more than one token. Decoding steps,
-    drafts and the passes of guidance are not passes: after `generate`, the prefill is what stands.
+    Each pass replaces the previous one, except for chunks of one prompt, which are concatenated: passes that continue
+    the sequence in the same cache and bring vision tokens or, outside `generate`, more than one token. Decoding steps,
+    drafts and guidance passes are not recorded: after `generate`, the capture holds the prefill.
     Errors: ValueError for models without vision tokens in the stream (cross-attention, encoder-decoder) or with several
     streams, for compiled models, and, when masks are read, for rows or samples without an image.
     """
@@ -62,7 +62,7 @@ def capture(
     decoder = find_decoder(model, layers)
     refuse_several_streams(model)
     if decoder.norm is None and last == "normed":
-        raise ValueError('last: no final norm was found beside the decoder layers; take last="raw"')
+        raise ValueError('last: no final norm was found next to the decoder layers; use last="raw"')
     named = tuple(m for m in (vision_mask, text_mask) if isinstance(m, str))
     watch = ForwardWatch(model, decoder, named=named)
     seen = Capture(decoder, watch, last, _Reading(text, audio, vision_mask, text_mask))
@@ -75,17 +75,17 @@ def capture(
 class Capture:
     """The latest forward pass: K hidden states (B, T, d) and the masks (B, T) bool of its vision and text tokens.
 
-    Hidden states are detached, share memory with the model's own tensors and stay on the device that computed them.
+    Hidden states are detached, share memory with the model's tensors and stay on the device that computed them.
     """
 
     def __init__(self, decoder: Decoder, watch: ForwardWatch, last: str, reading: _Reading) -> None:
         self.layer_names = list(decoder.names)
         self.passes = 0
         self._watch, self._reading = watch, reading
-        self._extends = False  # the pass that is being recorded goes on with the one before
-        self._fills = self._filled = _Filled(None)  # the caches of the pass being recorded, and of the last one
-        self._prompt: int | None = None  # how many of its tokens count, where not all do
-        self._read = False  # someone has had the states or masks: they are complete
+        self._extends = False  # the pass being recorded continues the previous one
+        self._fills = self._filled = _Filled(None)  # the caches of the pass being recorded and of the last one
+        self._prompt: int | None = None  # how many tokens of the pass count, if not all
+        self._read = False  # states or masks have been read, so they are complete
         self._recording: list[Tensor] | None = None
         self._states: list[Tensor] = []
         self._versions: list[int | None] = []
@@ -119,24 +119,24 @@ class Capture:
 
     @property
     def text_mask(self) -> Tensor:
-        """(B, T) bool: the text tokens, padding left out. ValueError if a row or sample has no image."""
+        """(B, T) bool: the text tokens, without padding. ValueError if a row or sample has no image."""
         return self._roles_of_pass().masks().text
 
     @property
     def sample_ids(self) -> Tensor | None:
-        """(B, T) int64: of each token the number of its sample in its row, -1 for padding; None if each row is one."""
+        """(B, T) int64: number of each token's sample in its row, -1 for padding; None if each row is one sample."""
         return self._roles_of_pass().masks().sample_ids
 
     @property
     def samples(self) -> int:
-        """How many samples the pass had."""
+        """The number of samples in the pass."""
         return len(self._roles_of_pass().masks().first)
 
     @property
     def image_first(self) -> int:
-        """How many samples have a vision token as the first of their sequence, padding aside; none behind virtual ones.
+        """How many samples begin with a vision token, padding aside; virtual tokens of prompt tuning count as first.
 
-        A decoder makes the first token an attention sink in nearly every case, whatever it is.
+        The first token nearly always becomes an attention sink, whatever its role.
         """
         masks = self._roles_of_pass().masks()
         return int(masks.vision[tuple(masks.first.unbind(1))].sum())
@@ -165,7 +165,7 @@ class Capture:
         self._recording = self._begun(running, (x.shape[0], x.shape[1]), filled)
 
     def _begun(self, running: ForwardPass, shape: tuple[int, int], filled: _Filled) -> list[Tensor] | None:
-        """Where to record a pass of `shape` that begins; None for a step that no sample consists of."""
+        """The list to record the beginning pass of `shape` into; None for a step that is not to be recorded."""
         self._extends = False
         continues = running.continues(shape[1])
         generation = running.generation(shape[1])
@@ -180,7 +180,7 @@ class Capture:
         return []
 
     def _goes_on(self, running: ForwardPass, rows: int) -> bool:
-        """Whether a cache holds what was recorded last, unread, and nothing after it."""
+        """Whether the cache ends with the last recorded pass, and that pass has not been read yet."""
         if self._read or self._roles is None:
             return False
         before, begin = self._states[0], self._roles.parts[0].running.past
@@ -205,7 +205,7 @@ class Capture:
             raise RuntimeError(
                 f"capture: {len(states)} of {len(self.layer_names)} decoder layers ran in this pass (layer drop?)"
             )
-        running.inputs.pop("past_key_values", None)  # not to keep a cache alive
+        running.inputs.pop("past_key_values", None)  # so that the cache can be freed
         self._filled = self._fills
         part = _Part(running, (states[0].shape[0], states[0].shape[1]), self._prompt)
         states = [state[:, : part.length] for state in states] if part.length else states
@@ -220,16 +220,16 @@ class Capture:
 
 
 class _Filled(NamedTuple):
-    """The cache that a pass put its tokens into, which this does not keep alive.
+    """A weak reference to the cache that a pass filled.
 
-    refer: gives the cache, or None for one that is gone; None where nothing shows whether there is any.
+    refer: returns the cache, or None if it is gone; None where it is unknown whether there is a cache.
     """
 
     refer: Callable[[], object] | None
 
     @classmethod
     def of(cls, cache: object, shown: bool) -> _Filled:
-        """shown: without a cache here, there is none."""
+        """shown: whether `cache=None` means that there is no cache."""
         if cache is None:
             return cls(_no_cache if shown else None)
         try:
@@ -238,7 +238,7 @@ class _Filled(NamedTuple):
             return cls(None)
 
     def may_be(self, before: _Filled) -> bool:
-        """Whether this is the cache of the pass before, as far as can be seen."""
+        """Whether this may be the cache of the previous pass; True if either is unknown."""
         if before.refer is None or self.refer is None:
             return True
         return before.refer() is self.refer()
@@ -249,7 +249,7 @@ def _no_cache() -> None:
 
 
 class _Part(NamedTuple):
-    """A forward pass, the (B, T) that it ran on, and how many of its T tokens count; None for all of them."""
+    """A forward pass, its (B, T), and how many of its T tokens count (None: all)."""
 
     running: ForwardPass
     shape: tuple[int, int]
@@ -257,7 +257,7 @@ class _Part(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """How the roles of a pass are read: the options of `capture`."""
+    """The options of `capture` that determine the token roles."""
 
     text: str
     audio: str
@@ -266,7 +266,7 @@ class _Reading(NamedTuple):
 
 
 class _Masks(NamedTuple):
-    """Roles of the tokens (B, T) bool, and the numbers of packed samples; first: (S, 2), each sample's first token."""
+    """Token roles (B, T) bool, and the numbers of packed samples; first: (S, 2), each sample's first token."""
 
     vision: Tensor
     text: Tensor
@@ -275,9 +275,9 @@ class _Masks(NamedTuple):
 
 
 class _Roles:
-    """The masks of one pass, worked out when first read: a pass whose masks nobody reads cannot fail over them.
+    """The masks of one pass, computed on first read, so that a pass whose masks are never read cannot fail.
 
-    parts: the forward passes that make it up, more than one where the prompt came in chunks.
+    parts: its forward passes; more than one if the prompt came in chunks.
     """
 
     def __init__(self, parts: list[_Part], reading: _Reading) -> None:
@@ -286,7 +286,7 @@ class _Roles:
 
     @property
     def may_be_packed(self) -> bool:
-        """Whether a row may be several samples, by the inputs alone."""
+        """Whether a row may hold several samples, judging by the inputs alone."""
         if self._masks is not None:
             return self._masks.sample_ids is not None
         return len(self.parts) == 1 and is_packed(self.parts[0].running.inputs)
@@ -294,7 +294,7 @@ class _Roles:
     def masks(self) -> _Masks:
         if self._masks is None:
             self._masks = self._work_out()
-            self.parts = []  # lets go of the inputs
+            self.parts = []  # frees the inputs
         return self._masks
 
     def _work_out(self) -> _Masks:
@@ -310,7 +310,7 @@ class _Roles:
         try:
             kept = torch.cat([p.running.kept(p.shape, device)[:, : p.length] for p in self.parts], 1)
         except ValueError:
-            if not both:  # then padding is in neither
+            if not both:  # with both masks given, padding does not matter
                 raise
             kept = torch.ones_like(vision)
         ids = self.parts[0].running.samples(kept, vision) if len(self.parts) == 1 else None
@@ -337,7 +337,7 @@ class _Roles:
 
 
 def _require_images(vision: Tensor, ids: Tensor | None) -> None:
-    """ValueError unless every row, or every sample of packed rows, has a vision token."""
+    """Raises ValueError unless every row, or every sample of packed rows, has a vision token."""
     if ids is None:
         bare = (~vision.any(-1)).nonzero().flatten().tolist()
         where = f"row {', '.join(map(str, bare))} of the batch ({len(vision)} rows)"
@@ -348,13 +348,13 @@ def _require_images(vision: Tensor, ids: Tensor | None) -> None:
         where = f"{', '.join(f'sample {number} of row {row}' for row, number in bare)} of the packed batch"
     if bare:
         raise ValueError(
-            f"vision_mask: no vision token in {where}: MIR compares image with text tokens, so every row takes at "
-            "least one image"
+            f"vision_mask: no vision token in {where}; MIR compares vision tokens with text tokens, so every row or "
+            "sample needs at least one image"
         )
 
 
 def _first_of_each(kept: Tensor, ids: Tensor | None) -> Tensor:
-    """(S, 2) int64: row and column of each sample's first token that is no padding; of a row without any, column 0."""
+    """(S, 2) int64: row and column of each sample's first token that is not padding; column 0 for a row of padding."""
     if ids is None:
         rows = torch.arange(len(kept), device=kept.device, dtype=torch.int64)
         return torch.stack([rows, kept.int().argmax(-1)], 1)
@@ -364,7 +364,7 @@ def _first_of_each(kept: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def _cache_of_layer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """The cache that a decoder layer is given, which the model may have made itself; None for none."""
+    """The cache passed to a decoder layer, possibly created by the model itself; None if there is none."""
     return next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
 
 
@@ -373,7 +373,7 @@ def _hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if not isinstance(state, Tensor) or state.dim() != 3:
         got = f"shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(
-            f"layers: decoder layers take hidden states (B, T, d) first, but one was given {got}; where a token has "
-            "several residual streams, there is no one state of it to take"
+            f"layers: expected decoder layers whose first input is hidden states (B, T, d), got {got}; models with "
+            "several residual streams per token are not supported"
         )
     return state

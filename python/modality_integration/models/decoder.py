@@ -1,4 +1,4 @@
-"""Finds the language decoder inside a vision-language model: its layers, the final norm and the modules around them."""
+"""Finds the language decoder in a vision-language model: its layers, the final norm and the enclosing modules."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from modality_integration.models.placement import is_deepspeed_engine, whole_size
 
 Layers = str | Sequence[nn.Module] | None
-# What a decoder layer returns: hidden states (B, T, d), or a tuple that begins with them.
+# Return value of a decoder layer: hidden states (B, T, d), or a tuple that begins with them.
 LayerOutput = Tensor | tuple[Any, ...]
 
-# Names that the final norm goes by; looked at only where the decoder holds several norms.
+# Names of the final norm; used only if the decoder holds several norms.
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "ln_final")
 
-# What modules that attend from text to image are called, in parts of their names: Llama 3.2 Vision, BLIP.
+# Substrings in the names of modules that attend from text to image: Llama 3.2 Vision, BLIP.
 CROSS_ATTENTION = ("cross_attn", "crossattention")
 
-# How configurations name the number of residual streams a token: Gemma 3n; DeepSeek-V4, GLM-5, Hunyuan V4; Qwen4.
+# Configuration names of the number of residual streams per token: Gemma 3n; DeepSeek-V4, GLM-5, Hunyuan V4; Qwen4.
 STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
 
 
 @dataclass(frozen=True)
 class Decoder:
     """The decoder layers in order, their qualified names, the final norm (None if there is none) and, outermost first,
-    the modules from the given model down to the one that holds the layers."""
+    the modules from the given model down to the holder of the layers."""
 
     layers: list[nn.Module]
     names: list[str]
@@ -38,17 +38,17 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module, layers: Layers = None) -> Decoder:
-    """The decoder of `model`, found by structure; `layers` names it where that is not enough.
+    """The decoder of `model`, found by structure or given by `layers`.
 
     `layers` is the qualified name of the module list ("model.layers") or the layers themselves, which must be part of
-    `model`. DDP, FSDP, PEFT and DeepSpeed wrappers are looked through. Errors: ValueError where no single list of
-    decoder layers is found (with the candidates), and for models that MIR and MoCa are not defined on: those that read
-    the image through cross-attention, and encoder-decoder language models.
+    `model`. Looks inside DDP, FSDP, PEFT and DeepSpeed wrappers. Errors: ValueError if no single list of decoder
+    layers is found (the message lists the candidates), and for models on which MIR and MoCa are not defined: those
+    that read the image through cross-attention, and encoder-decoder language models.
     """
     _refuse_compiled(model)
     if isinstance(model, nn.DataParallel):
         raise ValueError(
-            "model: nn.DataParallel runs replicas in threads; take DistributedDataParallel or model.module"
+            "model: nn.DataParallel runs replicas in threads; use DistributedDataParallel or pass model.module"
         )
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     if layers is None:
@@ -61,7 +61,7 @@ def find_decoder(model: nn.Module, layers: Layers = None) -> Decoder:
         holder = _holder_of(model, found)
     missing = [i for i, layer in enumerate(found) if id(layer) not in names]
     if missing:
-        raise ValueError(f"layers: takes modules inside model, but entries {missing} are not")
+        raise ValueError(f"layers: expected modules inside model, but entries {missing} are not")
     norm = _final_norm(holder)
     return Decoder(
         layers=found,
@@ -86,51 +86,51 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def text_config(model: nn.Module) -> object:
-    """The configuration of the model's language model; None for a model without one."""
+    """The configuration of the model's language model; None if there is none."""
     config: object = getattr(unwrap(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def hidden_size(model: nn.Module, decoder: Decoder) -> int:
-    """d of the hidden states (B, T, d), from the configuration or the final norm; ValueError if neither says."""
+    """d of the hidden states (B, T, d), from the configuration or the final norm; ValueError if neither states it."""
     weight = getattr(decoder.norm, "weight", None)
     size = getattr(text_config(model), "hidden_size", None) or (whole_size(weight) if weight is not None else None)
     if size is None:
-        raise ValueError("model: neither its configuration nor a final norm says the hidden size")
+        raise ValueError("model: neither its configuration nor a final norm states the hidden size")
     return int(size)
 
 
 def refuse_several_streams(model: nn.Module) -> None:
-    """ValueError for a language model that keeps several residual streams a token (AltUp, hyper-connections).
+    """Raises ValueError for a language model with several residual streams per token (AltUp, hyper-connections).
 
-    Eq. 1 and Eq. 5 of the MIR paper take a layer's output as one vector of d a token. Here the layers pass on n of
-    them, mixed anew in each layer, and what the model reads in the end is a learned mixture: none is *the* output.
+    Eq. 1 and Eq. 5 of the MIR paper assume one d-vector per token as a layer's output. These layers pass on n of them,
+    remixed in each layer, and the model finally reads a learned mixture, so no single one is the layer's output.
     """
     config = text_config(model)
     for name in STREAMS:
         count = getattr(config, name, None)
         if isinstance(count, int) and count > 1:
             raise ValueError(
-                f"model: {type(unwrap(model)).__name__} keeps {count} residual streams a token ({name} of its text "
-                "configuration), mixed anew in every layer, so no layer has one output a token that MIR or MoCa could "
-                "go by"
+                f"model: {type(unwrap(model)).__name__} keeps {count} residual streams per token ({name} of its text "
+                "configuration) and remixes them in every layer, so no layer has the single output per token that MIR "
+                "and MoCa need"
             )
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    """ValueError if `model`, or a part of it, is compiled already: compiled code does not see hooks that come later."""
+    """Raises ValueError if `model` or a part of it is already compiled: compiled code ignores hooks added later."""
     for name, module in model.named_modules():
         # torch.compile(module) wraps in an OptimizedModule, which holds `_orig_mod`; module.compile() leaves the other
-        # mark. Asked by attribute: importing the class loads the whole compiler.
+        # mark. Checked by attribute, because importing the class loads the whole compiler.
         if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                f"model: {name or 'it'} is compiled already, and compiled code does not see hooks that come later; "
-                "give the model before torch.compile (the one in `_orig_mod`)"
+                f"model: {name or 'it'} is already compiled, and compiled code does not see hooks added later; "
+                "pass the model as it was before torch.compile (the one in `_orig_mod`)"
             )
 
 
 def _holder(model: Any) -> nn.Module:
-    """The module that holds the decoder layers, by transformers' own `get_decoder`, followed to its end."""
+    """The module that holds the decoder layers, found by calling transformers' `get_decoder` repeatedly."""
     while hasattr(model, "get_decoder"):
         inner = model.get_decoder()
         if inner is None or inner is model:
@@ -144,20 +144,20 @@ def _layer_list(holder: nn.Module, model: nn.Module) -> list[nn.Module]:
     depth = getattr(getattr(holder, "config", None), "num_hidden_layers", None)
     if len(lists) > 1:
         lists = [child for child in lists if len(child) == depth]
-    if not lists:  # get_decoder stopped short of them (Llama 4, Kosmos-2), or is not there: take the only list there is
+    if not lists:  # get_decoder stopped short of them (Llama 4, Kosmos-2) or does not exist: use the only list
         known = getattr(text_config(unwrap(model)), "num_hidden_layers", None)
         lists = [found for found in _outermost_lists(holder) if known in (None, len(found))]
     if len(lists) != 1:
         seen = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         raise ValueError(
-            f"layers: no single list of decoder layers in {type(unwrap(model)).__name__}; name one of: "
+            f"layers: no single list of decoder layers in {type(unwrap(model)).__name__}; pass the name of one of: "
             f"{', '.join(seen) or 'no module list found'}"
         )
     return list(lists[0])
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """The module lists below `module` that lie in no other: a layer's own experts are no layers."""
+    """The module lists below `module` that are not nested in another list: a layer's experts are not layers."""
     for child in module.children():
         if isinstance(child, nn.ModuleList) and len(child):
             yield child
@@ -179,12 +179,12 @@ def _given_layers(model: nn.Module, layers: str | Sequence[nn.Module]) -> list[n
     else:
         found = list(layers)
     if not found or not all(isinstance(layer, nn.Module) for layer in found):
-        raise ValueError("layers: takes a non-empty list of decoder layers, or the qualified name of one")
+        raise ValueError("layers: expected a non-empty list of decoder layers, or the qualified name of one")
     return found
 
 
 def _holder_of(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
-    """The module whose child list starts with the first of `layers`; `model` where they lie in no list."""
+    """The module with a child list that starts with the first of `layers`; `model` if no list does."""
     for module in model.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) and child[0] is layers[0]:
@@ -208,16 +208,16 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
 
 def _refuse_cross_attention(model: nn.Module, holder: nn.Module) -> None:
     configs = [config for part in (model, holder) for config in (text_config(part), getattr(part, "config", None))]
-    # A decoder that writes on a sequence of its own (DiffusionGemma) is told by what it takes.
+    # A decoder with a separate output sequence (DiffusionGemma) is recognised by its arguments.
     writes = holder is not model and "decoder_input_ids" in inspect.signature(holder.forward).parameters
     if writes or any(getattr(config, "is_encoder_decoder", False) for config in configs):
         raise ValueError(
             f"model: {type(model).__name__} has an encoder-decoder language model: its vision tokens end in the "
-            "encoder and its text in the decoder, so no layer holds both; name one stack with `layers` to insist"
+            "encoder and its text in the decoder, so no layer holds both; to use one stack anyway, pass it as `layers`"
         )
     for name, module in holder.named_modules():
         if any(part in name for part in CROSS_ATTENTION) or "CrossAttention" in type(module).__name__:
             raise ValueError(
-                f"model: {type(model).__name__} reads the image through cross-attention ({name}): there are no vision "
-                "tokens in its residual stream to compare with text tokens"
+                f"model: {type(model).__name__} reads the image through cross-attention ({name}), so there are no "
+                "vision tokens in its residual stream to compare with text tokens"
             )

@@ -1,4 +1,4 @@
-"""What transformers' generate() is at while a forward pass runs: which tokens of the pass are the prompt's."""
+"""The stage of transformers' generate() during a forward pass: which tokens of the pass belong to the prompt."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 UTILS = "transformers.generation.utils"
-# The loops of generate(): each runs the model for the prompt first, then for the tokens that are generated.
+# The loops of generate(): each runs the model on the prompt first, then on the generated tokens.
 LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
-# A pass of guidance (UnbatchedClassifierFreeGuidanceLogitsProcessor): it gives the model text alone, of another row.
+# A guidance pass (UnbatchedClassifierFreeGuidanceLogitsProcessor): runs the model on a different, text-only row.
 GUIDANCE = "get_unconditional_logits"
-# What of the caller's the loops call between two passes, and may run the model for ends of its own.
+# Modules through which the loops call the user's objects between passes; these may run the model for other purposes.
 CALLED_BETWEEN = ("transformers.generation.logits_process", "transformers.generation.stopping_criteria")
 
 
 class Generation(NamedTuple):
-    """What generate() runs the model for.
+    """The purpose of a forward pass inside generate().
 
-    prefill: True for the prompt, or a part of it; False for tokens that were generated, drafted or taken for guidance;
-    None where it is not known: in a loop that the caller gave, and in what a logits processor of the caller's runs.
-    beyond: how many of a row's last tokens in this pass come after the prompt; None where no token is the prompt's.
+    prefill: True for the prompt or a part of it; False for generated, drafted or guidance tokens; None if unknown: in
+    a custom generation loop, and in passes run by a user's logits processor.
+    beyond: how many of a row's last tokens in this pass come after the prompt; None if no token is the prompt's.
     """
 
     prefill: bool | None
@@ -31,11 +31,11 @@ class Generation(NamedTuple):
 
 
 def generation_running(length: int, past: int) -> Generation | None:
-    """The generate() that this thread is in, or None.
+    """The purpose of the running pass inside this thread's generate(), or None outside one.
 
-    length: how many tokens a row has in the pass that runs, virtual ones left out; past: in its cache.
-    Told by the functions that are running: nothing in what a forward pass is given tells a chunk of the prompt from
-    tokens that a draft proposed, nor an image token of the prompt from its id where that was generated.
+    length: tokens per row in the running pass, without virtual ones; past: tokens per row in its cache.
+    Inspects the call stack, because the inputs of a forward pass do not distinguish a chunk of the prompt from drafted
+    tokens, nor an image token of the prompt from a generated token with the same id.
     """
     frames: dict[str, FrameType] = {}
     between = False
@@ -47,7 +47,7 @@ def generation_running(length: int, past: int) -> Generation | None:
                 frames.setdefault(name, frame)
         elif module == UTILS:
             frames.setdefault(name, frame)
-            if name == "generate":  # an assistant's generate() is called by that of the model it assists
+            if name == "generate":  # innermost: an assistant's generate() runs inside another
                 break
     if "generate" not in frames:
         return None
@@ -59,13 +59,13 @@ def generation_running(length: int, past: int) -> Generation | None:
         return Generation(True)
     if not any(loop in frames for loop in LOOPS):
         return Generation(None)
-    # Assisted decoding has no step for the prompt alone: the first one brings a draft along.
+    # Assisted decoding has no step for the prompt alone: its first step includes a draft.
     drafting = frames.get("_assisted_decoding")
     if drafting is not None and drafting.f_locals.get("is_first_iteration"):
         whole = _columns(drafting, "candidate_input_ids")
-        brings_draft = whole in (length, past + length)  # not where the prompt came as embeddings
+        brings_draft = whole in (length, past + length)  # False if the prompt came as embeddings
         return Generation(True, whole - _columns(drafting, "input_ids") if brings_draft else 0)
-    # Without a cache, each step runs on the prompt again. An assistant of transformers 5.0 has no other prefill.
+    # Without a cache, each step reruns the prompt. In transformers 5.0, an assistant has no other prefill.
     prompt = _columns(frames["generate"], "input_ids")
     if past == 0 and 0 < prompt <= length:
         return Generation(prompt == length, length - prompt)
@@ -80,6 +80,6 @@ def _frames_outwards() -> Iterator[FrameType]:
 
 
 def _columns(frame: FrameType, name: str) -> int:
-    """T of the token ids (B, T) that a function has under `name`; 0 where it has none."""
+    """T of the token ids (B, T) in the local variable `name` of a frame; 0 if there are none."""
     ids = frame.f_locals.get(name)
     return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0

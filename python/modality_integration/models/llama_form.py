@@ -1,6 +1,6 @@
-"""Recognises decoder layers and norms that compute as Llama's do, by trying their classes' forwards on small inputs.
+"""Recognises decoder layers and norms that compute as Llama's do, by running their classes' forwards on small inputs.
 
-A forward that touches anything else, or changes in another release of its library, is not taken for the known one.
+A forward that does anything else, or that changes in another release of its library, is not recognised.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mir_kernels.ops.moca import add_moca_rms_norm
 
 
 class LlamaLayer(Protocol):
-    """The parts that a decoder layer of Llama's form computes with."""
+    """The submodules of a decoder layer of Llama's form."""
 
     self_attn: Callable[..., tuple[Tensor, object]]
     input_layernorm: Callable[[Tensor], Tensor]
@@ -36,14 +36,14 @@ def forward_defaults(kind: type[nn.Module]) -> dict[str, Any]:
     """The named arguments of the class's forward after the hidden states, in order, with their defaults."""
     _, hidden_states, *others = inspect.signature(kind.forward).parameters.values()
     if hidden_states.name != "hidden_states":
-        raise TypeError(f"{kind.__name__}.forward takes {hidden_states.name} first")
+        raise TypeError(f"{kind.__name__}.forward: expected hidden_states first, got {hidden_states.name}")
     empty = inspect.Parameter.empty
     return {p.name: None if p.default is empty else p.default for p in others if p.kind is not p.VAR_KEYWORD}
 
 
 @functools.cache
 def is_llama_layer(kind: type[nn.Module]) -> bool:
-    """Whether the class's forward does what `mlp_and_residual` and an addition do, tried on stand-ins for its parts."""
+    """Whether the class's forward equals `mlp_and_residual` plus an addition, tested with stand-ins for submodules."""
     x = torch.linspace(-2, 2, 7, dtype=torch.float64, device="cpu")
     try:
         given = {name: object() for name in (*forward_defaults(kind), "another")}
@@ -66,13 +66,13 @@ def is_llama_layer(kind: type[nn.Module]) -> bool:
         theirs_x, ours_x = their_call.pop("hidden_states"), our_call.pop("hidden_states")
         same = their_call == our_call and torch.equal(theirs_x, ours_x)
         return same and isinstance(theirs, Tensor) and torch.equal(theirs, ours)
-    except Exception:  # whatever another kind of layer does without its parts
+    except Exception:  # other kinds of layers may fail in any way without their submodules
         return False
 
 
 @functools.cache
 def is_llama_norm(kind: type[nn.Module]) -> bool:
-    """Whether the class's forward gives the bits of Llama's RMSNorm, in its order of rounding."""
+    """Whether the class's forward matches Llama's RMSNorm bit for bit, including its order of rounding."""
     drawn = torch.randn(9, 64, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
     x, weight = drawn.bfloat16().split((8, 1))
     parts = {"weight": weight[0], "variance_epsilon": 0.5}
@@ -83,7 +83,7 @@ def is_llama_norm(kind: type[nn.Module]) -> bool:
     try:
         found = kind.forward(_with_parts(kind, parts), x)
         return isinstance(found, Tensor) and found.dtype == x.dtype and torch.equal(found, expected)
-    except Exception:  # whatever another kind of norm does without its parts
+    except Exception:  # other kinds of norms may fail in any way without their parameters
         return False
 
 

@@ -1,4 +1,4 @@
-"""Puts MoCa (section 3.4 of the MIR paper) into a vision-language model, at the end of every decoder layer."""
+"""Adds MoCa (section 3.4 of the MIR paper) to a vision-language model, at the end of every decoder layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = "modality_layernorm"  # the submodule's name on each decoder layer, as in
 class MoCaSite:
     """One decoder layer's MoCa: the layer's name, the vector length, and the norm that reads its output next.
 
-    plain: None where the layer's last addition, MoCa and that norm are one operation, else what keeps them apart.
+    plain: None if the layer's last addition, MoCa and that norm are fused, otherwise the reason why they are not.
     """
 
     layer: str
@@ -42,14 +42,14 @@ class MoCaSite:
 
 @dataclass(frozen=True)
 class MoCaReport:
-    """What `add_moca` placed where, one site a decoder layer."""
+    """The result of `add_moca`, one site per decoder layer."""
 
     sites: tuple[MoCaSite, ...]
 
     def __str__(self) -> str:
         lines = [f"MoCa at the end of {len(self.sites)} decoder layers"]
         for s in self.sites:
-            how = f"fused with {s.read_by}" if s.plain is None else f"read by {s.read_by}, plain: {s.plain}"
+            how = f"fused with {s.read_by}" if s.plain is None else f"read by {s.read_by}, not fused: {s.plain}"
             lines.append(f"{s.layer}: {s.hidden_size} {s.dtype} on {s.device}, {how}")
         return "\n".join(lines)
 
@@ -66,34 +66,34 @@ def add_moca(
     """h <- scale * h + shift on the vision tokens of every decoder layer's output (Eq. 5 of the MIR paper).
 
     Each layer gets a submodule `modality_layernorm` with `scale` and `shift`, (d,) each: ones and zeros, or drawn from
-    normal(1, std) and normal(0, std). `dtype` is theirs: float32 unless given (float64 in a float64 model). Keep it so
-    in a bf16 model too: steps of 1e-3 do not move a bf16 scale of 1, hence a warning, here or, where the model is cast
+    normal(1, std) and normal(0, std). `dtype`: of both; by default float32 (float64 in a float64 model). Keep float32
+    in a bf16 model too: steps of 1e-3 do not change a bf16 scale of 1. A warning says so, here or, if the model is cast
     later, at its first training pass. `layers` and `vision_mask` (the name of a forward argument) are as in `capture`;
-    for a mask that the caller holds, run the model inside `vision_tokens`.
+    to pass a mask of your own, run the model inside `vision_tokens`.
 
-    The vision tokens are read from the model's own marker once a forward pass. Decoding steps and passes without an
-    image do nothing; only where gradients are synchronised between processes do the latter touch the parameters, with
-    gradients of zero, because every process has to have them. Add MoCa before DDP, FSDP, `deepspeed.initialize` or
-    torch.compile, and on either side of accelerate's offloading and of PEFT: before `get_peft_model`, name
-    `modality_layernorm` in its `modules_to_save`, or PEFT freezes it. `fully_shard` wants one dtype a group: shard each
-    `modality_layernorm` as a group of its own.
+    The vision tokens are read from the model's own marker once per forward pass. Decoding steps and passes without an
+    image skip MoCa. If gradients are synchronised between processes, passes without an image still give the parameters
+    gradients of zero, because every process must have gradients. Add MoCa before DDP, FSDP, `deepspeed.initialize` and
+    torch.compile. It may come before or after accelerate's offloading and PEFT; before `get_peft_model`, list
+    `modality_layernorm` in `modules_to_save`, or PEFT freezes it. `fully_shard` requires one dtype per group: shard
+    each `modality_layernorm` as a separate group.
 
-    `fused`: where a layer has Llama's form (Llama, Qwen2, Qwen3, Mistral and the decoders of Qwen-VL are), its last
-    addition, MoCa and the RMSNorm that reads the sum run as one `add_moca_rms_norm`; the report says which layers do
-    and what keeps the others plain. Gemma's norms round in another order, so Gemma stays plain. The sum has the same
-    bits either way, its norm may differ in the last place of its dtype (see add_moca_rms_norm). The plain way is taken
-    in passes where the fused one would not be the same: under gradient checkpointing, torch.compile and FSDP, with
-    `output_hidden_states` or hooks of others on a layer while gradients are recorded, in autocast, in inference mode.
-    Errors: ValueError for a model that has MoCa, is wrapped for training already, or has a layer all on the meta device
-    that no hook of accelerate fills, and as `capture` has for models without vision tokens; TypeError for a dtype that
-    is not floating, and a vision_mask that is no name.
+    `fused`: if a layer has Llama's form (Llama, Qwen2, Qwen3, Mistral and the decoders of Qwen-VL do), its last
+    addition, MoCa and the RMSNorm that reads the sum run as one `add_moca_rms_norm`; the report lists the fused layers
+    and why the others are not. Gemma's norms round in another order, so Gemma is not fused. The sum has the same bits
+    either way; its norm may differ in the last place of its dtype (see add_moca_rms_norm). Passes in which fusing would
+    change results run unfused: under gradient checkpointing, torch.compile and FSDP, with `output_hidden_states` or
+    foreign hooks on a layer while gradients are recorded, in autocast, in inference mode.
+    Errors: ValueError for a model that already has MoCa, is already wrapped for training, or has a layer entirely on
+    the meta device that no accelerate hook fills, and, as in `capture`, for models without vision tokens; TypeError for
+    a dtype that is not floating-point, and for a vision_mask that is not a name.
     """
     if not std >= 0:
-        raise ValueError(f"std: takes a number >= 0, got {std!r}")
+        raise ValueError(f"std: expected a number >= 0, got {std!r}")
     if vision_mask is not None and not isinstance(vision_mask, str):
         raise TypeError(
-            f"vision_mask: takes the name of a forward argument, got {type(vision_mask).__name__}; for a mask of your "
-            "own, run the model inside vision_tokens(model, mask)"
+            f"vision_mask: expected the name of a forward argument, got {type(vision_mask).__name__}; to pass a mask, "
+            "run the model inside vision_tokens(model, mask)"
         )
     if dtype is not None:
         _check_dtype(dtype)
@@ -101,13 +101,13 @@ def add_moca(
     refuse_several_streams(model)
     _refuse_sharded(model)
     if any(hasattr(layer, NAME) for layer in decoder.layers):
-        raise ValueError("model: has MoCa already; remove_moca first")
+        raise ValueError("model: already has MoCa; call remove_moca first")
     size = hidden_size(model, decoder)
     modules = [_module_for(layer, size, std, dtype) for layer in decoder.layers]
     named = ("output_hidden_states", *((vision_mask,) if vision_mask else ()))
     calibration = Calibration(ForwardWatch(model, decoder, named=named), decoder, NAME, size, vision_mask)
     calibration.told_of_dtypes = dtype is not None and dtype.itemsize == 2
-    plain = [why_not_fused(model, decoder, i) if fused else "asked for" for i in range(len(decoder.layers))]
+    plain = [why_not_fused(model, decoder, i) if fused else "fused=False" for i in range(len(decoder.layers))]
     sites = []
     for i, (layer, name, module) in enumerate(zip(decoder.layers, decoder.names, modules, strict=True)):
         layer.add_module(NAME, module)
@@ -120,7 +120,7 @@ def add_moca(
 
 
 def remove_moca(model: nn.Module) -> None:
-    """Takes MoCa and its hooks out of `model`; ValueError if there is none."""
+    """Removes MoCa and its hooks from `model`; ValueError if there is none."""
     for layer in calibrated_layers(model):
         calibration_of(layer).remove()
         delattr(layer, HELD_AS)
@@ -130,22 +130,23 @@ def remove_moca(model: nn.Module) -> None:
 def moca_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The scale and shift of every layer, for an optimizer group with weight_decay 0.
 
-    transformers' Trainer leaves them out of weight decay by itself: it does so for every name with `layernorm` in it.
-    ValueError under FSDP1 with use_orig_params=False: there they are stretches of flat parameters.
+    transformers' Trainer already excludes them from weight decay, as it does all names that contain `layernorm`.
+    ValueError under FSDP1 with use_orig_params=False: there they are slices of flat parameters.
     """
     modules = [moca_of(layer) for layer in calibrated_layers(model)]
     if any("scale" not in moca._parameters for moca in modules):
         raise ValueError(
             "model: FullyShardedDataParallel with use_orig_params=False keeps scale and shift inside flat parameters, "
-            "which no optimizer group can tell apart; take use_orig_params=True"
+            "which no optimizer group can tell apart; use use_orig_params=True"
         )
     return [p for moca in modules for p in moca.parameters()]
 
 
 @contextmanager
 def vision_tokens(model: nn.Module, mask: Array) -> Iterator[None]:
-    """Inside the block, MoCa in `model` goes by `mask`, not by the model's marker: (B, T), a tensor or an array, taken
-    as `mir_kernels.moca` takes one.
+    """Inside the block, MoCa in `model` uses `mask` instead of the model's own marker.
+
+    mask: (B, T), a tensor or an array, as in `mir_kernels.moca`.
     """
     mask = _checks.mask("mask", mask, None, floats=True)
     calibration = calibration_of(calibrated_layers(model)[0])
@@ -160,14 +161,14 @@ def calibrated_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers of `model` that hold MoCa, in order; ValueError if there are none."""
     layers = [module for module in model.modules() if is_calibrated(module)]
     if not layers:
-        raise ValueError("model: has no MoCa; add_moca first")
+        raise ValueError("model: has no MoCa; call add_moca first")
     return layers
 
 
 def moca_of(layer: nn.Module) -> MoCa:
-    """The layer's MoCa, inside FSDP's wrapper and PEFT's: the active adapter's, where it is among `modules_to_save`.
+    """The layer's MoCa inside FSDP and PEFT wrappers: the active adapter's if MoCa is among its `modules_to_save`.
 
-    Where no adapter with MoCa is active, the layer runs its own, from before PEFT.
+    If no active adapter has MoCa, the layer runs the original one from before PEFT.
     """
     module = _inside_fsdp(getattr(layer, NAME))
     if hasattr(module, "modules_to_save"):
@@ -184,10 +185,10 @@ def _inside_fsdp(module: nn.Module) -> Any:
 
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _checks.FLOATS:
-        takes = ", ".join(str(d).removeprefix("torch.") for d in _checks.FLOATS)
-        raise TypeError(f"dtype: takes {takes}, got {dtype}")
+        expected = ", ".join(str(d).removeprefix("torch.") for d in _checks.FLOATS)
+        raise TypeError(f"dtype: expected one of the dtypes {expected}, got {dtype}")
     if dtype.itemsize == 2:
-        group = "in a shard group of its own under fully_shard"
+        group = "in a separate shard group under fully_shard"
         warnings.warn(f"dtype: {unmoved_by(dtype)}; keep float32, {group}", stacklevel=3)
 
 
@@ -202,15 +203,15 @@ def _module_for(layer: nn.Module, size: int, std: float, dtype: torch.dtype | No
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """ValueError for a model whose parameters are prepared for training by somebody who would leave MoCa's out."""
+    """Raises ValueError if a wrapper has already registered the model's parameters for training, without MoCa's."""
     sharder = sharder_of(model)
     if sharder is None:
         return
     if sharder == ENGINE:
         raise ValueError(
-            f"model: is in {ENGINE} already, whose optimizer would never update MoCa; add MoCa first, before "
+            f"model: is already in {ENGINE}, whose optimizer would never update MoCa; add MoCa before "
             "deepspeed.initialize"
         )
     raise ValueError(
-        f"model: is wrapped by {sharder} already, which would leave MoCa's gradients unsynchronised; add MoCa first"
+        f"model: is already wrapped by {sharder}, which would not synchronise MoCa's gradients; add MoCa first"
     )

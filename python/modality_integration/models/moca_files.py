@@ -1,4 +1,4 @@
-"""Scale and shift of MoCa in files: the keys of the published checkpoints, in safetensors or torch files."""
+"""Saves and loads MoCa's scale and shift: safetensors or torch files with the keys of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from modality_integration.models.moca import NAME, add_moca, calibrated_layers, 
 from modality_integration.models.placement import in_parts, is_first_process, read_whole, why_not_writable, write_whole
 
 FILE = "moca.safetensors"
-NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # of transformers' Trainer, beside the weights
-# Layers go by other names in a few families (Kimi-VL's and Molmo's blocks), and wrappers stand among the names.
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # saved by Trainer next to the weights
+# A few families use another name for their layers (Kimi-VL's and Molmo's blocks), and wrappers add names.
 _WRAPPERS = r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|modules_to_save\.[^.]+)"
 KEY = re.compile(rf"\.([0-9]{{1,6}})\.(?:{_WRAPPERS}\.)*modality_layernorm(?:\.{_WRAPPERS})*\.(scale|shift)$")
 
@@ -30,13 +30,13 @@ Values = dict[tuple[int, str], Tensor]  # by layer and name, scale or shift
 
 
 def save_moca(model: nn.Module, path: str | Path) -> Path:
-    """Writes scale and shift of every layer as safetensors, under the keys of the published checkpoints.
+    """Writes the scale and shift of every layer as safetensors, under the keys of the published checkpoints.
 
     `path` is a .safetensors file, or a directory for moca.safetensors; keys are `model.layers.{i}.modality_layernorm.`
-    and `scale` or `shift`. Parameters are gathered from wherever FSDP, DeepSpeed or accelerate's offloading has put
-    them; where DeepSpeed trains float32 copies, those are written. Under torch.distributed every process must call it:
-    rank 0 writes, in one step, and all return the file once it is there, or all raise what went wrong in one of them.
-    ValueError where a layer's vectors are not of its length d, before anything is written.
+    followed by `scale` or `shift`. Parameters are gathered from FSDP, DeepSpeed and accelerate's offloading; if
+    DeepSpeed trains float32 copies, those are written. Under torch.distributed every process must call it: rank 0
+    writes the file atomically, and all processes return its path once it exists, or all raise if any of them fails.
+    ValueError if a layer's vectors do not have its length d, before anything is written.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE
@@ -55,15 +55,15 @@ def save_moca(model: nn.Module, path: str | Path) -> Path:
 
 
 def load_moca(model: nn.Module, path: str | Path) -> None:
-    """Reads what `save_moca` wrote, or a published checkpoint, into `model`; adds MoCa first where there is none.
+    """Loads a file of `save_moca`, or a published checkpoint, into `model`; adds MoCa first if there is none.
 
-    `path` is a .safetensors or torch file, or a directory of such. Keys that end in
-    `.{i}.modality_layernorm.{scale,shift}` are taken, whatever stands before: `model.layers` in published ones, what
-    transformers makes of a model's names in its own. Parameters may lie wherever `save_moca` finds them, and the
-    float32 copies in DeepSpeed's optimizer are loaded too. Where processes hold parts of them, every process must call
-    it, and rank 0 reads `path` for all. ValueError where layers are missing, left over, of another size or not finite,
-    where a file cannot be read, or where values would not stay once loaded; then nothing is changed, in any process.
-    RuntimeError where a layer, read back, does not hold what was loaded.
+    `path` is a .safetensors or torch file, or a directory of such files. All keys that end in
+    `.{i}.modality_layernorm.{scale,shift}` are loaded, whatever their prefix: `model.layers` in published checkpoints,
+    a renamed one in those that transformers writes. Parameters may be distributed or offloaded as in `save_moca`, and
+    the float32 copies in DeepSpeed's optimizer are loaded too. If processes hold parts of them, every process must call
+    it, and rank 0 reads `path` for all. ValueError if layers are missing or unexpected, or have the wrong size or
+    non-finite values, if a file cannot be read, or if loaded values would not persist; then nothing is changed in any
+    process. RuntimeError if a layer does not hold the loaded values when read back.
     """
     layers = [module for module in model.modules() if is_calibrated(module)]
     together = bool(layers) and in_parts(model, [moca_of(layer) for layer in layers])
@@ -89,42 +89,43 @@ def load_moca(model: nn.Module, path: str | Path) -> None:
     with all_or_none(together):
         if failed:
             raise RuntimeError(
-                f"path: was read, but layers {', '.join(map(str, failed))} of model do not hold its values afterwards"
+                f"path: was read, but layers {', '.join(map(str, failed))} of the model do not hold its values after "
+                "loading"
             )
 
 
 def _check_whole(modules: list[MoCa], vectors: list[dict[str, Tensor]]) -> None:
-    """ValueError unless every layer's scale and shift are there, and (d,)."""
+    """Raises ValueError unless every layer has a scale and a shift of shape (d,)."""
     for i, (moca, found) in enumerate(zip(modules, vectors, strict=True)):
         size = moca.hidden_size
         for name in ("scale", "shift"):
             if name not in found or tuple(found[name].shape) != (size,):
                 got = f"shape {tuple(found[name].shape)}" if name in found else "none"
                 raise ValueError(
-                    f"model: takes a {name} of shape ({size},) in every layer's MoCa, got {got} in layer {i}: it is in "
-                    "parts that cannot be gathered from here; give the outermost wrapper (FSDP's), not what it wraps"
+                    f"model: expected a {name} of shape ({size},) in every layer's MoCa, got {got} in layer {i}: its "
+                    "shards cannot be gathered from here; pass the outermost (FSDP) wrapper, not the wrapped model"
                 )
 
 
 def _check_layers(values: Values, count: int) -> None:
-    """ValueError unless there are scale and shift for layers 0 to count - 1 and for no other."""
+    """Raises ValueError unless there are a scale and a shift for exactly the layers 0 to count - 1."""
     expected = {(i, name) for i in range(count) for name in ("scale", "shift")}
     if set(values) != expected:
         odd = sorted(f"{i}.{name}" for i, name in set(values) ^ expected)
-        raise ValueError(f"path: takes scale and shift of {count} layers; missing or left over: {', '.join(odd)}")
+        raise ValueError(f"path: expected scale and shift of {count} layers; missing or unexpected: {', '.join(odd)}")
 
 
 def _check_vectors(values: Values, size: int, dtype: torch.dtype) -> None:
-    """ValueError unless every value is (size,) and finite in `dtype`."""
+    """Raises ValueError unless every value has shape (size,) and is finite in `dtype`."""
     wrong = sorted(f"{i}.{name}" for (i, name), value in values.items() if tuple(value.shape) != (size,))
     if wrong:
-        raise ValueError(f"path: takes vectors of length {size}; of another shape: {', '.join(wrong)}")
+        raise ValueError(f"path: expected vectors of length {size}; wrong shape: {', '.join(wrong)}")
     if wrong := sorted(f"{i}.{name}" for (i, name), value in values.items() if not value.to(dtype).isfinite().all()):
-        raise ValueError(f"path: takes values that are finite in {dtype}; others in {', '.join(wrong)}")
+        raise ValueError(f"path: expected values that are finite in {dtype}; not finite: {', '.join(wrong)}")
 
 
 def _read(path: Path) -> Values:
-    """MoCa's tensors at `path`; ValueError where there are none, or two that differ for one layer."""
+    """MoCa's tensors at `path`; ValueError if there are none, or two different ones for the same layer."""
     values: Values = {}
     for files in _candidates(path):
         for file in files:
@@ -141,7 +142,7 @@ def _read(path: Path) -> Values:
 
 
 def _candidates(path: Path) -> list[list[Path]]:
-    """Files to read together, then those to read where these hold no MoCa: LoRA runs keep it in a .bin beside."""
+    """Lists of files to read together, tried in order until one holds MoCa: LoRA runs keep it in a separate .bin."""
     if not path.is_dir():
         found = [[path]]
     elif (path / FILE).exists():
@@ -155,7 +156,7 @@ def _candidates(path: Path) -> list[list[Path]]:
 
 
 def _tensors(file: Path) -> dict[Any, Any]:
-    """What a file holds under MoCa's keys, or all of it; ValueError where it is no file of tensors."""
+    """The tensors of a file (of a safetensors file, only MoCa's); ValueError if it is not a file of tensors."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as stored:
@@ -164,9 +165,9 @@ def _tensors(file: Path) -> dict[Any, Any]:
     except (FileNotFoundError, PermissionError):
         raise
     except SafetensorError as error:
-        raise ValueError(f"path: {file} is no readable safetensors file ({error})") from error
-    except Exception as error:  # torch.load on damaged files: whatever its unpickler and zip reader raise
-        raise ValueError(f"path: {file} is no readable torch file ({type(error).__name__}: {error})") from error
+        raise ValueError(f"path: {file} is not a readable safetensors file ({error})") from error
+    except Exception as error:  # on damaged files, torch.load raises any error of its unpickler and zip reader
+        raise ValueError(f"path: {file} is not a readable torch file ({type(error).__name__}: {error})") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"path: {file} takes a dict of tensors, got {type(loaded).__name__}")
+        raise ValueError(f"path: expected a dict of tensors in {file}, got {type(loaded).__name__}")
     return loaded

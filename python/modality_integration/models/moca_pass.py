@@ -1,4 +1,4 @@
-"""What MoCa works out once in a forward pass, for all the layers that the pass goes through."""
+"""MoCa's state in one forward pass, computed once and shared by all layers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mir_kernels.ops.moca import VisionMask
 
 
 class FusedOutput(NamedTuple):
-    """A layer's output h and the RMSNorm of it, which one operation gave, with all that must hold still until `norm`
-    is called: the versions of both tensors that it reads, h's place in the graph, and whether autograd records."""
+    """A layer's output h and its RMSNorm, computed by one fused operation, with everything that must not change until
+    `norm` is called: the versions of h and the weight, h's place in the graph, and whether autograd records."""
 
     h: Tensor
     normed: Tensor
@@ -26,12 +26,12 @@ class FusedOutput(NamedTuple):
 
 @dataclass
 class MoCaPass:
-    """MoCa in one forward pass.
+    """MoCa's state in one forward pass.
 
-    vision: (B, T) bool, True at the vision tokens; None until the first layer asks, and on the device of the layer that
-    asked last. idle: no token of the pass is a vision token (never so under torch.compile, which does not look).
-    shared: `vision` as all the layers of the pass share it, if one has asked.
-    fused: the output of the layer that ran last, while the norm that reads it has not been called.
+    vision: (B, T) bool, True at the vision tokens; None before the first layer needs it, then on the device of the
+    layer that used it last. idle: no token of the pass is a vision token (not checked under torch.compile).
+    shared: `vision` as a VisionMask shared by all layers, once one has needed it.
+    fused: the fused output of the last layer, until the norm that reads it is called.
     """
 
     vision: Tensor | None = None
@@ -40,24 +40,24 @@ class MoCaPass:
     fused: FusedOutput | None = None
 
     def mask_for(self, state: Tensor) -> Tensor:
-        """`vision` where `state` lies."""
-        assert self.vision is not None  # the first layer has asked
+        """`vision` on the device of `state`."""
+        assert self.vision is not None  # set by the first layer
         if self.vision.device != state.device:
             self.vision, self.shared = self.vision.to(state.device), None
         return self.vision
 
     def shared_mask(self) -> VisionMask:
-        """`vision`, whose rows are counted once for all layers on one device."""
+        """`vision` as a VisionMask, whose rows are counted once for all layers on one device."""
         assert self.vision is not None
         if self.shared is None:
             self.shared = VisionMask(self.vision)
         return self.shared
 
     def take_fused(self) -> FusedOutput | None:
-        """`fused`, which serves one call: whichever norm is called first takes it away."""
+        """Returns `fused` and clears it: it serves only the norm that is called first."""
         fused, self.fused = self.fused, None
         return fused
 
     def has_calibrated(self, state: Tensor) -> bool:
-        """Whether MoCa is in `state`, a layer's output, already."""
+        """Whether `state`, a layer's output, already includes MoCa."""
         return self.fused is not None and self.fused.h is state

@@ -1,8 +1,8 @@
-"""Reads parameters whole and writes whole values into them, wherever a trainer has put them.
+"""Reads and writes whole parameters, wherever a trainer has put them.
 
-They may be in parts: DTensor (FSDP2), flat parameters (FSDP1), DeepSpeed's ZeRO 1 to 3, whose optimizers hold float32
-copies. Or elsewhere: on the meta device, with values that accelerate's hooks fetch. Trainers are recognised by what
-they leave on modules and parameters, and imported only where they are in use.
+They may be sharded: DTensor (FSDP2), flat parameters (FSDP1), or DeepSpeed's ZeRO 1 to 3, whose optimizers hold float32
+copies. Or offloaded: on the meta device, with values that accelerate's hooks fetch. Trainers are recognised by the
+attributes they leave on modules and parameters, and imported only if they are in use.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 ENGINE = "a DeepSpeed engine"
 ON_META = (
-    "lies on the meta device, without values, and no hook of accelerate fetches them; load the weights first, or give "
-    "the model that has the hooks"
+    "is on the meta device, without values, and no accelerate hook fetches them; load the weights first, or pass the "
+    "model that has the hooks"
 )
 
-Chain = list[tuple[str, nn.Module]]  # from the model ("") down to one module, each by its name in the one before
+Chain = list[tuple[str, nn.Module]]  # from the model ("") down to a module, each with its name in its parent
 
 
 def read_whole(model: nn.Module, modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
-    """The own parameters of each of `modules`, which are parts of `model`: whole, in the CPU's memory.
+    """The direct parameters of each of `modules`, which are parts of `model`: whole, in CPU memory.
 
-    Where DeepSpeed's optimizer has a float32 copy that rounds to the parameter, it is that copy. Parts are gathered one
+    If DeepSpeed's optimizer has a float32 copy that rounds to the parameter, returns that copy. Shards are gathered one
     module at a time, so every process must call this, with modules in the same order. ValueError for parameters on the
     meta device whose values no hook fetches.
     """
@@ -51,9 +51,9 @@ def _read(chains: Sequence[Chain], unlinked: Mapping[int, Tensor]) -> list[dict[
 
 
 def write_whole(model: nn.Module, modules: Sequence[nn.Module], values: Sequence[Mapping[str, Tensor]]) -> list[int]:
-    """Writes `values`, of each module by parameter name, into `modules`; every process must give the same.
+    """Writes `values` (for each module, by parameter name) into `modules`; every process must pass the same values.
 
-    Reads all of it back, and returns the places in `modules` of those that do not hold what was written.
+    Reads everything back and returns the indices of those `modules` that do not hold what was written.
     """
     chains, unlinked = _chains(model, modules), _unlinked_copies(model)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def write_whole(model: nn.Module, modules: Sequence[nn.Module], values: Sequence
 
 
 def why_not_writable(model: nn.Module, modules: Sequence[nn.Module]) -> str | None:
-    """What would make `write_whole` fail; None where nothing would."""
+    """Why `write_whole` would fail; None if it would not."""
     for chain in _chains(model, modules):
         for name, parameter in _own(chain).items():
             if parameter.device.type == "meta":
@@ -84,7 +84,7 @@ def why_not_writable(model: nn.Module, modules: Sequence[nn.Module]) -> str | No
 
 
 def in_parts(model: nn.Module, modules: Sequence[nn.Module]) -> bool:
-    """Whether processes hold parts of these modules' parameters, so that all have to take part in reading them."""
+    """Whether these modules' parameters are sharded over processes, so that reading them is a collective operation."""
     if not is_distributed():
         return False
     for chain in _chains(model, modules):
@@ -96,7 +96,7 @@ def in_parts(model: nn.Module, modules: Sequence[nn.Module]) -> bool:
 
 
 def gathered_by_all(parameter: Tensor) -> bool:
-    """Whether every process has to take part in gathering this parameter: a DTensor, or ZeRO-3's."""
+    """Whether gathering this parameter is a collective operation: a DTensor, or a parameter of ZeRO-3."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
@@ -107,18 +107,18 @@ def is_distributed() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes and tells for all, or the only one."""
+    """Whether this is rank 0, which writes and reports for all processes, or the only process."""
     return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def is_deepspeed_engine(module: object) -> bool:
-    """Whether `module` is what deepspeed.initialize returns, or its engine for inference."""
+    """Whether `module` is a DeepSpeed engine, for training or inference."""
     kinds = type(module).__mro__
     return any(kind.__module__.startswith("deepspeed.") and kind.__name__.endswith("Engine") for kind in kinds)
 
 
 def deepspeed_engine(model: nn.Module) -> nn.Module | None:
-    """The DeepSpeed engine that `model` is, holds or is inside of."""
+    """The DeepSpeed engine that `model` is, contains or is part of; None if there is none."""
     for module in model.modules():
         if is_deepspeed_engine(module):
             return module
@@ -131,7 +131,7 @@ def deepspeed_engine(model: nn.Module) -> nn.Module | None:
 
 
 def _engine_around(model: nn.Module) -> nn.Module | None:
-    """The DeepSpeed engine of a module that holds `model`: nothing on `model` tells of it, so among all objects."""
+    """The DeepSpeed engine that contains `model`; `model` has no reference to it, so this searches all objects."""
     if "deepspeed" not in sys.modules:
         return None
     for found in gc.get_objects():
@@ -143,7 +143,7 @@ def _engine_around(model: nn.Module) -> nn.Module | None:
 
 
 def sharder_of(model: nn.Module) -> str | None:
-    """Who has taken the parameters of `model` for training already, so that one added now would be left out."""
+    """The wrapper that has already registered the parameters of `model` for training and would miss new ones."""
     for module in model.modules():
         wrapped = isinstance(module, FSDPModule | nn.parallel.DistributedDataParallel)
         if wrapped or hasattr(module, "_fsdp_wrapped_module"):
@@ -160,28 +160,28 @@ def sharder_of(model: nn.Module) -> str | None:
 
 
 def may_be_trained_in_float32(model: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether `parameters` of 16 bits may be copies of float32 ones that train: gathered by FSDP, or an optimizer's."""
+    """Whether the 16-bit `parameters` may be copies of trained float32 ones: gathered by FSDP, or an optimizer's."""
     if any(isinstance(p, DTensor) for p in parameters):
-        return False  # FSDP2's own: gathered ones are no DTensors
+        return False  # FSDP2's trained parameters: gathered copies are not DTensors
     if any(p.untyped_storage().nbytes() > p.nbytes for p in parameters):
-        return True  # a stretch of something flat, as FSDP1 gathers it
+        return True  # a slice of a flat tensor, as FSDP1 gathers it
     return sharder_of(model) not in (None, nn.parallel.DistributedDataParallel.__name__)
 
 
 def whole_size(parameter: Tensor) -> int:
-    """The last dimension of a parameter, also where ZeRO-3 has left it empty."""
+    """The last dimension of a parameter, even if ZeRO-3 has left it empty."""
     return int(tuple(getattr(parameter, "ds_shape", parameter.shape))[-1])
 
 
 def accelerate_hooks(module: nn.Module) -> list[Any]:
-    """The hooks of accelerate on `module` itself."""
+    """The accelerate hooks on `module` itself."""
     hook = module.__dict__.get("_hf_hook")
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
 
 
 def parameter_device(module: nn.Module) -> torch.device:
-    """Where `module` computes: where accelerate's hooks send the inputs of its first part, else where its first
-    parameter lies. ValueError where all that it has lies on the meta device."""
+    """The device on which `module` computes: the first execution device of an accelerate hook, else that of its first
+    parameter with values. ValueError if all its parameters are on the meta device."""
     empty = None
     for name, part in module.named_modules():
         for hook in accelerate_hooks(part):
@@ -197,14 +197,14 @@ def parameter_device(module: nn.Module) -> torch.device:
 
 
 def _chains(model: nn.Module, modules: Sequence[nn.Module]) -> list[Chain]:
-    """The way from `model` to each of `modules`."""
+    """The path from `model` to each of `modules`."""
     names = {id(module): name for name, module in model.named_modules()}
     chains = []
     for module in modules:
         chain: Chain = [("", model)]
         for part in filter(None, names[id(module)].split(".")):
             inside = chain[-1][1]._modules[part]
-            assert inside is not None  # named_modules has been there
+            assert inside is not None  # named_modules listed it
             chain.append((part, inside))
         chains.append(chain)
     return chains
@@ -220,20 +220,20 @@ def _full_name(chain: Chain, name: str) -> str:
 
 @contextmanager
 def _unsharded(chain: Chain, *, writing: bool = False) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters of the chain's last module, as they are while FSDP1 and ZeRO-3 have them gathered."""
+    """The parameters of the chain's last module, gathered by FSDP1 and ZeRO-3 inside the block."""
     with ExitStack() as stack:
         wrappers = [module for _, module in chain if isinstance(module, FullyShardedDataParallel)]
         if wrappers:
             summon = FullyShardedDataParallel.summon_full_params
-            if getattr(wrappers[0], "_is_root", None) is None:  # before the first forward: else a part becomes the root
+            if getattr(wrappers[0], "_is_root", None) is None:  # before the first forward: or a part would become root
                 if wrappers[0] is not chain[0][1]:
-                    stack.callback(_forget_the_root, wrappers[0])  # one around `model` may yet be it
+                    stack.callback(_forget_the_root, wrappers[0])  # a wrapper around `model` may be the real root
                 with summon(wrappers[0], recurse=False, writeback=False):
                     pass
             stack.enter_context(summon(wrappers[-1], recurse=False, writeback=writing))
         groups = [module for _, module in chain if isinstance(module, FSDPModule)]
         if groups:
-            groups[-1].reshard()  # a forward may have left whole copies in place of the parameters
+            groups[-1].reshard()  # a forward may have left unsharded copies in place of the parameters
         parameters = list(_own(chain).values())
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
             import deepspeed
@@ -243,7 +243,7 @@ def _unsharded(chain: Chain, *, writing: bool = False) -> Iterator[dict[str, nn.
 
 
 def _forget_the_root(wrapper: FullyShardedDataParallel) -> None:
-    """Lets the next forward choose FSDP1's root anew: as FSDP1 does itself where it gathers before the first one."""
+    """Lets the next forward choose FSDP1's root again, as FSDP1 itself does after gathering before the first one."""
     for module in FullyShardedDataParallel.fsdp_modules(wrapper):
         module._is_root = None
 
@@ -255,7 +255,7 @@ def _value(chain: Chain, name: str, parameter: nn.Parameter) -> Tensor:
         value = stored[key].detach()
     elif isinstance(value, DTensor):
         mesh = value.device_mesh.device_type
-        parts: Any = value if value.device.type == mesh else value.to(mesh)  # offloaded to a CPU: no gather there
+        parts: Any = value if value.device.type == mesh else value.to(mesh)  # CPU offloading: gather on the mesh
         value = parts.full_tensor()
     return value.to("cpu", copy=True).contiguous()
 
@@ -278,7 +278,7 @@ def _set_value(chain: Chain, name: str, parameter: nn.Parameter, value: Tensor) 
 
 
 def _offloaded(chain: Chain, name: str) -> tuple[Mapping[str, Tensor], str]:
-    """Where a hook of accelerate, on the module or around it, fetches the parameter from: a mapping and its key."""
+    """The mapping and key from which an accelerate hook, on the module or its parents, fetches the parameter."""
     for depth in range(len(chain), 0, -1):
         key = ".".join([part for part, _ in chain[depth:]] + [name])
         for hook in accelerate_hooks(chain[depth - 1][1]):
@@ -289,7 +289,7 @@ def _offloaded(chain: Chain, name: str) -> tuple[Mapping[str, Tensor], str]:
 
 
 def _stored(chain: Chain, name: str) -> tuple[MutableMapping[str, Tensor] | Path, str]:
-    """What to write to for the hook to fetch it: tensors by name, or the folder of accelerate's own files."""
+    """The place from which the hook fetches the parameter and its key: tensors by name, or accelerate's folder."""
     weights: Any
     weights, key = _offloaded(chain, name)
     while hasattr(weights, "dataset") and hasattr(weights, "prefix"):
@@ -302,15 +302,15 @@ def _stored(chain: Chain, name: str) -> tuple[MutableMapping[str, Tensor] | Path
     if entry is None or entry.get("safetensors_file") is not None:
         where = type(weights).__name__ if entry is None else entry["safetensors_file"]
         raise ValueError(
-            f"model: {_full_name(chain, name)} is offloaded and fetched from {where}, which is not MoCa's to change; "
-            "load MoCa before the model is offloaded, or keep modality_layernorm on a device in the device_map"
+            f"model: {_full_name(chain, name)} is offloaded and fetched from {where}, which load_moca does not modify; "
+            "load MoCa before offloading the model, or keep modality_layernorm on a device in the device_map"
         )
     return Path(weights.save_folder), key
 
 
 def _unlinked_copies(model: nn.Module) -> dict[int, Tensor]:
-    """The float32 copies that DeepSpeed's optimizers without ZeRO hold, by the id of the parameter: they keep them in
-    groups as they have the parameters, one by one or flat, and link neither to the other."""
+    """The float32 copies held by DeepSpeed's optimizers without ZeRO, by the id of the parameter. These optimizers
+    keep the copies in the same groups as the parameters, one by one or flat, without a link between the two."""
     optimizer: Any = getattr(deepspeed_engine(model), "optimizer", None)
     found: dict[int, Tensor] = {}
     for i, group in enumerate(getattr(optimizer, "fp16_groups", ())):
@@ -325,7 +325,7 @@ def _unlinked_copies(model: nn.Module) -> dict[int, Tensor]:
 
 
 def _optimizer_copies(chain: Chain, unlinked: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """The whole float32 copies that DeepSpeed's optimizer holds of the last module's parameters."""
+    """The whole float32 copies of the last module's parameters in DeepSpeed's optimizer."""
     found = {}
     for name, parameter in _own(chain).items():
         if id(parameter) in unlinked:
@@ -351,7 +351,7 @@ def _set_optimizer_copy(parameter: Any, value: Tensor | None, unlinked: Mapping[
     if not hasattr(parameter, "ds_id"):
         safe_set_full_fp32_param(parameter, value)
         return
-    # Not the setter of the whole: it fails where the last process's part is padded.
+    # Not safe_set_full_fp32_param: it fails if the last process's shard is padded.
     group, size = parameter.ds_process_group, parameter.ds_tensor.numel()
     padded = value.new_zeros(size * torch.distributed.get_world_size(group))
     padded[: value.numel()] = value

@@ -1,1 +1,1 @@
-"""MIR while a model trains: a measurement for any loop, callbacks for transformers' Trainer and for Lightning."""
+"""MIR during training: a measurement for any training loop, and callbacks for transformers' Trainer and Lightning."""

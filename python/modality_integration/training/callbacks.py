@@ -1,4 +1,4 @@
-"""`MIRCallback`: MIR while transformers' Trainer runs, logged through it, with early stopping on its plateau."""
+"""`MIRCallback`: measures and logs MIR while transformers' Trainer runs, with early stopping when it is flat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modality_integration.models.agreement import from_first
 from modality_integration.models.decoder import unwrap
 from modality_integration.training.watch import Watch
 
-_SAVED = "MIRHistory"  # where a checkpoint of the trainer keeps what was measured, by the callbacks' names
+_SAVED = "MIRHistory"  # key of the measurements in a run checkpoint, by the callbacks' names
 
 
 class MIRCallback(Watch, TrainerCallback):
@@ -24,55 +24,56 @@ class MIRCallback(Watch, TrainerCallback):
 
         MIRCallback(probe, every=100, patience=5).attach(trainer)
 
-    probe: batches as the model takes them (mappings of tensors), each row with an image; the same ones every time.
-    Logged wherever the trainer logs to, in rows of its own: `mir`, `mir_error` where there is one, `mir/layer_01` and
-    on (the distance of each decoder layer, whose sum has `mir` as its log10) and `mir_seconds` (what the probe took).
-    Rows go to `state.log_history` and to every callback's `on_log`, past a `log` that a subclass of Trainer overrides:
-    TRL's trainers add to the next row whatever they have averaged since the last one, and it stays in theirs.
-    patience, min_delta: training stops once MIR has been flat for `patience` measurements: of the last `patience` + 1
-    values the lowest and the highest are within two standard errors of their difference, or within `min_delta`, of one
-    another. The samples are the same each time, so that error is of differences, group by group: a slow but steady
-    change is seen. Without `patience` training is never stopped.
-    capture, metric: options of `capture` and of `ModalityIntegrationRate`; with `patience`, samples (rows of the probe)
-    are dealt into 5 groups for the standard error unless `metric` has "groups", 0 being without, where `min_delta`
-    alone counts. Groups cost memory for covariances once a probe has more tokens than are held back.
-    name: what is logged begins with it; another one for each of several callbacks of a trainer.
-    `history` holds (step, MIRResult) of what was logged in a training. Resumed from a checkpoint, it goes on with the
-    measurements that early stopping needs, measures at the same steps, and stops where it would have without a break.
-    every_save: checkpoints between measurements are measured too, once they are written and without a log, for a check
-    of their weights: transformers renames those of vision-language models when it writes them, and its Trainer does not
-    rename them back. The probe runs again at the start of resumed training, and after training with
-    `load_best_model_at_end`, and where MIR is not what it was in the checkpoint, a warning says so.
+    probe: batches of model inputs (mappings of tensors), each row with an image; the same batches every time.
+    Logged to the trainer's loggers, in separate rows: `mir`, `mir_error` if there is one, `mir/layer_01` and so on (the
+    distance of each decoder layer; `mir` is the log10 of their sum) and `mir_seconds` (the duration of the probe).
+    Rows go to `state.log_history` and to every callback's `on_log`, bypassing a subclass's override of Trainer.log:
+    TRL's trainers merge the values averaged since their last row into the next one, and these must stay in theirs.
+    patience, min_delta: training stops once MIR has been flat for `patience` measurements: the lowest and the highest
+    of the last `patience` + 1 values differ by less than two standard errors of their difference, or by at most
+    `min_delta`. The samples are the same each time, so the standard error is paired, group by group, and a slow but
+    steady change is detected. Without `patience`, training is never stopped.
+    capture, metric: options of `capture` and of `ModalityIntegrationRate`. With `patience`, samples (rows of the probe)
+    are divided into 5 groups for the standard error unless `metric` has "groups"; with 0, only `min_delta` counts.
+    Groups need memory for covariances once a probe has more tokens than the metric holds back.
+    name: prefix of the logged names; must differ between several callbacks of a trainer.
+    `history` holds (step, MIRResult) of the logged measurements of one training run. Resuming from a checkpoint
+    restores the measurements that early stopping needs, and measures and stops at the same steps as an uninterrupted
+    run.
+    every_save: also measures checkpoints between measurements, after they are written and without logging, to verify
+    their weights: transformers renames the weights of vision-language models when writing them, and its Trainer does
+    not rename them back. The probe runs again at the start of resumed training, and after training with
+    `load_best_model_at_end`; a warning is issued if MIR differs from its value in the checkpoint.
 
-    TrainingArguments(metric_for_best_model="mir", or "mir/layer_01"): every evaluation has "eval_mir", measured there
-    unless the same step was; the lowest is the best. Trainer's own EarlyStoppingCallback then goes by it.
+    TrainingArguments(metric_for_best_model="mir", or "mir/layer_01"): adds "eval_mir" to every evaluation, measured
+    unless that step already was; lower is better. Trainer's EarlyStoppingCallback then uses it.
     Errors: ValueError for a name that another callback of the trainer has, TypeError and ValueError for a wrong probe
-    or option, and what `capture` and the metric raise while it measures.
+    or option, and the errors of `capture` and the metric.
 
-    The probe runs as in `measure_mir`, under the trainer's autocast: training goes on to the same bits as without it.
-    Under torch.distributed every process runs the whole probe and the first one's value decides.
+    The probe runs as in `measure_mir`, under the trainer's autocast, and leaves training unchanged bit for bit.
+    Under torch.distributed every process runs the whole probe, and the first one's value decides.
     """
 
     _trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> MIRCallback:
-        """Adds this callback to `trainer`, through which it then logs."""
+        """Adds this callback to `trainer` and logs through it."""
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             return self
         if any(isinstance(other, MIRCallback) and other.name == self.name for other in callbacks):
-            raise ValueError(f"name: takes one that no other MIRCallback of the trainer has, got {self.name!r} again")
+            raise ValueError(f"name: expected one that no other MIRCallback of the trainer has, got {self.name!r}")
         self._trainer = trainer
         trainer.add_callback(self)
-        # An evaluation gets its MIR from this one: those that read it, early stopping among them, come after it.
+        # This callback adds MIR to evaluations, so callbacks that read them, such as early stopping, must come later.
         reading = next(i for i, callback in enumerate(callbacks) if callback is self or _reads_evaluations(callback))
         callbacks.insert(reading, callbacks.pop())
         args = trainer.args
         if self._chosen_by(args) and args.greater_is_better:
             warnings.warn(
-                f"metric_for_best_model={args.metric_for_best_model!r}: takes greater_is_better=False, for the lower "
-                "MIR is the better one; got True, which TrainingArguments makes of every name that does not end in "
-                '"loss". It is set to False',
+                f"metric_for_best_model={args.metric_for_best_model!r}: expected greater_is_better=False, got True, "
+                'the default of TrainingArguments for names that do not end in "loss"; it is set to False, because a '
+                "lower MIR is better",
                 stacklevel=2,
             )
             args.greater_is_better = False
@@ -101,7 +102,7 @@ class MIRCallback(Watch, TrainerCallback):
             self._measure(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # The state that was written has the value of a step that was measured before.
+        # A step that was already measured has its value in the state that was written.
         if not self.every_save or from_first(self.value_at(state.global_step) is not None):
             return
         self._result(state)
@@ -149,7 +150,7 @@ class MIRCallback(Watch, TrainerCallback):
             control.should_training_stop = True
 
     def _result(self, state: TrainerState) -> MIRResult:
-        """MIR at this step, for a checkpoint or an evaluation; neither in the history nor logged."""
+        """MIR at this step, for a checkpoint or an evaluation; not added to the history and not logged."""
         trainer = self._logs_through()
         with trainer.accelerator.autocast():
             result = self.result_at(_model_of(trainer), state.global_step)
@@ -158,38 +159,36 @@ class MIRCallback(Watch, TrainerCallback):
         return result
 
     def _keep(self, state: TrainerState) -> None:
-        """Gives the trainer's state, which checkpoints have, what was measured."""
+        """Stores the measurements in the trainer's state, which is part of checkpoints."""
         self.keep()
-        # Nothing else in a checkpoint says where its processor is: with the model that training began with.
+        # The processor is with the model that training started from, and nothing else in a checkpoint names it.
         config: Any = getattr(unwrap(_model_of(self._logs_through())), "config", None)
         _kept(state)[self.name] = {**self.saved(), "trained_from": getattr(config, "_name_or_path", "")}
 
     def _log(self, values: dict[str, float], control: TrainerControl) -> None:
-        due = control.should_log  # logging clears it, and the trainer's own log of this step would be lost
-        Trainer.log(self._logs_through(), values)  # not what a subclass makes of it, see the class
+        due = control.should_log  # logging clears it, which would lose the trainer's own row of this step
+        Trainer.log(self._logs_through(), values)  # bypasses a subclass's override, see the class docstring
         control.should_log = due
 
     def _warn_unless_restored(self, step: int, what: str, checkpoint: str) -> None:
-        """Warns where the model should be that of `checkpoint`, written after `step` steps, and its MIR is another."""
+        """Warns if the model should equal `checkpoint`, written after `step` steps, but its MIR differs."""
         value = from_first(self.value_at(step))
         if value is None:
             return
         trainer = self._logs_through()
         if hasattr(trainer.model, "peft_config"):
-            remedy = (
-                "Of a PEFT model, Trainer reads the adapter: load_moca for a MoCa that it has not in modules_to_save"
-            )
+            remedy = "For a PEFT model, Trainer loads only the adapter; use load_moca if MoCa is not in modules_to_save"
         else:
             remedy = (
-                "transformers' Trainer does not read back what from_pretrained renames, as in most vision-language "
-                f"models: take from_pretrained({checkpoint!r}), add_moca and load_moca(model, {checkpoint!r}) where it "
-                "has MoCa, and go on with that model"
+                "transformers' Trainer does not load weights that from_pretrained renames, as in most vision-language "
+                f"models; use from_pretrained({checkpoint!r}), with MoCa also add_moca and load_moca(model, "
+                f"{checkpoint!r}), and continue with that model"
             )
         with trainer.accelerator.autocast():
             self.warn_unless_restored(_model_of(trainer), step, value, what, remedy)
 
     def _chosen_by(self, args: TrainingArguments) -> str:
-        """What is measured here and `args` chooses the best model by, "" where it is something else."""
+        """The value by which `args` chooses the best model, if this callback measures it, otherwise ""."""
         name = (args.metric_for_best_model or "").removeprefix("eval_")
         return name if name == self.name or name.startswith(f"{self.name}/layer_") else ""
 
@@ -200,26 +199,26 @@ class MIRCallback(Watch, TrainerCallback):
 
 
 def _reads_evaluations(callback: TrainerCallback) -> bool:
-    """Whether `callback` does something of its own with what an evaluation gives; progress bars only end there."""
+    """Whether `callback` uses the metrics of an evaluation; progress bars override `on_evaluate` only to close."""
     kind = type(callback)
     return kind.on_evaluate is not TrainerCallback.on_evaluate and not kind.__name__.endswith("ProgressCallback")
 
 
 def _model_of(trainer: Trainer) -> nn.Module:
-    """The model as the trainer runs it now: a callback is given the one of before training."""
+    """The model that the trainer currently runs; callbacks receive the one from before training."""
     model = trainer.model
     assert isinstance(model, nn.Module)
     return model
 
 
 def _evaluates_other_weights(trainer: Trainer) -> bool:
-    """Whether the optimizer trains other weights than it evaluates, as schedule-free ones do."""
+    """Whether the optimizer evaluates other weights than it trains, as schedule-free optimizers do."""
     optimizer: Any = trainer.optimizer
     return callable(getattr(getattr(optimizer, "optimizer", optimizer), "eval", None))
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:
-    """What the trainer saves with its state and gives back when it resumes, by the names of these callbacks."""
+    """The measurements saved with the trainer's state and restored when it resumes, by the callbacks' names."""
     kept: Any = state.stateful_callbacks
     found: dict[str, Any] = kept.setdefault(_SAVED, {})
     return found

@@ -1,4 +1,4 @@
-"""`lightning_callback`: `MIRCallback` for Lightning. It loads neither Lightning nor transformers until it is called."""
+"""`lightning_callback`: `MIRCallback` for Lightning. Imports Lightning only when called, and never transformers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from modality_integration.training.watch import Watch
 
 
 def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -> Any:
-    """`MIRCallback` for Lightning: a callback for `Trainer(callbacks=[...])`, with the options of `MIRCallback`.
+    """`MIRCallback` for Lightning: returns a callback for `Trainer(callbacks=[...])`, with the same options.
 
-    module: the attribute of the LightningModule that holds the model which `capture` takes. Logged to the trainer's
-    loggers. ModuleNotFoundError unless `lightning` (or `pytorch_lightning`) is installed.
+    module: the attribute of the LightningModule that holds the model for `capture`. Logs to the trainer's loggers.
+    ModuleNotFoundError unless `lightning` (or `pytorch_lightning`) is installed.
     """
     try:
         from lightning.pytorch import Callback
@@ -22,12 +22,12 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
         from pytorch_lightning import Callback
 
     class MIRLightning(Watch, Callback):
-        _restored = False  # from a checkpoint, whose weights have not been looked at yet
+        _restored = False  # from a checkpoint whose weights have not been checked yet
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             step = trainer.global_step
             if not self._restored and (step == 0 or (self.history and step < self.history[-1][0])):
-                self.begin()  # another training than before
+                self.begin()  # a new training run
             value = self.value_at(step)
             if not self.history:
                 self._measure(trainer, pl_module)
@@ -35,13 +35,13 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
                 with _autocast(trainer):
                     self.warn_unless_restored(
                         getattr(pl_module, module), step, value, "the resumed training",
-                        "See that the LightningModule's state_dict holds them, and that loading it is strict",
+                        "Check that the LightningModule's state_dict contains them and that loading it is strict",
                     )  # fmt: skip
             self._restored = False
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             step = trainer.global_step
-            if step % self.every == 0 and step != self.history[-1][0]:  # several batches may make one step
+            if step % self.every == 0 and step != self.history[-1][0]:  # a step may have several batches
                 self._measure(trainer, pl_module)
 
         @property
@@ -69,6 +69,6 @@ def lightning_callback(probe: Probe, *, module: str = "model", **options: Any) -
 
 
 def _autocast(trainer: Any) -> AbstractContextManager[None]:
-    """What the trainer computes forward passes in."""
+    """The context in which the trainer runs forward passes."""
     context: AbstractContextManager[None] = trainer.precision_plugin.forward_context()
     return context

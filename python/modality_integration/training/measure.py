@@ -1,4 +1,4 @@
-"""MIR of a model as it is now, on a probe set, for any training loop; imports no transformers."""
+"""MIR of a model in its current state, on a probe set, for any training loop; does not import transformers."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def measure_mir(
     capture: Mapping[str, Any] | None = None,
     metric: Mapping[str, Any] | None = None,
 ) -> MIRResult:
-    """MIR (Eq. 3) of `model` as it is now, on a probe set; training goes on to the same bits as without it.
+    """MIR (Eq. 3) of `model` in its current state, on a probe set; training continues bit for bit as without it.
 
-    probe: batches as the model takes them (mappings of tensors, moved to the model's device), each row with an image.
-    capture, metric: options of `capture` and of `ModalityIntegrationRate`. Samples are dealt into 5 groups for a
-    standard error unless `metric` has "groups". Where every batch has "input_ids", which say how many samples there
-    are, batches are taken in an order that is random, the same each time, and groups come one after the other: memory
-    on a GPU is that without groups. Under torch.distributed every process runs the whole probe;
-    metric={"sync_on_compute": True} counts all processes' tokens instead, where each has a part of its own.
-    The passes run in eval mode, without gradients, a cache and, where the model can do without, all logits but the
-    last. Afterwards each module's own train mode, the random states of Python, numpy and torch, and on CUDA the cached
-    memory are as before. Enter autocast outside. Warns where the image is the first thing in a row, unless `metric` has
-    sinks="leave out". There is no standard error, and a note says why, where samples of several groups have an image or
-    a text in common: an error from their differences would not have what the choice of that one does. Raises TypeError
-    or ValueError for a probe that is none, and what `capture` and the metric raise.
+    probe: batches of model inputs (mappings of tensors, moved to the model's device), each row with an image.
+    capture, metric: options of `capture` and of `ModalityIntegrationRate`. Samples are divided into 5 groups for a
+    standard error unless `metric` has "groups". If every batch has "input_ids", which give the number of samples,
+    batches run in a fixed random order and groups are consecutive blocks, so that GPU memory is the same as without
+    groups. Under torch.distributed every process runs the whole probe; if each process has a separate part of it,
+    metric={"sync_on_compute": True} counts the tokens of all processes.
+    The passes run in eval mode, without gradients and without a cache and, if the model supports it, with only the last
+    token's logits. Afterwards, each module's train mode, the random states of Python, numpy and torch, and the cached
+    CUDA memory are restored. Enter autocast outside. Warns if rows begin with an image, unless `metric` has
+    sinks="leave out". If samples of several groups share an image or a text, there is no standard error and a note says
+    why: the groups would not be independent, and the error would miss the variance due to the shared one. Raises
+    TypeError or ValueError for an invalid probe, and the errors of `capture` and the metric.
     """
     check_probe(probe)
     options = {"groups": 5, "sync_on_compute": False, **(metric or {})}
@@ -55,7 +55,7 @@ def measure_mir(
     with undisturbed(model), torch.no_grad(), capturing(model, **(capture or {})) as seen:
         for batch in probe:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            if "labels" in inputs:  # the loss wants every token's logits
+            if "labels" in inputs:  # the loss needs every token's logits
                 inputs = {name: value for name, value in inputs.items() if name != "labels"}
             model(**{**asked, **inputs})
             measured.update(seen.hidden_states, seen.vision_mask, seen.text_mask)
@@ -64,13 +64,13 @@ def measure_mir(
             warnings.warn(f"MIR: {image_first(first, rows)}", stacklevel=2)
         result = measured.compute()
     result.notes.extend(notes)
-    measured.reset()  # torchmetrics' objects refer to themselves: the covariances would stay until a garbage collection
+    measured.reset()  # frees the covariances: torchmetrics' objects refer to themselves and await garbage collection
     return result
 
 
 def _dealt(probe: Probe, options: dict[str, Any]) -> tuple[Probe, list[str]]:
-    """The probe in the order in which it is measured, and notes; into `options` go "samples", and 0 groups where groups
-    would have images or texts in common, which an error from their differences does not know of.
+    """The probe in the order of measurement, and notes. Sets `options["samples"]`, and `options["groups"]` to 0 if
+    groups would share images or texts and so would not be independent.
     """
     counts = [_rows(batch) for batch in probe]
     rows = [count for count in counts if count is not None]
@@ -94,24 +94,24 @@ def _dealt(probe: Probe, options: dict[str, Any]) -> tuple[Probe, list[str]]:
 
 
 def check_probe(probe: Any) -> None:
-    """TypeError or ValueError unless `probe` is a sequence of one batch or more."""
+    """Raises TypeError or ValueError unless `probe` is a sequence of at least one batch."""
     if isinstance(probe, str | Mapping) or not isinstance(probe, Sequence):
-        raise TypeError(f"probe: takes a list of batches (mappings of tensors), got {type(probe).__name__}")
+        raise TypeError(f"probe: expected a list of batches (mappings of tensors), got {type(probe).__name__}")
     if len(probe) == 0:
-        raise ValueError("probe: takes at least one batch, got none")
+        raise ValueError("probe: expected at least one batch, got none")
     for index, batch in enumerate(probe):
         if not isinstance(batch, Mapping):
-            raise TypeError(f"probe[{index}]: takes a mapping of the model's inputs, got {type(batch).__name__}")
+            raise TypeError(f"probe[{index}]: expected a mapping of the model's inputs, got {type(batch).__name__}")
 
 
 def _rows(batch: Mapping[str, Any]) -> int | None:
-    """Samples in a batch, None where its names do not say, or rows are several."""
+    """The number of samples in a batch; None if it has no 2-D input_ids, or its rows are packed."""
     tokens = batch.get("input_ids")
     return len(tokens) if isinstance(tokens, Tensor) and tokens.dim() == 2 and not is_packed(batch) else None
 
 
 def _process(options: Mapping[str, Any]) -> tuple[int, int]:
-    """This process, and how many processes' samples are counted together."""
+    """The rank of this process, and the number of processes whose samples are counted together."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not (options["sync_on_compute"] and distributed):
         return 0, 1
@@ -120,9 +120,9 @@ def _process(options: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def lean_forward(model: nn.Module) -> dict[str, Any]:
-    """Arguments of `model`'s forward that spare what MIR does not read: the cache, and logits of all tokens.
+    """Arguments of `model`'s forward that avoid outputs MIR does not need: the cache, and logits of all tokens.
 
-    The vocabulary's logits are larger than everything else in a forward pass.
+    The logits over the vocabulary are larger than everything else in a forward pass.
     """
     inner = unwrap(model)
     taken = inspect.signature(inner.forward).parameters
@@ -138,7 +138,7 @@ def lean_forward(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module's own mode, every random state and the CUDA memory as before."""
+    """Eval mode inside; afterwards restores each module's mode, all random states and the cached CUDA memory."""
     training = [module for module in model.modules() if module.training]
     cuda = torch.cuda.is_initialized()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - trainers use both

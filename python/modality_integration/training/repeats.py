@@ -1,4 +1,4 @@
-"""Images and texts that come more than once in a probe: groups of samples that share one are not independent."""
+"""Images and texts that occur more than once in a probe: groups of samples that share one are not independent."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from modality_integration.metric.dealing import dealt, ends_of_groups, sharing
 
-Contents = list[set[str]]  # of a batch's rows: what each shows
+Contents = list[set[str]]  # the image and text of each row of a batch
 
 
 def contents(batch: Mapping[str, Any], rows: int) -> Contents:
-    """What each of a batch's rows shows: "image ..." and "text ...", equal where all values are.
+    """The contents of each row of a batch, "image <hash>" and "text <hash>": equal if all values are equal.
 
-    Images are all floating-point inputs. Where these have no row for each row of `input_ids`, as patches of several
-    images, rows are equal if they have the same place in equal batches.
+    All floating-point inputs count as images. If they do not have one row per row of `input_ids` (such as patches of
+    several images), two rows are equal if they have the same position in equal batches.
     """
     ids, attention = batch.get("input_ids"), batch.get("attention_mask")
     pictures = [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point() and v is not attention]
@@ -38,9 +38,9 @@ def contents(batch: Mapping[str, Any], rows: int) -> Contents:
 
 
 def order_apart(batches: Sequence[Contents], groups: int, shuffled: Sequence[int]) -> list[int]:
-    """`shuffled`, numbers of batches, with those that share something beside one another, within a group.
+    """Reorders the batch numbers `shuffled` so that batches with shared contents are adjacent, within one group.
 
-    Groups are blocks of rows, one after the other. Where that cannot be for all, some are still in several.
+    Groups are consecutive blocks of rows. Contents that do not fit into one group still end up in several.
     """
     rows = [len(batch) for batch in batches]
     ends = ends_of_groups(groups, sum(rows))
@@ -66,10 +66,10 @@ def order_apart(batches: Sequence[Contents], groups: int, shuffled: Sequence[int
 
 
 def shared(batches: Sequence[Contents], groups: int, samples: int | None, process: int, processes: int) -> str:
-    """Of what there are fewer than samples, in words, where several groups have one in common; "" where none have.
+    """If groups share contents, the kinds with fewer distinct ones than rows, in words ("3 images"), otherwise "".
 
-    Groups are those into which `ModalityIntegrationRate` deals the rows of these batches. samples: as announced to it,
-    None for dealing in turn.
+    Groups are those into which `ModalityIntegrationRate` divides the rows of these batches. samples: the number
+    announced to it; None if it assigns rows to groups in turn.
     """
     rows = [row for batch in batches for row in batch]
     of = dealt(0, len(rows), groups, samples, process=process, processes=processes).tolist()
@@ -84,12 +84,12 @@ def shared(batches: Sequence[Contents], groups: int, samples: int | None, proces
 
 
 def shuffled(count: int) -> list[int]:
-    """The numbers of `count` batches in an order that is random, and the same every time."""
+    """The numbers of `count` batches in a random order that is the same every time."""
     return random.Random("order of the probe").sample(range(count), count)
 
 
 def _names(value: Tensor, rows: int) -> list[str]:
-    """What an input is for each row."""
+    """A name for the value of an input in each row."""
     if value.dim() > 1 and len(value) == rows:
         return [_hash(row) for row in value]
     whole = _hash(value)

@@ -1,4 +1,4 @@
-"""A page in a headless browser without network: what it asks for and complains of, how wide it is, how it looks."""
+"""A headless browser without network: requests and console messages of a page, its width and its looks."""
 
 import base64
 import contextlib
@@ -24,17 +24,17 @@ ARGUMENTS = (
 
 
 def find_browser():
-    """The program of a Chromium, or None."""
+    """The path of an installed Chromium, or None."""
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Browser:
-    """A Chromium, told what to do through its debugging pipe; `events` is what it reported of its page."""
+    """A Chromium driven through its debugging pipe; `events` holds what it reported about its page."""
 
     def __init__(self, program, profile, timeout=60):
         (reads, self._out), (self._in, writes) = os.pipe(), os.pipe()
         self._timeout = timeout
-        # The browser reads descriptor 3 and writes 4. From numbers above, neither is overwritten before it is copied.
+        # The browser reads descriptor 3 and writes 4. Ours move to 10 and above, so that neither is overwritten early.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (reads, writes)]
         command = f'exec "$@" 3<&{ends[0]} 4>&{ends[1]} {ends[0]}<&- {ends[1]}>&-'
         self._process = subprocess.Popen(
@@ -65,7 +65,7 @@ class Browser:
         os.close(self._in)
 
     def open(self, path, width=1000, height=800, dark=False):
-        """Show a file on a screen of that size; `events` starts anew."""
+        """Show a file on a screen of that size and reset `events`."""
         self.events = []
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
@@ -81,29 +81,29 @@ class Browser:
         return reply["result"].get("value")
 
     def screenshot(self, path, whole=True):
-        """The whole page, or what the screen shows, as PNG."""
+        """Save the whole page, or the visible part, as PNG."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
         path.write_bytes(base64.b64decode(shot["data"]))
         return path
 
     def printed(self, path):
-        """The page as a PDF of A4."""
+        """Print the page to an A4 PDF."""
         size = {"paperWidth": 8.27, "paperHeight": 11.69}
         path.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=False, **size)["data"]))
         return path
 
     def requests(self):
-        """What the page asked for, itself left out."""
+        """The URLs the page requested, except its own."""
         sent = [event["request"]["url"] for name, event in self.events if name == "Network.requestWillBeSent"]
         return [url for url in sent[1:] if not url.startswith("data:")]
 
     def complaints(self):
-        """What stands in the console."""
+        """The messages in the console."""
         names = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         return [event for name, event in self.events if name in names]
 
     def call(self, method, **parameters):
-        """Ask for something and wait for the reply."""
+        """Send a command and wait for the reply."""
         number = self._send(method, parameters)
         reply = self._until(lambda: self._replies.pop(number, None))
         assert "error" not in reply, (method, reply["error"])
@@ -123,13 +123,13 @@ class Browser:
         return self._count
 
     def _until(self, found):
-        """Read messages until `found()` gives something."""
+        """Read messages until `found()` returns something."""
         end = time.monotonic() + self._timeout
         while not (value := found()):
             ready, _, _ = select.select([self._in], [], [], max(0.0, end - time.monotonic()))
             data = os.read(self._in, 1 << 16) if ready else b""
             if not data:
-                raise TimeoutError(f"the browser says nothing (exit code {self._process.poll()})")
+                raise TimeoutError(f"no reply from the browser (exit code {self._process.poll()})")
             *messages, self._buffer = (self._buffer + data).split(b"\0")
             for message in map(json.loads, messages):
                 if "id" in message:

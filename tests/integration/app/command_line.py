@@ -1,4 +1,4 @@
-"""`mir` in this process, as it is typed."""
+"""Run `mir` in this process."""
 
 from typer.testing import CliRunner
 
@@ -8,6 +8,6 @@ COMMANDS = [command.callback.__name__ for command in main.registered_commands]
 
 
 def mir(*words, columns=120, **environment):
-    """The outcome of `mir`, its words as typed; other arguments are variables of the environment."""
+    """The outcome of `mir` with these words; keyword arguments are environment variables."""
     variables = {"COLUMNS": str(columns), **{name: str(value) for name, value in environment.items()}}
     return CliRunner().invoke(main, [str(word) for word in words], env=variables)

@@ -1,4 +1,4 @@
-"""Runs of `mir compute` on a tiny model: the options, in this process, as a command, and in a process of its own."""
+"""Run `mir compute` on a tiny model: in this process, as a command, and in a separate process."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A tiny model with images and prose, and the options of `mir compute` for them."""
+"""A tiny model with images and prose, and options of `mir compute` for them."""
 
 import pytest
 

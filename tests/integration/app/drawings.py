@@ -1,4 +1,4 @@
-"""Results with chosen distances, and what a reader sees of a figure, for the tests of plots."""
+"""Results with chosen distances, and the visible contents of a figure, for tests of plots."""
 
 import itertools
 
@@ -8,10 +8,10 @@ from modality_integration import LayerTerms, MIRResult
 
 
 def made(distances, errors=None, without_sinks=None):
-    """A result with these distances; each layer's standard error is as many times the distance as `errors` says."""
+    """A result with these distances; each layer's standard error is `errors` times its distance."""
     layers = len(distances)
     counts = {modality: [9] * layers for modality in ("vision", "text")}
-    # Two groups whose values are d (1 - e) and d (1 + e) have the jackknife's standard error d e.
+    # Two groups with values d (1 - e) and d (1 + e) have a jackknife standard error of d e.
     left_out = errors and [[d * (1 - e), d * (1 + e)] for d, e in zip(distances, errors, strict=True)]
     return MIRResult(
         terms=[LayerTerms(distance, 1.0, 1.0, 1.0) for distance in distances],
@@ -24,7 +24,7 @@ def made(distances, errors=None, without_sinks=None):
 
 
 def assert_readable(figure):
-    """Nothing that is written lies on the axes or off the page, or is smaller than 8 points."""
+    """Check that no text overlaps the axes, leaves the page, or is smaller than 8 points."""
     figure.draw_without_rendering()
     page = figure.bbox
     for legend in figure.legends:
@@ -55,7 +55,7 @@ def shown(texts):
 
 
 def marks(axis, minor=False):
-    """The labels of the marks that the axis shows; a panel over another has none."""
+    """The visible tick labels of the axis; a panel above another has none."""
     low, high = sorted(axis.get_view_interval())
     labels = axis.get_ticklabels(minor=minor)
     places = axis.get_ticklocs(minor=minor)

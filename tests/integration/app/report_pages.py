@@ -1,4 +1,4 @@
-"""Folders of runs for the report, and what is read from its pages: a strict reading of HTML."""
+"""Folders of runs for the report, and a strict HTML reader for its pages."""
 
 import base64
 import io
@@ -36,7 +36,7 @@ class Element:
     inside: list = field(default_factory=list)
 
     def all(self, tag, **attributes):
-        """Every element of that name inside, with these attributes."""
+        """All descendants with this tag and these attributes."""
         wanted = {name.rstrip("_"): value for name, value in attributes.items()}
         return [e for e in self._below() if e.tag == tag and wanted.items() <= e.attributes.items()]
 
@@ -47,7 +47,7 @@ class Element:
 
 
 class Reader(HTMLParser):
-    """HTML to elements; ValueError where a tag is not closed or closes another."""
+    """Parse HTML into elements; ValueError if tags are not closed or nested correctly."""
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -77,7 +77,7 @@ class Reader(HTMLParser):
 
 
 def read(path):
-    """The page's elements, below one."""
+    """The page as one root element."""
     reader = Reader()
     reader.feed(path.read_text(encoding="utf-8"))
     reader.close()
@@ -86,19 +86,19 @@ def read(path):
 
 
 def write(out, *paths, labels=()):
-    """The report of these runs, read."""
+    """Write the report of these runs and parse it."""
     report.run(paths, out, labels, QUIET, overwrite=True)
     return read(out)
 
 
 def section(page, name):
-    """The part of the page under that heading."""
+    """The section of the page with this heading."""
     (found,) = [s for s in page.all("section") if s.all("h2")[0].text == name]
     return found
 
 
 def rows(table):
-    """{head: cells} of a table, each a text."""
+    """{row header: cell texts} of a table."""
     found = {}
     for row in table.all("tr"):
         head, *cells = [cell.text for cell in row.inside]
@@ -107,7 +107,7 @@ def rows(table):
 
 
 def save(folder, made, record=None, **settings):
-    """A run's folder with mir.json, and run.json where there is a record."""
+    """Write a run's folder with mir.json, and run.json if a record is given."""
     folder.mkdir(parents=True, exist_ok=True)
     made.settings = {"model": "models/a", "samples": 40, "groups": 5, **settings}
     made.to_json(folder / "mir.json")
@@ -117,7 +117,7 @@ def save(folder, made, record=None, **settings):
 
 
 def with_groups(made, spread=0.02, groups=5):
-    """The result with its standard error: distances as they might be with a group of samples left out."""
+    """The result with a standard error, from invented leave-one-group-out distances."""
     made.left_out = [[d * (1 + spread * (g - groups // 2)) for g in range(groups)] for d in made.per_layer]
     return made
 
@@ -131,14 +131,14 @@ def with_sinks(made, count=7):
 
 
 def jpeg(width=40, height=30):
-    """A picture as base64 of a JPEG."""
+    """A picture as a base64 JPEG."""
     file = io.BytesIO()
     Image.linear_gradient("L").resize((width, height)).save(file, "JPEG")
     return base64.b64encode(file.getvalue()).decode()
 
 
 def history(folder, steps=(0, 10, 20)):
-    """A demo's folder."""
+    """Write the folder of a demo."""
     folder.mkdir(parents=True, exist_ok=True)
     with_groups(result(1)).to_json(folder / "mir.json")
     document = {
@@ -163,7 +163,7 @@ STUDIES = {
 
 
 def studies(folder):
-    """A folder of studies alone."""
+    """Write a folder that holds only studies."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in STUDIES.items():
         (folder / f"study_{name}.csv").write_text(table)
@@ -171,12 +171,12 @@ def studies(folder):
 
 
 def record(**more):
-    """What run.json says."""
+    """The contents of run.json."""
     return {"images": "photos", "text": "news", "arguments": {"device": "cpu"}, "seconds": 1.5, **more}
 
 
 def ugly(folder):
-    """A run all of whose words are ugly ones."""
+    """Write a run in which every string comes from UGLY."""
     made = result(4, layers=2)
     made.notes = list(UGLY.values())
     cards = [{"name": name, "text": name, "jpeg": jpeg()} for name in UGLY.values()]
@@ -194,7 +194,7 @@ def ugly(folder):
 
 
 def all_runs(root):
-    """Folders of every kind of run, by name."""
+    """Write one folder of every kind of run; {name: folder}."""
     cards = [{"name": f"{k}.png with {k}.txt", "text": f"prose {k}", "jpeg": jpeg()} for k in range(3)]
     versions = {"torch": "2.9.0", "transformers": "5.1"}
     plain = record(samples=cards, versions=versions, skipped=[{"name": "bad.png", "reason": "it is empty"}])

@@ -1,4 +1,4 @@
-"""PEFT adapters as the model: merged into the model that they were trained on, or refused with what to do."""
+"""PEFT adapters as the model: merged into their base model, or refused with advice."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def inputs(base):
 
 
 def adapted(base, folder, kind=None, moca=None):
-    """A random adapter on `base` in `folder`, as a Trainer saves it, and the model with it, unmerged."""
+    """Write a random adapter for `base` to `folder`, as a Trainer saves it; returns the model with it, unmerged."""
     torch.manual_seed(1)
     model = load(base).model
     if moca:
@@ -79,7 +79,7 @@ def test_an_adapter_is_merged_into_the_model_it_was_trained_on(base, inputs, tmp
     assert not torch.allclose(logits(loaded, inputs), logits(load(base).model, inputs), atol=1e-4)
     assert not any("lora" in name or "adapter" in name for name, _ in loaded.named_modules())
     assert any(f"adapter, merged in memory into {base}" in note for note in notes)
-    assert f"{tmp_path / 'adapter'} has no processor: with the processor of {base}, which it was trained from" in notes
+    assert f"{tmp_path / 'adapter'} has no processor; using the processor of {base}, which it was trained from" in notes
 
 
 @pytest.mark.parametrize("place", ["in the adapter", "beside it"])
@@ -87,7 +87,7 @@ def test_the_moca_that_was_trained_with_an_adapter_is_in_the_model(base, inputs,
     model = adapted(base, tmp_path / "adapter", moca=place)
     loaded, _, notes = load(tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=1e-4, atol=1e-5)
-    assert f"with the MoCa that {tmp_path / 'adapter'} holds, in 3 decoder layers" in notes
+    assert f"using MoCa from {tmp_path / 'adapter'} in 3 decoder layers" in notes
     again = load(base).model
     load_moca(again, tmp_path / "adapter")
     for ours, theirs in zip(moca_parameters(loaded), moca_parameters(again), strict=True):
@@ -109,7 +109,7 @@ def test_an_adapter_beside_a_model_is_merged_into_that_and_the_note_says_when_th
     torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=1e-4, atol=1e-5)
     (note,) = notes
     assert "holds a model and a LORA adapter, which was merged into it in memory, as transformers applies it" in note
-    assert "if the model has it already, take adapter_config.json away" in note
+    assert "if the model already includes the adapter, remove adapter_config.json" in note
     with loading.quiet():
         from transformers import AutoModelForImageTextToText
 
@@ -181,18 +181,18 @@ def no_json(folder, patch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (no_peft, rf"is a LORA adapter, which takes peft: pip install peft; {MERGE_FIRST}"),
-        (no_peft_beside_weights, r"is a LORA adapter beside a model, which takes peft: pip install peft"),
+        (no_peft, rf"is a LORA adapter, which needs peft: pip install peft; or {MERGE_FIRST}"),
+        (no_peft_beside_weights, r"is a LORA adapter next to a model, which needs peft: pip install peft"),
         (no_base, rf"names no base_model_name_or_path; {MERGE_FIRST}"),
-        (base_is_gone, rf"on ./gone: its model: ./gone does not exist; .* or {MERGE_FIRST}"),
-        (base_has_an_adapter, rf"which has an adapter itself; {MERGE_FIRST}"),
-        (no_weights, r"without its weights: expected adapter_model.safetensors or adapter_model.bin"),
+        (base_is_gone, rf"for ./gone: base model: ./gone does not exist; .* or {MERGE_FIRST}"),
+        (base_has_an_adapter, rf"which itself has an adapter; {MERGE_FIRST}"),
+        (no_weights, r"without weights: expected adapter_model.safetensors or adapter_model.bin"),
         (fewer_weights, r"lacks 1 weight \(.*lora_A"),
         (
             a_projector_beside,
             rf"has 1 weight \(model.mm_projector.0.weight\) in non_lora_trainables.bin .*{MERGE_FIRST}",
         ),
-        (no_json, "is no JSON"),
+        (no_json, "is not valid JSON"),
     ],
 )
 def test_what_cannot_be_merged_here_is_one_line_that_says_what_to_do(base, tmp_path, monkeypatch, change, said):
@@ -207,7 +207,9 @@ def test_what_cannot_be_merged_here_is_one_line_that_says_what_to_do(base, tmp_p
 def test_virtual_tokens_are_no_change_of_weights(base, tmp_path):
     adapted(base, tmp_path / "adapter")
     edit(tmp_path / "adapter", peft_type="PROMPT_TUNING", num_virtual_tokens=4, task_type="CAUSAL_LM")
-    with pytest.raises(InputError, match="is a PROMPT_TUNING adapter, virtual tokens and no change of weights"):
+    with pytest.raises(
+        InputError, match="is a PROMPT_TUNING adapter, which adds virtual tokens and changes no weights"
+    ):
         load(tmp_path / "adapter")
 
 

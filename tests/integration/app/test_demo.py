@@ -1,4 +1,4 @@
-"""`mir demo`: the same code path on a tiny language model, and once, slowly, on the real one."""
+"""`mir demo`: the same code path with a tiny language model, and in one slow test with the real one."""
 
 import io
 import json
@@ -27,7 +27,7 @@ pytestmark = needs()
 
 @pytest.fixture(scope="module", autouse=True)
 def few_held_out():
-    """The encoder is the real one even here: fewer pictures through it."""
+    """The encoder is the real one even here, so it gets fewer pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "HELD_OUT", 4)
         yield
@@ -35,7 +35,7 @@ def few_held_out():
 
 @pytest.fixture(scope="module")
 def finished(llama, tmp_path_factory):
-    """A whole small demo: (options, results, what was printed)."""
+    """A complete small demo: (options, results, printed text)."""
     root = tmp_path_factory.mktemp("finished")
     options = DemoOptions(out=root / "out", steps=6, samples=6, save=root / "saved", language_model=llama)
     console = Console(file=io.StringIO(), record=True, width=120)
@@ -79,7 +79,7 @@ def test_the_saved_model_and_probe_are_what_mir_compute_takes(finished, tmp_path
     outcome = CliRunner().invoke(main, ["compute", *words, "--device", "cpu"])
     assert outcome.exit_code == 0, outcome.output
     again = MIRResult.from_json(tmp_path / "mir.json")
-    # Same images, prose and weights; the pairs are drawn anew, which the vision tokens, before the prose, do not see.
+    # Same images, prose and weights, but new pairs. Vision tokens come before the prose and do not see it.
     assert again.kept["vision"] == results[-1].kept["vision"]
     assert [t.trace_vision / a**2 for t, a in zip(again.terms, again.alpha, strict=True)] == pytest.approx(
         [t.trace_vision / a**2 for t, a in zip(results[-1].terms, results[-1].alpha, strict=True)], rel=1e-5
@@ -112,7 +112,7 @@ def test_ctrl_c_keeps_what_was_measured(llama, tmp_path, monkeypatch):
         return step(*args)
 
     monkeypatch.setattr(training, "training_step", interrupted)
-    with pytest.raises(Interrupted, match=r"interrupted at step 3; what was measured is in .*history.json"):
+    with pytest.raises(Interrupted, match=r"interrupted at step 3; measurements so far are in .*history.json"):
         run(DemoOptions(out=tmp_path, steps=6, samples=4, language_model=llama), Console(quiet=True))
     assert json.loads((tmp_path / "history.json").read_text())["steps"] == [0, 1, 3]
 
@@ -122,7 +122,7 @@ def test_ctrl_c_before_the_first_measurement_promises_no_file(llama, tmp_path, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "measure", interrupted)
-    with pytest.raises(Interrupted, match="interrupted at step 0; nothing is written"):
+    with pytest.raises(Interrupted, match="interrupted at step 0; nothing was written"):
         run(DemoOptions(out=tmp_path / "out", steps=6, samples=4, language_model=llama), Console(quiet=True))
     assert not (tmp_path / "out").exists()
 
@@ -158,7 +158,7 @@ def test_moca_starts_as_the_model_without_it_and_is_trained(finished, llama, tmp
     assert with_moca[-1].value != results[-1].value
     ((model, _),) = models
     still = [name for name, p in model.named_parameters() if MOCA in name and torch.equal(p, p.round())]
-    # What the last layer makes of vision tokens meets no caption; the others' are neither ones nor zeros any more.
+    # The last layer's vision tokens do not affect any caption; in the other layers MoCa has moved from ones and zeros.
     assert len(still) == 2
     assert all(".layers.2." in name for name in still)
 
@@ -167,13 +167,13 @@ def test_a_model_that_was_trained_with_moca_is_measured_with_it_after_saving(lla
     options = DemoOptions(out=tmp_path, steps=2, samples=4, save=tmp_path / "saved", language_model=llama, moca=True)
     results = run(options, Console(quiet=True))
     loaded = load(str(options.save), torch.device("cpu"))
-    assert loaded.notes == [f"with the MoCa that {options.save} holds, in 3 decoder layers"]
+    assert loaded.notes == [f"using MoCa from {options.save} in 3 decoder layers"]
     again = measure(loaded.model, loaded.processor, probe_samples(Pictures(0), 4, 0))
     assert again.value == pytest.approx(results[-1].value, rel=1e-6)
 
 
 def test_a_language_model_that_is_none_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="language-model: expected a folder, got"):
         run(DemoOptions(out=tmp_path, language_model=tmp_path / "nowhere"), Console(quiet=True))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):

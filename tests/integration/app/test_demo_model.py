@@ -1,4 +1,4 @@
-"""The demo's model, encoder and training on a tiny language model."""
+"""The demo's model, encoder and training, with a tiny language model."""
 
 import math
 
@@ -34,7 +34,7 @@ def pictures():
 
 
 def chat_tokenizer():
-    """The tiny tokenizer with SmolLM2's markers of turns."""
+    """The tiny tokenizer with SmolLM2's turn markers."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>"]})
     return tokenizer

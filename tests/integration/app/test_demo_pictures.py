@@ -129,6 +129,6 @@ def test_the_shapes_of_a_scene_do_not_touch_its_edge_or_each_other(pictures):
         ground = pixels[0, 0]
         border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         assert (border == ground).all()
-        # Rows or columns without a shape part the two.
+        # Empty rows or columns separate the two shapes.
         empty = [(pixels == ground).all((axis, 2)) for axis in (0, 1)]
         assert any(sum(a and not b for a, b in pairwise(lines)) >= 2 for lines in empty)

@@ -1,4 +1,4 @@
-"""Plots: what a reader of a paper sees of them."""
+"""Plots as they appear in a paper."""
 
 import itertools
 import math
@@ -90,7 +90,7 @@ def test_band_that_reaches_zero_leaves_a_logarithmic_axis_at_its_foot():
     (band,) = bands(axes)
     figure.draw_without_rendering()
     foot, _ = axes.get_ylim()
-    assert 0.05 < foot < 1.0  # not so low that the curve is pressed flat
+    assert 0.05 < foot < 1.0  # not so low that the curve looks flat
     assert min(y for x, y in band.get_paths()[0].vertices if x == 2) < foot
     assert max(y for x, y in band.get_paths()[0].vertices if x == 2) == pytest.approx(2.5)
     assert all(y > 0 for _, y in band.get_paths()[0].vertices)
@@ -176,7 +176,7 @@ def test_labels_are_no_formulas(label, tmp_path):
 
 
 def test_characters_that_no_font_has_are_said_and_whole_in_svg(tmp_path):
-    unassigned = "\U0001fae8\u1c50"  # a face and an Ol Chiki digit, or whatever the machine's fonts lack
+    unassigned = "\U0001fae8\u1c50"  # an emoji and an Ol Chiki digit, or any characters that the machine's fonts lack
     figure, _ = layers_of(**{unassigned: made([1.0, 2.0])})
     lacking = fonts.characters_without_font(figure)
     with warnings.catch_warnings(record=True) as caught:
@@ -214,7 +214,7 @@ def test_training_has_mir_with_its_error_above_and_losses_below(as_history):
     assert labels_in(figure) == [drawing.ERROR_LABEL, "training loss", "held-out loss"]
     assert (above.get_ylabel(), below.get_ylabel(), below.get_xlabel()) == (
         "MIR",
-        "loss, nats a token",
+        "loss, nats per token",
         "training step",
     )
     assert_readable(figure)
@@ -239,7 +239,7 @@ def test_training_leaves_out_what_is_not_finite():
 
 @pytest.mark.parametrize("results", [{}, []])
 def test_training_without_results_is_refused(results):
-    with pytest.raises(ValueError, match="results: takes at least one measurement, got none"):
+    with pytest.raises(ValueError, match="results: expected at least one measurement, got none"):
         plots.training_figure(results, {1: 2.0})
 
 
@@ -269,7 +269,7 @@ STUDIES = {
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved, as they are."""
+    """Collect the figures that are saved."""
     figures_drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: figures_drawn.append(figure))
     return figures_drawn

@@ -1,5 +1,4 @@
-"""A disk that is full, a folder that is gone, a picture that cannot be drawn: the value is printed, and what was on
-disk stays."""
+"""Full disks, missing folders, failing plots: the value is printed, and files already on disk stay."""
 
 import io
 import json
@@ -24,7 +23,7 @@ from modality_integration.app.results import NotWritten, draw, printed_first
 from modality_integration.metric import streaming
 from modality_integration.metric.files import named_errors, write_json, written_whole
 
-REFUSED = "File too large"  # in the system's words
+REFUSED = "File too large"  # the system's message
 MASK = torch.arange(50) < 20
 
 
@@ -105,7 +104,7 @@ def test_the_value_is_printed_before_the_disk_refuses_it(options, saved, command
 def test_a_result_that_was_not_written_is_finished_by_the_same_command(options, monkeypatch, file):
     blocked = options.out / f".{file}.partial"
     blocked.mkdir(parents=True)
-    with pytest.raises(NotWritten, match=rf"{file}: .*; the same command goes on after 12 samples$") as refused:
+    with pytest.raises(NotWritten, match=rf"{file}: .*; the same command resumes after 12 samples$") as refused:
         quiet_run(options)
     blocked.rmdir()
     monkeypatch.setattr(streaming.ModalityIntegrationRate, "update", lambda *a: pytest.fail("measured again"))
@@ -118,17 +117,17 @@ def test_a_result_without_its_record_and_without_a_checkpoint_says_how_to_begin_
     blocked.mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left", "state")))
-        with pytest.raises(NotWritten, match=r"run\.json: .*the same command begins anew with --overwrite$"):
+        with pytest.raises(NotWritten, match=r"run\.json: .*the same command starts over with --overwrite$"):
             quiet_run(options, checkpoint_every=None)
     blocked.rmdir()
-    with pytest.raises(InputError, match="holds results already"):
+    with pytest.raises(InputError, match="already holds results"):
         quiet_run(options)
     assert quiet_run(options, overwrite=True).value
 
 
 @pytest.fixture
 def at_sample(monkeypatch):
-    """at_sample(7, act): `act` is called as the seventh sample comes."""
+    """at_sample(7, act) calls `act` when the seventh sample arrives."""
     counted, update = 0, streaming.ModalityIntegrationRate.update
 
     def at(number, act):
@@ -158,14 +157,14 @@ def test_a_checkpoint_that_fails_is_a_note_and_the_one_before_it_stays(options, 
         compute.run(options, console)
     (note,) = [line for line in console.export_text().splitlines() if "checkpoint after" in line]
     assert "the checkpoint after 10 samples could not be written" in note
-    assert "goes on after 5 samples" in note
+    assert "resumes after 5 samples" in note
     assert json.loads((options.out / "checkpoint" / "rank0.json").read_text())["done"] == 5
     monkeypatch.undo()
     blocked.rmdir()
     assert quiet_run(options).to_json() == whole.to_json()
 
 
-@pytest.mark.parametrize(("number", "way_on"), [(3, "begins anew"), (7, "goes on after 5 samples")])
+@pytest.mark.parametrize(("number", "way_on"), [(3, "starts over"), (7, "resumes after 5 samples")])
 def test_ctrl_c_on_a_full_disk_says_what_is_kept(options, at_sample, number, way_on):
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
@@ -181,7 +180,7 @@ def test_ctrl_c_before_the_result_says_what_is_kept(options, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compute, "finish", interrupted)
-    with pytest.raises(Interrupted, match=r"after all 12 samples, before their result; .* goes on after 10 samples"):
+    with pytest.raises(Interrupted, match=r"after all 12 samples, before their result; .* resumes after 10 samples"):
         quiet_run(options)
 
 
@@ -193,7 +192,7 @@ def test_a_checkpoint_leaves_nothing_half_written(tmp_path):
     assert checkpoint.try_to_save(metric(), Passage(1, 5)) == ""
     kept = sorted(os.listdir(tmp_path / "checkpoint"))
     state = (tmp_path / "checkpoint" / kept[0]).stat().st_size
-    with full_disk(state):  # the state fits, its name in JSON does not
+    with full_disk(state):  # the state fits on the disk, the JSON that names it does not
         (tmp_path / "checkpoint" / ".rank0.json.partial").mkdir()
         assert "rank0.json" in checkpoint.try_to_save(metric(), Passage(1, 6))
     (tmp_path / "checkpoint" / ".rank0.json.partial").rmdir()
@@ -218,7 +217,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(options, monkeypatch, fa
 
 
 class Broken(io.StringIO):
-    """What nobody reads any more, or a file on a full disk."""
+    """A pipe without a reader, or a file on a full disk."""
 
     def __init__(self, error):
         super().__init__()
@@ -234,7 +233,7 @@ BROKEN = [OSError(28, "No space left on device"), BrokenPipeError(32, "Broken pi
 @pytest.mark.parametrize("error", BROKEN, ids=str)
 def test_what_cannot_be_printed_is_written_all_the_same(options, error, monkeypatch):
     shown = Console(file=Broken(error))
-    monkeypatch.setattr(shown, "on_broken_pipe", sys.exit, raising=False)  # rich's own would close the tests' stdout
+    monkeypatch.setattr(shown, "on_broken_pipe", sys.exit, raising=False)  # rich's would close the tests' stdout
     with pytest.raises((OSError, SystemExit)) as failed:
         compute.run(ComputeOptions(**{**vars(options), "samples": 4}), Console(quiet=True), shown)
     if failed.type is not SystemExit:

@@ -1,4 +1,4 @@
-"""`mir --help` and its like, at any width: nothing cut, nothing over the edge, every option whole."""
+"""The `mir --help` pages at any width: nothing cut, no line too long, every option on one line."""
 
 import inspect
 import os
@@ -117,7 +117,7 @@ def test_a_shell_completes_commands_options_and_choices(typed, words):
 
 
 def test_the_completion_of_a_shell_can_be_shown(monkeypatch):
-    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))  # whatever runs the tests
+    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))  # whatever shell runs the tests
     outcome = mir("--show-completion", "bash")
     assert outcome.exit_code == 0, outcome.output
     assert "complete_bash" in outcome.output

@@ -1,4 +1,4 @@
-"""Names of the hub: what is cached needs no network, and what cannot be had is refused after one question."""
+"""Hub names: cached files need no network, and unavailable ones are refused after one request."""
 
 import json
 import os
@@ -38,9 +38,9 @@ print(json.dumps(said))
 
 
 class Listener:
-    """A port of this machine that counts connections; each is answered by `answer`, or never.
+    """A local port that counts connections and answers each with `answer`, or never.
 
-    huggingface_hub asks for a list of its own before the first request of a day.
+    huggingface_hub also fetches a list before the first request of a day.
     """
 
     def __init__(self, answer=None):
@@ -77,7 +77,7 @@ def answer(status, **headers):
 
 
 def run(code, home, *arguments, **environment):
-    # Nothing but what a person's own shell has: other variables make huggingface_hub ask for more.
+    # Only variables of an ordinary shell: others make huggingface_hub send more requests.
     kept = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if key in os.environ}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -95,7 +95,7 @@ def closed_port():
 
 @pytest.fixture
 def home(folders, tmp_path):
-    """The hub's home with the tiny model in its cache, as a download leaves it."""
+    """A hub home with the tiny model in its cache, as left by a download."""
     model = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
     shutil.copytree(folders / "model", model / "snapshots" / COMMIT)
     (model / "refs").mkdir()
@@ -107,8 +107,10 @@ def home(folders, tmp_path):
 def test_where_nothing_listens_a_name_is_refused_at_once(tmp_path, variable):
     environment = {"HF_ENDPOINT": "http://hub.invalid", variable: closed_port()}
     said = run(FIND, tmp_path, NAME, **environment)
-    assert said.startswith(f"model: {NAME} is no folder here, the hub's cache ({tmp_path}/hub) has nothing, and http")
-    assert "cannot be reached (Connection refused); offline, give the folder that it was saved in" in said
+    assert said.startswith(
+        f"model: {NAME} is not a local folder, the hub's cache ({tmp_path}/hub) does not contain it, and http"
+    )
+    assert "cannot be reached (Connection refused); offline, pass the folder where it was saved" in said
 
 
 @pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HTTP_PROXY"])
@@ -116,7 +118,9 @@ def test_where_nobody_answers_it_is_asked_once(tmp_path, variable):
     with Listener() as silent:
         environment = {"HF_ENDPOINT": "http://hub.invalid", variable: silent.url, "HF_HUB_ETAG_TIMEOUT": "1"}
         said = run(FIND, tmp_path, NAME, **environment)
-        assert "cannot be reached (no answer in 1 seconds (HF_HUB_ETAG_TIMEOUT, in seconds, waits longer))" in said
+        assert (
+            "cannot be reached (no answer within 1 seconds; to wait longer, set HF_HUB_ETAG_TIMEOUT in seconds)" in said
+        )
         assert 1 <= silent.connections <= 2
 
 
@@ -128,10 +132,10 @@ def test_where_nobody_answers_it_is_asked_once(tmp_path, variable):
             f"Source(name='{NAME}', folder=None, revision='v1', note=None)",
         ),
         (answer(404, X_Error_Code="EntryNotFound"), f"Source(name='{NAME}', folder=None, revision='v1', note=None)"),
-        (answer(404, X_Error_Code="RepoNotFound"), "no folder here, and the hub has no model of that name"),
-        (answer(401, X_Error_Code="GatedRepo"), "is gated: accept its terms on the hub, then `hf auth login`"),
+        (answer(404, X_Error_Code="RepoNotFound"), "not a local folder, and the hub has no model of that name"),
+        (answer(401, X_Error_Code="GatedRepo"), "is gated; accept its terms on the hub, then run `hf auth login`"),
         (answer(404, X_Error_Code="RevisionNotFound"), f"revision: {NAME} has no branch, tag or commit 'v1'"),
-        (answer(503), "cannot be reached (it answers with status 503)"),
+        (answer(503), "cannot be reached (it answered with status 503)"),
     ],
     ids=["found", "no config.json", "no model", "gated", "no revision", "unavailable"],
 )
@@ -159,7 +163,7 @@ def test_what_is_cached_is_loaded_without_the_hub_and_a_commit_without_asking(fo
             {"name": NAME, "processor": NAME, "revision": COMMIT},
         ]
         notes = json.loads(run(LOAD, home, json.dumps(wanted), HF_ENDPOINT=silent.url))
-        assert notes == [[], [f"with the processor of {NAME}"], [f"with the processor of {NAME}"]]
+        assert notes == [[], [f"using the processor of {NAME}"], [f"using the processor of {NAME}"]]
         assert silent.connections == 0
     wanted = [
         {"name": NAME},
@@ -167,9 +171,9 @@ def test_what_is_cached_is_loaded_without_the_hub_and_a_commit_without_asking(fo
         {"name": NAME, "revision": "v2"},
     ]
     cached, processor, other = json.loads(run(LOAD, home, json.dumps(wanted), HF_ENDPOINT=closed_port()))
-    assert cached == [f"{NAME} is what the hub's cache has (commit {COMMIT[:8]}): Connection refused"]
-    assert processor == [f"with the processor of {NAME}", *cached]
-    assert "has nothing of its revision v2" in other
+    assert cached == [f"{NAME} was read from the hub's cache (commit {COMMIT[:8]}): Connection refused"]
+    assert processor == [f"using the processor of {NAME}", *cached]
+    assert "does not contain it at revision v2" in other
 
 
 @pytest.mark.parametrize(
@@ -177,8 +181,8 @@ def test_what_is_cached_is_loaded_without_the_hub_and_a_commit_without_asking(fo
     [
         ("./gone", "./gone does not exist"),
         ("a/b/c", "a/b/c does not exist"),
-        ("a model", "'a model' is no folder here, and no hub name"),
-        ("owner/a..b", "no hub name"),
+        ("a model", "'a model' is neither a local folder nor a valid hub name"),
+        ("owner/a..b", "nor a valid hub name"),
     ],
 )
 def test_what_is_neither_a_folder_nor_a_name_is_refused_without_asking(monkeypatch, name, said):

@@ -1,4 +1,4 @@
-"""Names of results beside one another."""
+"""Labels for several results."""
 
 from pathlib import Path
 
@@ -70,10 +70,10 @@ def test_given_labels_stand_as_they_are():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["one"], "label: takes one for each result, 2, got 1"),
-        (["one", "two", "three"], "label: takes one for each result, 2, got 3"),
-        (["one", "one"], "label: takes a different one for each result, got 'one' 2 times"),
-        (["one", " "], "label: takes a name, got ' '"),
+        (["one"], "label: expected one label per result (2), got 1"),
+        (["one", "two", "three"], "label: expected one label per result (2), got 3"),
+        (["one", "one"], "label: expected a different label for each result, got 'one' 2 times"),
+        (["one", " "], "label: expected a non-empty label, got ' '"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(given, message):

@@ -1,4 +1,4 @@
-"""What a model's files may be, and refusals in words before anything is measured."""
+"""Accepted and refused model files; refusals come before anything is measured."""
 
 import shutil
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_what_cannot_work_is_refused_in_words(options, changes, message):
 
 
 def test_a_model_without_eyes_is_refused_with_its_type(options, tmp_path):
-    with pytest.raises(InputError, match="'llama', which takes no images"):
+    with pytest.raises(InputError, match="'llama', which does not accept images"):
         quiet_run(options, model=str(save_tiny_llama(tmp_path / "llama")))
 
 
@@ -49,7 +49,7 @@ def test_a_model_saved_without_its_processor_is_refused_with_the_remedy(options,
 
 
 def changed_weights(folders, folder, change):
-    """A copy of the model whose weights are `change(weights)`."""
+    """A copy of the model with weights `change(weights)`."""
     shutil.copytree(folders / "model", folder)
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
@@ -61,15 +61,15 @@ def changed_weights(folders, folder, change):
     [
         (
             lambda weights: {k: v for k, v in weights.items() if "projector" not in k},
-            r"lack 4 weights \(model.multi_modal_projector.linear_1.bias, .* and 1 more\); with random numbers",
+            r"lack 4 weights \(model.multi_modal_projector.linear_1.bias, .* and 1 more\); with random values",
         ),
         (
             lambda weights: {f"module.{k}": v for k, v in weights.items()},
-            r"lack \d+ weights .*; they have \d+ weights \(module\..* instead: were they renamed",
+            r"lack \d+ weights .*; the files have \d+ weights \(module\..* instead, perhaps renamed",
         ),
         (
             lambda weights: {k: v[:, :-1].contiguous() if "linear_1.weight" in k else v for k, v in weights.items()},
-            "weights in its files have other shapes than its config.json says",
+            "the shapes of the weights in its files do not match its config.json",
         ),
     ],
 )
@@ -81,7 +81,7 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused_by_name(option
 def test_weights_that_the_model_has_no_place_for_are_in_the_notes(options, folders, tmp_path):
     model = changed_weights(folders, tmp_path / "more", lambda weights: weights | {"head.weight": torch.ones(3)})
     result = quiet_run(options, model=model)
-    assert "the model has no place for 1 weight (head.weight) in its files, which are not used" in result.notes
+    assert "the model's files contain 1 weight (head.weight) that the model does not have; ignored" in result.notes
     assert result.value == quiet_run(options, out=tmp_path / "plain").value
 
 
@@ -102,7 +102,7 @@ def test_moca_in_the_models_files_is_measured_with_it(options, tmp_path, beside)
 
     result = quiet_run(options, model=str(tmp_path / "trained"))
     assert result.value == pytest.approx(metric.compute().value, rel=1e-9)
-    assert any("with the MoCa that" in note and "in 3 decoder layers" in note for note in result.notes)
+    assert any("using MoCa from" in note and "in 3 decoder layers" in note for note in result.notes)
     assert result.value != pytest.approx(quiet_run(options, out=tmp_path / "plain").value, rel=1e-3)
 
 
@@ -120,7 +120,7 @@ def test_a_broken_weight_file_is_one_line(options, folders, tmp_path):
         (ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but\nit was"), "needs torchvision: pip"),
         (ImportError("Package `num2words` is required to run SmolVLM processor."), "needs num2words: pip"),
         (ImportError("Using a `device_map` requires Accelerate: pip\nmore"), "device_map` requires Accelerate: pip$"),
-        (RuntimeError("operator torchvision::nms does not exist"), "torchvision, which .* needs, does not load: pip"),
+        (RuntimeError("operator torchvision::nms does not exist"), "needs torchvision, which does not load: pip"),
         (torch.OutOfMemoryError("CUDA"), "out of memory while loading .*--device-map auto"),
     ],
 )
@@ -137,12 +137,12 @@ def test_a_package_that_is_missing_or_broken_is_one_line_that_says_what_to_insta
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": 1}, "groups: takes 0"),
-        ({"outliers": "median"}, "outliers: .median"),
-        ({"precision": "most"}, "precision: takes"),
+        ({"groups": 1}, "groups: expected 0"),
+        ({"outliers": "median"}, "outliers: expected .*median"),
+        ({"precision": "most"}, "precision: expected"),
         ({"template": "chat"}, "no chat template"),
-        ({"out": Path(__file__)}, "out: .*test_loading.py is a file"),
-        ({"out": Path(__file__) / "deeper"}, "out: .*test_loading.py is a file"),
+        ({"out": Path(__file__)}, "out: expected a folder, got the file .*test_loading.py"),
+        ({"out": Path(__file__) / "deeper"}, "out: expected a folder, got the file .*test_loading.py"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_weights_are_read(options, monkeypatch, changes, message):

@@ -1,4 +1,4 @@
-"""Free memory is looked at once a sample has shown what it takes: what will not fit is refused with what would."""
+"""Memory is checked once a sample has shown how much it needs; runs that will not fit are refused with advice."""
 
 import io
 import math
@@ -20,13 +20,13 @@ SAMPLES = 100
 
 
 def metric_after(count=1, **options):
-    """With a small hold, so that accumulators will be made."""
+    """A metric with a small `hold`, so that accumulators are created."""
     return fed([sample(seed, batch=1) for seed in range(count)], **{"hold": 60, "samples": SAMPLES, **options})
 
 
 @pytest.fixture
 def free(monkeypatch):
-    """Sets how many bytes are free."""
+    """Set the number of free bytes."""
     return lambda count: monkeypatch.setattr(devices, "free_memory", lambda: count)
 
 
@@ -40,7 +40,7 @@ def test_what_just_fits_is_let_pass_and_a_byte_less_is_refused(free):
     free(needed)
     assert devices.check_memory(metric, SAMPLES) == []
     free(needed - 1)
-    with pytest.raises(InputError, match=r"memory: .* 0\.0 GB more on cpu, where 0\.0 GB are free"):
+    with pytest.raises(InputError, match=r"memory: .* 0\.0 GB more on cpu, but only 0\.0 GB is free"):
         devices.check_memory(metric, SAMPLES)
 
 
@@ -53,21 +53,21 @@ def test_the_refusal_names_what_is_needed_and_what_is_there(free, monkeypatch):
     with pytest.raises(InputError) as refused:
         devices.check_memory(metric, SAMPLES)
     said = str(refused.value)
-    assert "will take 12.3 GB more on cpu, where 4.5 GB are free" in said
-    assert "nothing less would fit: load the weights smaller with --dtype bfloat16" in said
+    assert "need 12.3 GB more on cpu, but only 4.5 GB is free" in said
+    assert "no smaller setting fits: load smaller weights with --dtype bfloat16" in said
 
 
 def test_the_options_it_names_do_fit(free):
     metric = metric_after(groups=5)
     without = metric.memory_to_come(SAMPLES, groups=0).devices[CPU]
     free(without)
-    with pytest.raises(InputError, match=r"--groups 0 \(no standard error\) takes"):
+    with pytest.raises(InputError, match=r"--groups 0 \(no standard error\) needs"):
         devices.check_memory(metric, SAMPLES)
     free(without - 1)
     with pytest.raises(InputError) as refused:
         devices.check_memory(metric, SAMPLES)
     assert "--groups 0" not in str(refused.value)
-    fewer = int(re.search(r"--samples (\d+) fit", str(refused.value))[1])
+    fewer = int(re.search(r"--samples (\d+) fits", str(refused.value))[1])
     assert 1 < fewer < SAMPLES
     assert devices.check_memory(metric, fewer) == []
 
@@ -89,8 +89,10 @@ def test_where_only_the_hosts_part_is_short_a_note_says_so(free, monkeypatch):
     assert devices.check_memory(metric, SAMPLES) == []
     free(to_come.host - 1)
     (note,) = devices.check_memory(metric, SAMPLES)
-    assert note.startswith("the covariances of finished groups of samples may take 0.0 GB of main memory, where 0.0 GB")
-    assert "--groups 0 takes none (no standard error)" in note
+    assert note.startswith(
+        "the covariances of finished groups of samples may need 0.0 GB of main memory, but only 0.0 GB"
+    )
+    assert "--groups 0 needs none (no standard error)" in note
 
 
 def test_a_gpu_has_what_torch_keeps_free_too_but_for_what_a_pass_takes(monkeypatch):
@@ -114,5 +116,5 @@ def test_compute_stops_after_the_first_sample_and_a_resumed_run_after_its_first(
     assert "note of memory" in console.export_text()
     monkeypatch.undo()
     monkeypatch.setattr(devices, "free_memory", lambda: 10)
-    with pytest.raises(InputError, match="memory: going by the samples so far"):
+    with pytest.raises(InputError, match="memory: judging from the samples so far"):
         quiet_run(options, overwrite=True)

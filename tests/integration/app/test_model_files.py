@@ -1,4 +1,4 @@
-"""Folders that hold no model of transformers: each is refused in one line that says what it holds and what to do."""
+"""Folders without a transformers model: each is refused in one line that says what it holds and what to do."""
 
 import json
 import re
@@ -11,11 +11,11 @@ import torch
 from modality_integration.app import loading
 from modality_integration.app.errors import InputError
 
-ZERO = r"DeepSpeed's shards, which its zero_to_fp32.py puts together: python .*/zero_to_fp32.py .* --safe_serialization"
-FSDP = r"FSDP's shards; put them together with: accelerate merge-weights .*/pytorch_model_fsdp_0 "
+ZERO = r"its weights are DeepSpeed shards; merge them with: python .*/zero_to_fp32.py .* --safe_serialization"
+FSDP = r"its weights are FSDP shards; merge them with: accelerate merge-weights .*/pytorch_model_fsdp_0 "
 NO_CONFIG = r"has no config.json"
-NO_WEIGHTS = r"has a config.json and no weights"
-OF_CONFIG = r"config.json comes from the model that was trained"
+NO_WEIGHTS = r"has a config.json but no weights"
+OF_CONFIG = r"get config.json from the model that was trained"
 
 
 def refused(folder):
@@ -35,21 +35,21 @@ def refused(folder):
         (["global_step20/mp_rank_00_model_states.pt", "zero_to_fp32.py"], rf"{NO_CONFIG}: .*{ZERO}; {OF_CONFIG}"),
         (
             ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-            "shards of a DeepSpeed checkpoint",
+            "DeepSpeed checkpoint shards",
         ),
         (["pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp"], rf"{NO_CONFIG}: .*{FSDP}.*; {OF_CONFIG}"),
         (["config.json", "pytorch_model_fsdp_0/__0_0.distcp"], rf"{NO_WEIGHTS}: .*{FSDP}[^;]*\Z"),
-        (["__0_0.distcp", "__1_0.distcp"], r"FSDP's shards; .*accelerate merge-weights"),
-        (["trainer_state.json", "optimizer.pt", "scheduler.pt"], "holds the state of a trainer and no model"),
-        (["config.json", "optimizer.bin", "random_states_0.pkl"], "holds the state of a trainer and no model"),
-        (["model.safetensors", "optimizer.bin"], rf"{NO_CONFIG} beside its weights"),
-        (["moca.safetensors"], "moca.safetensors belongs beside the files of the model that has it"),
-        (["model-Q4.gguf"], "GGUF files are not read"),
-        (["a/config.json", "b/config.json", "c/words.txt"], r"folders in it have one \(a, b\): give one of them"),
-        (["checkpoint-20/x", "checkpoint-100/x", "tmp-checkpoint-200/x"], r"--model .*/checkpoint-100 is the newest\Z"),
+        (["__0_0.distcp", "__1_0.distcp"], r"FSDP shards; .*accelerate merge-weights"),
+        (["trainer_state.json", "optimizer.pt", "scheduler.pt"], "holds the state of a trainer but no model"),
+        (["config.json", "optimizer.bin", "random_states_0.pkl"], "holds the state of a trainer but no model"),
+        (["model.safetensors", "optimizer.bin"], rf"{NO_CONFIG} next to its weights"),
+        (["moca.safetensors"], "moca.safetensors belongs in the folder of its model"),
+        (["model-Q4.gguf"], "GGUF files are not supported"),
+        (["a/config.json", "b/config.json", "c/words.txt"], r"but its sub-folders do \(a, b\); pass one of them"),
+        (["checkpoint-20/x", "checkpoint-100/x", "tmp-checkpoint-200/x"], r"the newest is --model .*/checkpoint-100\Z"),
         (
             ["config.json", "training_args.bin", "checkpoint-5/model.safetensors"],
-            r"--model .*checkpoint-5 is the newest",
+            r"the newest is --model .*checkpoint-5\Z",
         ),
     ],
 )
@@ -68,18 +68,21 @@ def test_a_folder_without_a_whole_model_is_told_by_what_it_holds(folders, tmp_pa
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "llava_llama"}, r"'llava_llama', which transformers 5\S* does not know \(a newer one may\)"),
-        ({"model_type": "llava_qwen", "mm_projector_type": "mlp2x_gelu"}, "'llava_qwen'.* original LLaVA's code"),
-        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "'llava'.* original LLaVA's code"),
+        (
+            {"model_type": "llava_llama"},
+            r"'llava_llama', which transformers 5\S* does not support \(a newer version may\)",
+        ),
+        ({"model_type": "llava_qwen", "mm_projector_type": "mlp2x_gelu"}, "'llava_qwen'.* original LLaVA code"),
+        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "'llava'.* original LLaVA code"),
         (
             {
                 "model_type": "internvl_chat",
                 "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
             },
-            "'internvl_chat', which transformers .* does not know and its own code beside it is not run",
+            "'internvl_chat', which transformers .* does not support, and the code shipped with it is not run",
         ),
         ({"model_type": None}, "names no model_type"),
-        ({"model_type": "clip"}, "'clip', which transformers .* has no image-text-to-text class for"),
+        ({"model_type": "clip"}, "'clip', for which transformers .* has no image-text-to-text class"),
     ],
 )
 def test_a_model_that_transformers_does_not_load_is_pointed_to_saved_states(folders, tmp_path, change, said):
@@ -90,7 +93,8 @@ def test_a_model_that_transformers_does_not_load_is_pointed_to_saved_states(fold
     message = refused(tmp_path / "given")
     assert re.search(said, message), message
     assert message.endswith(
-        "write them with save_states, then `mir states FOLDER` (docs/models.md, Models that `mir compute` cannot load)"
+        "write them with save_states, then run `mir states FOLDER` (docs/models.md, Models that `mir compute` cannot "
+        "load)"
     )
 
 
@@ -102,7 +106,12 @@ def test_the_section_that_messages_name_is_in_the_docs():
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "is no JSON"), ("{", "is no JSON"), ("[1]", "holds a list, not an object"), ("{}", "no model_type")],
+    [
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        ("[1]", "holds a list, not an object"),
+        ("{}", "no model_type"),
+    ],
 )
 def test_a_configuration_that_is_none_is_one_line(folders, tmp_path, text, said):
     shutil.copytree(folders / "model", tmp_path / "given")
@@ -111,7 +120,7 @@ def test_a_configuration_that_is_none_is_one_line(folders, tmp_path, text, said)
 
 
 def test_a_file_in_place_of_its_folder_is_refused(folders):
-    assert "is a file; give the folder it is in" in refused(folders / "model" / "model.safetensors")
+    assert "is a file; pass the folder that contains it" in refused(folders / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +136,7 @@ def test_a_file_in_place_of_its_folder_is_refused(folders):
         (
             "processor_config.json",
             '{"image_processor": {}, "processor_class": "No"}',
-            "processor_class one that it knows",
+            "check that it knows their processor_class",
         ),
         ("config.json", {"hidden_size": "wide"}, "expected int, got str"),
         ("config.json", {"num_attention_heads": 3}, "not a multiple of the number of attention heads"),

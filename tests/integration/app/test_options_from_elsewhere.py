@@ -1,4 +1,4 @@
-"""Options from a YAML file and from the environment: what counts first, and what is refused."""
+"""Options from a YAML file and from the environment: precedence and refusals."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ REQUIRED = "model: m\nimages: .\ntext: .\n"
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The options that `mir compute` came to, one a call."""
+    """The options of each call of `mir compute`."""
     found = []
     counts = {"vision": [1], "text": [1]}
     result = MIRResult([LayerTerms(1.0, 1.0, 1.0, 0.5)], [1.0], counts, counts)
@@ -24,7 +24,7 @@ def asked(monkeypatch):
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes a file of options, those that must be given before the others."""
+    """Write an options file, the required options first."""
 
     def write(text, required=REQUIRED):
         path = tmp_path / "run.yaml"
@@ -83,31 +83,31 @@ def test_a_file_with_nothing_in_it_says_nothing(asked, written):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("sampels: 3", "sampels: no such option: did you mean samples?"),
-        ("text_tokns: 3", "text_tokns: no such option: did you mean text-tokens?"),
-        ("steps: 3", "steps: no such option (it is one of mir demo)"),
+        ("sampels: 3", "sampels: no such option; did you mean samples?"),
+        ("text_tokns: 3", "text_tokns: no such option; did you mean text-tokens?"),
+        ("steps: 3", "steps: no such option (it is an option of mir demo)"),
         ("wingspan: 3", "wingspan: no such option"),
         ("no-second-pass: true", "no-second-pass: no such option"),
-        ("compute:\n  samples: 3", "compute: no such option; options of a file stand without a section"),
+        ("compute:\n  samples: 3", "compute: no such option; a config file has no sections"),
         ("config: other.yaml", "config: no such option"),
         ("5: 3", "5: no such option"),
-        ("samples: ten", "samples: takes a whole number, got 'ten'"),
-        ("samples: 10.5", "samples: takes a whole number, got 10.5"),
-        ("samples: true", "samples: takes a whole number, got True"),
-        ("samples: 0", "samples: takes a whole number of at least 1, got 0"),
-        ("samples: [1, 2]", "samples: takes a whole number, got [1, 2]"),
-        ("samples:", "samples: takes a whole number, got None"),
-        ("bounds: 1", "bounds: takes true or false, got 1"),
-        ("no-bounds: 1", "no-bounds: takes true or false, got 1"),
-        ("last: middle", "last: takes one of normed, raw, got 'middle'"),
-        ("last: [raw]", "last: takes one of normed, raw, got ['raw']"),
-        ("dtype: {a: 1}", "dtype: takes one of"),
-        ("revision: 1234", "revision: takes words (in quotes"),
-        ("out: 3", "out: takes words"),
+        ("samples: ten", "samples: expected a whole number, got 'ten'"),
+        ("samples: 10.5", "samples: expected a whole number, got 10.5"),
+        ("samples: true", "samples: expected a whole number, got True"),
+        ("samples: 0", "samples: expected a whole number >= 1, got 0"),
+        ("samples: [1, 2]", "samples: expected a whole number, got [1, 2]"),
+        ("samples:", "samples: expected a whole number, got None"),
+        ("bounds: 1", "bounds: expected true or false, got 1"),
+        ("no-bounds: 1", "no-bounds: expected true or false, got 1"),
+        ("last: middle", "last: expected one of normed, raw, got 'middle'"),
+        ("last: [raw]", "last: expected one of normed, raw, got ['raw']"),
+        ("dtype: {a: 1}", "dtype: expected one of"),
+        ("revision: 1234", "revision: expected text (quote it"),
+        ("out: 3", "out: expected text"),
         ("seed: 1\nseed: 2", "seed: is given twice"),
         ("text-tokens: 1\ntext_tokens: 2", "text_tokens: is given twice"),
         ("bounds: true\nno-bounds: true", "no-bounds: is given twice"),
-        ("- samples", "takes a line `option: value` for each option"),
+        ("- samples", "expected one `option: value` per line"),
         ("samples: [", "is not YAML"),
         ("seed: !!python/object:os.system 1", "is not YAML"),
     ],
@@ -147,8 +147,8 @@ def test_a_wrong_value_of_the_environment_names_its_variable(asked, written, var
 @pytest.mark.parametrize(
     ("variable", "said"),
     [
-        ("MIR_SAMPELS", "note no option goes by the variable MIR_SAMPELS: did you mean MIR_SAMPLES?"),
-        ("MIR_COMPUTE_SAMPLE", ": did you mean MIR_COMPUTE_SAMPLES?"),
+        ("MIR_SAMPELS", "note environment variable MIR_SAMPELS is unknown and ignored; did you mean MIR_SAMPLES?"),
+        ("MIR_COMPUTE_SAMPLE", "; did you mean MIR_COMPUTE_SAMPLES?"),
         ("MIR_SAMPLES", None),
         ("MIR_CUDA_ARCHS", None),
         ("MIR_CPU_ISA", None),
@@ -159,7 +159,7 @@ def test_a_variable_that_no_option_goes_by_is_noted(asked, written, variable, sa
     outcome = mir("compute", "--config", written(""), **{variable: 5})
     assert outcome.exit_code == 0, outcome.output
     assert (said or "") in outcome.stderr
-    assert ("no option goes by" in outcome.stderr) is (said is not None)
+    assert ("is unknown and ignored" in outcome.stderr) is (said is not None)
 
 
 def test_no_option_goes_by_a_variable_of_others():

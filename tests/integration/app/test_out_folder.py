@@ -1,4 +1,4 @@
-"""`--out`: results there are replaced only where that is asked for, and by one run at a time."""
+"""`--out`: results there are replaced only on request, and by one run at a time."""
 
 import errno
 import io
@@ -27,7 +27,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def nothing_is_read(monkeypatch):
-    """Whatever a run would read or load first."""
+    """Fail on anything that a run would read or load first."""
     for module, name in ((compute, "choose"), (study, "choose"), (states, "mir_of_states"), (demo, "build")):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("read before it was refused"))
     monkeypatch.setattr(demo, "check_installed", lambda options: None)
@@ -42,7 +42,7 @@ def saved(tmp_path):
 
 
 def runs(options, saved):
-    """Every command that fills a folder, with that of `options`: by name, a function of the options to change."""
+    """Every command that fills a folder, on the folder of `options`: name to a function of changed options."""
     return {
         "compute": lambda **changes: quiet_run(options, **changes),
         "study": lambda **changes: study.run("layers", ComputeOptions(**{**vars(options), **changes}), QUIET),
@@ -60,7 +60,7 @@ HELD += [("study", f"study_layers.{suffix}") for suffix in ("csv", "png", "svg",
 def test_a_folder_that_holds_results_is_refused_before_anything_is_read(options, saved, command, name):
     options.out.mkdir()
     (options.out / name).write_text("of another run")
-    with pytest.raises(InputError, match=rf"out: .* holds results already \({name}\): .*--out.*--overwrite"):
+    with pytest.raises(InputError, match=rf"out: .* already holds results \({name}\); .*--out.*--overwrite"):
         runs(options, saved)[command]()
     assert [path.name for path in options.out.iterdir()] == [name]
     assert (options.out / name).read_text() == "of another run"
@@ -92,7 +92,7 @@ def test_a_study_goes_beside_a_result_and_another_study(options, saved):
 @pytest.mark.parametrize("changes", [{}, {"checkpoint_every": 3}, {"plots": "svg"}], ids=str)
 def test_the_same_command_again_is_told_that_it_is_done(options, changes):
     result = quiet_run(options)
-    with pytest.raises(InputError, match="the finished result of these very options"):
+    with pytest.raises(InputError, match="already holds the result of exactly these options"):
         quiet_run(options, **changes)
     assert quiet_run(options, overwrite=True).to_json() == result.to_json()
 
@@ -103,13 +103,13 @@ def test_a_record_that_says_nothing_is_no_reason_to_take_it_for_the_same_command
     (options.out / "run.json").unlink()
     if record is not None:
         (options.out / "run.json").write_text(record)
-    with pytest.raises(InputError, match="holds results already"):
+    with pytest.raises(InputError, match="already holds results"):
         quiet_run(options)
 
 
 @pytest.fixture
 def interrupted(options, monkeypatch):
-    """What runs `options` until it is interrupted after three samples."""
+    """A function that runs `options` and is interrupted after three samples."""
     counted, update = 0, streaming.ModalityIntegrationRate.update
 
     def interrupting(self, *args):
@@ -137,14 +137,14 @@ def test_an_unfinished_run_goes_on_beside_the_result_that_it_may_overwrite(optio
     assert (options.out / "mir.json").read_text() == older
     console = Console(record=True, file=io.StringIO())
     assert compute.run(ComputeOptions(**{**vars(options), **again}), console).to_json() == whole.to_json()
-    assert "going on after 3 of 12 samples" in console.export_text()
+    assert "resuming after 3 of 12 samples" in console.export_text()
     assert MIRResult.from_json(options.out / "mir.json") == whole
 
 
 def test_restart_drops_the_checkpoint_and_no_result(options, interrupted):
     quiet_run(options, seed=5)
     interrupted(overwrite=True)
-    with pytest.raises(InputError, match="holds results already"):
+    with pytest.raises(InputError, match="already holds results"):
         quiet_run(options, restart=True)
     assert (options.out / "checkpoint").exists()
 
@@ -156,7 +156,7 @@ def test_no_other_command_writes_where_an_unfinished_run_would_go_on(options, sa
     checkpoint = options.out / "checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "rank1.json").touch()
-    with pytest.raises(InputError, match=r"holds an unfinished run of mir compute: .*checkpoint"):
+    with pytest.raises(InputError, match=r"holds an unfinished run of mir compute; .*checkpoint"):
         runs(options, saved)[command](overwrite=overwrite)
     assert (checkpoint / "rank1.json").exists()
 
@@ -174,7 +174,7 @@ with taken(Path(sys.argv[1]), Console(stderr=True)):
 
 @pytest.fixture
 def holder(options):
-    """Another process that has the folder."""
+    """Another process that holds the folder's lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, options.out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -188,7 +188,7 @@ def holder(options):
 @pytest.mark.parametrize("command", ["compute", "study", "states", "demo"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_another_run_is_writing_into_is_refused_with_that_run(options, saved, holder, command, overwrite):
-    with pytest.raises(InputError, match=rf"another run .* \(process {holder.pid} on {socket.gethostname()}\): wait"):
+    with pytest.raises(InputError, match=rf"another run .* \(process {holder.pid} on {socket.gethostname()}\); wait"):
         runs(options, saved)[command](overwrite=overwrite)
 
 
@@ -217,7 +217,7 @@ def test_the_lock_that_was_removed_while_this_run_waited_for_it_is_no_lock(optio
 
     def after_the_run_before(descriptor, how):
         flock(descriptor, how)
-        if not removed:  # the run before had the same file open, and has just ended
+        if not removed:  # the previous run had the same file open and has just ended
             removed.append((options.out / LOCK).unlink())
 
     monkeypatch.setattr(out_folder.fcntl, "flock", after_the_run_before)
@@ -265,13 +265,15 @@ def test_a_refused_run_leaves_no_folder_behind(options, tmp_path):
     assert os.listdir(tmp_path / "mine") == []
 
 
-@pytest.mark.parametrize(("names", "said"), [(["a.png"], "a.png exists"), (["a.png", "b.html"], "b.html exist ")])
+@pytest.mark.parametrize(
+    ("names", "said"), [(["a.png"], "a.png already exists"), (["a.png", "b.html"], "b.html already exist")]
+)
 def test_files_of_a_person_are_not_replaced_unasked(tmp_path, names, said):
     files = [tmp_path / name for name in names]
     require_unused(files, overwrite=False)
     for file in files:
         file.touch()
-    with pytest.raises(InputError, match=rf"^out: .*{said}.*already: choose another --out, or add --overwrite"):
+    with pytest.raises(InputError, match=rf"^out: .*{said}; choose another --out, or add --overwrite"):
         require_unused(files, overwrite=False)
     require_unused(files, overwrite=True)
 
@@ -280,7 +282,7 @@ def test_files_of_a_person_are_not_replaced_unasked(tmp_path, names, said):
 def test_a_demo_saves_its_model_into_an_empty_folder_alone(tmp_path):
     save = tmp_path / "model"
     write_images(save, 1)
-    with pytest.raises(InputError, match=r"save: .*model holds files already: choose another --save"):
+    with pytest.raises(InputError, match=r"save: .*model already holds files; choose another --save"):
         demo.run(DemoOptions(out=tmp_path / "out", save=save), QUIET)
     assert not (tmp_path / "out").exists()
     (tmp_path / "decoder").mkdir()
@@ -294,7 +296,7 @@ def test_a_demo_saves_its_model_into_an_empty_folder_alone(tmp_path):
 @pytest.mark.parametrize("command", ["states", "demo", "study"])
 def test_commands_of_one_process_refuse_several(options, saved, monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=f"{command}: runs in one process, without torchrun"):
+    with pytest.raises(InputError, match=f"{command}: runs in one process only; start it without torchrun"):
         runs(options, saved)[command]()
 
 

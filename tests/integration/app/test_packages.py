@@ -1,4 +1,4 @@
-"""Advice on what to install: by names that an index has, also where the command's own packages are missing."""
+"""Advice on what to install, by package-index names, even if the command's own packages are missing."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ SPOKEN += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.py")]
 
 @pytest.fixture
 def without(monkeypatch):
-    """Makes modules as if they were not installed, and the command line as if it was never imported."""
+    """Make modules appear not installed and the command line not yet imported."""
 
     def hide(*modules):
         for name in modules:
@@ -46,7 +46,7 @@ def test_the_command_without_its_packages_is_one_line_that_names_them_all(capsys
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.match(r"typer is not installed: pip install typer torchmetrics \w*", said)
-    assert 'or, in the source folder of mir-kernels, pip install ".[mir]"' in said
+    assert 'or pip install ".[mir]" in the source folder of mir-kernels' in said
 
 
 def test_a_part_of_this_package_that_is_missing_keeps_its_traceback(without):
@@ -84,7 +84,7 @@ def test_a_torchvision_comes_from_where_the_torch_did(monkeypatch, torch, wanted
 
 
 def test_extras_are_those_of_the_project():
-    """Each extra's packages by their names there, where Python can read its file."""
+    """Each extra's packages by their names in pyproject.toml, if this Python can read TOML."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, ours in packages.EXTRAS.items():

@@ -1,4 +1,4 @@
-"""The files that plots are: formats, bytes, letters, SVG in pages; and figures of the caller's."""
+"""Plot files: formats, bytes, fonts, SVG embedded in pages; and plots into the caller's figures."""
 
 import re
 import subprocess
@@ -72,7 +72,7 @@ def test_letters_stay_letters_in_pdf_eps_and_svg(tmp_path):
     ids=["layers", "training", "study", "result", "check"],
 )
 def test_other_suffixes_are_refused_by_what_is_taken(draw, name, tmp_path):
-    with pytest.raises(ValueError, match=r"expected a picture's suffix, \.pdf, \.svg, .*\.png") as refused:
+    with pytest.raises(ValueError, match=r"expected an image suffix, one of \.pdf, \.svg, .*\.png") as refused:
         draw(tmp_path / name)
     assert name in str(refused.value)
     assert not list(tmp_path.iterdir())
@@ -82,19 +82,19 @@ def test_name_without_a_suffix_is_a_png_and_a_folder_is_refused(tmp_path):
     assert figures.check_suffix("a/layers").name == "layers.png"
     assert made([1.0, 2.0]).plot(tmp_path / "one") == tmp_path / "one.png"
     assert colours(tmp_path / "one.png") > 10
-    with pytest.raises(ValueError, match="expected a name for a picture, got a folder"):
+    with pytest.raises(ValueError, match="expected an image file name, got a folder"):
         figures.check_suffix(tmp_path)
 
 
 def test_picture_that_cannot_be_drawn_leaves_the_one_before(tmp_path):
     path = made([1.0, 2.0]).plot(tmp_path / "a.png")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="curves: takes at least one, got none"):
+    with pytest.raises(ValueError, match="curves: expected at least one, got none"):
         plots.plot_layers({}, path)
     assert path.read_bytes() == before
 
 
-# In figures of the caller's
+# Plots into the caller's figures
 
 
 def test_curves_are_drawn_into_axes_of_the_caller():
@@ -124,7 +124,7 @@ def test_result_gives_a_file_or_a_figure_with_its_axes(tmp_path):
     own = Figure().subplots()
     assert one.plot(ax=own) == (own.get_figure(), own)
     assert one.plot(tmp_path / "a.svg") == tmp_path / "a.svg"
-    with pytest.raises(ValueError, match="plot: takes path or ax, got both"):
+    with pytest.raises(ValueError, match="plot: expected either path or ax, got both"):
         one.plot(tmp_path / "b.svg", ax=own)
 
 

@@ -1,4 +1,4 @@
-"""`build_probe`: what `mir compute` measures, as batches for a trainer."""
+"""`build_probe`: the samples of `mir compute` as batches for a trainer."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_what_is_broken_is_left_out_with_a_warning(loaded, folders, tmp_path):
     _, processor = loaded
     Image.new("RGB", (16, 16), "red").save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match=r"images: bad\.png is left out: it is no image that Pillow knows"):
+    with pytest.warns(UserWarning, match=r"images: skipped bad\.png: it is not an image that Pillow recognises"):
         probe = build_probe(processor, tmp_path, folders / "text", samples=2, text_tokens=20)
     assert len(probe) == 2
 
@@ -103,15 +103,15 @@ def test_what_is_broken_is_left_out_with_a_warning(loaded, folders, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"samples": 0}, "samples: takes a whole number >= 1, got 0"),
-        ({"samples": 1.5}, "samples: takes a whole number >= 1, got 1.5"),
-        ({"batch_size": True}, "batch_size: takes a whole number >= 1, got True"),
-        ({"batch_size": -1}, "batch_size: takes a whole number >= 1, got -1"),
-        ({"images": []}, "images: takes a folder, a file, or a list of pictures and files, got none"),
-        ({"images": 3}, "images: takes a folder, .* got int"),
-        ({"images": [3]}, r"images\[0\]: takes a folder, .* got 3"),
-        ({"text": ["prose", " "]}, r"text\[1\]: takes a folder, a file, or a list of pieces of prose, got ' '"),
-        ({"text": [b"prose"]}, r"text\[0\]: takes"),
+        ({"samples": 0}, "samples: expected a whole number >= 1, got 0"),
+        ({"samples": 1.5}, "samples: expected a whole number >= 1, got 1.5"),
+        ({"batch_size": True}, "batch_size: expected a whole number >= 1, got True"),
+        ({"batch_size": -1}, "batch_size: expected a whole number >= 1, got -1"),
+        ({"images": []}, "images: expected a folder, a file, or a list of pictures and files, got none"),
+        ({"images": 3}, "images: expected a folder, .* got int"),
+        ({"images": [3]}, r"images\[0\]: expected a folder, .* got 3"),
+        ({"text": ["prose", " "]}, r"text\[1\]: expected a folder, a file, or a list of pieces of prose, got ' '"),
+        ({"text": [b"prose"]}, r"text\[0\]: expected"),
         ({"images": "nowhere"}, "images: nowhere does not exist"),
     ],
 )
@@ -124,14 +124,14 @@ def test_what_cannot_be_is_refused_by_name(loaded, folders, wrong, said):
 def test_what_is_broken_in_a_list_is_left_out_too(loaded, folders, tmp_path):
     _, processor = loaded
     good = sorted((folders / "images").iterdir())[0]
-    with pytest.warns(UserWarning, match=r"images: gone\.png is left out: there is no such file"):
+    with pytest.warns(UserWarning, match=r"images: skipped gone\.png: the file does not exist"):
         probe = build_probe(processor, [tmp_path / "gone.png", good], folders / "text", samples=2, text_tokens=20)
     assert len(probe) == 2
     gone = [tmp_path / "gone.png"]
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="images: holds nothing usable"):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="images: nothing usable found"):
         build_probe(processor, gone, folders / "text", samples=2)
 
 
 def test_a_tokenizer_alone_is_no_processor(loaded, folders):
-    with pytest.raises(ValueError, match="processor: takes one with a tokenizer and an image processor"):
+    with pytest.raises(ValueError, match="processor: expected one with a tokenizer and an image processor"):
         build_probe(loaded[1].tokenizer, folders / "images", folders / "text")

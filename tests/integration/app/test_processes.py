@@ -1,4 +1,4 @@
-"""`mir compute` in several processes, as torchrun starts them."""
+"""`mir compute` in several processes, as started by torchrun."""
 
 import re
 
@@ -105,5 +105,5 @@ def test_a_folder_with_results_stops_every_process(options):
         options, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "modality_integration"
     )
     assert both.returncode == 1
-    assert both.stderr.count("holds results already (mir.json)") == 2
+    assert both.stderr.count("already holds results (mir.json)") == 2
     assert (options.out / "mir.json").read_text() == "of another run"

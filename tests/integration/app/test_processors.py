@@ -1,4 +1,4 @@
-"""What `mir compute` feeds a model: transformers' own processors, whose marker has to be our vision tokens."""
+"""Model inputs of `mir compute` from transformers' processors, whose image placeholders must be our vision tokens."""
 
 import contextlib
 
@@ -29,7 +29,7 @@ def model_and_processor(request, monkeypatch):
     if family == "smolvlm":
         pytest.importorskip("num2words")
     if family in WITH_TORCHVISION:
-        with contextlib.suppress(RuntimeError):  # of one that was built for another torch
+        with contextlib.suppress(RuntimeError):  # from a torchvision built for a different torch
             pytest.importorskip("torchvision")
     with loading.quiet():
         processor = tiny_processor(family)
@@ -77,7 +77,7 @@ CHATS = {
     "that drops the image": "{% for c in messages[0].content %}{{ c.text }}{% endfor %}",
     None: None,
 }
-STUDY = "study: template compares the prompts chat and plain, and takes a processor for both; "
+STUDY = "study: template compares the prompts chat and plain and needs a processor for both; "
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ STUDY = "study: template compares the prompts chat and plain, and takes a proces
         (None, True, ["auto"], None),
         (None, True, ["chat"], "template: the processor has no chat template, use --template plain"),
         (None, True, ["chat", "plain"], f"{STUDY}the processor has no chat template"),
-        (None, False, ["chat"], "template: the processor has no chat template, and no other template can do"),
-        (None, False, ["auto"], "names no image token to write a plain prompt with, and no other template can do"),
+        (None, False, ["chat"], "template: the processor has no chat template, and no other template works"),
+        (None, False, ["auto"], "names no image token for a plain prompt, and no other template works"),
         ("with the image", False, ["plain"], "names no image token .*, use --template chat"),
         ("with the image", False, ["published"], "names no image .*, use --protocol random --template chat"),
         ("with the image", False, ["chat", "plain"], f"{STUDY}LlavaProcessor names no image token"),
-        ("of text alone", True, ["auto"], "does not take an image beside text .*, use --template plain"),
-        ("of text alone", True, ["chat", "plain"], f"{STUDY}the chat template does not take an image beside text"),
-        ("that prints the list", True, ["auto"], "puts no image token beside the text, use --template plain"),
-        ("that drops the image", True, ["auto"], "puts no image token beside the text, use --template plain"),
-        ("that drops the image", False, ["auto"], "puts no image token beside the text, and no other template can do"),
+        ("of text alone", True, ["auto"], "does not accept an image with text .*, use --template plain"),
+        ("of text alone", True, ["chat", "plain"], f"{STUDY}the chat template does not accept an image with text"),
+        ("that prints the list", True, ["auto"], "adds no image token to the text, use --template plain"),
+        ("that drops the image", True, ["auto"], "adds no image token to the text, use --template plain"),
+        ("that drops the image", False, ["auto"], "adds no image token to the text, and no other template works"),
     ],
 )
 def test_a_prompt_that_cannot_be_written_is_refused_with_options_that_can_help(chat, marker, templates, said):

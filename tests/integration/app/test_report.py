@@ -1,4 +1,4 @@
-"""`mir report`: all that is known of runs, on one page of sound HTML that takes nothing from outside."""
+"""`mir report`: everything known about the runs, on one page of valid, self-contained HTML."""
 
 import base64
 import io
@@ -133,7 +133,7 @@ def test_sinks_have_their_table_and_curve(runs, tmp_path):
     dashed = page.all("svg", class_="chart wide")[0].all("path", class_="dashed")
     assert [path.attributes["d"].count("L") for path in dashed] == [29]
     without = pages.write(tmp_path / "without.html", runs["a"])
-    assert "No token of massive activation" in pages.section(without, "Attention sinks").text
+    assert "No token with massive activations" in pages.section(without, "Attention sinks").text
     assert not pages.section(without, "Attention sinks").all("table")
 
 
@@ -171,7 +171,7 @@ def test_many_runs_stand_in_tables_that_fit_on_paper(runs, tmp_path):
     shapes = [re.sub(r"[\d. ]+", "", g.all("path", class_="dot")[0].attributes["d"]) for g in drawn.all("g")[3:]]
     assert shapes[:4] == shapes[4:8]
     assert len(set(shapes[:4])) == 4
-    assert shapes[8] != shapes[0]  # which has the same colour
+    assert shapes[8] != shapes[0]  # same colour, another mark
 
 
 def test_labels_are_the_folders_names_or_what_a_person_says(runs, tmp_path):
@@ -199,7 +199,7 @@ def test_ugly_words_are_words_and_nothing_else(runs, tmp_path, name):
     for part in ("Notes", "Skipped files", "Samples"):
         assert shown in pages.section(page, part).text
     assert not [e for e in page._below() if e.tag in ("script", "b") or "onerror" in e.attributes]
-    assert len(page.all("img")) == len(pages.UGLY)  # and none of what was no JPEG
+    assert len(page.all("img")) == len(pages.UGLY)  # and none that was not a JPEG
     assert "49" not in page.all("h1")[0].text
 
 
@@ -279,7 +279,7 @@ def test_a_result_is_never_made_a_page(tmp_path, name):
     written = tmp_path / name
     result().to_json(tmp_path / "mir.json")
     written.write_bytes(before := (tmp_path / "mir.json").read_bytes())
-    with pytest.raises(InputError, match=f"out: takes the name of an .html file, got .*{name}"):
+    with pytest.raises(InputError, match=f"out: expected the name of an .html file, got .*{name}"):
         report.run([tmp_path], written, (), Console(quiet=True), overwrite=True)
     assert written.read_bytes() == before
 
@@ -287,12 +287,12 @@ def test_a_result_is_never_made_a_page(tmp_path, name):
 def test_a_result_is_never_made_a_page_from_python_either(tmp_path):
     result().to_json(tmp_path / "mir.json")
     before = (tmp_path / "mir.json").read_bytes()
-    with pytest.raises(ValueError, match=r"takes the name of an \.html file, got .*mir\.json"):
+    with pytest.raises(ValueError, match=r"expected the name of an \.html file, got .*mir\.json"):
         report.write_report({"a": result()}, tmp_path / "mir.json")
     assert (tmp_path / "mir.json").read_bytes() == before
 
 
 def test_an_empty_table_is_no_study(tmp_path):
     (tmp_path / "study_layers.csv").write_text("\n")
-    with pytest.raises(InputError, match=r"study_layers\.csv is no table of a study: it is empty"):
+    with pytest.raises(InputError, match=r"study_layers\.csv is not the table of a study: it is empty"):
         report.run([tmp_path], tmp_path / "report.html", (), Console(quiet=True))

@@ -1,4 +1,4 @@
-"""The report in a real browser, offline: quiet, whole on every screen, legible by day, by night and on paper."""
+"""The report in a real browser, offline: silent, fits every screen, legible in light, dark and print."""
 
 import pytest
 from PIL import Image
@@ -7,7 +7,7 @@ from integration.app import browser as browsers
 from integration.app import report_pages as pages
 from integration.results import result
 
-# Of every text on the page: its contrast with what lies behind it (WCAG 2), with the text, lowest first.
+# (contrast with its background (WCAG 2), text) of every text on the page, lowest contrast first.
 CONTRASTS = """
 (() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
@@ -42,13 +42,13 @@ CONTRASTS = """
   return found.sort((a, b) => a[0] - b[0]);
 })()
 """
-# Elements that reach beyond the screen, but for those in a frame of their own that scrolls.
+# Elements that extend beyond the screen, except inside scrolling frames.
 TOO_WIDE = """
 [...document.querySelectorAll("body *")]
   .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5 && !e.closest(".scroll > *"))
   .map((e) => e.tagName + " " + e.className + " " + e.textContent.slice(0, 40))
 """
-A4 = 688  # pixels between its margins of 14 mm
+A4 = 688  # width in pixels between margins of 14 mm
 SHOWN = '[...document.querySelectorAll("{}")].filter((e) => e.getBoundingClientRect().height > 0).length'
 
 
@@ -64,7 +64,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["plain", "several", "ugly", "many"])
 def file(request, tmp_path_factory):
-    """A report: of one run; of three with training and studies; of one with ugly words; of twelve."""
+    """A report of one run; of three with training and studies; of one with ugly strings; of twelve."""
     root = tmp_path_factory.mktemp("pages")
     made = pages.with_sinks(pages.with_groups(result(3, layers=40)))
     jpeg = pages.jpeg(160, 120)
@@ -112,7 +112,7 @@ def test_page_is_quiet_fits_and_can_be_read(browser, file, tmp_path, width, dark
 
 
 def test_every_curve_is_told_from_the_paper(browser, file):
-    """Lines and marks have a contrast of 3 or more (WCAG 2, 1.4.11), in each theme."""
+    """Lines and marks have a contrast of at least 3 (WCAG 2, 1.4.11) in each theme."""
     swatches = "".join(f'<p style="color: var(--c{k})">c{k}</p>' for k in range(8))
     for dark in (False, True):
         browser.open(file, dark=dark)
@@ -137,7 +137,7 @@ def test_paper_has_all_there_is_and_no_dark(browser, file, tmp_path):
     assert browser.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
     assert [pair for pair in browser.evaluate(CONTRASTS) if pair[0] < 4.5] == []
     assert browser.evaluate(TOO_WIDE.replace(' && !e.closest(".scroll > *")', "")) == []
-    # What may not be cut at the end of a page.
+    # Elements that page breaks must not split.
     kept = browser.evaluate(
         '[...document.querySelectorAll("figure, tr, .cards li, article")].map((e) => getComputedStyle(e).breakInside)'
     )

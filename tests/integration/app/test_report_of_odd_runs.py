@@ -1,4 +1,4 @@
-"""`mir report` of runs that are damaged, old, unfinished or out of the ordinary: shown, or refused in one line."""
+"""`mir report` of damaged, old, unfinished or unusual runs: shown, or refused in one line."""
 
 import io
 import json
@@ -90,11 +90,11 @@ def put(name, text):
         (put("run.json", '{"samples": 3}'), "run.json: samples: expected a list of objects"),
         (put("run.json", '{"skipped": ["x"]}'), "run.json: skipped: expected a list of objects"),
         (put("run.json", '{"versions": []}'), "run.json: versions: expected an object"),
-        (put("history.json", "{}"), "history.json is no history"),
-        (put("history.json", '{"steps": [Infinity], "mir": [1]}'), "history.json is no history"),
-        (put("history.json", '{"steps": [1, 2], "mir": [1], "error": [null]}'), "history.json is no history"),
-        (put("study_x.csv", "a,b\n1\n"), "study_x.csv is no table"),
-        (put("study_x.csv", ""), "study_x.csv is no table"),
+        (put("history.json", "{}"), "history.json is not the history"),
+        (put("history.json", '{"steps": [Infinity], "mir": [1]}'), "history.json is not the history"),
+        (put("history.json", '{"steps": [1, 2], "mir": [1], "error": [null]}'), "history.json is not the history"),
+        (put("study_x.csv", "a,b\n1\n"), "study_x.csv is not the table"),
+        (put("study_x.csv", ""), "study_x.csv is not the table"),
     ],
 )
 def test_damaged_run_is_named_in_one_line_and_nothing_is_written(tmp_path, damage, words):
@@ -110,7 +110,7 @@ def test_damaged_run_is_named_in_one_line_and_nothing_is_written(tmp_path, damag
 def test_folder_without_a_result_says_where_there_may_be_one(tmp_path):
     pages.save(tmp_path / "runs" / "a", result(0))
     (tmp_path / "unfinished" / "checkpoint").mkdir(parents=True)
-    for folder, words in (("runs", f"give its folders that do, {tmp_path / 'runs' / 'a'}"), ("unfinished", "goes on")):
+    for folder, words in (("runs", f"pass the folders that do: {tmp_path / 'runs' / 'a'}"), ("unfinished", "resume")):
         with pytest.raises(InputError, match=re.escape(words)):
             report.run([tmp_path / folder], tmp_path / "report.html", (), pages.QUIET)
     with pytest.raises(InputError, match="does not exist"):
@@ -120,10 +120,10 @@ def test_folder_without_a_result_says_where_there_may_be_one(tmp_path):
 def test_nothing_is_overwritten_unasked(folder, tmp_path):
     out = tmp_path / "report.html"
     out.write_text("mine")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         report.run([folder], out, (), pages.QUIET)
     assert out.read_text() == "mine"
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="got the folder"):
         report.run([folder], tmp_path, (), pages.QUIET, overwrite=True)
     console = Console(record=True, width=200, file=io.StringIO())
     assert report.run([folder], tmp_path / "new" / "[b].html", (), console) == tmp_path / "new" / "[b].html"

@@ -1,4 +1,4 @@
-"""An unfinished run: killed or interrupted it goes on with the same bits, and refuses other arguments."""
+"""An unfinished run, killed or interrupted, resumes bit-identically and refuses other arguments."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from modality_integration.app.compute import run
 from modality_integration.app.errors import InputError, Interrupted
 from modality_integration.metric import streaming
 
-# The command in a process of its own that dies, as by a power cut, once 7 samples are counted.
+# The command in a separate process that dies, as in a power cut, once 7 samples are counted.
 KILLED_AFTER_7 = """
 import os, signal, sys
 from modality_integration import ModalityIntegrationRate
@@ -42,7 +42,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_with_the_same_bits(op
 
     console = Console(record=True, file=io.StringIO())
     assert run(options, console).to_json() == whole.to_json()
-    assert "going on after 5 of 12" in console.export_text()
+    assert "resuming after 5 of 12" in console.export_text()
     assert not (options.out / "checkpoint").exists()
 
 
@@ -60,7 +60,7 @@ def test_ctrl_c_finishes_the_sample_saves_and_resumes_to_the_same_bits(options, 
         return update(self, *args)
 
     monkeypatch.setattr(streaming.ModalityIntegrationRate, "update", interrupted)
-    with pytest.raises(Interrupted, match="after 7 of 12 samples; the same command goes on") as stopped:
+    with pytest.raises(Interrupted, match="after 7 of 12 samples; the same command resumes") as stopped:
         quiet_run(options)
     assert stopped.value.code == 130
     monkeypatch.undo()
@@ -127,7 +127,7 @@ def test_restart_drops_the_checkpoints_of_all_processes_and_says_how_to_go_on(un
         return update(self, *args)
 
     monkeypatch.setattr(streaming.ModalityIntegrationRate, "update", interrupted)
-    with pytest.raises(Interrupted, match="the same command without --restart goes on from there"):
+    with pytest.raises(Interrupted, match="the same command without --restart resumes from there"):
         quiet_run(unfinished, restart=True)
     assert not other.exists()
 

@@ -1,4 +1,4 @@
-"""Groups of samples for the standard error: no image and no text in two of them, or no error."""
+"""Groups of samples for the standard error: no image or text occurs in two groups, or there is no error."""
 
 import io
 import itertools
@@ -25,7 +25,7 @@ def stand_ins(images, texts):
 
 
 def groups_in(samples, groups, processes=1, in_turn=False):
-    """The images and texts of each group, as the metric deals the samples of `processes` processes."""
+    """The images and texts of each group, as the metric assigns the samples of `processes` processes."""
     found = [set() for _ in range(groups)]
     for process in range(processes):
         mine = samples[process::processes]
@@ -139,7 +139,7 @@ def test_groups_that_samples_were_not_made_for_are_none():
 
 
 def chosen(tmp_path, images, texts, **changes):
-    """What `choose` gives of so many images and texts."""
+    """The samples that `choose` makes from newly written images and texts."""
     if images:
         write_images(tmp_path / "images", images)
     if texts:
@@ -157,7 +157,7 @@ def test_identical_bytes_under_two_names_are_one_image(tmp_path, protocol, group
     assert got.groups == groups
     assert share_nothing(groups_in(got.samples, groups))
     if protocol == "random":
-        assert "4 images left out: of the same content as another" in got.notes
+        assert "skipped 4 duplicate images" in got.notes
         assert len({name_of(sample.image) for sample in got.samples}) == 6
 
 

@@ -36,7 +36,7 @@ def test_a_random_order_has_the_same_samples_and_is_the_same_every_time(tmp_path
     samples, mixed = list(in_order), list(in_blocks(in_order, 5))
     assert mixed == list(in_blocks(in_order, 5)) != samples
     assert sorted(mixed, key=samples.index) == samples
-    firsts = {sample.text.name for sample in mixed[:10]}  # a third of them: from the beginning, the middle and the end
+    firsts = {sample.text.name for sample in mixed[:10]}  # a third of the samples: from the beginning, middle and end
     assert all(firsts & {str(number) for number in range(start, start + 10)} for start in (0, 10, 20))
 
 
@@ -63,7 +63,7 @@ def test_broken_images_are_skipped_with_the_reason_and_replaced_by_others(tmp_pa
     assert len(chosen.items) == 5
     assert {name for name, _ in chosen.skipped} == {"empty.png", "words.jpg", "cut.png"}
     reasons = dict(chosen.skipped)
-    assert "no image that Pillow knows" in reasons["words.jpg"]
+    assert "not an image that Pillow recognises" in reasons["words.jpg"]
     assert "truncated" in reasons["cut.png"]
 
 
@@ -163,7 +163,7 @@ def test_a_single_text_file_is_taken_and_one_of_another_kind_is_refused(tmp_path
     write_texts(tmp_path, 1)
     assert len(choose_texts(tmp_path / "text-00.txt", 3, 0).items) == 1
     (tmp_path / "prose.pdf").write_text("prose")
-    with pytest.raises(InputError, match=r"takes \.txt, \.story, \.jsonl"):
+    with pytest.raises(InputError, match=r"text: expected \.txt, \.story, \.jsonl"):
         choose_texts(tmp_path / "prose.pdf", 3, 0)
 
 

@@ -1,4 +1,4 @@
-"""Images and prose out of what people have: data sets, tables, archives, lists and conversations."""
+"""Images and prose from data sets, tables, archives, lists and conversations."""
 
 import gzip
 import json
@@ -111,11 +111,11 @@ def test_records_without_an_answer_or_an_image_are_skipped_with_the_reason(tmp_p
     (tmp_path / "list.json").write_text(json.dumps([conversation(0), mute, conversation(99), {"other": 1}, 17]))
     texts, images = (choose(tmp_path / "list.json", 9, None) for choose in (choose_texts, choose_images))
     reasons = dict(texts.skipped)
-    assert "no turn of an assistant" in reasons["list.json[1]"]
+    assert "no assistant turn" in reasons["list.json[1]"]
     assert "['other']" in reasons["list.json[3]"]
     assert "int" in reasons["list.json[4]"]
     assert [text.name for text in texts.items] == ["list.json[0]", "list.json[2]"]
-    assert images.skipped == [("coco/99.png", "there is no such file")]
+    assert images.skipped == [("coco/99.png", "the file does not exist")]
     assert len(images.items) == 1
 
 
@@ -201,7 +201,7 @@ def test_a_broken_row_is_skipped_with_its_number(tmp_path):
     pq.write_table(pa.table({"image": [png(0), b"no picture", png(2)]}), tmp_path / "t.parquet")
     chosen = choose_images(tmp_path / "t.parquet", 9, None)
     assert [item.row for item in chosen.items] == [0, 2]
-    assert chosen.skipped == [("t.parquet[1]", "it is no image that Pillow knows")]
+    assert chosen.skipped == [("t.parquet[1]", "it is not an image that Pillow recognises")]
 
 
 @pytest.mark.parametrize("name", ["broken.parquet", "broken.arrow", "broken.tar", "broken.json", "zipped.tar"])
@@ -262,4 +262,4 @@ def test_rows_of_a_large_row_group_are_read_a_few_at_a_time(tmp_path, monkeypatc
     texts = choose_texts(tmp_path / "t.parquet", 1000, None)
     assert [text.content for text in texts.items] == [f"row {n}" for n in range(1000)]
     assert max(sizes) <= tables.BATCH
-    assert sum(sizes) == 1000  # each once where they come in order
+    assert sum(sizes) == 1000  # each row once when read in order

@@ -1,4 +1,4 @@
-"""`mir compute --study`: every row is the value that MIR has by itself, in a table that reads back, with a picture."""
+"""`mir compute --study`: every row equals MIR measured alone; the table reads back, and there is a picture."""
 
 import io
 import shutil
@@ -45,7 +45,7 @@ def options(folders, tmp_path):
 
 
 def studied(name, options, **changes):
-    """The rows of a study, once the table on disk says the same and the picture is there."""
+    """The rows of a study, after checking that the table on disk agrees and the picture exists."""
     options = ComputeOptions(**{**vars(options), **changes})
     rows = study.run(name, options, Console(quiet=True))
     written = study.read(options.out / f"study_{name}.csv")
@@ -78,7 +78,7 @@ def test_sample_count_reads_the_value_of_the_first_samples_along_one_stream(opti
 
 
 def test_normalization_has_both_distances_of_every_layer(options):
-    rows = studied("normalization", options, normalize=False)  # asked for or not, both are what it shows
+    rows = studied("normalization", options, normalize=False)  # requested or not, the study shows both
     on, off = value_of(options), value_of(options, normalize=False)
     assert [row["layer"] for row in rows] == [1, 2, 3]
     assert [row["normalized"] for row in rows] == pytest.approx(on.per_layer, rel=1e-9)
@@ -116,8 +116,8 @@ def test_files_beside_the_kinds_are_not_used_and_the_study_says_so(options, tmp_
     rows = study.run("content", ComputeOptions(**{**vars(options), **changes}), console)
     assert {row["images"] for row in rows} == {"drawn", "photographed"}
     said = console.export_text()
-    assert f"2 files beside the sub-folders of {tmp_path / 'images'}: of no kind, not used" in said
-    assert said.count("beside the sub-folders") == 1
+    assert f"ignored 2 files next to the sub-folders of {tmp_path / 'images'}: only sub-folders are kinds" in said
+    assert said.count("next to the sub-folders") == 1
 
 
 def test_repeated_sample_counts_are_those_of_each_seed_and_their_plot_has_mean_and_range(options, tmp_path):
@@ -128,7 +128,7 @@ def test_repeated_sample_counts_are_those_of_each_seed_and_their_plot_has_mean_a
         assert [{"set": number + 1, **row} for row in alone] == rows[2 * number : 2 * number + 2]
     assert study.read(options.out / "study_samples.csv")[-1]["set"] == 3
     for name, changes in (("layers", {}), ("samples", {"protocol": "published"})):
-        with pytest.raises(InputError, match="repeat: draws sets of random samples"):
+        with pytest.raises(InputError, match="repeat: applies only to the random samples"):
             study.run(name, ComputeOptions(**{**vars(options), **changes}), Console(quiet=True), repeat=2)
 
 
@@ -172,11 +172,11 @@ def test_options_reach_the_study(options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"second_pass": True}, "takes no --second-pass"),
-        ({"restart": True}, "takes no --restart"),
+        ({"second_pass": True}, "does not accept --second-pass"),
+        ({"restart": True}, "does not accept --restart"),
         ({"images": Path("nowhere")}, "nowhere does not exist"),
-        ({"groups": 1}, "groups: takes 0"),
-        ({"out": Path(__file__)}, "out: .*test_study.py is a file"),
+        ({"groups": 1}, "groups: expected 0"),
+        ({"out": Path(__file__)}, "out: expected a folder, got the file .*test_study.py"),
     ],
 )
 def test_what_a_study_cannot_do_is_refused(options, changes, message):

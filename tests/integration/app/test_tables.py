@@ -1,4 +1,4 @@
-"""Tables at any width of console: every number whole, no line too wide, and a line on what is left out."""
+"""Tables at any console width: every number complete, no line too wide, and a line naming dropped columns."""
 
 import io
 import re
@@ -22,7 +22,7 @@ NAMES = ("before", "llava-1.5-7b-hf-moca-lr-2e-5/checkpoint-1200", "a run with w
 
 
 def text_of(table, width):
-    """What a console of that width shows, and that nothing is cut: no line too wide, no ellipsis."""
+    """The output of a console of that width, after checking that nothing is cut: no line too wide, no ellipsis."""
     text = printed(table, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -30,12 +30,12 @@ def text_of(table, width):
 
 
 def row_of(text, first):
-    """The row that begins with `first`, in all tables of a text."""
+    """The cells of the row that begins with `first`, across all tables in a text."""
     return " ".join(line for line in text.splitlines() if line.split()[:1] == [first]).split()
 
 
 def grown(made, factor, groups=0):
-    """The result with larger distances, and with groups of samples for a standard error."""
+    """The result with larger distances and with groups of samples for a standard error."""
     made.terms = [replace(terms, mean=terms.mean * factor) for terms in made.terms]
     if groups:
         made.left_out = [[d * (1 + 0.01 * (-1) ** g) for g in range(groups)] for d in made.per_layer]

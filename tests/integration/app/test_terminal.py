@@ -1,4 +1,4 @@
-"""What goes to stdout and what to stderr, as words or as JSON, and how much of it."""
+"""Output to stdout and stderr, as text or JSON, and its verbosity."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ def runs(folders):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """`mir compute` has its result at once."""
+    """Make `mir compute` return its result immediately."""
     monkeypatch.setattr(compute, "run", lambda options, console, results: (results.print("MIR"), RESULT)[1])
 
 
@@ -117,7 +117,7 @@ def test_json_is_taken_before_and_after_the_command(measured, words):
 def test_quiet_and_verbose_exclude_one_another(measured, words):
     outcome = mir(*words, *REQUIRED)
     assert outcome.exit_code == 2
-    assert "--quiet and --verbose exclude one another" in outcome.stderr
+    assert "--quiet and --verbose are mutually exclusive" in outcome.stderr
     assert outcome.stdout == ""
 
 
@@ -244,9 +244,9 @@ def test_a_plot_takes_labels_and_replaces_a_file_only_where_asked(runs, tmp_path
     words = ["plot", *runs[:2], "--out", out, "--label", "first one", "--label", "second one"]
     assert mir(*words).exit_code == 0
     assert "second one" in out.read_text()
-    assert "p.svg exists already" in mir(*words).stderr
+    assert "p.svg already exists" in mir(*words).stderr
     assert mir(*words, "--overwrite").exit_code == 0
-    assert "label: takes one for each result, 2, got 1" in mir(*words[:5], "--label", "a", "--overwrite").stderr
+    assert "label: expected one label per result (2), got 1" in mir(*words[:5], "--label", "a", "--overwrite").stderr
 
 
 def test_the_training_of_a_demo_can_be_drawn_again(tmp_path):
@@ -261,7 +261,7 @@ def test_the_training_of_a_demo_can_be_drawn_again(tmp_path):
     outcome = mir("plot", tmp_path / "history.json", "--out", tmp_path / "t.svg")
     assert outcome.exit_code == 0, outcome.output
     assert "training step" in (tmp_path / "t.svg").read_text()
-    for words, said in ((["--label", "a"], "label: "), ([tmp_path / "history.json"], "drawn alone")):
+    for words, said in ((["--label", "a"], "label: "), ([tmp_path / "history.json"], "plotted alone")):
         outcome = mir("plot", tmp_path / "history.json", *words, "--out", tmp_path / "u.svg")
         assert outcome.exit_code == 1
         assert said in outcome.stderr

@@ -1,4 +1,4 @@
-"""Samples as small pictures: every kind of image, turned as it says, and none that is broken stops a run."""
+"""Small pictures of samples: every kind of image, rotated by its EXIF; broken ones do not stop a run."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""What transformers' Trainer leaves as the model: checkpoints with and without a processor, and where it is found."""
+"""Models saved by transformers' Trainer: checkpoints with and without a processor, and where it is found."""
 
 import json
 import re
@@ -19,7 +19,7 @@ NONE, TOKENIZER, PROCESSOR = "none", "tokenizer", "processor"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model's folder `base`, and a run from it for each thing that Trainer may be given as its processing_class."""
+    """A model folder `base`, and a run trained from it for each possible processing_class of Trainer."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
     root = tmp_path_factory.mktemp("trained")
@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def alone(trained, tmp_path, monkeypatch):
-    """A checkpoint in a folder that nothing lies around, by what its Trainer was given."""
+    """A checkpoint in an otherwise empty folder, by the processing_class of its Trainer."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -62,16 +62,16 @@ def edit(file, **values):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [(NONE, "has no processor: with the processor of"), (TOKENIZER, "has no image processor: with the processor of")],
+    [(NONE, "has no processor; using the processor of"), (TOKENIZER, "has no image processor; using the processor of")],
 )
 def test_a_checkpoint_without_its_processor_takes_that_of_the_model_beside_its_run(options, trained, kind, said):
     checkpoint = trained / kind / "checkpoint-2"
     result = quiet_run(options, model=str(checkpoint), samples=4)
     (note,) = [note for note in result.notes if "processor" in note]
-    assert note == f"{checkpoint} {said} {trained / 'base'}, a model of the same configuration"
+    assert note == f"{checkpoint} {said} {trained / 'base'}, of the same configuration"
     given = quiet_run(options, model=str(checkpoint), samples=4, processor=str(trained / "base"), out=options.out / "b")
     assert given.value == result.value
-    assert f"with the processor of {trained / 'base'}" in given.notes
+    assert f"using the processor of {trained / 'base'}" in given.notes
 
 
 def test_a_checkpoint_with_its_processor_takes_it_and_says_nothing(trained):
@@ -80,7 +80,7 @@ def test_a_checkpoint_with_its_processor_takes_it_and_says_nothing(trained):
 
 @pytest.mark.parametrize(("kind", "lacks"), [(NONE, "processor"), (TOKENIZER, "image processor")])
 def test_without_any_the_message_names_the_option(alone, kind, lacks):
-    with pytest.raises(InputError, match=rf"\Amodel: .*checkpoint-2 has no {lacks}, .* with --processor\Z"):
+    with pytest.raises(InputError, match=rf"\Amodel: .*checkpoint-2 has no {lacks} .* with --processor\Z"):
         load(alone(kind))
 
 
@@ -113,19 +113,19 @@ def in_cache(folder, base):
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        (beside, r"run/a-model, a model of the same configuration\Z"),
-        (around, r"run, the folder it lies in\Z"),
+        (beside, r"run/a-model, of the same configuration\Z"),
+        (around, r"run, the folder that contains it\Z"),
         (in_config, r"base, which it was trained from\Z"),
         (in_config_from_elsewhere, r"models/a-model, which it was trained from\Z"),
         (in_state, r"base, which it was trained from\Z"),
-        (in_cache, r"of a/model, a model of the same configuration\Z"),
+        (in_cache, r"of a/model, of the same configuration\Z"),
     ],
 )
 def test_the_processor_is_found_where_the_model_came_from_and_the_note_says_where(trained, alone, place, said):
     checkpoint = alone(NONE)
     place(checkpoint, trained / "base")
     (note,) = load(checkpoint).notes
-    assert note.startswith(f"{checkpoint} has no processor: with the processor of ")
+    assert note.startswith(f"{checkpoint} has no processor; using the processor of ")
     assert re.search(said, note)
 
 
@@ -156,7 +156,9 @@ def test_of_several_processors_that_differ_none_is_taken_and_all_are_named(train
         own = json.loads((other / "processor_config.json").read_text())
         own["image_processor"]["size"]["shortest_edge"] = size + 2
         (other / "processor_config.json").write_text(json.dumps(own))
-    with pytest.raises(InputError, match=r"--processor; models of its configuration have different ones: .*/a, .*/c\Z"):
+    with pytest.raises(
+        InputError, match=r"--processor; models of the same configuration have different processors: .*/a, .*/c\Z"
+    ):
         load(checkpoint)
 
 
@@ -168,7 +170,7 @@ def test_a_processor_whose_words_are_others_than_the_tokenizer_beside_the_model_
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(checkpoint)
-    with pytest.raises(InputError, match="does not fit: its tokenizer has another vocabulary"):
+    with pytest.raises(InputError, match="does not match: its tokenizer has another vocabulary"):
         load(checkpoint)
 
 
@@ -185,8 +187,11 @@ def test_a_model_that_is_gone_is_named_with_the_option(alone):
         ("./gone", r"\Aprocessor: ./gone does not exist\Z"),
         ("tokenizer/checkpoint-2", r"\Aprocessor: .* has no image processor\Z"),
         ("none/checkpoint-2", r"\Aprocessor: .* has no processor\Z"),
-        ("base/config.json", r"\Aprocessor: .* is a file; give the folder"),
-        ("other", r"\Aprocessor: that of .*other is of another model than .*: its image token is \d+, the model's 4"),
+        ("base/config.json", r"\Aprocessor: .* is a file; pass the folder"),
+        (
+            "other",
+            r"\Aprocessor: .*other belongs to another model than .*: its image token is \d+, that of the model is 4",
+        ),
     ],
 )
 def test_a_processor_that_cannot_be_the_models_is_refused_by_its_argument(trained, tmp_path, given, said):
@@ -205,10 +210,12 @@ def test_a_processor_that_cannot_be_the_models_is_refused_by_its_argument(traine
 def test_the_newest_checkpoint_in_the_folder_of_a_run_is_named(trained, tmp_path):
     for step in (9, 100, 20):
         shutil.copytree(trained / PROCESSOR / "checkpoint-2", tmp_path / "run" / f"checkpoint-{step}")
-    with pytest.raises(InputError, match=r"checkpoint-9, checkpoint-20, .*: --model .*/checkpoint-100 is the newest"):
+    with pytest.raises(
+        InputError, match=r"checkpoint-9, checkpoint-20, .*\); the newest is --model .*/checkpoint-100\Z"
+    ):
         load(tmp_path / "run")
 
 
 def test_a_revision_is_of_a_hub_name(trained):
-    with pytest.raises(InputError, match=r"\Arevision: is of a hub name, and .* is a folder"):
+    with pytest.raises(InputError, match=r"\Arevision: applies only to a hub name, but .* is a local folder"):
         load(trained / "base", revision="main")

@@ -1,4 +1,4 @@
-"""Options that were given and would do nothing are refused, wherever they were given; what has an effect is not."""
+"""Options given without effect are refused, wherever they were given; options with an effect are not."""
 
 import pytest
 
@@ -48,7 +48,7 @@ WITH = [
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """The options that must be given; nothing is measured."""
+    """The required options; nothing is measured."""
     monkeypatch.setattr(compute, "run", lambda *a, **k: RESULT)
     monkeypatch.setattr(study, "run", lambda *a, **k: [])
     return ["--model", tmp_path, "--images", tmp_path, "--text", tmp_path]

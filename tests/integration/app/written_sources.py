@@ -1,4 +1,4 @@
-"""Images and prose as people keep them, written to a folder: each function gives the path that both are taken from."""
+"""Writes images and prose in common formats; each function returns the path that holds both."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def splits(root):
 
 
 def selected(root):
-    """A data set whose rows are not in the order of its file."""
+    """A data set whose rows are in another order than in its file."""
     dataset().select(list(range(ROWS))[::-1]).save_to_disk(root / "selected")
     return root / "selected"
 
@@ -65,7 +65,7 @@ def arrow(root):
 
 
 def plain_table():
-    """Columns as anyone names them, without the features that `datasets` writes."""
+    """A table with ordinary column names and without `datasets` features."""
     columns = {"image_bytes": [png(n) for n in range(ROWS)], "label": ["x"] * ROWS}
     return pa.table(columns | {"text": [prose(n) for n in range(ROWS)]})
 
@@ -89,7 +89,7 @@ def paths_in_a_table(root):
 
 
 def shards(root):
-    """A folder of .parquet, as a data set is cloned from the hub: with a README.md and a .json of metadata."""
+    """A folder of .parquet files like a data set cloned from the hub, with a README.md and .json metadata."""
     (root / "clone" / "data").mkdir(parents=True)
     for shard in range(3):
         dataset().shard(3, shard, contiguous=True).to_parquet(root / "clone" / "data" / f"train-{shard}.parquet")
@@ -158,7 +158,7 @@ def lines_by_another_name(root):
 
 
 def coco(root):
-    """COCO's captions: images and annotations in lists of one object."""
+    """COCO captions: lists of images and annotations in one object."""
     write_png(root / "images")
     whole = {"info": {"year": 2017, "licenses": [1, 2]}, "licenses": [{"id": 1}]}
     whole |= {"images": [{"id": n, "file_name": f"{n}.png"} for n in range(ROWS)]}

@@ -1,4 +1,4 @@
-"""Hidden states of a few samples, the metric fed with them, and `mir` of all of them at once."""
+"""Hidden states of a few samples, the metric fed with them, and `mir` of all of them together."""
 
 import pytest
 import torch

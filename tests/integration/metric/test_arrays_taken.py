@@ -1,4 +1,4 @@
-"""MIR of numpy arrays and of masks of 0 and 1 is that of their tensors."""
+"""numpy arrays, and masks of 0 and 1, give the same MIR as the corresponding tensors."""
 
 import numpy as np
 import pytest
@@ -46,9 +46,9 @@ def test_a_stream_of_arrays(dtype, forward, tmp_path):
 
 def test_another_number_in_a_mask_is_refused_and_nothing_changes():
     metric = ModalityIntegrationRate()
-    with pytest.raises(ValueError, match="text_mask: takes True and False, or 0 and 1, got 2"):
+    with pytest.raises(ValueError, match="text_mask: expected True and False, or 0 and 1, got 2"):
         metric.update(HIDDEN, VISION, TEXT.long() * 2)
-    with pytest.raises(TypeError, match="vision_mask: takes a dtype of bool, uint8, got float32"):
+    with pytest.raises(TypeError, match=r"vision_mask: expected one of the dtypes bool, uint8.* got float32"):
         metric.update(HIDDEN, VISION.float(), TEXT)
     assert not metric._layers
 
@@ -59,5 +59,5 @@ def test_placeholders_of_arrays():
 
 
 def test_what_is_written_in_place_takes_a_tensor():
-    with pytest.raises(TypeError, match=r"data: takes a torch.Tensor, got ndarray; it is written in place"):
+    with pytest.raises(TypeError, match=r"data: expected a torch.Tensor, got ndarray; data is written in place"):
         official.replace_outliers_with_median_l2(ARRAYS[0][0])

@@ -1,4 +1,4 @@
-"""Bounds of MIR hold for the features as they are, against rationals; no distance is below its own mean's term."""
+"""Certified bounds of MIR against exact rational arithmetic; no distance is below its own mean term."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from modality_integration.metric.tokens import alpha_of, roundings_of_norms, sum
 
 
 def moved(seed: int, ratio: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A pair of features, some with means far closer together or apart than their deviations."""
+    """A pair of features, some with means much closer together or farther apart than their standard deviations."""
     vision, text = features(seed, ratio, dtype)
     rng = random.Random(seed)
     return vision, (text.double() + rng.choice([0, 0, 1e-12, 1e-6, 1, 1e3])).to(dtype)
 
 
 def hold(terms: LayerTerms, means: mpmath.mpf, covariances: mpmath.mpf, root: mpmath.mpf) -> None:
-    """Every interval of `terms` holds its truth, and the terms are in it."""
+    """Every interval of `terms` contains the true value and the computed one."""
     assert mpmath.mpf(terms.mean_lower) <= means <= mpmath.mpf(terms.mean_upper)
     assert mpmath.mpf(terms.root_lower) <= root <= mpmath.mpf(terms.root_upper)
     traces = mpmath.mpf(terms.trace_vision) + mpmath.mpf(terms.trace_text)
@@ -76,7 +76,7 @@ def test_alpha_is_within_the_roundings_of_its_sum_of_norms(count, d, streamed):
             assert mpmath.mpf(scale.least) <= truth <= mpmath.mpf(scale.most)
             scales.add(truth == mpmath.mpf(alpha))
         assert scale.most - scale.least <= 1e-11 * alpha
-    assert False in scales  # rounding there is
+    assert False in scales  # some alphas are rounded
     assert proved_terms.scale_of(1.0, None) == (1.0, 1.0)
     assert proved_terms.scale_of(1e150, 9) == (0.0, math.inf)
 
@@ -90,7 +90,7 @@ def test_bounds_of_accumulated_moments_hold_for_those(ratio):
         for k, x in enumerate(pair):
             moments = StreamingMoments(x.shape[1], precision=("auto", "exact")[seed % 2])
             moments.update(x)
-            if k and seed % 3 == 0:  # the other modality has few tokens, which are held
+            if k and seed % 3 == 0:  # few tokens in the other modality, which are all held
                 sides.append(FeatureMoments(x))
                 truths.append(rationals.moments(x))
                 continue
@@ -100,7 +100,7 @@ def test_bounds_of_accumulated_moments_hold_for_those(ratio):
         assert terms.lower >= terms.mean_lower
         assert terms.lower <= terms.distance <= terms.upper
         (mean_v, cov_v), (mean_t, cov_t) = truths
-        if rationals.semidefinite(cov_v) and rationals.semidefinite(cov_t):  # rounding may have left them indefinite
+        if rationals.semidefinite(cov_v) and rationals.semidefinite(cov_t):  # rounding may have made them indefinite
             checked += 1
             with mpmath.workdps(rationals.DIGITS):
                 means, root = rationals.of_means(mean_v, mean_t), rationals.root(cov_v, cov_t)
@@ -110,7 +110,7 @@ def test_bounds_of_accumulated_moments_hold_for_those(ratio):
 
 @pytest.mark.parametrize("rounded", [False, True])
 def test_the_upper_end_has_room_for_what_an_indefinite_covariance_lacks(rounded):
-    """Its eigenvalues are 2 + 1e-11 and -1e-11, so its positive part has the larger trace."""
+    """Its eigenvalues are 2 + 1e-11 and -1e-11, so its positive semi-definite part has a larger trace."""
     above = 1 + 1e-11
 
     class Accumulated:
@@ -141,7 +141,7 @@ def test_a_moved_mean_is_not_lost_next_to_a_massive_coordinate(tokens, bounds):
     assert terms.distance == pytest.approx(1.0, rel=1e-9)
     if bounds:
         assert 1 - 1e-9 <= terms.lower <= 1.0
-    vision[:, 2] *= 3  # standard deviations move as well
+    vision[:, 2] *= 3  # standard deviations change as well
     (terms,) = mir([vision], [text], outliers="none", normalize=False, bounds=bounds).terms
     apart = (2 * text[:, 2].std()).square() + 1
     moved = (3 * text[:, 2]).mean() - text[:, 2].mean()
@@ -151,7 +151,7 @@ def test_a_moved_mean_is_not_lost_next_to_a_massive_coordinate(tokens, bounds):
 def test_mean_differences_keep_their_digits_whatever_the_mean():
     for tokens, d in ((900, 3), (6, 30)):
         noise = torch.randn(2, tokens, d, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
-        vision, text = noise.mul(2.0**20).round().div(2.0**20) + 2.0**25  # exact, a mean of 3e7 deviations
+        vision, text = noise.mul(2.0**20).round().div(2.0**20) + 2.0**25  # exact; the mean is 3e7 standard deviations
         near = mir([vision - 2.0**25], [text - 2.0**25], outliers="none", normalize=False).terms[0]
         far = mir([vision], [text], outliers="none", normalize=False).terms[0]
         assert far.mean == pytest.approx(near.mean, rel=1e-13)
@@ -168,7 +168,7 @@ def test_bounds_are_close_whatever_the_mean(n, m, d):
 
 
 def test_a_sum_next_to_1_is_rounded_outward_before_its_logarithm():
-    """There a unit in the last place of MIR is far less than one of the sum."""
+    """Near 1, a unit in the last place of MIR is far smaller than one of the sum."""
     with mpmath.workdps(60):
         for last in range(1, 9):
             terms = [LayerTerms(share, 0.0, 0.0, 0.0, 0.0, 0.0, share, share) for share in (0.1, 0.2, 0.3, 0.4)]

@@ -1,4 +1,4 @@
-"""Results side by side: differences, their errors, verdicts, rankings, and what cannot be compared."""
+"""Comparison of two results: differences, their standard errors, verdicts, and incomparable results."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ def test_comparison_with_bounds_knows_whether_the_intervals_overlap():
     assert compare(a, a).disjoint is False
 
 
-BEYOND = "beyond the rounding of the arithmetic, which says nothing about other samples"
+BEYOND = "exceeds arithmetic rounding, which says nothing about other samples"
 
 
 @pytest.mark.parametrize("errors", [True, False])
@@ -44,13 +44,13 @@ def test_intervals_are_spoken_of_only_where_no_error_is_and_as_the_arithmetics(e
         a, b = with_left_out(a, 0.1), with_left_out(b, 0.1)
     verdict = compare(a, b).verdict()
     assert (BEYOND in verdict) == (apart and not errors)
-    assert ("within the rounding of the arithmetic" in verdict) == (not apart and not errors)
+    assert ("within arithmetic rounding" in verdict) == (not apart and not errors)
     assert "prove" not in verdict
     assert "interval" not in verdict
 
 
 def with_left_out(made, spread, groups=6):
-    """The result with an even number of groups, whose standard error is `spread` (in MIR)."""
+    """The result with an even number of groups and the standard error `spread` (in MIR)."""
     step = spread / math.sqrt(groups - 1)
     made.left_out = [[d * 10 ** (step * (-1) ** g) for g in range(groups)] for d in made.per_layer]
     assert made.error == pytest.approx(spread)
@@ -60,7 +60,7 @@ def with_left_out(made, spread, groups=6):
 @pytest.mark.parametrize(
     ("errors", "words"),
     [
-        (1 / 2.2, "B seems to blend the modalities better, more samples would tell: its MIR is"),
+        (1 / 2.2, "B seems to blend the modalities better (more samples are needed to be sure): its MIR is"),
         (1 / 3.01, "B blends the modalities better: its MIR is"),
         (1 / 1.99, "no difference beyond the standard error: B's MIR is"),
         (2.0, "no difference beyond the standard error: B's MIR is"),
@@ -86,8 +86,8 @@ def test_comparison_without_an_error_on_both_sides_names_none_better():
     assert both.z is None
     difference = a.value - b.value
     assert both.verdict(("old", "new")) == (
-        f"new's MIR is {difference:.4f} below old's; whether other samples would say so too takes a standard error of "
-        f"both (mir compute --groups 5); it is {BEYOND}"
+        f"new's MIR is {difference:.4f} below old's; whether this holds for other samples is unknown without a "
+        f"standard error of both (mir compute --groups 5); the difference {BEYOND}"
     )
 
 
@@ -96,7 +96,7 @@ def test_comparison_with_few_groups_is_never_sure_and_says_so():
     both = compare(with_left_out(a, 1e-6, groups=4), with_left_out(b, 1e-6))
     assert abs(both.z) > 1000
     assert both.verdict().startswith("B seems to blend the modalities better")
-    assert both.notes == ["A's standard error is of 4 groups of samples: take 5 or more"]
+    assert both.notes == ["A's standard error is based on 4 groups of samples; use 5 or more"]
 
 
 def with_samples(made, digest, **settings):
@@ -115,7 +115,7 @@ def test_comparison_of_the_same_samples_goes_by_the_differences_group_by_group()
     assert same.paired
     assert same.error == jackknife(differences) < apart.error / 100
     assert same.verdict().startswith("B blends the modalities better")
-    assert same.notes == ["the same samples in both: the error is that of the differences, group by group"]
+    assert same.notes == ["the same samples in both: the error is computed from group-by-group differences"]
     blocks = {"dealt": "in blocks"}
     assert compare(with_samples(a, "x", **blocks), with_samples(b, "x", processes=2, **blocks)).paired
     assert not compare(with_samples(a, "x"), with_samples(b, "x", **blocks)).paired
@@ -124,7 +124,9 @@ def test_comparison_of_the_same_samples_goes_by_the_differences_group_by_group()
     for other in (with_samples(b, "y"), with_samples(b, "x", processes=2), with_left_out(with_samples(b, "x"), 0.1, 8)):
         assert not compare(a, other).paired
     assert compare(a, with_left_out(with_samples(b, "y"), 0.1), paired=True).paired
-    with pytest.raises(ValueError, match=r"paired: takes results with as many groups of samples, got 6 and 0"):
+    with pytest.raises(
+        ValueError, match=r"paired: expected results with the same number of groups of samples, got 6 and 0"
+    ):
         compare(a, result(0), paired=True)
 
 
@@ -150,7 +152,7 @@ def test_models_of_other_depths_are_compared_without_the_layers_ratios():
     assert both.per_layer == []
     assert both.difference == b.value - a.value
     assert both.verdict().startswith("B blends the modalities better")
-    assert "3 and 2 layers: MIR sums over them, and is compared as it stands" in both.notes
+    assert "3 and 2 layers: MIR is a sum over layers and is compared without correction for depth" in both.notes
     text = printed(both.table())
     assert f"{a.per_layer[2]:.4g}" in text
     assert "B / A" not in text
@@ -176,17 +178,17 @@ def test_without_an_error_that_tells_something_the_verdict_is_open_and_says_why(
     assert both.error is both.z is None
     verdict = both.verdict()
     assert verdict.startswith(
-        f"new's MIR is {a.value - b.value:.4f} below old's; whether other samples would say so too"
+        f"new's MIR is {a.value - b.value:.4f} below old's; whether this holds for other samples is unknown"
     )
     why = (
         "1 image for 40 samples"
         if note
-        else {None: None, 1: "one group of samples", 6: "all groups of samples are alike"}[groups]
+        else {None: None, 1: "one group of samples", 6: "all groups of samples are identical"}[groups]
     )
     if why:
-        assert verdict.endswith(f"is not known: new has no standard error ({why})")
+        assert verdict.endswith(f"is unknown: new has no standard error ({why})")
     else:
-        assert verdict.endswith("takes a standard error of both (mir compute --groups 5)")
+        assert verdict.endswith("without a standard error of both (mir compute --groups 5)")
     assert " inf" not in verdict
 
 
@@ -197,13 +199,13 @@ def test_differences_that_are_the_same_in_every_group_are_not_held_against_round
     both = compare(a, b, paired=True)
     assert both.error < 1e-12
     assert both.z is None
-    assert both.verdict() == "A's MIR is 0.3010 below B's, with every group of samples left out alike"
+    assert both.verdict() == "A's MIR is 0.3010 below B's, by the same amount whichever group of samples is left out"
 
 
 def test_an_infinite_difference_is_said_in_words():
     zero = result(0)
     zero.terms = [LayerTerms(0.0, 1.0, 1.0, 1.0)] * 3
-    assert compare(zero, result(1)).verdict().startswith("A's MIR is -inf: its modalities are not told apart")
+    assert compare(zero, result(1)).verdict().startswith("A's MIR is -inf: its modalities are indistinguishable")
     assert compare(result(1), zero).verdict().startswith("B's MIR is -inf")
 
 
@@ -220,12 +222,12 @@ def test_names_stand_in_notes_verdict_table_and_text():
     a, b = with_left_out(result(1), 1e-6, groups=4), with_left_out(result(0), 1e-6)
     both = compare(a, b, names=("old", "new"))
     assert both.verdict().startswith("new seems to blend the modalities better")
-    assert both.notes == ["old's standard error is of 4 groups of samples: take 5 or more"]
+    assert both.notes == ["old's standard error is based on 4 groups of samples; use 5 or more"]
     assert "new / old" in printed(both.table())
     assert str(both) == f"{both.verdict()}\nnote: {both.notes[0]}"
-    with pytest.raises(ValueError, match="names: takes two that differ, got 'x' twice"):
+    with pytest.raises(ValueError, match="names: expected two different names, got 'x' twice"):
         compare(a, b, names=("x", "x"))
-    with pytest.raises(ValueError, match="names: takes two that differ, got 'x' twice"):
+    with pytest.raises(ValueError, match="names: expected two different names, got 'x' twice"):
         both.table(("x", "x"))
 
 

@@ -1,4 +1,4 @@
-"""Several results side by side, and what is said of settings that differ."""
+"""Comparison of several results, rankings, and notes on differing settings."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ def test_another_image_processor_is_a_warning_and_another_picture_format_none():
 
 @pytest.mark.parametrize(
     ("digests", "said"),
-    [("ab", "others in each"), ("abc", "others in each"), ("bab", "the same in x and z, others in y")],
+    [("ab", "different in each"), ("abc", "different in each"), ("bab", "the same in x and z, different in y")],
 )
 def test_other_samples_are_named_without_their_digests(digests, said):
     results = dict(zip("xyz", [result(0) for _ in digests], strict=False))
@@ -62,7 +62,7 @@ def test_other_samples_are_named_without_their_digests(digests, said):
 
 
 def shifted(by, spread=0.001, groups=6):
-    """A result whose MIR is larger by `by`, with a standard error."""
+    """A result with MIR increased by `by`, and a standard error."""
     made = result(0)
     made.terms = [replace(t, **{n: v * 10**by for n, v in vars(t).items() if v}) for t in made.terms]
     return with_left_out(made, spread, groups) if spread else made
@@ -86,7 +86,7 @@ def test_several_are_each_held_against_the_first():
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_are_refused(count):
-    with pytest.raises(ValueError, match=f"results: takes two or more, got {count}"):
+    with pytest.raises(ValueError, match=f"results: expected two or more, got {count}"):
         compare_several(dict(list({"a": result(0)}.items())[:count]))
 
 
@@ -123,7 +123,7 @@ def test_with_more_comparisons_it_says_what_chance_does(count, groups, rates):
     several = compare_several({f"r{k}": shifted(0.1 * k, 0.001, groups) for k in range(count)})
     (said,) = [line for line in several.lines() if "at once" in line]
     assert said.startswith(
-        f"{count - 1} comparisons at once: were there no differences, one or more would pass 2 standard"
+        f"{count - 1} comparisons at once: if there were no differences, at least one would exceed 2 standard"
     )
     assert re.findall(r"[\d.]+%", said) == list(rates)
 
@@ -145,8 +145,8 @@ def test_notes_of_several_are_not_repeated_and_name_who():
     assert several.notes == [
         "last differs: normed (a, b, d) and raw (c)",
         "seed differs: 0 (a), 1 (b), 2 (c) and 3 (d)",
-        "the same samples in a, b and c: each error is that of the differences, group by group",
-        "d's standard error is of 4 groups of samples: take 5 or more",
+        "the same samples in a, b and c: each error is computed from group-by-group differences",
+        "d's standard error is based on 4 groups of samples; use 5 or more",
     ]
     results["d"] = shifted(0.3, None)
     results["d"].notes = ["no standard error: 1 image for 40 samples"]
@@ -158,7 +158,7 @@ def test_notes_of_several_are_not_repeated_and_name_who():
     assert compare_several(results).notes[-1] == "c and d have no standard error (1 image for 40 samples)"
     few = {name: shifted(0.1 * k, groups=4) for k, name in enumerate("abc")}
     assert compare_several(few).notes == [
-        "the standard errors of a, b and c are of 4 groups of samples: take 5 or more"
+        "the standard errors of a, b and c are based on 4 groups of samples; use 5 or more"
     ]
     assert "a's MIR is 0.3000 below d's, without a standard error" in several.lines()
 

@@ -1,4 +1,4 @@
-"""Groups of samples that come one after the other: their accumulators wait in another place, to the same bits."""
+"""Consecutive groups of samples: moving accumulators of finished groups elsewhere gives bit-identical results."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ OPTIONS = {"hold": 60, "groups": GROUPS, "samples": COUNT}
 
 
 def moving(**options):
-    """A metric whose finished groups move from the CPU to another place on it, as they do from a GPU to the host."""
+    """A metric whose finished groups move to other memory of the CPU, as they do from a GPU to the host."""
     metric = ModalityIntegrationRate(**options)
     metric._host = HostMemory(of=("cpu",))
     return metric
@@ -32,12 +32,12 @@ def feed(metric, samples):
 
 
 def stream(batch=1, count=COUNT, **options):
-    """`count` samples in batches, drawn afresh."""
+    """`count` newly drawn samples in batches."""
     return [sample(seed, batch=min(batch, count - batch * seed), **options) for seed in range(-(-count // batch))]
 
 
 def on_device(metric):
-    """The most accumulators that a layer and modality has on the device."""
+    """The largest number of accumulators on the device per layer and modality."""
     return max((len(layer.moments.here) for layer in metric._layers), default=0) / 2
 
 
@@ -50,7 +50,7 @@ def assert_equal_states(first, second):
 
 @pytest.fixture(params=[1024, 16], ids=["blocks never full", "blocks often full"])
 def block_rows(request, monkeypatch):
-    """Rows gathered before a product."""
+    """Rows gathered before each matrix product."""
     monkeypatch.setitem(group_moments.ROWS, "cpu", request.param)
     return request.param
 
@@ -67,7 +67,7 @@ def test_moving_changes_no_bit_of_result_or_state(block_rows, batch, options):
     assert result.to_json() == plain.compute().to_json()
     assert result.error > 0
     assert_equal_states(moved, plain)
-    moved._computed = None  # torchmetrics' copy of the result
+    moved._computed = None  # drop torchmetrics' cached result
     assert moved.compute().to_json() == result.to_json()
 
 
@@ -106,7 +106,7 @@ def test_the_result_takes_as_many_accumulators_on_the_device_however_many_groups
 
     monkeypatch.setattr(group_moments.StreamingMoments, "__init__", counting)
     metric.compute()
-    # Of the whole and of two leavings-out, one ending as the next begins, both modalities; and one being merged in.
+    # Both modalities of the whole, of the previous group left out and of the current one; plus one being merged in.
     assert most <= 7
 
 
@@ -176,7 +176,7 @@ def test_a_second_pass_and_forward_move_too():
     for make in (moving, ModalityIntegrationRate):
         first = make(**OPTIONS)
         batch = first(*sample(99, batch=GROUPS + 1))
-        assert len(batch.left_out[0]) == GROUPS  # of this call's samples alone
+        assert len(batch.left_out[0]) == GROUPS  # only of this call's samples
         second = feed(first.second_pass(), samples)
         assert on_device(second) == (1 if make is moving else GROUPS)
         results.append((batch.to_json(), second.compute().to_json()))
@@ -187,11 +187,11 @@ def test_one_sample_more_than_announced_is_refused_and_changes_nothing():
     samples = stream()
     metric = fed(samples, **OPTIONS)
     before = metric.compute().to_json()
-    with pytest.raises(ValueError, match="samples: 30 were announced, got sample number 31"):
+    with pytest.raises(ValueError, match="samples: expected at most 30, got sample number 31"):
         metric.update(*samples[0])
     assert metric.compute().to_json() == before
     metric = fed(samples[:29], **OPTIONS)
-    with pytest.raises(ValueError, match="samples: 30 were announced, got sample number 32"):
+    with pytest.raises(ValueError, match="samples: expected at most 30, got sample number 32"):
         metric.update(*sample(0, batch=3))
     metric.update(*samples[29])
     assert metric.compute().to_json() == before
@@ -199,7 +199,7 @@ def test_one_sample_more_than_announced_is_refused_and_changes_nothing():
 
 def test_fewer_samples_than_announced_have_a_note():
     samples = stream()
-    said = "27 of 30 announced samples came, so the groups of the standard error are not of one size"
+    said = "only 27 of 30 announced samples arrived, so the groups of the standard error differ in size"
     assert said in fed(samples[:27], **OPTIONS).compute().notes
     assert fed(samples, **OPTIONS).compute().notes == []
     assert said not in fed(samples[:27], **{**OPTIONS, "groups": 0}).compute().notes
@@ -207,7 +207,7 @@ def test_fewer_samples_than_announced_have_a_note():
 
 @pytest.mark.parametrize("samples", [0, -3])
 def test_a_number_of_samples_that_cannot_be_is_refused(samples):
-    with pytest.raises(ValueError, match="samples: takes None or the number of samples to come, at least 1"):
+    with pytest.raises(ValueError, match="samples: expected None or the number of samples to come"):
         ModalityIntegrationRate(samples=samples)
 
 
@@ -233,14 +233,14 @@ def test_processes_together_deal_as_one_with_all_samples(groups, samples, proces
 def test_what_a_stream_takes_is_told_from_its_first_samples(make, groups, batch):
     samples = stream(batch)
     metric = make(**{**OPTIONS, "groups": groups})
-    with pytest.raises(ValueError, match="samples: takes one sample or more that have passed already"):
+    with pytest.raises(ValueError, match="samples: expected at least one sample seen before the estimate"):
         metric.memory_to_come(COUNT)
     metric.update(*samples[0])
     told, resting = metric.memory_to_come(COUNT), held(metric)
     feed(metric, samples[1:])
     device, host = (now - before for now, before in zip(held(metric), resting, strict=True))
-    # `compute()` comes on top: 6 matrices d x d, and 3 triangles merged or being merged, with groups 4 more; where
-    # nothing moves, also a copy of every group's.
+    # `compute()` also needs 6 matrices d x d and 3 triangles (merged or being merged), with groups 4 more; if nothing
+    # moves, also a copy of every group.
     copies = 3 if groups == 0 else 7 if make is moving else 7 + 2 * groups
     computing = 8 * 6 * D * D + copies * 8 * (D * D + 4 * D)
     assert device <= told.devices[torch.device("cpu")] == pytest.approx(device + computing, rel=0.1)

@@ -1,4 +1,4 @@
-"""mir() of features in memory: against float64 numpy and scipy, its invariances, and its refusals."""
+"""mir() of features in memory: against float64 numpy and scipy, its invariances, and its errors."""
 
 import math
 
@@ -14,7 +14,7 @@ from modality_integration.metric import distance, functional
 
 
 def features(n, d, seed, *, decay=1.0, shift=0.0, dtype=torch.float32, tails=True):
-    """Tokens of decaying spectrum in a random basis, with heavy-tailed norms."""
+    """Tokens with a decaying spectrum in a random basis and heavy-tailed norms."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(d, d)))[0] if d <= 256 else np.eye(d)
     out = rng.normal(size=(n, d)) * np.arange(1, d + 1) ** -decay @ basis + shift * rng.normal(size=d)
@@ -134,7 +134,7 @@ def test_constant_columns_are_survived():
 
 @pytest.fixture
 def roots(monkeypatch):
-    """Every call of the root: the shape it got and its options."""
+    """Records every root call: the shape of its input and its options."""
     calls = []
 
     def recording(take):
@@ -174,7 +174,7 @@ def test_a_layer_whose_root_cannot_be_taken_is_named_among_those_taken_together(
     monkeypatch.setattr(distance, "trace_sqrt_report", refuses)
     monkeypatch.setattr(functional, "layers_together", lambda hidden_size, device: 4)
     vision, text = pair(300, 250, 24)
-    with pytest.raises(ValueError, match=r"layer 2: of its covariances no root can be taken \(too large\)"):
+    with pytest.raises(ValueError, match=r"layer 2: no square root of its covariances exists \(too large\)"):
         mir([vision, 1000 * vision, vision], [text, text, text])
 
 
@@ -215,16 +215,26 @@ def test_features_with_gradients_and_strides_are_taken():
 @pytest.mark.parametrize(
     ("vision", "text", "error", "message"),
     [
-        ([], [], ValueError, "vision: takes at least one layer, got an empty list"),
-        (torch.ones(2, 3, 4), [torch.ones(3, 4)], TypeError, "vision: takes a list with one tensor per decoder layer"),
-        ([torch.ones(3, 4)] * 2, [torch.ones(3, 4)], ValueError, "as many layers each, got 2 and 1"),
+        ([], [], ValueError, "vision: expected at least one layer, got an empty list"),
+        (
+            torch.ones(2, 3, 4),
+            [torch.ones(3, 4)],
+            TypeError,
+            "vision: expected a list with one tensor per decoder layer",
+        ),
+        (
+            [torch.ones(3, 4)] * 2,
+            [torch.ones(3, 4)],
+            ValueError,
+            "vision and text: expected the same number of layers, got 2 and 1",
+        ),
         ([torch.randn(9, 4)], [torch.randn(9, 5)], ValueError, "layer 1: vision has d = 4, text has d = 5"),
         ([torch.randn(9, 4)], [torch.randn(1, 4)], ValueError, "layer 1: 1 token of text.*at least 2"),
         ([torch.randn(0, 4)], [torch.randn(9, 4)], ValueError, "layer 1: no token of vision.*at least 2"),
-        ([torch.randn(9)], [torch.randn(9)], ValueError, r"layer 1: vision takes shape \(tokens, d\), got \(9,\)"),
-        ([torch.ones(9, 4).long()], [torch.randn(9, 4)], TypeError, "vision, layer 1: takes a dtype"),
+        ([torch.randn(9)], [torch.randn(9)], ValueError, r"layer 1, vision: expected shape \(tokens, d\), got \(9,\)"),
+        ([torch.ones(9, 4).long()], [torch.randn(9, 4)], TypeError, "vision, layer 1: expected one of the dtypes"),
         ([torch.randn(9, 4)], [torch.zeros(9, 4)], ValueError, "layer 1: every text token is zero.*Eq. 2"),
-        ([[1.0]], [torch.zeros(9, 4)], TypeError, "vision, layer 1: takes a torch.Tensor, got list"),
+        ([[1.0]], [torch.zeros(9, 4)], TypeError, "vision, layer 1: expected a torch.Tensor, got list"),
     ],
 )
 def test_what_cannot_be_taken_is_named(vision, text, error, message):
@@ -243,7 +253,7 @@ def test_a_token_that_is_not_finite_is_named_with_layer_and_modality(bad):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"outliers": "iqr"}, "outliers: takes one of"), ({"sqrt_precision": "tf32"}, "sqrt_precision")],
+    [({"outliers": "iqr"}, "outliers: expected one of"), ({"sqrt_precision": "tf32"}, "sqrt_precision")],
 )
 def test_options_are_checked(option, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The metric on a CUDA device: the CPU's value, whichever way the state got there."""
+"""The metric on a CUDA device: the same value as on the CPU, however the state got there."""
 
 import warnings
 

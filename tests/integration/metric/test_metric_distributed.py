@@ -1,4 +1,4 @@
-"""ModalityIntegrationRate over two processes (gloo): the value of one process with all samples, on every process."""
+"""ModalityIntegrationRate over two processes (gloo): every process gets the value of one process with all samples."""
 
 import json
 import multiprocessing
@@ -31,7 +31,7 @@ def _one(rank, scenario, folder):
 @pytest.fixture
 def two_processes(tmp_path):
     def run(scenario):
-        context = multiprocessing.get_context("fork")  # torch is loaded already; nothing here has used threads yet
+        context = multiprocessing.get_context("fork")  # torch is already loaded, and no threads have been used yet
         children = [context.Process(target=_one, args=(rank, scenario, tmp_path)) for rank in range(2)]
         for child in children:
             child.start()
@@ -57,7 +57,7 @@ def answer_of(metric):
 def halves(rank, **options):
     metric = fed(range(rank, SAMPLES, 2), **options)
     first = answer_of(metric)
-    metric.update(*sample(100 + rank, dtype=torch.bfloat16))  # goes on with its own tokens after a synced compute
+    metric.update(*sample(100 + rank, dtype=torch.bfloat16))  # continues with its own tokens after a synced compute
     return {"first": first, "second": answer_of(metric)}
 
 
@@ -78,7 +78,7 @@ def by_hand(rank):
     before = answer_of(metric)
     metric.compute_with_cache, metric._computed = False, None
     metric.sync()
-    synced = answer_of(metric)  # torchmetrics takes the sync back after one compute
+    synced = answer_of(metric)  # torchmetrics unsyncs after one compute
     return {"first": synced, "before": before, "after": answer_of(metric)}
 
 
@@ -106,8 +106,8 @@ def odd_sinks(rank):
 
 
 def after_failures(rank):
-    """A compute that fails on both, one that fails on process 1 alone, an update while synced; then on as if nothing
-    had been.
+    """A compute that fails on both processes, one that fails on process 1 alone, an update while synced; then normal
+    use.
     """
     hidden, vision, text = sample(200 + rank, dtype=torch.bfloat16)
     metric = ModalityIntegrationRate(precision="exact", hold=60)
@@ -164,7 +164,7 @@ SCENARIOS = {
 
 
 def assert_same(answers, key, expected, tolerance=1e-9):
-    assert answers[0][key] == answers[1][key]  # same bits on both
+    assert answers[0][key] == answers[1][key]  # bit-identical on both
     for got, want in zip(answers[0][key]["layers"], expected["layers"], strict=True):
         assert got["distance"] == pytest.approx(want["distance"], rel=tolerance)
         assert got["kept"] == want["kept"]
@@ -214,7 +214,7 @@ def test_the_standard_error_is_that_of_the_groups_of_all_processes(two_processes
 
 def test_processes_with_other_numbers_of_groups_are_refused(two_processes):
     for answer in two_processes("groups that differ"):
-        assert "groups: takes the same number on all processes" in answer["error"]
+        assert "groups: expected the same number on all processes" in answer["error"]
 
 
 @pytest.mark.parametrize("scenario", ["one side empty", "one side unreleased"])
@@ -250,7 +250,9 @@ def test_after_failures_on_both_and_on_one_every_process_goes_on_with_its_own_to
 
 
 def test_no_tokens_anywhere_is_said_on_every_process(two_processes):
-    assert [a["error"] for a in two_processes("nobody")] == ["no hidden states yet: MIR takes at least one update"] * 2
+    assert [a["error"] for a in two_processes("nobody")] == [
+        "no hidden states yet: MIR requires at least one update"
+    ] * 2
 
 
 def test_layers_that_do_not_match_are_refused_on_every_process(two_processes):
@@ -287,7 +289,7 @@ def test_sinks_are_those_of_all_processes(two_processes, scenario, on, only, opt
 
 def test_processes_that_handle_sinks_otherwise_are_refused(two_processes):
     for answer in two_processes("sinks that differ"):
-        assert "sinks: takes the same setting on all processes, process 1 has another" in answer["error"]
+        assert "sinks: expected the same setting on all processes, process 1 has a different one" in answer["error"]
 
 
 @pytest.mark.parametrize(

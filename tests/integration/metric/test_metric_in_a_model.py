@@ -1,4 +1,4 @@
-"""The metric's state in state_dicts: where it is, that it is a copy, and what loading takes and refuses."""
+"""The metric's state in state_dicts: where it is included, that it is a copy, and what loading accepts."""
 
 import copy
 import pickle
@@ -82,7 +82,7 @@ def test_the_metrics_own_state_dict_has_the_state_unless_told_otherwise(tmp_path
     assert metric.state_dict(prefix="metric.") == {}
     kept = {"before": torch.zeros(1)}
     assert metric.state_dict(destination=kept) is kept
-    # What needs the state itself has it.
+    # Methods that need the state still have it.
     metric.save(tmp_path / "state.safetensors")
     expected = fed(SAMPLES[:2], hold=60).compute()
     assert ModalityIntegrationRate.from_file(tmp_path / "state.safetensors").compute() == expected
@@ -126,8 +126,8 @@ def test_collections_and_trackers_pass_the_word_on():
     ("change", "message"),
     [
         (lambda s: s | {"metric.layers.0.vision.held": torch.zeros(2, 3)}, "layers.0"),
-        (lambda s: s | {"metric.strange": torch.zeros(1)}, "keys that are not of its state.*strange"),
-        (lambda s: s | {"metric.version": torch.tensor(99)}, "version: takes"),
+        (lambda s: s | {"metric.strange": torch.zeros(1)}, "nothing was loaded because of unexpected keys.*strange"),
+        (lambda s: s | {"metric.version": torch.tensor(99)}, "version: expected"),
     ],
 )
 def test_a_state_in_a_model_that_does_not_fit_is_refused_and_nothing_is_counted(change, message, strict):
@@ -168,9 +168,6 @@ def test_keys_beside_the_state_are_passed_by_where_that_is_asked_for():
     assert metric.compute() == fed(SAMPLES[:2], hold=60).compute()
     with pytest.raises(RuntimeError, match="strange"):
         metric.load_state_dict(state)
-
-
-# --- A copy
 
 
 TAKEN = {
@@ -253,7 +250,7 @@ def test_merged_metrics_go_on_by_themselves():
 
 def test_a_metric_is_not_merged_into_itself():
     metric = fed(SAMPLES[:4], hold=60)
-    with pytest.raises(ValueError, match="incoming_state: takes another metric"):
+    with pytest.raises(ValueError, match="incoming_state: expected another metric"):
         metric.merge_state(metric)
     metric._computed = None
     assert metric.compute() == fed(SAMPLES[:4], hold=60).compute()

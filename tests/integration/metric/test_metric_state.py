@@ -1,4 +1,4 @@
-"""The state of `ModalityIntegrationRate`: copies, dictionaries and files that go on with the same bits."""
+"""The state of `ModalityIntegrationRate`: copies, dictionaries and files continue bit-identically."""
 
 import copy
 import pickle
@@ -44,7 +44,7 @@ def test_state_dict_of_plain_tensors_resumes_with_the_same_bits(cut):
 
 def test_state_of_another_rule_and_strange_keys_are_refused():
     metric = fed([sample(0)])
-    with pytest.raises(RuntimeError, match="another outlier rule"):
+    with pytest.raises(RuntimeError, match="a different outlier rule"):
         ModalityIntegrationRate(outliers="none").load_state_dict(metric.state_dict())
     with pytest.raises(RuntimeError, match="strange"):
         ModalityIntegrationRate().load_state_dict(metric.state_dict() | {"strange": torch.zeros(1)})
@@ -129,9 +129,9 @@ def test_files_that_are_no_state_are_named(tmp_path):
     text, other = tmp_path / "a.txt", tmp_path / "b.safetensors"
     text.write_text("hello")
     save_file({"x": torch.zeros(1)}, other)
-    with pytest.raises(ValueError, match=r"a\.txt is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"a\.txt is not a readable safetensors file"):
         ModalityIntegrationRate.from_file(text)
-    with pytest.raises(ValueError, match=r"b\.safetensors is no state of ModalityIntegrationRate"):
+    with pytest.raises(ValueError, match=r"b\.safetensors is not a state of ModalityIntegrationRate"):
         ModalityIntegrationRate().load(other)
 
 

@@ -1,4 +1,4 @@
-"""ModalityIntegrationRate: the value of mir() in one pass, refusals that change nothing, and state that survives."""
+"""ModalityIntegrationRate: the value of mir() in one pass, errors that change nothing, and persistent state."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_a_modality_may_be_absent_from_an_update():
 
 
 def test_a_covariance_short_of_rank_is_survived_and_told_unless_it_is_exact():
-    one = sample(0, tokens=14, batch=1)  # 14 tokens again and again: many more than d, spanning less
+    one = sample(0, tokens=14, batch=1)  # the same 14 tokens repeatedly: more tokens than d, but of lower rank
     samples = [one] * 30
     expected = whole(samples)
     rounded = fed(samples, hold=60).compute()
@@ -59,7 +59,7 @@ def test_a_covariance_short_of_rank_is_survived_and_told_unless_it_is_exact():
     exact = fed(samples, hold=60, precision="exact").compute()
     assert exact.per_layer == pytest.approx(expected.per_layer, rel=1e-6)
     assert exact.notes == []
-    assert any("lacks rank to the precision it was accumulated in" in note for note in rounded.notes)
+    assert any("rank-deficient at the accumulated precision" in note for note in rounded.notes)
 
 
 def test_a_massive_token_in_every_sample_is_removed():
@@ -77,7 +77,7 @@ def test_rows_counted_before_the_norms_moved_are_told_and_a_second_pass_is_exact
     samples = [sample(seed) for seed in range(2)] + [sample(seed, scale=30.0) for seed in range(2, 40)]
     for hidden, _, _ in samples:
         for states in hidden:
-            states /= states.norm(dim=-1, keepdim=True) ** 0.9  # narrow levels, so that the first samples stand out
+            states /= states.norm(dim=-1, keepdim=True) ** 0.9  # narrow the norms, so that the first samples stand out
     metric = fed(samples, hold=50, precision="exact")
     first, expected = metric.compute(), whole(samples)
     missed = first.kept["vision"][0] - expected.kept["vision"][0]
@@ -179,16 +179,16 @@ def with_overlap(hidden, vision, text):
 REFUSED = {
     "layer 2: text token \\(1, \\d+\\) is not finite": with_nan,
     "vision_mask and text_mask: \\d+ tokens are in both": with_overlap,
-    "hidden_states: has 2 layers, the tokens before had 3": lambda h, v, t: (h[:2], v, t),
+    "hidden_states: has 2 layers, earlier tokens had 3": lambda h, v, t: (h[:2], v, t),
     "hidden_states: layer 3 has d = 20": lambda h, v, t: ([h[0], h[1], h[2][..., :20]], v, t),
     "hidden_states: layer 1 has d = 24, torch.float64": lambda h, v, t: ([h[0].double(), *h[1:]], v, t),
     "hidden_states\\[1\\]: has tokens \\(1, 40\\)": lambda h, v, t: ([h[0], h[1][:1], h[2]], v, t),
-    "hidden_states\\[0\\]: takes shape \\(B, T, d\\)": lambda h, v, t: ([x[None] for x in h], v[None], t[None]),
-    "vision_mask: takes one entry per token": lambda h, v, t: (h, v[:, :-1], t),
-    "text_mask: takes a dtype": lambda h, v, t: (h, v, t.float()),
-    "hidden_states\\[2\\]: takes a dtype": lambda h, v, t: ([h[0], h[1], h[2].int()], v, t),
-    "hidden_states: takes at least one layer": lambda h, v, t: ([], v, t),
-    "hidden_states: takes a list": lambda h, v, t: (torch.stack(h), v, t),
+    "hidden_states\\[0\\]: expected shape \\(B, T, d\\)": lambda h, v, t: ([x[None] for x in h], v[None], t[None]),
+    "vision_mask: expected one entry per token": lambda h, v, t: (h, v[:, :-1], t),
+    "text_mask: expected one of the dtypes": lambda h, v, t: (h, v, t.float()),
+    "hidden_states\\[2\\]: expected one of the dtypes": lambda h, v, t: ([h[0], h[1], h[2].int()], v, t),
+    "hidden_states: expected at least one layer": lambda h, v, t: ([], v, t),
+    "hidden_states: expected a list": lambda h, v, t: (torch.stack(h), v, t),
 }
 
 
@@ -235,7 +235,7 @@ def test_too_few_tokens_name_layer_and_modality():
     hidden, vision, text = sample(0)
     one = torch.zeros_like(vision)
     one[0, int(vision[0].nonzero()[0])] = True
-    with pytest.raises(ValueError, match="layer 1: 1 token of vision, and a covariance takes at least 2"):
+    with pytest.raises(ValueError, match="layer 1: 1 token of vision; a covariance requires at least 2"):
         fed([(hidden, one, text)]).compute()
     with (
         pytest.warns(UserWarning, match="before the ``update`` method"),
@@ -245,7 +245,7 @@ def test_too_few_tokens_name_layer_and_modality():
 
 
 def test_median_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r'outliers: "median" takes .* use mir\(\)'):
+    with pytest.raises(ValueError, match=r'outliers: expected .* got "median".* use mir\(\)'):
         ModalityIntegrationRate(outliers="median")
 
 

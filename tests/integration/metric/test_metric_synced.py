@@ -1,6 +1,6 @@
-"""A metric between processes: whatever raises, it is as before; while synced, nothing is counted that would be lost.
+"""Synced metrics: after any exception the metric is as before; while synced, updates that would be lost raise errors.
 
-Two processes are played by a gather that hears its own tensor twice.
+Two processes are simulated by a gather that returns its own tensor twice.
 """
 
 import copy
@@ -16,7 +16,7 @@ from modality_integration.metric import streaming
 
 
 class TwoProcesses:
-    """A gather of two processes with the same tokens, that breaks at a given call."""
+    """A gather of two processes with the same tokens, which fails at a given call."""
 
     def __init__(self):
         self.calls, self.breaks_at, self.failed_elsewhere = 0, None, False
@@ -238,7 +238,7 @@ def test_synced_by_hand_compute_is_of_all_processes_once_and_then_of_its_own_aga
     ids=["an argument is missing", "one too many", "other layers"],
 )
 def test_a_refused_update_leaves_count_and_result(refused):
-    # A process that would compute again alone would wait for the others, which still have their result.
+    # A process that recomputes alone would wait for the others, which still have their result.
     metric, gather = synced_metric()
     result = metric.compute()
     count, gather.calls = metric.update_count, 0
@@ -256,7 +256,9 @@ def test_processes_with_another_outlier_rule_are_refused():
         return [tensor, theirs]
 
     metric = fed([sample(0)], dist_sync_fn=other, distributed_available_fn=lambda: True)
-    with pytest.raises(ValueError, match="outliers: takes the same setting on all processes, process 1 has another"):
+    with pytest.raises(
+        ValueError, match="outliers: expected the same setting on all processes, process 1 has a different one"
+    ):
         metric.compute()
 
 
@@ -265,4 +267,4 @@ def test_announced_samples_are_told_of_its_own_process():
         warnings.simplefilter("error")
         metric, _ = synced_metric(groups=2, samples=10)
         notes = metric.compute().notes
-    assert any(note.startswith("8 of 10 announced samples came") for note in notes)
+    assert any(note.startswith("only 8 of 10 announced samples arrived") for note in notes)

@@ -1,4 +1,4 @@
-"""The published code's names: right values, its signatures, and in-place semantics."""
+"""Replacements of the published functions: correct values, their signatures, and in-place semantics."""
 
 import inspect
 
@@ -41,7 +41,8 @@ def test_root_of_a_product_of_covariances_is_its_square_root():
     assert torch.linalg.norm(root @ root - product) <= 1e-9 * torch.linalg.norm(product)
     expected = scipy.linalg.sqrtm(product.numpy())
     assert np.linalg.norm(root.numpy() - expected) <= 1e-7 * np.linalg.norm(expected)
-    assert torch.linalg.norm(root - product) > 0.1 * torch.linalg.norm(product)  # what the published iteration returns
+    # The published iteration returns the product itself.
+    assert torch.linalg.norm(root - product) > 0.1 * torch.linalg.norm(product)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -65,7 +66,7 @@ def test_root_has_the_gradient_of_the_square_root():
         (torch.tensor([[0.0, 1.0], [0.0, 0.0]]), "no real square root"),
         (torch.diag(torch.tensor([4.0, -1.0])), "positive semi-definite"),
         (torch.ones(2, 3), "square matrices"),
-        (torch.ones(2, 3, 3), "takes one matrix"),
+        (torch.ones(2, 3, 3), "expected one matrix"),
     ],
 )
 def test_what_has_no_real_root_is_refused(matrix, message):
@@ -84,7 +85,7 @@ def test_fast_mode_under_its_own_name_is_what_the_published_iteration_gives():
         z = 0.5 * (z + torch.linalg.inv(y) @ product)
     expected = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * y.trace()
     assert official.fid_of_published_fast_mode(a, b) == pytest.approx(expected.item(), rel=1e-9)
-    assert official.fid_of_published_fast_mode(a, a) > 0.1 * cov_a.trace().item()  # no distance
+    assert official.fid_of_published_fast_mode(a, a) > 0.1 * cov_a.trace().item()  # it is not a distance
 
 
 def test_median_replacement_is_in_place_and_returns_the_tensor():

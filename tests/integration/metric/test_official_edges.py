@@ -1,5 +1,5 @@
-"""The published names at their edges: what is not finite, few rows, every dtype and stride, and matrices that rounding
-made a little less than covariances.
+"""Edge cases of the published functions: non-finite values, few rows, all dtypes and strides, and covariances that
+rounding made slightly indefinite.
 """
 
 import math
@@ -14,14 +14,14 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def rows(n=200, d=8, *, dtype=torch.float32, far=3):
-    """Features, `far` rows of them 20 times as large."""
+    """Features, with `far` rows 20 times as large."""
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(n + d), dtype=torch.float64)
     x[:far] *= 20
     return x.to(dtype)
 
 
 def published_marks(data, replacer):
-    """The rows that the published formulas mark, as written: a comparison with NaN marks none."""
+    """The rows that the published formulas mark; a comparison with NaN marks none."""
     norms = data.detach().double().norm(dim=1)
     if replacer is official.replace_outliers_with_median_l2:
         return (norms - norms.median()).abs() > 3 * norms.std()
@@ -30,7 +30,7 @@ def published_marks(data, replacer):
 
 
 def published(data, replacer):
-    """What the published functions make of data."""
+    """The result of the published functions, and the number of rows they replace."""
     expected, marks = data.detach().clone(), published_marks(data, replacer)
     expected[marks] = expected.median(dim=0).values
     return expected, int(marks.sum())
@@ -41,9 +41,6 @@ def assert_as_published(data, replacer):
     assert replacer(data) is data
     assert torch.equal(data.detach().nan_to_num(7.0), expected.nan_to_num(7.0))
     return count
-
-
-# --- Outliers
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -57,7 +54,7 @@ def test_rows_that_are_not_finite_mark_what_the_published_formula_marks(replacer
     if replacer is official.replace_outliers_with_median_l2 or math.isnan(bad):
         assert marked == 0
     elif count == 1:
-        assert marked > 0  # the infinite row among them
+        assert marked > 0  # including the infinite row
         assert data.isfinite().all()
 
 
@@ -109,19 +106,19 @@ def test_inference_tensors_are_written_and_gradients_flow_past_the_rows_replaced
     data.sum().backward()
     kept = ~published_marks(leaf, replacer)
     assert (leaf.grad[kept] >= 1).all()
-    assert leaf.grad.sum() == leaf.numel()  # a replaced entry's is that of the column's median
+    assert leaf.grad.sum() == leaf.numel()  # a replaced entry passes its gradient to the column's median
 
 
 REFUSED = [
     (lambda: rows().requires_grad_(), RuntimeError, "is a leaf that requires grad"),
     (lambda: rows()[:1].expand(9, 8), RuntimeError, "is expanded"),
-    (lambda: rows().int(), TypeError, "takes a dtype of"),
-    (lambda: rows().to(torch.complex64), TypeError, "takes a dtype of"),
-    (lambda: rows()[0], ValueError, r"takes shape \(n, d\) with d >= 1, got \(8,\)"),
-    (lambda: rows()[None], ValueError, r"takes shape \(n, d\) with d >= 1, got \(1, 200, 8\)"),
-    (lambda: torch.tensor(1.0), ValueError, r"takes shape \(n, d\)"),
-    (lambda: torch.ones(4, 0), ValueError, r"takes shape \(n, d\)"),
-    (lambda: rows().tolist(), TypeError, "takes a torch.Tensor, got list"),
+    (lambda: rows().int(), TypeError, "expected one of the dtypes"),
+    (lambda: rows().to(torch.complex64), TypeError, "expected one of the dtypes"),
+    (lambda: rows()[0], ValueError, r"expected shape \(n, d\) with d >= 1, got \(8,\)"),
+    (lambda: rows()[None], ValueError, r"expected shape \(n, d\) with d >= 1, got \(1, 200, 8\)"),
+    (lambda: torch.tensor(1.0), ValueError, r"expected shape \(n, d\)"),
+    (lambda: torch.ones(4, 0), ValueError, r"expected shape \(n, d\)"),
+    (lambda: rows().tolist(), TypeError, "expected a torch.Tensor, got list"),
 ]
 
 
@@ -132,11 +129,8 @@ def test_what_cannot_be_replaced_in_place_is_refused_by_name(replacer, made, err
         replacer(made())
 
 
-# --- The square root
-
-
 def covariance(n, d, dtype, seed=0):
-    """Of rows in dtype, as products in dtype have it: symmetric to its rounding at best."""
+    """A covariance computed entirely in dtype: symmetric only up to its rounding."""
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = ((x - x.mean(0)) * torch.arange(1, d + 1) ** -0.5).to(dtype)
     return x.mT / (n - 1) @ x
@@ -197,17 +191,17 @@ def test_strides_gradients_and_zeros_are_taken():
 @pytest.mark.parametrize(
     ("made", "error", "message"),
     [
-        (lambda: torch.full((2, 2), math.nan), ValueError, "takes finite values, got 4"),
-        (lambda: torch.eye(2) / 0, ValueError, "takes finite values"),
-        (lambda: torch.eye(2).long(), TypeError, "takes a dtype of"),
-        (lambda: torch.ones(3), ValueError, "takes square matrices"),
-        (lambda: torch.ones(0, 0), ValueError, "takes square matrices"),
-        (lambda: torch.eye(2)[None], ValueError, "takes one matrix"),
-        (lambda: [[1.0]], TypeError, "takes a torch.Tensor, got list"),
-        (lambda: torch.tensor([[1.0, 2.0], [2.0, 1.0]]), ValueError, "takes positive semi-definite matrices"),
-        (lambda: torch.diag(torch.tensor([1.0, -0.2])), ValueError, "takes positive semi-definite matrices"),
-        (lambda: torch.diag(torch.tensor([1.0, -1e-3])), ValueError, "takes positive semi-definite matrices"),
-        (lambda: torch.tensor([[1e300, 1.0], [0.0, -1e300]]).double(), ValueError, "takes finite values"),
+        (lambda: torch.full((2, 2), math.nan), ValueError, "expected finite values, got 4"),
+        (lambda: torch.eye(2) / 0, ValueError, "expected finite values"),
+        (lambda: torch.eye(2).long(), TypeError, "expected one of the dtypes"),
+        (lambda: torch.ones(3), ValueError, "expected square matrices"),
+        (lambda: torch.ones(0, 0), ValueError, "expected square matrices"),
+        (lambda: torch.eye(2)[None], ValueError, "expected one matrix"),
+        (lambda: [[1.0]], TypeError, "expected a torch.Tensor, got list"),
+        (lambda: torch.tensor([[1.0, 2.0], [2.0, 1.0]]), ValueError, "expected positive semi-definite matrices"),
+        (lambda: torch.diag(torch.tensor([1.0, -0.2])), ValueError, "expected positive semi-definite matrices"),
+        (lambda: torch.diag(torch.tensor([1.0, -1e-3])), ValueError, "expected positive semi-definite matrices"),
+        (lambda: torch.tensor([[1e300, 1.0], [0.0, -1e300]]).double(), ValueError, "expected finite values"),
         (lambda: torch.tensor([[1e300, 1.0], [9.0, -1e300]], dtype=torch.float64), ValueError, "semi-definite"),
         (lambda: torch.tensor([[1.0, 3.0], [0.0, -1e-3]]), ValueError, "no real square root"),
     ],
@@ -215,9 +209,6 @@ def test_strides_gradients_and_zeros_are_taken():
 def test_what_has_no_root_is_refused_by_name(made, error, message):
     with pytest.raises(error, match=f"input: .*{message}"):
         official.matrix_sqrt(made())
-
-
-# --- The distances
 
 
 DISTANCES = [official.calculate_fid, official.calculate_fid_pytorch, official.fid_of_published_fast_mode]
@@ -228,14 +219,14 @@ DISTANCES = [official.calculate_fid, official.calculate_fid_pytorch, official.fi
 @pytest.mark.parametrize(
     ("made", "error", "message"),
     [
-        (lambda: rows()[:1], ValueError, r"takes features \(n, d\) with n >= 2"),
-        (lambda: rows()[:0], ValueError, r"takes features \(n, d\) with n >= 2"),
-        (lambda: rows()[0], ValueError, r"takes features \(n, d\) with n >= 2"),
-        (lambda: rows()[None], ValueError, r"takes features \(n, d\) with n >= 2"),
-        (lambda: rows().index_fill(0, torch.tensor([3]), math.nan), ValueError, "takes finite values, got 8"),
-        (lambda: rows().index_fill(0, torch.tensor([3]), math.inf), ValueError, "takes finite values, got 8"),
-        (lambda: rows().to(torch.complex64), TypeError, "takes real features, got complex64"),
-        (lambda: rows().tolist(), TypeError, "takes a torch.Tensor, got list"),
+        (lambda: rows()[:1], ValueError, r"expected features \(n, d\) with n >= 2"),
+        (lambda: rows()[:0], ValueError, r"expected features \(n, d\) with n >= 2"),
+        (lambda: rows()[0], ValueError, r"expected features \(n, d\) with n >= 2"),
+        (lambda: rows()[None], ValueError, r"expected features \(n, d\) with n >= 2"),
+        (lambda: rows().index_fill(0, torch.tensor([3]), math.nan), ValueError, "expected finite values, got 8"),
+        (lambda: rows().index_fill(0, torch.tensor([3]), math.inf), ValueError, "expected finite values, got 8"),
+        (lambda: rows().to(torch.complex64), TypeError, "expected real features, got complex64"),
+        (lambda: rows().tolist(), TypeError, "expected a torch.Tensor, got list"),
     ],
 )
 def test_features_that_have_no_distance_are_refused_by_name(distance, swapped, made, error, message):
@@ -246,7 +237,7 @@ def test_features_that_have_no_distance_are_refused_by_name(distance, swapped, m
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_features_of_two_sizes_are_refused(distance):
-    with pytest.raises(ValueError, match="tensor_B: takes d = 8 as tensor_A has it, got 7"):
+    with pytest.raises(ValueError, match="tensor_B: expected d = 8 as in tensor_A, got 7"):
         distance(rows(), rows(d=7))
 
 
@@ -261,7 +252,7 @@ def test_features_of_every_kind_are_taken(distance):
         assert distance(a.to(dtype), b.to(dtype)) == pytest.approx(expected, rel=tolerance)
     whole = [(100 * x).int() for x in (a, b)]
     if distance is official.calculate_fid_pytorch:
-        with pytest.raises(TypeError, match="tensor_A: takes a dtype of"):
+        with pytest.raises(TypeError, match="tensor_A: expected one of the dtypes"):
             distance(*whole)
     else:
         assert distance(*whole) == distance(*(x.float() for x in whole))
@@ -269,6 +260,6 @@ def test_features_of_every_kind_are_taken(distance):
 
 def test_numbers_that_float32_does_not_hold_are_refused_by_the_accurate_mode_alone():
     large = rows(dtype=torch.float64) * 1e38
-    with pytest.raises(ValueError, match="tensor_A: takes finite values"):
+    with pytest.raises(ValueError, match="tensor_A: expected finite values"):
         official.calculate_fid(large * 1e3, large)
     assert math.isfinite(official.fid_of_published_fast_mode(large, large))

@@ -1,4 +1,4 @@
-"""The 3-sigma rule: limits by hand, and the one-pass rule against the two-pass rule."""
+"""The 3-sigma rule: limits computed by hand, and the one-pass rule against the two-pass rule."""
 
 import math
 
@@ -12,7 +12,7 @@ from modality_integration.metric.outliers import Limits, OnePass, replace_by_col
 
 
 def stream_through(norms, *, hold, sizes, limits=None):
-    """Push rows that carry their own number; the numbers counted at the end, and the decision."""
+    """Push rows that contain their own number; returns the numbers counted at the end, and the decision."""
     rule = OnePass(1, torch.float32, hold=hold, limits=limits)
     numbers, counted, most = torch.arange(len(norms), dtype=torch.float32)[:, None], [], 0
     start = 0
@@ -64,7 +64,7 @@ def test_norms_equal_to_rounding_have_no_outliers():
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 2)])
 def test_limits_need_two_norms(shape):
-    with pytest.raises(ValueError, match="norms: takes shape"):
+    with pytest.raises(ValueError, match="norms: expected shape"):
         three_sigma(torch.ones(shape))
 
 
@@ -194,7 +194,7 @@ def test_no_push_however_large_makes_the_buffer_larger_than_what_is_held():
 
 
 def test_hold_takes_at_least_two_rows():
-    with pytest.raises(ValueError, match="hold: takes 2 rows or more, got 1"):
+    with pytest.raises(ValueError, match="hold: expected 2 rows or more, got 1"):
         OnePass(4, torch.float32, hold=1)
 
 

@@ -1,4 +1,4 @@
-"""How a value, its standard error and the exactness of its arithmetic are printed."""
+"""Printing of a value, its standard error and its arithmetic accuracy."""
 
 import io
 import math
@@ -94,7 +94,7 @@ NOTE = "no standard error: 1 image for 40 samples"
         ([NOTE], None, {"groups": 0}, "1 image for 40 samples"),
         (["first", f"{NOTE}; take more"], None, {}, "1 image for 40 samples"),
         ([], 1, {}, "one group of samples"),
-        ([], 5, {}, "all groups of samples are alike"),
+        ([], 5, {}, "all groups of samples are identical"),
     ],
 )
 def test_why_there_is_no_error_stands_beside_the_value(notes, groups, settings, why):
@@ -111,7 +111,7 @@ def test_a_group_that_makes_mir_infinite_is_why_there_is_no_error():
     made = result()
     made.left_out = [[distance, 0.0] for distance in made.per_layer]
     assert made.error is None
-    assert why_no_error(made) == "a group of samples decides whether MIR is finite"
+    assert why_no_error(made) == "MIR is not finite with one group of samples left out"
 
 
 def test_with_an_error_there_is_no_why():
@@ -127,7 +127,7 @@ def test_one_group_gives_no_standard_error():
     assert finite_jackknife([1.0, 3.0]) == 1.0
 
 
-# Of a table of Student's t: what is beyond the value, on both sides.
+# From a table of Student's t: two-sided tail probabilities.
 @pytest.mark.parametrize(
     ("degrees", "value", "share"),
     [(1, 12.706, 0.05), (2, 4.303, 0.05), (3, 3.182, 0.05), (4, 4.604, 0.01), (8, 3.355, 0.01), (99, 1.984, 0.05)],

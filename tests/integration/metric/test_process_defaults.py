@@ -1,4 +1,4 @@
-"""No result, state or file of the metric depends on what the process has set for itself."""
+"""No result, state or file of the metric depends on process-wide torch defaults."""
 
 import pytest
 import torch

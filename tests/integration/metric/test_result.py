@@ -1,4 +1,4 @@
-"""MIRResult: what follows from the terms, and JSON that comes back as it was."""
+"""MIRResult: values derived from the terms, and the JSON round trip."""
 
 import json
 import math
@@ -100,20 +100,20 @@ def test_json_has_the_documented_keys():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=6), "version 6 of the schema, this reader takes 5"),
-        (lambda d: d.update(version=4), "version 4 of the schema, this reader takes 5"),
-        (lambda d: d.update(version=True), "version True of the schema, this reader takes 5"),
-        (lambda d: d.update(schema="other"), "is no MIR result"),
-        (lambda d: d.update(sinks="forget"), "incomplete.*sinks: takes one of"),
-        (lambda d: d["sink_positions"].update(vision={"-1": 2}), "incomplete.*sink_positions: takes counts"),
-        (lambda d: d["sink_positions"].update(vision={"1": -2}), "incomplete.*takes a number of tokens"),
+        (lambda d: d.update(version=6), "version 6 of the schema; this reader supports version 5"),
+        (lambda d: d.update(version=4), "version 4 of the schema; this reader supports version 5"),
+        (lambda d: d.update(version=True), "version True of the schema; this reader supports version 5"),
+        (lambda d: d.update(schema="other"), "is not a MIR result"),
+        (lambda d: d.update(sinks="forget"), "incomplete.*sinks: expected one of"),
+        (lambda d: d["sink_positions"].update(vision={"-1": 2}), "incomplete.*sink_positions: expected counts"),
+        (lambda d: d["sink_positions"].update(vision={"1": -2}), "incomplete.*expected a number of tokens"),
         (lambda d: d["layers"][0].update(massive={"vision": 1}), "incomplete.*text"),
-        (lambda d: d["layers"][0].update(without_sinks=-0.5), "incomplete.*takes distances, got one below 0"),
-        (lambda d: d["layers"][0].update(without_sinks="nan"), "incomplete.*takes a finite number"),
+        (lambda d: d["layers"][0].update(without_sinks=-0.5), "incomplete.*expected distances, got one below 0"),
+        (lambda d: d["layers"][0].update(without_sinks="nan"), "incomplete.*expected a finite number"),
         (lambda d: d["layers"][0].pop("mean"), "incomplete.*mean"),
         (lambda d: d.pop("layers"), "incomplete.*layers"),
-        (lambda d: d.update(settings=["model"]), "incomplete.*settings: takes an object"),
-        (lambda d: d.update(settings={"seed": [0]}), "incomplete.*settings: takes an object"),
+        (lambda d: d.update(settings=["model"]), "incomplete.*settings: expected an object"),
+        (lambda d: d.update(settings={"seed": [0]}), "incomplete.*settings: expected an object"),
     ],
 )
 def test_json_of_something_else_is_refused_by_name(change, message, tmp_path):

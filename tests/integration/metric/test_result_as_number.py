@@ -1,4 +1,4 @@
-"""A result is used as the number it is: in arithmetic, rounding, order, formats, arrays; and it prints as one line."""
+"""A result behaves like a number in arithmetic, rounding, ordering, formatting and arrays; its repr is one line."""
 
 import math
 import numbers
@@ -12,14 +12,14 @@ from modality_integration import LayerTerms, MIRResult, mir
 
 
 def read(value=3.3740123, layers=1, **options):
-    """A result as JSON gives it, of the MIR `value`."""
+    """A result with the MIR `value`, as read from JSON."""
     terms = [LayerTerms(10.0**value / layers, 0.0, 0.0, 0.0)] * layers
     counts = {"vision": [2] * layers, "text": [2] * layers}
     return MIRResult(terms, [1.0] * layers, counts, counts, **options)
 
 
 def computed(seed=0):
-    """A result as `mir` gives it."""
+    """A result computed by `mir`."""
     generator = torch.Generator().manual_seed(seed)
     return mir(*([torch.randn(40 + n, 4, generator=generator) for _ in range(3)] for n in (0, 5)))
 

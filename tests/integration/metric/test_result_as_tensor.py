@@ -1,4 +1,4 @@
-"""What `compute` gives is a `MIRResult` and a torch.Tensor: as either it does what one of them does."""
+"""The result of `compute` is both a `MIRResult` and a torch.Tensor and behaves like either."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ def as_computed(result):
 
 
 def read(result):
-    """The same result, as JSON gives it: no tensor."""
+    """The same result read from JSON, which is not a tensor."""
     return MIRResult.from_json(result.to_json())
 
 
@@ -192,7 +192,7 @@ def test_minus_infinity_is_its_value_as_a_tensor_too():
 
 
 def test_loggers_find_a_tensor_that_they_can_detach():
-    # Lightning's `log` of a metric takes what is in these two, if it is a tensor.
+    # Lightning's `log` of a metric uses these two attributes if they are tensors.
     metric = ModalityIntegrationRate()
     metric(*SAMPLES[0])
     metric.compute()

@@ -1,4 +1,4 @@
-"""Hidden states in files: the value of mir() over all of them, one layer at a time, and files that do not fit."""
+"""Hidden states in files: the value of mir() over all of them, one layer at a time, and invalid files."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_the_standard_error_is_that_of_the_metric(files, hold):
     options = {"hold": hold, "groups": 4, "precision": "exact"}
     result, expected = mir_of_states(files(flat + samples[3:]), **options), fed(flat + samples[3:], **options).compute()
     assert result.left_out == [pytest.approx(distances, rel=1e-9) for distances in expected.left_out]
-    with pytest.raises(ValueError, match=r'groups: a standard error takes .* got groups=4 and "median"'):
+    with pytest.raises(ValueError, match=r'groups: expected 0 with outliers="median", got 4'):
         mir_of_states(files(samples), groups=4, outliers="median")
 
 
@@ -114,16 +114,19 @@ def test_a_token_that_is_not_finite_is_named_with_its_file(files):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"text_mask": None}, r"1\.safetensors: takes the tensors .*missing or not of them: text_mask"),
-        ({"layer.2": None}, r"1\.safetensors: takes the tensors .*layer\.2"),
-        ({"layer.7": torch.zeros(2, 40, 24)}, r"1\.safetensors: takes the tensors .*layer\.4"),
-        ({"extra": torch.zeros(3)}, r"1\.safetensors: takes the tensors .*extra"),
-        ({"layer.2": torch.zeros(2, 41, 24)}, r"1\.safetensors: layer\.2 takes .*got \(2, 41, 24\)"),
-        ({"layer.2": torch.zeros(2, 40, 24).long()}, r"1\.safetensors: layer\.2: takes a dtype"),
+        ({"text_mask": None}, r"1\.safetensors: expected the tensors .*missing or unexpected: text_mask"),
+        ({"layer.2": None}, r"1\.safetensors: expected the tensors .*layer\.2"),
+        ({"layer.7": torch.zeros(2, 40, 24)}, r"1\.safetensors: expected the tensors .*layer\.4"),
+        ({"extra": torch.zeros(3)}, r"1\.safetensors: expected the tensors .*extra"),
+        ({"layer.2": torch.zeros(2, 41, 24)}, r"1\.safetensors: layer\.2: expected \(T, d\) .*got \(2, 41, 24\)"),
+        ({"layer.2": torch.zeros(2, 40, 24).long()}, r"1\.safetensors: layer\.2: expected one of the dtypes"),
         ({"layer.2": torch.zeros(2, 40, 20)}, r"1\.safetensors: layer 2 has d = 20"),
         ({"layer.2": torch.zeros(2, 40, 24).double()}, r"1\.safetensors: layer 2 has d = 24, torch\.float64"),
-        ({"vision_mask": torch.ones(2, 40)}, r"1\.safetensors: vision_mask: takes a dtype"),
-        ({"vision_mask": torch.ones(2, 40).bool()}, r"1\.safetensors: \d+ tokens are in vision_mask and in text_mask"),
+        ({"vision_mask": torch.ones(2, 40)}, r"1\.safetensors: vision_mask: expected one of the dtypes"),
+        (
+            {"vision_mask": torch.ones(2, 40).bool()},
+            r"1\.safetensors: \d+ tokens are in both vision_mask and text_mask",
+        ),
         ({"layer.3": None}, r"1\.safetensors has 2 layers, .*0\.safetensors has 3"),
     ],
 )
@@ -135,10 +138,10 @@ def test_files_that_do_not_fit_are_named(files, tensors, message):
 
 
 def test_no_files_broken_files_and_missing_files_are_told_apart(tmp_path):
-    with pytest.raises(ValueError, match="paths: takes at least one file"):
+    with pytest.raises(ValueError, match="paths: expected at least one file"):
         mir_of_states([])
     (tmp_path / "a.safetensors").write_bytes(b"not at all")
-    with pytest.raises(ValueError, match=r"a\.safetensors: is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: is not a readable safetensors file"):
         mir_of_states([tmp_path / "a.safetensors"])
     with pytest.raises(FileNotFoundError, match="missing"):
         mir_of_states([tmp_path / "missing.safetensors"])
@@ -167,5 +170,5 @@ def test_states_that_come_twice_count_once_and_a_note_says_so(files, tmp_path, n
     assert result.value == expected.value
     assert result.kept == expected.kept
     assert result.left_out == expected.left_out
-    said = "named twice" if named != "a copy" else f"the states of {paths[1]}"
+    said = "listed twice" if named != "a copy" else f"the same states as {paths[1]}"
     assert [note for note in result.notes if "counts once" in note and said in note and str(twice) in note]

@@ -1,4 +1,4 @@
-"""Attention sinks: found by their activation, reported, left out; the same by every way of measuring."""
+"""Attention sinks: detected by their activation, reported or left out, and equal for features, streams and files."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CHANNELS = [5, 17]
 
 
 def sample(seed, *, sink=True, position=0, strength=60.0, dtype=torch.float32, modality="vision"):
-    """(hidden states, vision mask, text mask) of 12 vision and 16 text tokens, 2 in neither; one token massive."""
+    """(hidden states, vision mask, text mask): 12 vision and 16 text tokens, 2 in neither; one token is massive."""
     generator = torch.Generator().manual_seed(seed)
     vision, text = torch.zeros(2, 1, TOKENS, dtype=torch.bool)
     vision[0, :12], text[0, 14:] = True, True
@@ -34,7 +34,7 @@ def fed(samples, **options):
 
 
 def without_position(samples, position=0):
-    """The same samples with one position in neither modality."""
+    """The same samples, with one position removed from both modalities."""
     for hidden, vision, text in samples:
         others = torch.ones(TOKENS, dtype=torch.bool)
         others[position] = False
@@ -119,7 +119,7 @@ def test_features_streams_and_files_agree(tmp_path, sinks, position):
         if sinks == "report":
             assert other.without_sinks == pytest.approx(streamed.without_sinks, rel=1e-9)
     assert saved.sink_positions == streamed.sink_positions
-    assert whole.sink_positions == {"vision": {}, "text": {}}  # features have no known positions
+    assert whole.sink_positions == {"vision": {}, "text": {}}  # positions of features are unknown
 
 
 @pytest.mark.parametrize("outliers", ["remove", "median"])
@@ -171,8 +171,8 @@ def test_tokens_near_a_sink_count_from_a_lower_norm_on_and_only_in_its_modality(
 def test_few_channels_hold_nine_tenths():
     rows = torch.ones(3, 64)
     rows[1, :4], rows[2, :5] = 100.0, 100.0
-    assert concentrated(rows).tolist() == [False, True, False]  # five equal ones: four hold four fifths
-    assert concentrated(torch.tensor([[9.0, 0, 0]])).tolist() == [False]  # of 3 channels none are few
+    assert concentrated(rows).tolist() == [False, True, False]  # five equal channels: four hold four fifths
+    assert concentrated(torch.tensor([[9.0, 0, 0]])).tolist() == [False]  # with 3 channels, d / 8 is 0
 
 
 @pytest.mark.parametrize("sinks", ["report", "leave out"])
@@ -199,12 +199,12 @@ def test_merged_metrics_have_the_sinks_of_both(sinks):
 
 
 def test_more_sinks_than_are_held_leave_the_value_right_and_say_what_is_not_known():
-    samples = [sample(seed) for seed in range(WIDTH + 6)]  # the least hold is WIDTH + 1
+    samples = [sample(seed) for seed in range(WIDTH + 6)]  # the minimum hold is WIDTH + 1
     options = {"outliers": "none", "precision": "exact"}
     result, expected = fed(samples, hold=2, **options).compute(), fed(samples, **options).compute()
     assert result.per_layer == pytest.approx(expected.per_layer, rel=1e-9)
     assert result.without_sinks is None
-    assert any("70 tokens are attention sinks, more than are held apart (65)" in note for note in result.notes)
+    assert any("70 tokens are attention sinks, more than the 65 kept" in note for note in result.notes)
     left_out = fed(samples, hold=2, sinks="leave out", **options).compute()
     assert left_out.per_layer == pytest.approx(expected.without_sinks, rel=1e-9)
 
@@ -220,7 +220,7 @@ def test_a_second_pass_with_sinks_is_exact():
 
 
 def twice(samples, hold):
-    """The result of a second pass, and what leaving out the sinks gives."""
+    """The result of a second pass, and that of leaving out the sinks."""
     second = fed(samples, hold=hold).second_pass()
     for one in samples:
         second.update(*one)
@@ -229,7 +229,7 @@ def twice(samples, hold):
 
 def test_a_second_pass_knows_the_distance_without_sinks_too():
     samples = [sample(seed) for seed in range(30)]
-    for hidden, _, _ in samples[1::6]:  # outliers beside the sinks, within the limits that the sinks widen
+    for hidden, _, _ in samples[1::6]:  # outliers besides the sinks, within the limits widened by the sinks
         for states in hidden:
             states[0, 4] *= 4
     result, expected = twice(samples, hold=70)
@@ -244,7 +244,7 @@ def test_what_the_distance_without_sinks_lacks_in_a_second_pass_is_said():
     result, expected = twice(samples, hold=2)
     assert result.without_sinks[1] > 1.1 * expected.per_layer[1]
     assert any("layer 2, vision: the distance without attention sinks has" in note for note in result.notes)
-    # A token of layer 1 beyond the limits of all norms, and within those of all norms but the sinks'.
+    # A token of layer 1 beyond the limits from all norms, but within those from the norms without sinks.
     result, expected = twice([sample(seed) for seed in range(30)], hold=70)
     assert result.without_sinks[0] != pytest.approx(expected.per_layer[0], rel=1e-4)
     assert any("layer 1, vision: the distance without attention sinks has 1 token" in note for note in result.notes)
@@ -274,7 +274,7 @@ def test_a_result_with_sinks_survives_json_shows_and_draws_them(tmp_path):
 
 
 def test_an_unknown_handling_is_refused():
-    with pytest.raises(ValueError, match=r"sinks: takes one of \('report', 'leave out'\), got 'ignore'"):
+    with pytest.raises(ValueError, match=r"sinks: expected one of \('report', 'leave out'\), got 'ignore'"):
         ModalityIntegrationRate(sinks="ignore")
 
 
@@ -303,7 +303,7 @@ def test_a_token_that_is_not_finite_is_no_sink_and_named_by_its_own_index(sinks,
 
 
 def zero_text(seed):
-    """A sample in which the only text token that is not zero is a sink."""
+    """A sample whose only non-zero text token is a sink."""
     hidden, vision, text = sample(seed, sink=False)
     text[0, 20:] = False
     for states in hidden:
@@ -329,7 +329,7 @@ def test_text_of_nothing_but_sinks_has_its_value_and_none_without_them():
 def test_a_group_of_samples_with_nothing_but_sinks_is_left_out_in_its_turn():
     hidden, vision, text = sample(100, sink=False)
     for k, states in enumerate(hidden):
-        start = 14 * (k % 2)  # the image in one layer, the text in the next
+        start = 14 * (k % 2)  # the image in even layers, the text in odd ones
         states[0, start : start + 12 + 4 * (k % 2), CHANNELS] += 2000.0
     vision[0, 12:14] = False
     few = text.clone()
@@ -342,5 +342,5 @@ def test_a_group_of_samples_with_nothing_but_sinks_is_left_out_in_its_turn():
 @pytest.mark.parametrize(("gathered", "asked"), [("report", "leave out"), ("leave out", "report")])
 def test_a_state_gathered_with_the_other_handling_is_refused_in_words(tmp_path, gathered, asked):
     fed(WITH, sinks=gathered).save(tmp_path / "state.safetensors")
-    with pytest.raises(ValueError, match=f'gathered with another handling of attention sinks than sinks="{asked}"'):
+    with pytest.raises(ValueError, match=f'gathered with a different handling of attention sinks than sinks="{asked}"'):
         ModalityIntegrationRate.from_file(tmp_path / "state.safetensors", sinks=asked)

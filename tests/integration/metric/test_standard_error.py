@@ -1,4 +1,4 @@
-"""The standard error of MIR: against samples left out by hand and the spread of repetitions; and its state."""
+"""The standard error of MIR against explicitly left-out samples and the spread of repetitions; and its state."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ def singles(count):
 
 
 def by_hand(samples, groups, **options):
-    """Each layer's distances, and MIR, with the samples g, g + groups, ... left out, from mir() of the others."""
+    """Each layer's distances and MIR with samples g, g + groups, ... left out, from mir() of the others."""
     rest = [[one for i, one in enumerate(samples) if i % groups != g] for g in range(groups)]
     results = [whole(others, **options) for others in rest]
     return [[r.per_layer[k] for r in results] for k in range(LAYERS)], [r.value for r in results]
@@ -49,7 +49,7 @@ def test_the_value_is_that_without_groups():
 
 
 def correlated(rng, count, d=6):
-    """A batch of samples whose tokens share an offset: the samples, not the tokens, are what is independent."""
+    """A batch of samples whose tokens share an offset: samples are independent, tokens are not."""
     hidden = rng.normal(size=(count, 24, d)) * np.linspace(1, 0.3, d) + 0.7 * rng.normal(size=(count, 1, d))
     mask = np.broadcast_to(np.arange(24) < 12, (count, 24)).copy()
     hidden[:, :12] += 0.5 + 0.4 * rng.normal(size=(count, 1, 1))
@@ -88,12 +88,12 @@ def test_too_few_samples_have_a_value_and_a_note_in_place_of_the_error(count):
     hidden, vision, text = sample(1, batch=1)
     few = torch.zeros_like(vision)
     few[0, vision[0].nonzero()[:1]] = True
-    samples = [one, (hidden, few, torch.zeros_like(text))][:count]  # without the first, one token of vision is left
+    samples = [one, (hidden, few, torch.zeros_like(text))][:count]  # without the first, one vision token is left
     result = fed(samples, groups=5).compute()
     assert math.isfinite(result.value)
     assert result.error is None
     assert result.left_out is None
-    assert [note for note in result.notes if note.startswith("no standard error: it takes samples in two groups")]
+    assert [note for note in result.notes if note.startswith("no standard error: it requires samples in at least two")]
 
 
 def test_fewer_samples_than_groups_are_groups_of_one():
@@ -114,7 +114,7 @@ def test_a_value_of_minus_infinity_has_no_error():
 
 @pytest.mark.parametrize("groups", [1, -1, 256])
 def test_a_number_of_groups_that_cannot_be_is_refused(groups):
-    with pytest.raises(ValueError, match=r"groups: takes 0 .* or 2 to 255"):
+    with pytest.raises(ValueError, match=r"groups: expected 0 .* or 2 to 255"):
         ModalityIntegrationRate(groups=groups)
 
 
@@ -172,11 +172,11 @@ def test_a_second_pass_has_an_error_under_the_limits_of_the_first():
 def test_states_of_other_groups_are_refused_and_change_nothing():
     metric, other = fed(singles(4), groups=5), fed(singles(4))
     before = metric.compute().to_json()
-    with pytest.raises(RuntimeError, match="was gathered in 1 groups, takes groups=5"):
+    with pytest.raises(RuntimeError, match="was gathered in 1 groups, but this metric has groups=5"):
         metric.load_state_dict(other.state_dict())
-    with pytest.raises(RuntimeError, match="was gathered in 5 groups, takes groups=0"):
+    with pytest.raises(RuntimeError, match="was gathered in 5 groups, but this metric has groups=0"):
         other.load_state_dict(metric.state_dict())
-    with pytest.raises(ValueError, match=r"incoming_state: takes .* groups=5"):
+    with pytest.raises(ValueError, match=r"incoming_state: expected .* groups=5"):
         metric.merge_state(other)
     assert metric.compute().to_json() == before
 

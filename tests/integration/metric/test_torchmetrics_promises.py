@@ -1,4 +1,4 @@
-"""A metric among metrics: torchmetrics' own wrappers, operators and checks."""
+"""Compatibility with torchmetrics' own wrappers, operators and checks."""
 
 import pickle
 
@@ -85,7 +85,7 @@ def test_a_bootstrap_takes_a_mask_first_by_name():
         (lambda a, b: 2 * a, lambda x, y: 2 * x),
         (lambda a, b: a / b, lambda x, y: x / y),
         (lambda a, b: abs(a), lambda x, y: abs(x)),
-        (lambda a, b: -a, lambda x, y: -abs(x)),  # as torchmetrics has it
+        (lambda a, b: -a, lambda x, y: -abs(x)),  # torchmetrics negates the absolute value
         (lambda a, b: a**2, lambda x, y: x**2),
         (lambda a, b: a < b, lambda x, y: x < y),
         (lambda a, b: a == b, lambda x, y: x == y),
@@ -142,7 +142,7 @@ def test_torchmetrics_check_of_the_forward_pass_finds_both_ways_equal(capsys):
     hidden, vision, text = SAMPLES[0]
     arguments = {"hidden_states": hidden, "vision_mask": vision, "text_mask": text}
     check_forward_full_state_property(ModalityIntegrationRate, input_args=arguments, num_update_to_compare=[2], reps=2)
-    assert "Full state for 2 steps took" in capsys.readouterr().out  # printed where the values agree
+    assert "Full state for 2 steps took" in capsys.readouterr().out  # printed if the values agree
 
 
 def test_counts_of_updates_are_those_of_any_metric():

@@ -1,4 +1,4 @@
-"""Which tokens MoCa takes for vision tokens, pass by pass and thread by thread, and whose tensors it leaves alone."""
+"""Which tokens MoCa treats as vision tokens, per pass and per thread, and which tensors it must not overwrite."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ def test_a_mask_of_the_caller_replaces_the_marker():
             nothing = model(**batch.inputs).logits
         assert torch.equal(model(**batch.inputs).logits, marked)
         embeds = model.get_input_embeddings()(batch.inputs["input_ids"])
-        with pytest.raises(ValueError, match="inputs_embeds alone do not say"):
+        with pytest.raises(ValueError, match="inputs_embeds alone do not mark them"):
             model(inputs_embeds=embeds)
     remove_moca(model)
     with torch.no_grad():
@@ -63,14 +63,14 @@ def test_a_forward_after_an_interrupted_one_goes_by_its_own_mask():
         assert torch.equal(interrupted(**second.inputs).logits, model(**second.inputs).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # plain; fused
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # unfused; fused
 def test_threads_in_one_model_go_by_their_own_masks(dtype):
     model = calibrated(dtype=dtype)
     batches = [tiny_batch(model, "llava", [row]) for row in ("itttt", "tttti")]
     layer = decoder_of(model, "llava")[0][0]
     with torch.no_grad():
         expected = [model(**batch.inputs).logits for batch in batches]
-        # the first thread stops inside its first layer until the second one is through, which then outlives nothing
+        # The first thread waits inside its first layer until the second one has finished its pass.
         inside, through = threading.Event(), threading.Event()
         main = threading.get_ident()
 
@@ -102,7 +102,7 @@ def test_a_thread_that_came_second_keeps_its_mask_when_the_first_has_left():
             entered.set()
             assert left.wait(60)
 
-        watch._enter(model, (), {})  # this thread is in a pass, the other one comes and outlasts it
+        watch._enter(model, (), {})  # this thread is in a pass; the other one enters and outlasts it
         hook = decoder_of(model, "llava")[0][0].mlp.register_forward_pre_hook(wait)
         with ThreadPoolExecutor(1) as pool:
             other = pool.submit(torch.no_grad()(lambda: model(**batches[1].inputs).logits))
@@ -122,7 +122,7 @@ def test_what_a_hook_from_before_moca_kept_is_not_overwritten(fused, recorded):
     add_moca(model, std=0.3, fused=fused)
     batch = tiny_batch(model, "llava", ROWS)
     if recorded:
-        (loss_of(model, batch) + kept[0][0].square().mean()).backward()  # square keeps the state for its gradient
+        (loss_of(model, batch) + kept[0][0].square().mean()).backward()  # square saves the state for its gradient
     else:
         with torch.no_grad():
             model(**batch.inputs)

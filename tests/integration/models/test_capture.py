@@ -1,4 +1,4 @@
-"""`capture`: every family's features bit for bit, and the roles of their tokens."""
+"""`capture`: hidden states bit for bit, and token roles, for every family."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ ROWS = ("ttittt", "tittittt")
 
 
 def recorded(model, family, inputs):
-    """What each layer handed on, seen from inside the layers' own forward: (raw states, state after the norm)."""
+    """The output of each layer, recorded inside the layers' forwards: (raw states, state after the norm)."""
     layers, norm = decoder_of(model, family)
     received, final = [], []
 
@@ -67,7 +67,7 @@ def test_roles_are_those_the_batch_was_built_with(family, padding):
 
 
 def test_padding_does_not_change_which_features_are_counted():
-    """The same row alone, padded left and padded right gives the same vision and text features."""
+    """A row has the same vision and text features alone, padded left and padded right."""
     model = tiny_model("llava")
     features = []
     for padding, pad_to in (("left", 0), ("left", 20), ("right", 20)):
@@ -77,7 +77,7 @@ def test_padding_does_not_change_which_features_are_counted():
         features.append([torch.cat([h[seen.vision_mask], h[seen.text_mask]]) for h in seen.hidden_states])
     for padded in features[1:]:
         for state, alone in zip(padded, features[0], strict=True):
-            assert_close(state, alone, dtype=torch.float32)  # the rotary angles are float32 and depend on the place
+            assert_close(state, alone, dtype=torch.float32)  # rotary angles are float32 and depend on the position
 
 
 def test_a_plain_loop_over_the_layers_gives_the_captured_features():
@@ -131,7 +131,7 @@ def test_inputs_embeds_alone_are_an_error_and_masks_or_type_ids_make_it_good():
     embeds = {"inputs_embeds": model.get_input_embeddings()(batch.inputs["input_ids"])}
     with torch.no_grad(), capture(model) as seen:
         model(**embeds)
-    with pytest.raises(ValueError, match=r"inputs_embeds alone do not say.*give vision_mask"):
+    with pytest.raises(ValueError, match=r"inputs_embeds alone do not mark them.*pass vision_mask"):
         _ = seen.vision_mask
     with torch.no_grad(), capture(model, vision_mask=batch.vision) as seen:
         model(**embeds)
@@ -153,7 +153,7 @@ def test_masks_of_the_caller_win_and_a_wrong_shape_is_refused():
     assert torch.equal(seen.text_mask, text)
     with torch.no_grad(), capture(model, vision_mask=vision[:, :-1]) as seen:
         model(**batch.inputs)
-    with pytest.raises(ValueError, match=r"vision_mask: takes one entry per token, shape \(1, 9\), got shape \(1, 8\)"):
+    with pytest.raises(ValueError, match=r"vision_mask: expected .* per token, shape \(1, 9\), got shape \(1, 8\)"):
         _ = seen.vision_mask
 
 
@@ -182,7 +182,7 @@ def test_capture_changes_no_output_bit(mode):
 @pytest.mark.parametrize(("argument", "value"), [("last", "final"), ("text", "before")])
 def test_wrong_options_are_named(argument, value):
     with (
-        pytest.raises(ValueError, match=f"{argument}: takes one of"),
+        pytest.raises(ValueError, match=f"{argument}: expected one of"),
         capture(tiny_model("llava"), **{argument: value}),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Decoders that `capture` finds, through wrappers or by the layers' names, and models that it refuses."""
+"""Decoders that `capture` finds, inside wrappers or by the layers' names, and models that it rejects."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_compiled_models_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="compiled code does not see hooks"), capture(torch.compile(model)):
         pass
     model.model.language_model.layers[0].compile()
-    with pytest.raises(ValueError, match=r"layers\.0 is compiled already"), capture(model):
+    with pytest.raises(ValueError, match=r"layers\.0 is already compiled"), capture(model):
         pass
 
 
@@ -61,7 +61,7 @@ def test_encoder_decoder_language_models_are_refused_with_the_reason():
 
 
 class StandIn(nn.Module):
-    """A model of somebody's own: any decoder layers, and a forward argument that marks the vision tokens."""
+    """A custom model: arbitrary decoder layers, and a forward argument that marks the vision tokens."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ def test_any_module_can_be_captured_by_its_layers_and_a_named_mask(by_name):
 
 
 def test_an_unclear_layer_list_is_refused_with_the_candidates():
-    with pytest.raises(ValueError, match=r"name one of: blocks \(4\), other \(2\)"), capture(StandIn()):
+    with pytest.raises(ValueError, match=r"pass the name of one of: blocks \(4\), other \(2\)"), capture(StandIn()):
         pass
     with pytest.raises(ValueError, match="no module 'bloks'"), capture(StandIn(), layers="bloks"):
         pass

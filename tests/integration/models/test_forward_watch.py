@@ -1,4 +1,4 @@
-"""What counts as a forward pass to `capture`: generation, failures, nesting and copies, and hooks that come off."""
+"""What `capture` counts as a forward pass: generation, failures, nesting, copies, and removal of its hooks."""
 
 import copy
 
@@ -17,7 +17,7 @@ def hooks_in(model):
 
 
 def with_failing(module, run):
-    """`run()` while `module` raises ZeroDivisionError."""
+    """Calls `run()` while `module` raises ZeroDivisionError."""
     handle = module.register_forward_pre_hook(lambda *_: 1 / 0)
     try:
         run()
@@ -64,7 +64,7 @@ def test_hooks_come_off_after_an_exception_and_a_failed_pass_is_not_a_result():
     model = tiny_model("llava")
     batch = tiny_batch(model, "llava", ["titt"])
     with torch.no_grad():
-        model(**batch.inputs)  # transformers puts hooks of its own on the vision tower in the first pass
+        model(**batch.inputs)  # in the first pass, transformers adds hooks to the vision tower
     before = hooks_in(model)
     inner = model.model.language_model.layers[1].mlp
     longer = tiny_batch(model, "llava", ["titttt"])

@@ -1,4 +1,4 @@
-"""MoCa fused with the addition before and the norm after it: values and gradients of the plain way, everywhere."""
+"""MoCa fused with the preceding addition and the following norm: values and gradients equal the unfused ones."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ FUSED = [family for family in FAMILIES if family not in (*GEMMA, *OPT)]
 
 
 def pair_of(family="llava", *, dtype=torch.float32):
-    """The same model twice: its MoCa plain, and fused."""
+    """The same model twice, with unfused and with fused MoCa."""
     plain = tiny_model(family, dtype=dtype)
     torch.manual_seed(0)
     add_moca(plain, std=0.3, fused=False)
@@ -36,12 +36,12 @@ def pair_of(family="llava", *, dtype=torch.float32):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The length of the sequence for every run of the fused operation in a model."""
+    """The sequence length of every run of the fused operation in a model."""
     seen = []
     forward = launch.add_rms_forward
 
     def counted(x, *args):
-        if x.dim() == 3:  # not the trial of a norm's form
+        if x.dim() == 3:  # not the test of a norm's form
             seen.append(x.shape[1])
         return forward(x, *args)
 
@@ -51,7 +51,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def norms(monkeypatch):
-    """One entry for every Llama RMSNorm that was computed by itself."""
+    """One entry for every Llama RMSNorm that was computed unfused."""
     seen = []
     kind = tf.models.llama.modeling_llama.LlamaRMSNorm
     forward = kind.forward
@@ -73,13 +73,14 @@ def test_logits_states_and_gradients_are_those_of_the_plain_way(family, dtype, c
     assert len(calls) == 2 * (LAYERS - 2 * (family in DEEPSTACK))
     (logits, states, expected), (fused_logits, fused_states, found) = results
     assert_close(fused_logits, logits)
-    first = 2 if family in DEEPSTACK else 0  # up to where the two ways part, the same bits
+    first = 2 if family in DEEPSTACK else 0  # bit-equal up to the first fused norm
     for layer, (state, reference) in enumerate(zip(fused_states, states, strict=True)):
         assert_close(state, reference)
         assert torch.equal(state, reference) or layer > first
     assert set(found) == set(expected)
     for name, gradient in found.items():
-        # Key biases have none but rounding: the softmax does not see them. fp16's own step is wider than its gradients.
+        # Key biases have only rounding errors as gradients: the softmax ignores them. In fp16, one rounding step is
+        # larger than these gradients.
         if expected[name].norm() > 1e-4 * max(g.norm() for g in expected.values()):
             assert_close(gradient, expected[name], dtype=torch.bfloat16 if dtype != torch.float32 else dtype, factor=20)
 
@@ -90,7 +91,7 @@ def test_a_fused_pass_runs_one_norm_a_layer_and_the_first_and_last_no_more(calls
     with torch.no_grad():
         model(**tiny_batch(model, "llava", ROWS).inputs)
     assert len(calls) == LAYERS
-    assert len(norms) == LAYERS + 1  # the first layer's first norm, and each layer's second
+    assert len(norms) == LAYERS + 1  # the first norm of the first layer, and the second norm of each layer
 
 
 def test_text_only_batches_and_decoding_steps_are_not_fused_and_keep_every_bit(calls):
@@ -104,7 +105,7 @@ def test_text_only_batches_and_decoding_steps_are_not_fused_and_keep_every_bit(c
     assert torch.equal(found, plain.generate(**batch.inputs, **options))
     assert torch.equal(found, model.generate(**batch.inputs, **options, use_cache=False))
     prefill = batch.vision.shape[1]
-    assert calls == [n for n in (prefill, *range(prefill, prefill + 6)) for _ in range(LAYERS)]  # with cache, without
+    assert calls == [n for n in (prefill, *range(prefill, prefill + 6)) for _ in range(LAYERS)]  # cached, then not
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

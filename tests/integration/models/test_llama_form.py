@@ -1,4 +1,4 @@
-"""Which layers and norms are taken for Llama's, so that MoCa is fused with them, and why the others are not."""
+"""Which layers and norms are recognised as Llama's, so that MoCa is fused with them, and why others are not."""
 
 import pytest
 import torch
@@ -21,9 +21,9 @@ def test_text_decoders_are_fused(kind):
 @pytest.mark.parametrize(
     ("family", "reasons"),
     [
-        ("gemma3", ["forward is not of Llama's form"] * 3),
+        ("gemma3", ["forward does not have Llama's form"] * 3),
         ("paligemma", ["GemmaRMSNorm is not Llama's RMSNorm"] * 3),
-        ("blip_2", ["OPTDecoderLayer's forward is not of Llama's form"] * 3),
+        ("blip_2", ["OPTDecoderLayer's forward does not have Llama's form"] * 3),
         ("qwen3_vl", ["DeepStack", "DeepStack", None]),
         ("qwen2_5_vl", [None] * 3),
         ("idefics3", [None] * 3),
@@ -34,14 +34,14 @@ def test_the_report_says_what_is_fused_and_why_the_rest_is_not(family, reasons):
     for site, reason in zip(report.sites, reasons, strict=True):
         assert (site.plain is None) if reason is None else (reason in site.plain)
         line = next(line for line in str(report).splitlines() if line.startswith(f"{site.layer}:"))
-        assert (f"fused with {site.read_by}" if reason is None else f"plain: {site.plain}") in line
+        assert (f"fused with {site.read_by}" if reason is None else f"not fused: {site.plain}") in line
 
 
 def test_what_is_not_fused_in_a_known_layer_has_its_reason():
     wide = add_moca(tiny_model("llava"))
     assert {site.plain for site in wide.sites} == {"Llama's RMSNorm rounds float64 to float32"}
     model = tiny_model("llava", dtype=torch.float32)
-    assert {site.plain for site in add_moca(model, fused=False).sites} == {"asked for"}
+    assert {site.plain for site in add_moca(model, fused=False).sites} == {"fused=False"}
     remove_moca(model)
     layers, norm = decoder_of(model, "llava")
     layers[1].forward = layers[1].forward

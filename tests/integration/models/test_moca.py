@@ -1,4 +1,4 @@
-"""MoCa inside transformers models: the published formula at the end of every decoder layer, and nothing elsewhere."""
+"""MoCa in transformers models: the published formula at the end of every decoder layer, and no change elsewhere."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ KEY = re.compile(r"layers\.\d+\.modality_layernorm\.(scale|shift)$")
 
 
 def formula(model, family, batch):
-    """Eq. 5 as published, `(1 - m) h + m (u h + v)`, put around every layer's forward of a model without hooks."""
+    """A copy without hooks whose layers' forwards apply Eq. 5 as published, `(1 - m) h + m (u h + v)`."""
     layers, _ = decoder_of(model, family)
     vectors = [(layer.get_submodule(NAME).scale, layer.get_submodule(NAME).shift) for layer in layers]
     plain = copy.deepcopy(model)
@@ -61,7 +61,7 @@ def test_capture_sees_what_moca_made_of_the_vision_tokens(family):
     with torch.no_grad(), capture(model, last="raw") as seen:
         logits = model(**batch.inputs).logits
         with capture(plain := formula(model, family, batch), last="raw") as expected:
-            # the published formula around the layers, DeepStack additions after it as in the model itself
+            # The formula wraps the layers, and DeepStack additions come after it, as in the model itself.
             assert_close(plain(**batch.inputs).logits, logits)
     for state, reference in zip(seen.hidden_states, expected.hidden_states, strict=True):
         assert_close(state, reference)
@@ -79,13 +79,13 @@ def test_gradients_are_those_of_the_published_formula(family):
     reference = {**gradients(plain), **{n: g for n, g in gradients(model).items() if NAME in n}}
     assert set(ours) == set(reference)
     for name, gradient in ours.items():
-        if reference[name].norm() > 1e-15:  # key biases have none: the softmax does not see them
+        if reference[name].norm() > 1e-15:  # key biases have no gradient: the softmax ignores them
             assert_close(gradient, reference[name], factor=100)
     assert all(ours[n].norm() > 0 for n in ours if KEY.search(n))
 
 
 def test_gradients_equal_finite_differences():
-    model = calibrated("blip_2")  # OPT's norms stay in float64, Llama's go through float32
+    model = calibrated("blip_2")  # OPT's norms stay in float64, Llama's use float32
     batch = tiny_batch(model, "blip_2", ROWS)
     loss_of(model, batch).backward()
     step = 1e-6
@@ -114,13 +114,13 @@ def test_text_only_batches_call_no_moca_and_keep_every_bit(monkeypatch):
 
 def test_adding_twice_and_removing_nothing_are_refused():
     model = calibrated()
-    with pytest.raises(ValueError, match="has MoCa already"):
+    with pytest.raises(ValueError, match="already has MoCa"):
         add_moca(model)
     remove_moca(model)
     for call in (remove_moca, moca_parameters):
         with pytest.raises(ValueError, match="has no MoCa"):
             call(model)
-    with pytest.raises(ValueError, match="std: takes a number >= 0"):
+    with pytest.raises(ValueError, match="std: expected a number >= 0"):
         add_moca(model, std=-1.0)
 
 
@@ -182,15 +182,15 @@ def test_the_report_names_the_norm_that_reads_each_output():
 
 def test_what_moca_cannot_compute_in_is_refused_before_anything_is_placed():
     model = tiny_model("llava")
-    with pytest.raises(TypeError, match=r"vision_mask: takes the name of .* got Tensor; .* vision_tokens"):
+    with pytest.raises(TypeError, match=r"vision_mask: expected the name of .* got Tensor; .* vision_tokens"):
         add_moca(tiny_model("llava"), vision_mask=torch.ones(1, 3))
-    with pytest.raises(TypeError, match=r"dtype: takes float32, bfloat16, float16, float64, got torch\.int32"):
+    with pytest.raises(TypeError, match=r"dtype: expected one of the dtypes float32, bfloat16, .* got torch\.int32"):
         add_moca(model, dtype=torch.int32)
     assert not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, NAME) for m in model.modules())
 
 
 def test_a_dtype_that_does_not_train_is_warned_of():
-    with pytest.warns(UserWarning, match="dtype: in bfloat16 a scale of 1 stays 1 under steps smaller than 0.002"):
+    with pytest.warns(UserWarning, match="dtype: in bfloat16, updates smaller than 0.002 leave a scale of 1 unchanged"):
         add_moca(tiny_model("llava"), dtype=torch.bfloat16)
 
 
@@ -199,12 +199,12 @@ def test_models_wrapped_for_distributed_training_are_refused(monkeypatch):
     monkeypatch.setattr(nn.parallel.DistributedDataParallel, "__init__", lambda self, m: nn.Module.__init__(self))
     wrapped = nn.parallel.DistributedDataParallel(model)
     wrapped.module = model
-    with pytest.raises(ValueError, match="DistributedDataParallel already"):
+    with pytest.raises(ValueError, match="already wrapped by DistributedDataParallel"):
         add_moca(wrapped)
 
 
 class Wide(nn.Module):
-    """A decoder whose layers return `shape` for ids (B, T), of d = 8."""
+    """A decoder with d = 8 whose layers return `shape` for ids (B, T)."""
 
     def __init__(self, shape):
         super().__init__()
@@ -221,6 +221,6 @@ class Wide(nn.Module):
 def test_streams_of_another_shape_are_refused_with_what_a_layer_returned(shape):
     model = Wide(shape)
     add_moca(model, layers="layers")
-    given = re.escape(f"takes one output of 8 numbers a token from every layer, shape (B, T, 8), got {shape}")
+    given = re.escape(f"expected one state of 8 values per token from every layer, shape (B, T, 8), got {shape}")
     with pytest.raises(ValueError, match=given):
         model(torch.tensor([[1, 5, 2], [5, 1, 2]]))

@@ -1,4 +1,4 @@
-"""MoCa under gradient checkpointing: the same gradients, and little memory more."""
+"""MoCa under gradient checkpointing: the same gradients, with little additional memory."""
 
 import gc
 import weakref
@@ -77,7 +77,7 @@ def test_checkpoints_around_whole_layers_recompute_with_the_mask_of_their_pass(r
     model = calibrated().train()
     batches = [tiny_batch(model, "llava", [row]) for row in ("ttittt", "tittit", "titt", "ittt", "tttt")]
     for batch in batches:
-        batch.inputs["use_cache"] = False  # recomputation would append to the cache once more
+        batch.inputs["use_cache"] = False  # recomputation would append to the cache a second time
     for batch in batches:
         loss_of(model, batch).backward()
     expected = gradients(model)
@@ -92,15 +92,15 @@ def test_checkpoints_around_whole_layers_recompute_with_the_mask_of_their_pass(r
         inner = name.replace(".inner.", ".")
         if NAME in name:
             assert_close(gradient, expected[inner], factor=10)
-    sum(loss_of(model, batch) for batch in batches[:2]).backward()  # told apart by their shapes
+    sum(loss_of(model, batch) for batch in batches[:2]).backward()  # distinguished by their shapes
     alike = sum(loss_of(model, batch) for batch in batches[2:4])
     with pytest.raises(RuntimeError, match="run backward after each pass"):
         alike.backward()
-    loss_of(model, batches[0]).backward()  # and the next pass is sound again
+    loss_of(model, batches[0]).backward()  # the next pass works again
 
 
 class Around(nn.Module):
-    """A decoder layer inside a checkpoint that recomputes its hooks too."""
+    """A decoder layer inside a checkpoint that also recomputes its hooks."""
 
     def __init__(self, inner, call):
         super().__init__()

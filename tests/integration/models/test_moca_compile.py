@@ -11,7 +11,7 @@ from tolerances import assert_close
 
 
 class Decoder(nn.Module):
-    """The least that MoCa can be put into: residual layers and an argument that marks the vision tokens."""
+    """A minimal model for MoCa: residual layers and an argument that marks the vision tokens."""
 
     def __init__(self):
         super().__init__()
@@ -51,13 +51,13 @@ def test_compiles_in_one_graph_and_serves_every_mask_and_length():
             for gradient, exact in zip(ours, reference, strict=True):
                 if exact is not None:
                     assert_close(gradient, exact, factor=3)
-                elif gradient is not None:  # without an image compiled code gives zeros where eager gives none
+                elif gradient is not None:  # without an image: zeros if compiled, None if eager
                     assert not gradient.any()
     torch._dynamo.reset()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # plain; fused but where compiled
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # unfused; fused only in eager mode
 def test_a_compiled_vision_language_model_gives_the_same_logits_and_breaks_no_more_graphs(dtype):
     breaks = []
     for with_moca in (False, True):

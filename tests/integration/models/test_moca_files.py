@@ -1,4 +1,4 @@
-"""Scale and shift of MoCa in files: our own, published checkpoints, whole models, and files that do not fit."""
+"""MoCa's scale and shift in files: our own, published checkpoints, whole models, and files that do not fit."""
 
 import re
 
@@ -47,7 +47,7 @@ def test_published_checkpoints_and_whole_model_checkpoints_load(tmp_path):
 
 
 def test_a_folder_of_a_lora_run_loads(tmp_path):
-    """MoCa in a torch file, beside an adapter in safetensors and a pickle that is no file of tensors."""
+    """MoCa in a torch file, next to an adapter in safetensors and a pickle that is not a file of tensors."""
     model, other = calibrated(), calibrated(seed=7)
     vectors = {n: p.detach().clone() for n, p in model.named_parameters() if NAME in n}
     torch.save(vectors, tmp_path / "non_lora_trainables.bin")
@@ -61,8 +61,8 @@ def test_a_folder_of_a_lora_run_loads(tmp_path):
     "form",
     [
         "model.layers.{i}.modality_layernorm.{part}",
-        "model.transformer.blocks.{i}.modality_layernorm.{part}",  # as transformers writes Molmo 2
-        "model.language_model.layers.{i}._orig_mod.modality_layernorm.{part}",  # layers that were compiled
+        "model.transformer.blocks.{i}.modality_layernorm.{part}",  # Molmo 2 as written by transformers
+        "model.language_model.layers.{i}._orig_mod.modality_layernorm.{part}",  # compiled layers
         "layers.{i}._fsdp_wrapped_module._checkpoint_wrapped_module.modality_layernorm.{part}",
         "model.layers.{i}.modality_layernorm._fsdp_wrapped_module.modules_to_save.default.{part}",
     ],
@@ -119,7 +119,7 @@ def test_incomplete_or_misfitting_checkpoints_change_nothing(tmp_path):
     save_file({k: v + 1 for k, v in stored.items() if k != last}, tmp_path / "short.safetensors")
     save_file({**{k: v + 1 for k, v in stored.items()}, last: torch.ones(3)}, tmp_path / "odd.safetensors")
     save_file({"lm_head.weight": torch.ones(3)}, tmp_path / "none.safetensors")
-    for name, reason in (("short", f"left over: {LAYERS - 1}.shift"), ("odd", "length 32"), ("none", "no key")):
+    for name, reason in (("short", f"unexpected: {LAYERS - 1}.shift"), ("odd", "length 32"), ("none", "no key")):
         with pytest.raises(ValueError, match=reason):
             load_moca(model, tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError, match="no safetensors or torch file"):

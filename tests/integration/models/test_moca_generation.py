@@ -1,4 +1,4 @@
-"""MoCa in generation: the prefill is calibrated, decoding steps are not."""
+"""MoCa in generation: it calibrates the prefill but not the decoding steps."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from modality_integration.models.moca import NAME, add_moca, vision_tokens
 from tolerances import assert_close
 
 STEPS = 4
-# As long as the prompt, so that the prompt's mask would fit it.
+# As long as the prompt, so that the prompt's mask would fit.
 NEGATIVE = {
     "negative_prompt_ids": torch.arange(5, 16)[None],
     "negative_prompt_attention_mask": torch.ones(1, 11).long(),
@@ -33,7 +33,7 @@ IN_EVERY_WAY = pytest.mark.parametrize("options", WAYS, ids=lambda ways: "-".joi
 
 
 def generated(model, inputs, **options):
-    """`STEPS` tokens after the prompt, and the scores that chose them."""
+    """`STEPS` tokens after the prompt, and the outputs with their scores."""
     options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, **options}
     out = model.generate(**inputs, **options, output_scores=True, output_logits=True, return_dict_in_generate=True)
     return out.sequences[:, -STEPS:], out
@@ -48,7 +48,7 @@ def assert_same(got, expected):
 
 
 def an_image_token_first(length):
-    """Makes the first token after `length` ones that of images, and none of those that follow."""
+    """Makes the token after the first `length` ones the image id, and forbids it afterwards."""
     words = [i for i in range(VOCAB) if i != IMAGE]
     return {"prefix_allowed_tokens_fn": lambda _, ids: [IMAGE] if len(ids) == length else words}
 
@@ -82,14 +82,14 @@ def test_blip_beam_search_repeats_the_mask_with_the_rows():
     layer = decoder_of(model, "blip_2")[0][0]
     layer.get_submodule(NAME).register_forward_pre_hook(lambda _, args: lengths.append(args[1].sum().item()))
     model.generate(**batch.inputs, max_new_tokens=3, do_sample=False, num_beams=3)
-    assert lengths == [2 * 3 * 4]  # rows, beams, tokens of an image; then only decoding steps
+    assert lengths == [2 * 3 * 4]  # rows, beams, tokens per image; the rest are decoding steps
 
 
 @IN_EVERY_WAY
 def test_a_mask_of_the_caller_does_what_the_models_own_marker_does(options):
     model = calibrated()
     batch = tiny_batch(model, "llava", ["ttittttt"])
-    batch.inputs["input_ids"][0, -2:] = batch.inputs["input_ids"][0, -4:-2]  # so that a draft comes with the prompt
+    batch.inputs["input_ids"][0, -2:] = batch.inputs["input_ids"][0, -4:-2]  # so that the first step has a draft
     expected = generated(model, batch.inputs, suppress_tokens=[IMAGE], **options)
     with vision_tokens(model, batch.vision):
         got = generated(model, batch.inputs, suppress_tokens=[IMAGE], **options)
@@ -99,7 +99,7 @@ def test_a_mask_of_the_caller_does_what_the_models_own_marker_does(options):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_a_mask_of_the_caller_is_laid_over_the_prompt_of_padded_rows(family, use_cache):
-    """Another mask than the model's own, against one pass on all tokens."""
+    """A mask that differs from the model's own, compared with one pass on all tokens."""
     model = calibrated(family)
     batch = tiny_batch(model, family, ["ttittt", "tittttt"], padding="left")
     mask = batch.vision.clone()
@@ -127,13 +127,13 @@ def test_a_mask_that_does_not_fit_the_prompt_is_refused_without_a_cache(use_cach
     model = calibrated()
     batch = tiny_batch(model, "llava", ["ttittttt"])
     wrong = torch.ones(2, 9, dtype=torch.bool) if use_cache else batch.vision[:, :-2]
-    with vision_tokens(model, wrong), pytest.raises(ValueError, match=r"vision_mask: takes .* shape \(1, 11\)"):
+    with vision_tokens(model, wrong), pytest.raises(ValueError, match=r"vision_mask: expected .* shape \(1, 11\)"):
         generated(model, batch.inputs, use_cache=use_cache)
 
 
 @IN_EVERY_WAY
 def test_a_generated_token_with_the_id_of_images_is_no_vision_token(options):
-    """A prompt without images: MoCa has nothing to do, whatever comes after it."""
+    """The prompt has no images, so MoCa changes nothing, whatever follows it."""
     plain, model = tiny_model("llava"), calibrated()
     batch = tiny_batch(model, "llava", ["ttttttttttt"])
     batch.inputs["input_ids"][0, -2:] = batch.inputs["input_ids"][0, -4:-2]
@@ -160,7 +160,7 @@ def test_a_generated_image_token_changes_nothing_for_those_of_the_prompt(family,
 @pytest.mark.parametrize("size", [1, 3, 20])
 @pytest.mark.parametrize("by", ["generate", "hand"])
 def test_a_second_image_on_a_filled_cache_is_calibrated_in_chunks_too(by, size):
-    """A token that comes alone with the id of images is one of the prompt, in `generate`'s prefill and in a loop."""
+    """A single token with the image id belongs to the prompt, in `generate`'s prefill and in a loop."""
     model = calibrated()
     layer = decoder_of(model, "llava")[0][0]
     masks = []
@@ -200,7 +200,7 @@ def test_assisted_decoding_on_a_filled_cache_calibrates_the_new_image_and_not_th
 
 
 def test_what_a_logits_processor_of_the_caller_runs_is_a_pass_like_any_other():
-    """Contrastive decoding runs the model on another image between two steps, and that has MoCa too."""
+    """Contrastive decoding runs the model on another image between two steps, and MoCa applies to it."""
 
     class Contrast(LogitsProcessor):
         def __init__(self, model, inputs):

@@ -132,7 +132,7 @@ def told_of_dtypes(run):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         run()
-    return [str(warning.message) for warning in told if "stays 1 under steps" in str(warning.message)]
+    return [str(warning.message) for warning in told if "leave a scale of 1 unchanged" in str(warning.message)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -148,7 +148,7 @@ def test_a_cast_after_add_moca_is_told_at_the_first_training_pass_with_a_way_out
     step = {torch.bfloat16: "0.002", torch.float16: "0.0002"}[dtype]
     said = told_of_dtypes(lambda: [model(**batch.inputs) for _ in range(3)])
     assert len(said) == 1
-    assert f"in {str(dtype).removeprefix('torch.')} a scale of 1 stays 1 under steps smaller than {step}" in said[0]
+    assert f"in {str(dtype).removeprefix('torch.')}, updates smaller than {step} leave a scale of 1" in said[0]
     moved = []
     for cast in (False, True):
         if cast:
@@ -175,7 +175,7 @@ def test_nothing_is_told_of_dtypes_where_nothing_is_lost(why):
         model.requires_grad_(False)
     if why == "trained by an optimizer's copies":
         for parameter in model.parameters():
-            parameter._hp_mapping = "what DeepSpeed's ZeRO leaves on what it trains"
+            parameter._hp_mapping = "set by DeepSpeed's ZeRO on trained parameters"
     assert not told_of_dtypes(lambda: model(**batch.inputs))
 
 
@@ -220,7 +220,7 @@ def test_a_cast_is_told_of_whatever_was_run_before_it(before):
 
 
 def test_stretches_of_something_flat_may_be_copies_of_float32_parameters():
-    """As FSDP1 gathers them: in 16 bits, from shards of 32."""
+    """As FSDP1 gathers them: in 16 bits, from 32-bit shards."""
     model = tiny_model("llava", dtype=torch.bfloat16)
     batch = tiny_batch(model, "llava", ["tittt"])
     add_moca(model)

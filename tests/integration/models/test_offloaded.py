@@ -1,4 +1,4 @@
-"""MoCa in models whose parameters accelerate has put elsewhere: on the meta device, with hooks that fetch them."""
+"""MoCa in models offloaded by accelerate: parameters on the meta device, with hooks that fetch them."""
 
 import accelerate
 import pytest
@@ -54,5 +54,5 @@ def test_values_are_loaded_saved_and_measured_where_the_hooks_keep_them(where, o
 def test_a_model_without_values_is_refused_by_name():
     with torch.device("meta"):
         model = tiny_model("llava")
-    with pytest.raises(ValueError, match=r"lies on the meta device, without values, and no hook"):
+    with pytest.raises(ValueError, match=r"is on the meta device, without values, and no accelerate hook"):
         add_moca(model)

@@ -1,4 +1,4 @@
-"""Rows that are several samples: roles, moments and the standard error are those of the samples one by one."""
+"""Packed rows: roles, moments and the standard error equal those of the samples one by one."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def alone(model, rows=ROWS):
 
 
 def packed(batches, how="position_ids", filling=0):
-    """The samples of `batches` in one row, told apart by `how`, with `filling` tokens of padding behind."""
+    """The samples of `batches` in one row, separated by `how` and followed by `filling` tokens of padding."""
     lengths = [b.vision.shape[1] for b in batches]
     tail = torch.zeros(1, filling, dtype=torch.long)
     total = sum(lengths) + filling
@@ -28,16 +28,16 @@ def packed(batches, how="position_ids", filling=0):
     }
     numbers = torch.cat([torch.full((1, n), i) for i, n in enumerate(lengths)], 1)
     if how == "cu_seq_lens_q":
-        ends = torch.tensor([0, *lengths] + [1] * filling).cumsum(0)  # a boundary at every token of filling
+        ends = torch.tensor([0, *lengths] + [1] * filling).cumsum(0)  # a boundary at every filler token
         inputs |= {"cu_seq_lens_q": ends.int(), "position_ids": torch.arange(total)[None]}
     elif how == "seq_idx":
         inputs |= {"seq_idx": torch.cat([numbers, tail - 1], 1).int(), "position_ids": torch.arange(total)[None]}
     elif how == "attention_mask":
         mask = torch.cat([numbers + 1, tail], 1)
         inputs |= {"attention_mask": mask, "position_ids": torch.arange(total)[None]}
-    elif how == "four axes":  # the first counts tokens, as position_ids of two dimensions do
+    elif how == "four axes":  # the first axis counts tokens, as 2-D position_ids do
         inputs["position_ids"] = torch.stack([inputs["position_ids"], *torch.zeros(3, 1, total, dtype=torch.long)])
-    elif how == "three axes":  # of Qwen-VL's positions the first is time, which stands still in an image
+    elif how == "three axes":  # Qwen-VL's first axis is time, which is constant within an image
         time = torch.cat([*(b.inputs["attention_mask"].cumsum(1) - 1 for b in batches), tail], 1)
         inputs["position_ids"] = torch.stack([time, 2 * time, 3 * time])
     return inputs
@@ -49,7 +49,7 @@ def expected(batches, filling):
 
 
 class Layers(torch.nn.Module):
-    """Stands in for a model: what tells samples apart reaches no layer that would have to go by it."""
+    """A stand-in for a model whose layers ignore the arguments that separate samples."""
 
     def __init__(self, model):
         super().__init__()
@@ -117,8 +117,8 @@ def test_tokens_that_share_a_position_at_the_very_beginning_are_no_samples(posit
 
 
 def time_height_width(row):
-    """(3, T) positions of a sample as Qwen-VL numbers them, and its vision tokens: `i` has 2 x 2, a video `v` two of
-    those; frames `f` are as many within one unit of time."""
+    """(3, T) positions of a sample in Qwen-VL's numbering, and its vision tokens: an image `i` has 2 x 2, a video `v`
+    twice as many, and `f` is two frames within one unit of time."""
     places, vision, start = [], [], 0
     for part in row:
         if part == "t":
@@ -133,8 +133,8 @@ def time_height_width(row):
 
 
 def width_height_number(row):
-    """(3, T) positions of a sample as HunYuanVL numbers them, and its vision tokens: `i` has 2 x 2, with a mark before
-    and one behind."""
+    """(3, T) positions of a sample in HunYuanVL's numbering, and its vision tokens: an image `i` has 2 x 2, between a
+    begin and an end mark."""
     parts = [([1], part) if part == "t" else ([1, 4, 1], part) for part in row]
     count = sum(sum(sizes) for sizes, _ in parts)
     places, vision, column, number = torch.arange(count).expand(3, -1).clone(), torch.zeros(count).bool(), 0, 0
@@ -148,7 +148,7 @@ def width_height_number(row):
 
 
 def of_three_axes(samples):
-    """The inputs of one row of samples [(3, T) positions, vision (T,)], and the vision tokens (1, T)."""
+    """The inputs of a row packed from samples [(3, T) positions, vision (T,)], and its vision tokens (1, T)."""
     vision = torch.cat([v for _, v in samples])[None]
     positions = torch.cat([p for p, _ in samples], 1)[:, None]
     return {"input_ids": torch.where(vision, 60, 5), "position_ids": positions}, vision
@@ -236,7 +236,7 @@ def test_embeddings_with_positions_that_begin_anew_are_packed_too():
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would wait for a GPU: values and shapes that the CPU asks for."""
+    """Counts operations that would wait for a GPU, because the CPU reads a value or a shape."""
 
     count = 0
 
@@ -365,9 +365,9 @@ def test_a_sample_without_an_image_is_named():
 @pytest.mark.parametrize(
     ("ids", "error", "match"),
     [
-        (torch.zeros(1, 5, dtype=torch.long), ValueError, r"sample_ids: takes one number per token, shape \(1, 6\)"),
-        (torch.zeros(1, 6), TypeError, "sample_ids: takes whole numbers, got torch.float32"),
-        (torch.tensor([[0, 0, 0, 0, 0, -1]]), ValueError, "sample_ids: 1 tokens of the masks are in no sample"),
+        (torch.zeros(1, 5, dtype=torch.long), ValueError, r"sample_ids: expected one number per token, shape \(1, 6\)"),
+        (torch.zeros(1, 6), TypeError, "sample_ids: expected whole numbers, got torch.float32"),
+        (torch.tensor([[0, 0, 0, 0, 0, -1]]), ValueError, r"sample_ids: expected a number >= 0 for every .*, got 1"),
     ],
 )
 def test_wrong_sample_numbers_are_refused_and_change_nothing(ids, error, match):

@@ -1,4 +1,4 @@
-"""What is a pass and what a decoding step: by the roles of the tokens and by what generate() is at, not by lengths."""
+"""Passes and decoding steps are distinguished by token roles and the stage of generate(), not by lengths."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_after_generate_the_prefill_is_what_stands(family, options):
     model = tiny_model(family, dtype=torch.float32)
     rows = [ROW] if "prompt_lookup_num_tokens" in options else [ROW, "tittttt"]
     batch = tiny_batch(model, family, rows, padding="left")
-    if "prompt_lookup_num_tokens" in options:  # a prompt that ends as it has been before: a draft comes with it
+    if "prompt_lookup_num_tokens" in options:  # repeats earlier tokens, so the first step has a draft
         batch.inputs["input_ids"][0, -2:] = batch.inputs["input_ids"][0, 6:8]
     expected = prefill(model, batch)
     with torch.no_grad(), capture(model) as seen:
@@ -53,7 +53,7 @@ def test_after_generate_the_prefill_is_what_stands(family, options):
 
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_a_prompt_in_chunks_is_one_pass_and_moca_calibrates_all_of_its_vision_tokens(size):
-    """An image token that comes alone is a vision token, not a decoding step."""
+    """A single image token is a vision token, not a decoding step."""
     model = tiny_model("llava")
     batch = tiny_batch(model, "llava", [ROW])
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_chunks_of_generates_own_prefill_are_one_pass():
 
 
 def test_a_sequence_that_was_read_is_complete():
-    """A second image in the same conversation is a pass of its own, so that no token counts twice."""
+    """A second image in the same conversation is a separate pass, so that no token counts twice."""
     model = tiny_model("llava")
     batch, more = (tiny_batch(model, "llava", [row], seed=seed) for seed, row in enumerate((ROW, "titttt")))
     with torch.no_grad(), capture(model) as seen:
@@ -113,7 +113,7 @@ def a_conversation(model, seed):
 
 @pytest.mark.parametrize("before", ["no cache", "its own cache, gone since", "its own cache", "a cache given to it"])
 def test_passes_on_caches_of_their_own_are_not_put_together(before):
-    """As many tokens lie in the second pass's cache as the first pass had, but they are not those."""
+    """The second pass's cache holds as many tokens as the first pass had, but different ones."""
     model = tiny_model("llava")
     first, second = (tiny_batch(model, "llava", [ROW], seed=seed) for seed in (1, 2))
     length = first.vision.shape[1]
@@ -132,7 +132,7 @@ def test_passes_on_caches_of_their_own_are_not_put_together(before):
 
 
 def test_a_pass_that_failed_parts_no_chunks():
-    """Between two chunks on one cache, a pass on another cache is begun and not ended."""
+    """Between two chunks on one cache, a pass on another cache begins but fails."""
     model = tiny_model("llava")
     batch = tiny_batch(model, "llava", [ROW])
     first, second = batch.inputs["input_ids"].split([6, 5], 1)
@@ -149,7 +149,7 @@ def test_a_pass_that_failed_parts_no_chunks():
 
 
 def test_passes_behind_a_trained_prefix_are_not_put_together():
-    """PEFT's prefix tuning fills a new cache for each, here with as many tokens as a row has."""
+    """PEFT's prefix tuning fills a new cache for each pass, here with as many tokens as a row has."""
     peft = pytest.importorskip("peft")
     model = tiny_model("llava", dtype=torch.float32)
     first, second = (tiny_batch(model, "llava", [ROW, ROW], seed=seed) for seed in (1, 2))
@@ -249,5 +249,5 @@ def test_several_residual_streams_are_refused_when_placed(name):
     model = tiny_model("llava")
     setattr(model.config.text_config, name, 4)
     for place in (add_moca, lambda m: capture(m).__enter__()):
-        with pytest.raises(ValueError, match=rf"keeps 4 residual streams a token \({name} of its text config"):
+        with pytest.raises(ValueError, match=rf"keeps 4 residual streams per token \({name} of its text config"):
             place(model)

@@ -1,4 +1,4 @@
-"""PEFT's prompt tuning, P-tuning and CPT, which put trained tokens before every row: neither vision nor text."""
+"""PEFT's prompt tuning, P-tuning and CPT: their trained tokens before every row are neither vision nor text."""
 
 import copy
 
@@ -24,7 +24,7 @@ BOTH_SIDES = pytest.mark.parametrize("padding", ["left", "right"])
 
 
 def tuned(family, method="prompt tuning"):
-    """A model that PEFT puts `VIRTUAL` tokens before every row of."""
+    """A model with PEFT's `VIRTUAL` tokens before every row."""
     kind, options = METHODS[method]
     shape = {"token_dim": HIDDEN, "num_layers": LAYERS, "num_attention_heads": 2, "num_transformer_submodules": 1}
     base = tiny_model(family, dtype=torch.float32)
@@ -40,12 +40,12 @@ def with_moca(model):
 
 
 def behind_virtual(marks, fill=False):
-    """`marks` (B, T) of the tokens of a batch, with `fill` for the virtual tokens before them."""
+    """`marks` (B, T) of a batch's tokens, preceded by `fill` for the virtual tokens."""
     return nn.functional.pad(marks, (VIRTUAL, 0), value=fill)
 
 
 def by_hand(model, batch):
-    """The inputs that PEFT gives the model inside: embeddings, with the trained ones before."""
+    """The inputs that PEFT passes to the inner model: embeddings, preceded by the trained ones."""
     with torch.no_grad():
         embeds = model.get_base_model().get_input_embeddings()(batch.inputs["input_ids"])
         embeds = torch.cat([model.get_prompt(batch_size=len(embeds)), embeds], 1)
@@ -142,7 +142,7 @@ def test_generation_embeds_the_prompt_itself_and_has_roles_too(family, beams, pa
 
 
 def test_the_first_token_of_a_row_is_a_virtual_one():
-    """So an image that comes first is no attention sink, of which `measure_mir` warns."""
+    """So a leading image is not the attention sink that `measure_mir` warns of."""
     for model, count in ((tuned("llava"), 0), (tiny_model("llava", dtype=torch.float32), 2)):
         with torch.no_grad(), capture(model) as seen:
             model(**tiny_batch(tiny_model("llava", dtype=torch.float32), "llava", ["ittt", "itt"]).inputs)
@@ -153,7 +153,7 @@ def test_mir_is_that_of_the_tokens_without_the_virtual_ones():
     model, plain = tuned("llava"), tiny_model("llava", dtype=torch.float32)
     batch = tiny_batch(plain, "llava", ["ttitttttt"] * 6)
     masks = {"vision_mask": behind_virtual(batch.vision), "text_mask": behind_virtual(batch.text_after)}
-    # Groups are dealt by the rows of input_ids, which only one of the two has.
+    # No groups: they are assigned by the rows of input_ids, which only one of the two has.
     whole = {"groups": 0}
     expected = measure_mir(plain, [by_hand(model, batch)], capture=masks, metric=whole)
     assert measure_mir(model, [batch.inputs], metric=whole).value == pytest.approx(expected.value, rel=1e-5)
@@ -161,7 +161,7 @@ def test_mir_is_that_of_the_tokens_without_the_virtual_ones():
 
 @pytest.fixture(params=[*METHODS, "CPT"])
 def untuned(request):
-    """What puts `VIRTUAL` tokens before every row of a model that is there already."""
+    """A function that adds PEFT's `VIRTUAL` tokens to an existing model."""
 
     def tune(base):
         torch.manual_seed(3)
@@ -178,7 +178,7 @@ def untuned(request):
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 @pytest.mark.parametrize("placed", ["before", "on the model inside"])
 def test_moca_is_the_same_on_either_side_of_peft(untuned, family, placed, padding):
-    """Beneath the watched model PEFT hands embeddings alone: the ids are those that it embedded."""
+    """PEFT passes only embeddings to the inner model, so the ids must be those that it embedded."""
     model = with_moca(untuned(tiny_model(family, dtype=torch.float32)))
     base = tiny_model(family, dtype=torch.float32)
     if placed == "before":
@@ -186,16 +186,16 @@ def test_moca_is_the_same_on_either_side_of_peft(untuned, family, placed, paddin
     else:
         other = untuned(base)
         with_moca(base)
-    other.load_state_dict(model.state_dict())  # a prompt starts from random numbers
+    other.load_state_dict(model.state_dict())  # prompts are initialised randomly
     batch = tiny_batch(base, family, ROWS, padding=padding)
     with torch.no_grad():
         assert torch.equal(other(**batch.inputs).logits, model(**batch.inputs).logits)
-        for rows in (["tttt"], ROWS):  # none has an image; other ids than in the pass before
+        for rows in (["tttt"], ROWS):  # a text-only row, with other ids than the previous pass
             each = tiny_batch(base, family, rows, padding=padding)
             assert torch.equal(other(**each.inputs).logits, model(**each.inputs).logits)
         for beams, use_cache in ((1, True), (2, True), (1, False)):
             options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "use_cache": use_cache}
-            options["suppress_tokens"] = [IMAGE]  # for which the model would want features, without a cache
+            options["suppress_tokens"] = [IMAGE]  # without a cache, the model would expect features for it
             assert torch.equal(other.generate(**batch.inputs, **options), model.generate(**batch.inputs, **options))
         with other.disable_adapter(), model.disable_adapter():
             assert torch.equal(other(**batch.inputs).logits, model(**batch.inputs).logits)
@@ -223,13 +223,13 @@ def test_mir_of_a_model_that_had_moca_before_its_prompt(untuned):
 
 
 def unmarked(model, embeds):
-    with torch.no_grad(), pytest.raises(ValueError, match=r"inputs_embeds alone do not say\); give vision_mask"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"inputs_embeds alone do not mark them\); pass vision_mask"):
         model(inputs_embeds=embeds)
 
 
 @pytest.mark.parametrize("tune", [False, True])
 def test_embeddings_of_the_callers_own_do_not_say_what_is_vision(tune):
-    """Whoever embedded what before: those ids may be a part of the row, or of another."""
+    """Ids embedded earlier may be only a part of the row, or belong to another one."""
     base = with_moca(tiny_model("llava", dtype=torch.float32))
     model = tuned_around(base) if tune else base
     ids = tiny_batch(base, "llava", ["ttittttt"]).inputs["input_ids"]
@@ -248,7 +248,7 @@ def tuned_around(base):
 
 @pytest.mark.parametrize("through_peft", [False, True])
 def test_ids_of_a_pass_that_failed_are_not_those_of_the_next(through_peft):
-    """PEFT had embedded them, as many as the next pass has, and never called the model inside."""
+    """PEFT embedded as many ids as the next pass has, but never called the inner model."""
     base = with_moca(tiny_model("llava", dtype=torch.float32))
     model = tuned_around(base)
     batch = tiny_batch(base, "llava", ["ttittttt"])
@@ -268,7 +268,7 @@ def behind_virtual_embeds(embeds):
 
 
 def test_a_copy_of_the_embedding_takes_no_model_along():
-    """PEFT copies modules that are trained whole, with the hooks on them."""
+    """PEFT copies fully trained modules, including their hooks."""
     base = with_moca(tiny_model("llava", dtype=torch.float32))
     embedding = base.get_input_embeddings()
     memo = {}

@@ -1,4 +1,4 @@
-"""The recipes of docs/models.md, each on a stand-in with the marker convention of a model outside transformers."""
+"""The recipes of docs/models.md, each on a stand-in that marks vision tokens as a model outside transformers does."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from modality_integration.models.capture import capture
 from modality_integration.models.token_roles import expanded_placeholders
 
 HIDDEN, VOCAB, DEPTH = 16, 40, 3
-IMAGE = -200  # the placeholder of the original LLaVA
+IMAGE = -200  # placeholder id of the original LLaVA
 PATCHES = 6
 
 
 class Layer(nn.Module):
-    """A residual layer in which tokens mix, so that a token too many or too few is seen by all after it."""
+    """A residual layer that mixes tokens, so that an extra or missing token changes all later ones."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
 
 
 class Expanding(nn.Module):
-    """The original LLaVA's way: drops padding, puts features where -200 stood, pads again, calls the decoder."""
+    """As in the original LLaVA: drops padding, replaces -200 by features, pads again, calls the decoder."""
 
     def __init__(self, padding="right", between=False):
         super().__init__()
@@ -68,7 +68,7 @@ class Expanding(nn.Module):
 
 
 class Indicating(nn.Module):
-    """mPLUG-Owl2's way: padding stays where it is, the padding mask grows on the left, the decoder gets a mask."""
+    """As in mPLUG-Owl2: padding stays in place, the padding mask grows on the left, and the decoder gets a mask."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ class Indicating(nn.Module):
 
 
 class Marked(nn.Module):
-    """CogVLM's way: input_ids hold a token for each feature, and an argument says which they are."""
+    """As in CogVLM: input_ids hold one token per feature, and an argument marks these tokens."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class Marked(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """DeepSeek-VL's inner model: the caller embeds, the marker goes nowhere near the forward."""
+    """DeepSeek-VL's inner model: the caller embeds, and the marker is not passed to the forward."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
 
 
 def plain_loop(decoder, embeds, vision=None):
-    """What each layer gives the next, the last one after the norm."""
+    """The output of each layer, the last one after the norm."""
     states = []
     for layer in decoder.layers:
         (embeds,) = layer(embeds)
@@ -121,7 +121,7 @@ def plain_loop(decoder, embeds, vision=None):
 
 
 def after_vision(vision, kept):
-    """Row by row: what is kept and comes after the last vision token."""
+    """The kept tokens after the last vision token, row by row."""
     text = torch.zeros_like(vision)
     for row in range(len(vision)):
         last = int(vision[row].nonzero().max())
@@ -136,7 +136,7 @@ def check(seen, states, vision, kept):
 
 
 def placeholders(padding):
-    """Two rows of different lengths, two images in the second; the shorter one padded with a wrong id."""
+    """Two rows of different lengths, with two images in the second; the shorter row is padded with a wrong id."""
     rows = [[1, 4, IMAGE, 5, 6, 7], [1, IMAGE, 8, 9, IMAGE, 10, 11, 12, 13]]
     wide = max(map(len, rows))
     ids, mask = torch.zeros(2, wide, dtype=torch.long), torch.zeros(2, wide, dtype=torch.long)
@@ -228,10 +228,10 @@ def test_ids_without_padding_or_placeholder_expand_as_they_stand():
     ("change", "message"),
     [
         ({"lengths": [2]}, r"lengths: .*each of 2 placeholders -200, got \[2\]"),
-        ({"lengths": -1}, "lengths: takes a number >= 0"),
-        ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids: takes shape \(B, T\), got \(3,\)"),
-        ({"attention_mask": torch.ones(2, 2)}, r"attention_mask: takes shape \(2, 3\), got \(2, 2\)"),
-        ({"padding": "both"}, "padding: takes one of"),
+        ({"lengths": -1}, "lengths: expected a number >= 0"),
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids: expected shape \(B, T\), got \(3,\)"),
+        ({"attention_mask": torch.ones(2, 2)}, r"attention_mask: expected shape \(2, 3\), got \(2, 2\)"),
+        ({"padding": "both"}, "padding: expected one of"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):

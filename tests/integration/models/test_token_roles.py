@@ -1,4 +1,4 @@
-"""Token roles against transformers' own processor, and the small functions they are made of."""
+"""Token roles compared with transformers' processor, and the helper functions for token roles."""
 
 import numpy as np
 import pytest
@@ -91,5 +91,5 @@ def test_a_model_that_expands_its_placeholders_asks_for_a_mask():
     with torch.no_grad(), capture(model) as seen:
         model(input_ids=batch.inputs["input_ids"], pixel_values=batch.inputs["pixel_values"])
     expand.remove()
-    with pytest.raises(ValueError, match=r"shape \(1, 9\), but the decoder ran on \(1, 18\) tokens.*give vision_mask"):
+    with pytest.raises(ValueError, match=r"shape \(1, 9\), but the decoder ran on \(1, 18\) tokens.*pass vision_mask"):
         _ = seen.vision_mask

@@ -1,4 +1,4 @@
-"""MoCa and `capture` where something else runs the model: DataParallel, accelerate, adapters, and models around it."""
+"""MoCa and `capture` when other code runs the model: DataParallel, accelerate, adapters, and enclosing models."""
 
 import importlib
 
@@ -21,7 +21,7 @@ def logits_of(model, batch):
 
 @pytest.fixture
 def replicas_of(monkeypatch):
-    """torch's own way to the replicas of nn.DataParallel, with copies in the CPU's memory for those on GPUs."""
+    """Creates replicas as nn.DataParallel does, with copies in CPU memory instead of on GPUs."""
     replicating = importlib.import_module("torch.nn.parallel.replicate")
     monkeypatch.setattr(replicating, "_get_device_index", lambda device, optional: device)
     monkeypatch.setattr(
@@ -32,7 +32,7 @@ def replicas_of(monkeypatch):
 
 @pytest.fixture
 def accelerator():
-    """One that computes in bf16; its options are the process's, so they go back afterwards."""
+    """An accelerator that computes in bf16; its options are global to the process, so they are reset afterwards."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -54,7 +54,7 @@ def test_replicas_of_data_parallel_are_refused_with_the_reason(replicas_of, recw
                 logits_of(replica, batch)
     assert seen.passes == 0
     assert torch.equal(logits_of(plain, batch), expected)
-    assert not [warning for warning in recwarn if "silenced" in str(warning.message)]  # of a hook that failed
+    assert not [warning for warning in recwarn if "silenced" in str(warning.message)]  # from a failed hook
 
 
 def test_data_parallel_without_gpus_runs_the_model_itself(tmp_path):
@@ -96,7 +96,7 @@ def test_a_model_that_accelerate_prepared_for_bf16_is_measured_and_trained_in_it
 
 
 def test_an_adapter_of_transformers_own_holds_moca(tmp_path):
-    """`add_adapter` puts no wrapper around the model; MoCa is among its modules_to_save."""
+    """`add_adapter` does not wrap the model; MoCa is listed in modules_to_save."""
     peft = pytest.importorskip("peft")
     model = tiny_model("llava", dtype=torch.float32)
     batch = tiny_batch(model, "llava", ROWS)

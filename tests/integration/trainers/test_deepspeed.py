@@ -1,4 +1,4 @@
-"""MoCa under DeepSpeed, with ZeRO's stages and without: trained as by one process, saved whole, loaded to stay."""
+"""MoCa under DeepSpeed, with and without ZeRO: trains as in one process, is saved whole, and loaded values persist."""
 
 import pytest
 
@@ -9,7 +9,7 @@ pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
 
-# Of three processes the last has the end of a vector of 32 and what it is filled up with.
+# With three processes, the last one's shard of a vector of 32 ends with padding.
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2), (3, 3)])
 def test_deepspeed_trains_saves_and_loads_moca(stage, processes, tmp_path):
     outputs = outputs_of("trainers/zero_processes.py", tmp_path, stage, processes, processes=processes, timeout=500)

@@ -24,7 +24,7 @@ STEPS, RATE = 6, 1e-2
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny LLaVA in files, from which it comes quantised."""
+    """A tiny LLaVA in files, to be loaded quantised."""
     folder = tmp_path_factory.mktemp("base")
     tiny_model("llava", dtype=torch.float32).save_pretrained(folder)
     return folder
@@ -32,7 +32,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_layout_of_weights(monkeypatch):
-    """CPUs with bf16 instructions lay 4-bit weights out anew in eval mode, and only those of 32 rows, 64 columns."""
+    """Disables the layout that CPUs with bf16 instructions give 4-bit weights of 32 rows, 64 columns in eval mode."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
@@ -52,13 +52,13 @@ def batch_for(model, rows=ROWS):
 
 
 def packed_weights(model, bits):
-    """The quantised weights by name; the names of parameters that LoRA has wrapped are other ones."""
+    """The quantised weights by name, without the parts that LoRA's wrappers add to names."""
     found = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
         for name, parameter in model.named_parameters()
         if parameter.dtype == PACKED[bits]
     }
-    assert len(found) > 7 * LAYERS  # of the language model; there is a vision tower too
+    assert len(found) > 7 * LAYERS  # those of the language model; there is also a vision tower
     return found
 
 
@@ -123,7 +123,7 @@ def test_the_fused_way_and_mir_are_as_the_plain_way(files, bits):
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("order", ["moca first", "lora first"])
 def test_trainer_trains_lora_and_moca_and_the_folder_loads(files, bits, order, tmp_path):
-    """As QLoRA goes: the base prepared for training in k bits, adapters, transformers' Trainer, its checkpoint."""
+    """The steps of QLoRA: a base prepared for k-bit training, adapters, transformers' Trainer, its checkpoint."""
 
     def adapted(**options):
         targets = r".*language_model.*\.(q_proj|v_proj)"
@@ -158,7 +158,7 @@ def test_trainer_trains_lora_and_moca_and_the_folder_loads(files, bits, order, t
         assert torch.equal(packed_weights(trainer.model, bits)[name], weight)
 
     paths = [save_moca(trainer.model, tmp_path / "moca")]
-    if order == "moca first":  # among modules_to_save, so the adapter's own file has it
+    if order == "moca first":  # in modules_to_save, so the adapter's file contains it
         paths.append(tmp_path / f"checkpoint-{STEPS}")
     for path in paths:
         again = loaded(files, bits)

@@ -1,4 +1,4 @@
-"""MIRCallback and MoCa in transformers' Trainer where it trains by DeepSpeed."""
+"""MIRCallback and MoCa in transformers' Trainer with DeepSpeed."""
 
 import pytest
 

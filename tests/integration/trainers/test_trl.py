@@ -1,4 +1,4 @@
-"""MoCa under TRL's SFTTrainer over a quantised base, which casts what trains to bf16."""
+"""MoCa on a quantised base in TRL's SFTTrainer, which casts trained parameters to bf16."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ STEPS, RATE = 8, 1e-3
 
 @pytest.fixture
 def base(tmp_path):
-    """A tiny LLaVA in files, and a tokenizer, which SFTTrainer asks for."""
+    """A tiny LLaVA in files, with a tokenizer, which SFTTrainer requires."""
     model = tiny_model("llava", dtype=torch.float32)
     model.save_pretrained(tmp_path / "base")
     words = tokenizer_of(model.config.get_text_config().vocab_size)
@@ -60,7 +60,7 @@ def sft_trainer(base, folder, bits):
 def test_the_cast_is_told_of_and_no_scale_moves(base, tmp_path, bits):
     trainer = sft_trainer(base, tmp_path, bits)
     assert {p.dtype for p in moca_parameters(trainer.model)} == {torch.bfloat16}
-    with pytest.warns(UserWarning, match=r"MoCa: in bfloat16 a scale of 1 stays 1.*p\.data = p\.data\.float\(\)"):
+    with pytest.warns(UserWarning, match=r"MoCa: in bfloat16, .* a scale of 1 unchanged.*p\.data = p\.data\.float\(\)"):
         trainer.train()
     assert all((scale == 1).all() for scale in moca_parameters(trainer.model)[::2])
 
@@ -75,4 +75,4 @@ def test_the_way_out_trains_every_scale_and_shift(base, tmp_path, bits, recwarn)
     for i, parameter in enumerate(moca_parameters(trainer.model)):
         moved = (parameter.detach() - (i + 1) % 2).abs()
         assert moved.min() > 0
-        assert moved.max() > RATE  # AdamW goes about RATE a step
+        assert moved.max() > RATE  # AdamW moves about RATE per step

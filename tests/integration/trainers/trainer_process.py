@@ -1,7 +1,7 @@
-"""A process that trains by transformers' Trainer with DeepSpeed: python trainer_process.py 0 STORE FOLDER STAGE.
+"""A process that trains with transformers' Trainer and DeepSpeed: python trainer_process.py 0 STORE FOLDER STAGE.
 
-The Trainer makes the engine; MIR is measured while it trains, evaluated, and resumed from a checkpoint of the engine's.
-accelerate counts one process where DeepSpeed runs on CPUs, so that there is no test of it with more.
+The Trainer creates the engine. MIR is measured during training, used in evaluation, and continued after resuming from
+a checkpoint of the engine. accelerate counts one process if DeepSpeed runs on CPUs, so more are not tested.
 """
 
 import sys
@@ -59,7 +59,7 @@ def main(folder, stage):
 
     resumed = trainer(folder / "rest", stage, STEPS + MORE)
     again = MIRCallback(probe, every=1).attach(resumed)
-    with warnings.catch_warnings():  # DeepSpeed reads its own checkpoints: nothing is lost
+    with warnings.catch_warnings():  # DeepSpeed loads its own checkpoints completely
         warnings.filterwarnings("error", message="MIR")
         resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS}"))
     assert [step for step, _ in again.history][-MORE:] == [STEPS + 1, STEPS + 2]
@@ -68,7 +68,7 @@ def main(folder, stage):
 
 if __name__ == "__main__":
     store, folder, stage = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-    deepspeed_process.begin(0, store, 1)  # before the Trainer asks what is there
+    deepspeed_process.begin(0, store, 1)  # before the Trainer detects its environment
     main(folder, stage)
     print("trained, chosen, saved and resumed", flush=True)
     dist.destroy_process_group()

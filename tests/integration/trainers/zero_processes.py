@@ -1,7 +1,7 @@
-"""One of the processes that train a model with MoCa by DeepSpeed: zero_processes.py RANK STORE FOLDER STAGE COUNT.
+"""One of the processes that train a model with MoCa with DeepSpeed: zero_processes.py RANK STORE FOLDER STAGE COUNT.
 
-Every case makes an engine with ZeRO's STAGE (0 is without ZeRO), trains it with plain SGD, and compares with training
-in one process without DeepSpeed.
+Every case creates an engine with ZeRO's STAGE (0: without ZeRO), trains it with plain SGD, and compares it with
+training in one process without DeepSpeed.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from tolerances import assert_close
 
 
 class Run:
-    """What this process is among the others, and what it trains with."""
+    """The rank of this process, the number of processes, and the settings to train with."""
 
     def __init__(self, rank, folder, stage, processes, **zero):
         self.rank, self.folder, self.stage, self.processes = rank, folder, stage, processes
         self.zero = {"stage": stage, **zero}
-        # In step 1 the second process has no image. ZeRO-3 gathers the weights of the vision tower for all at once.
+        # In step 1 the second process has no image; ZeRO-3 needs all processes to gather the vision tower's weights.
         self.steps = (0, 2, 3) if stage == 3 else (0, 1, 2)
 
     def engine(self, model, learning_rate=LEARNING_RATE, around=None, **config):
-        """`around`: what is made of the model for the engine to hold, in place of the model itself."""
+        """An engine that trains the model, or the module that `around` builds from it."""
         model = freeze_vision(model) if around is None else around(freeze_vision(model))
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=learning_rate)
@@ -54,7 +54,7 @@ class Run:
             engine.step()
 
     def train_reference(self, model, steps):
-        """The same in this process alone, on the mean of all processes' losses."""
+        """Trains in this process alone, on the mean of all processes' losses."""
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
         for step in steps:
             optimizer.zero_grad()
@@ -62,16 +62,16 @@ class Run:
             optimizer.step()
 
     def saved(self, model, name):
-        """What save_moca writes, in layers and their order."""
+        """The vectors that save_moca writes, in the order of the layers."""
         values = load_file(save_moca(model, self.folder / name))
         dist.barrier()
         return [values[f"model.layers.{i}.{NAME}.{part}"] for i in range(LAYERS) for part in ("scale", "shift")]
 
 
 def gathered(engine):
-    """MoCa's parameters as this process has them in a forward pass."""
+    """MoCa's parameters as this process uses them in a forward pass."""
     found = [p for layer in calibrated_layers(engine) for p in moca_of(layer).parameters()]
-    with deepspeed.zero.GatheredParameters(found):  # nothing to do before stage 3
+    with deepspeed.zero.GatheredParameters(found):  # no effect below stage 3
         return [parameter.detach().clone() for parameter in found]
 
 
@@ -118,7 +118,7 @@ def loads_what_the_next_steps_go_on_from(run):
 
 
 def keeps_the_float32_values_of_a_bf16_model(run):
-    """DeepSpeed casts the whole model to bf16 and trains float32 copies: these are what is saved and loaded."""
+    """DeepSpeed casts the whole model to bf16 and trains float32 copies, which are saved and loaded."""
     engine = run.engine(calibrated(dtype=torch.float32), learning_rate=0.0, bf16={"enabled": True})
     other = calibrated(dtype=torch.float32, seed=1)
     file = save_moca(other, run.folder / "other")
@@ -128,11 +128,11 @@ def keeps_the_float32_values_of_a_bf16_model(run):
         values = run.saved(engine, "again")
         assert {value.dtype for value in values} == {torch.float32}
         assert_all_equal(values, moca_parameters(other))
-        run.train(engine, run.steps)  # at a learning rate of 0, an optimizer writes its copies into the model
+        run.train(engine, run.steps)  # with a learning rate of 0, the optimizer only writes its copies back
 
 
 def copies_of_an_engine_around_the_model(run):
-    """The engine holds a module that holds the model: from the model alone, its float32 copies are found as well."""
+    """The engine holds a module that contains the model; its float32 copies are found from the model alone."""
 
     class WithLoss(torch.nn.Module):
         def __init__(self, model):
@@ -145,12 +145,12 @@ def copies_of_an_engine_around_the_model(run):
     assert_all_equal(run.saved(inner, "again"), moca_parameters(other))
     bare = tiny_model("llava", dtype=torch.float32)
     run.engine(bare, around=WithLoss, bf16={"enabled": True})
-    with pytest.raises(ValueError, match="DeepSpeed engine already"):
+    with pytest.raises(ValueError, match="already in a DeepSpeed engine"):
         add_moca(bare)
 
 
 def float32_copies_that_are_flat(run):
-    """Where DeepSpeed takes the optimizer for a fused one, it lays its copies one behind the other."""
+    """If DeepSpeed considers the optimizer fused, it keeps the copies in one flat tensor."""
     engines = importlib.import_module("deepspeed.runtime.engine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "FusedAdam", torch.optim.SGD)
@@ -158,14 +158,14 @@ def float32_copies_that_are_flat(run):
 
 
 def small_parameters_gathered_each_time(run):
-    """By default ZeRO-3 leaves parameters as small as MoCa's whole after it has gathered them once."""
+    """By default, ZeRO-3 keeps parameters as small as MoCa's gathered after the first time."""
     changed = Run(run.rank, run.folder, run.stage, run.processes, stage3_param_persistence_threshold=0)
     trains_and_saves_as_one_process_does(changed)
     loads_what_the_next_steps_go_on_from(changed)
 
 
 def loaded_in_parts(run):
-    """As transformers loads a model for ZeRO-3: no process ever has it whole. MoCa comes after, whole or in parts."""
+    """As transformers loads a model for ZeRO-3: no process ever holds it whole. MoCa is added whole or sharded."""
     reference = freeze_vision(calibrated(dtype=torch.float32))
     start = [parameter.detach().clone() for parameter in moca_parameters(reference)]
     run.train_reference(reference, run.steps)
@@ -173,7 +173,7 @@ def loaded_in_parts(run):
         tiny_model("llava", dtype=torch.float32).save_pretrained(run.folder / "base")
     dist.barrier()
     config = {"zero_optimization": run.zero, "train_micro_batch_size_per_gpu": 1}
-    in_force = HfDeepSpeedConfig(config)  # while it lives
+    in_force = HfDeepSpeedConfig(config)  # as long as it is alive
     for way in (contextlib.nullcontext(), deepspeed.zero.Init(config_dict_or_path=config)):
         model = transformers.LlavaForConditionalGeneration.from_pretrained(run.folder / "base", dtype=torch.float32)
         assert all(parameter.numel() == 0 for parameter in model.parameters())
@@ -193,7 +193,7 @@ def loaded_in_parts(run):
 
 
 def offloaded(run):
-    """Parameters (ZeRO-3) and the optimizer's copies lie in the CPU's memory of their own."""
+    """Parameters (ZeRO-3) and the optimizer's copies are offloaded to separate CPU memory."""
     places = ("offload_optimizer", "offload_param") if run.stage == 3 else ("offload_optimizer",)
     changed = Run(run.rank, run.folder, run.stage, run.processes, **{place: {"device": "cpu"} for place in places})
     trains_and_saves_as_one_process_does(changed)
@@ -228,12 +228,12 @@ def has_the_roles_and_mir_of_one_process(run):
 def refuses_moca_that_comes_too_late(run):
     engine = run.engine(tiny_model("llava", dtype=torch.float32))
     for given in (engine, engine.module):
-        with pytest.raises(ValueError, match=r"in a DeepSpeed engine already.*add MoCa first, before deepspeed.init"):
+        with pytest.raises(ValueError, match=r"already in a DeepSpeed engine.*add MoCa before deepspeed.init"):
             add_moca(given)
 
 
 def cases_of(stage):
-    """What a run of this stage goes through, in order."""
+    """The cases of a stage, in order."""
     return (
         *(trains_and_saves_as_one_process_does, loads_what_the_next_steps_go_on_from),
         *(keeps_the_float32_values_of_a_bf16_model, moca_that_is_not_trained),

@@ -1,4 +1,4 @@
-"""`MIRCallback` in transformers' Trainer: what it logs, when it stops training, and that it disturbs nothing."""
+"""`MIRCallback` in transformers' Trainer: logged values, early stopping, and no side effects on training."""
 
 import contextlib
 import importlib.util
@@ -74,7 +74,7 @@ def test_stops_on_a_plateau_and_not_before(tmp_path):
     still = trainer_of(tmp_path, learning_rate=0.0, steps=20)
     flat = MIRCallback(probe_of(still), every=2, patience=3).attach(still)
     still.train()
-    assert [step for step, _ in flat.history] == [0, 2, 4, 6]  # the start and three measurements without a change
+    assert [step for step, _ in flat.history] == [0, 2, 4, 6]  # the start and three unchanged measurements
     assert still.state.global_step == 6
     moving = trainer_of(tmp_path, learning_rate=1e-2, steps=8)
     callback = MIRCallback(probe_of(moving, range(10)), every=2, patience=3).attach(moving)
@@ -94,13 +94,13 @@ def test_stops_once_mir_has_moved_and_its_changes_are_within_their_error(tmp_pat
         window = sorted((result for _, result in watching.history[end - 2 : end + 1]), key=float)
         changes = [y - x for x, y in zip(window[0].left_out_values, window[-1].left_out_values, strict=True)]
         flat.append(window[-1].value - window[0].value < 2 * jackknife(changes))
-    assert flat.index(True) > 0, "the stand-in is flat from the start, or never: choose one that moves and stops"
+    assert flat.index(True) > 0, "this run is flat from the start, or never: choose one that first changes"
 
     stopped = trainer_of(tmp_path, learning_rate=1e-3, steps=16)
     callback = MIRCallback(probe_of(stopped, range(10)), every=1, patience=2).attach(stopped)
     stopped.train()
     assert stopped.state.global_step == 2 + flat.index(True)
-    assert len({result.value for _, result in callback.history[-3:]}) == 3  # flat, and yet not the same
+    assert len({result.value for _, result in callback.history[-3:]}) == 3  # flat, but not equal
     assert [r.to_json() for _, r in callback.history] == [
         r.to_json() for _, r in watching.history[: len(callback.history)]
     ]
@@ -112,14 +112,14 @@ def test_a_slow_but_steady_change_is_no_plateau_though_each_value_is_uncertain()
         callback.history.append((step, drifting(0.0, 0.01 * step)))
         values = [float(result) for _, result in callback.history[-6:]]
         assert not callback.plateau()
-    assert max(values) - min(values) < 0.5 * callback.history[-1][1].error  # each by itself says nothing
+    assert max(values) - min(values) < 0.5 * callback.history[-1][1].error  # no single value is significant
     for step in range(5):
-        callback.history.append((12 + step, drifting(0.002 * step, 0.11)))  # from here the groups disagree
+        callback.history.append((12 + step, drifting(0.002 * step, 0.11)))  # from here on, the groups disagree
     assert callback.plateau()
 
 
 def drifting(apart, down):
-    """A result whose 6 groups differ by an error of 0.1 among themselves; one half of them moves by `apart`."""
+    """A result with 6 groups and a standard error of 0.1; half of the groups move up and half down by `apart`."""
     made = MIRResult([LayerTerms(10.0 ** (1 - 0.4 * down), 0.0, 0.0, 0.0)], [1.0], *({"vision": [9], "text": [9]},) * 2)
     moved = [(-1) ** g * 0.1 / math.sqrt(5) + (-1) ** g * apart for g in range(6)]
     made.left_out = [[made.per_layer[0] * 10**each for each in moved]]
@@ -128,8 +128,8 @@ def drifting(apart, down):
 
 def test_too_few_rows_for_the_groups_are_told_once_where_they_decide(tmp_path):
     for rows, said in (
-        ((5,), "rows for 2 of 5 groups of samples: give"),
-        ((), "rows for 0 of 5 .* only min_delta tells"),
+        ((5,), "rows for only 2 of 5 groups of samples; use"),
+        ((), "rows for only 0 of 5 .* only min_delta detects"),
     ):
         trainer = trainer_of(tmp_path, steps=2)
         probe = probe_of(trainer, rows) or [tiny_batch(trainer.model, "llava", ROWS[:1]).inputs]
@@ -153,8 +153,8 @@ def test_random_states_and_each_modules_mode_are_restored(tmp_path):
     probe = probe_of(trainer)
     callback = MIRCallback(probe, every=1).attach(trainer)
     model = trainer.model.train()
-    model(**probe[0])  # transformers puts hooks of its own on the vision tower in the first pass
-    model.model.vision_tower.eval()  # as one does with a frozen tower
+    model(**probe[0])  # in the first pass, transformers adds hooks to the vision tower
+    model.model.vision_tower.eval()  # as for a frozen tower
     modes = {name: module.training for name, module in model.named_modules()}
     seen = []
 
@@ -200,16 +200,16 @@ def test_wrong_arguments_are_named_and_a_missing_trainer_too(tmp_path):
     trainer = trainer_of(tmp_path, steps=1)
     probe = probe_of(trainer)
     for options in ({"every": 0}, {"patience": 0}, {"min_delta": -1.0}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))}: takes"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
             MIRCallback(probe, **options)
-    with pytest.raises(ValueError, match="name: takes letters, digits and underscores, no digit first, got 'my mir'"):
+    with pytest.raises(ValueError, match=r"name: expected letters, digits and underscores, .* got 'my mir'"):
         MIRCallback(probe, name="my mir")
     for option in ("every", "patience"):
         for wrong in (0, 1.5, True, "5"):
-            with pytest.raises(ValueError, match=f"{option}: takes a whole number >= 1, got {wrong!r}"):
+            with pytest.raises(ValueError, match=f"{option}: expected a whole number >= 1, got {wrong!r}"):
                 MIRCallback(probe, **{option: wrong})
     for wrong in ([], probe[0], iter(probe), [probe[0], 3], "probe"):
-        with pytest.raises((TypeError, ValueError), match=r"probe(\[1\])?: takes a"):
+        with pytest.raises((TypeError, ValueError), match=r"probe(\[1\])?: expected a"):
             MIRCallback(wrong)
     trainer.add_callback(MIRCallback(probe))
     with pytest.raises(RuntimeError, match=r"\.attach\(trainer\)"):
@@ -254,7 +254,7 @@ def test_a_probe_that_fails_leaves_the_model_as_it_was():
 
 @pytest.fixture
 def lightning(monkeypatch):
-    """A stand-in for `lightning.pytorch` where it is not installed: what the callback asks of it."""
+    """A stand-in for `lightning.pytorch` if it is not installed, with the parts that the callback needs."""
     if importlib.util.find_spec("lightning") is not None:
         return
     module = types.ModuleType("lightning.pytorch")
@@ -264,7 +264,7 @@ def lightning(monkeypatch):
 
 
 class LightningTrainer:
-    """The parts of Lightning's Trainer that a callback sees, with two batches a step."""
+    """The parts of Lightning's Trainer that a callback uses, with two batches per step."""
 
     def __init__(self, callback, module, steps, start=0):
         self.global_step, self.should_stop, self.logged = start, False, []
@@ -296,7 +296,7 @@ def test_lightning_logs_the_same_and_stops_on_a_plateau(lightning, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="MIR")
         trainer = LightningTrainer(again, module, steps=20, start=4)
-    assert [step for step, _ in trainer.logged] == [6]  # step 4 is not logged again, and one more is enough
+    assert [step for step, _ in trainer.logged] == [6]  # step 4 is not logged again; one more measurement suffices
 
 
 def test_lightning_tells_of_weights_that_did_not_come_back(lightning, tmp_path):
@@ -311,7 +311,7 @@ def test_lightning_tells_of_weights_that_did_not_come_back(lightning, tmp_path):
         model.model.language_model.layers[0].mlp.down_proj.weight.mul_(1.1)
     with pytest.warns(UserWarning, match="resumed training has a MIR .* after 2 steps.*loading it is strict"):
         LightningTrainer(again, module, steps=3, start=2)
-    with warnings.catch_warnings():  # fitted again, with weights that the user has changed since: no resuming
+    with warnings.catch_warnings():  # a second fit with weights changed by the user is not a resumed run
         warnings.filterwarnings("error", message="MIR")
         LightningTrainer(again, module, steps=3, start=2)
 

@@ -1,4 +1,4 @@
-"""Samples of a probe that have an image or a text in common: no error that does not know of it."""
+"""Samples of a probe that share an image or a text: no standard error that ignores the shared one."""
 
 import random
 
@@ -17,7 +17,7 @@ def model():
 
 
 def probe_of(model, count=10, *, image=None, text=None, rows=("tittttttt",)):
-    """Batches of random samples; image, text: of every one, the index of the batch that its image or text is from."""
+    """Batches of random samples; image, text: for each batch, the index of the batch whose image or text it uses."""
     made = [tiny_batch(model, "llava", list(rows), seed=seed).inputs for seed in range(count)]
     image, text = image or list(range(count)), text or list(range(count))
     return [{**made[t], "pixel_values": made[i]["pixel_values"]} for i, t in zip(image, text, strict=True)]
@@ -35,8 +35,8 @@ def test_samples_that_share_nothing_have_an_error(model):
         ([0] * 10, None, "1 image"),
         (None, [3] * 10, "1 text"),
         ([0] * 10, [0] * 10, "1 image and 1 text"),
-        ([0, 1] * 5, None, "2 images"),  # in five groups of two
-        ([0, 1, 2, 3, 4, 5, 6, 0, 0, 0], None, "7 images"),  # four in a row, groups of two
+        ([0, 1] * 5, None, "2 images"),  # five groups of two samples
+        ([0, 1, 2, 3, 4, 5, 6, 0, 0, 0], None, "7 images"),  # one image in four samples, groups of two
         (list(range(10)), [0, 0, 2, 2, 4, 4, 6, 6, 8, 0], "5 texts"),
         ([0, 0, 2, 2, 4, 4, 6, 6, 8, 8], [0, 1, 1, 3, 3, 5, 5, 7, 7, 0], "5 images and 5 texts"),  # a ring
     ],
@@ -76,7 +76,7 @@ def test_however_groups_are_dealt(model, metric):
 
 
 def test_padding_hides_no_text(model):
-    """The same text in rows of other lengths, and another text."""
+    """The same text in rows of different lengths, and another text."""
     ids, fill = torch.arange(5, 10), torch.zeros(2, dtype=torch.int64)
     padded = {"input_ids": torch.cat([fill, ids])[None], "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])}
     plain = {"input_ids": ids[None], "attention_mask": torch.ones(1, 5)}
@@ -108,5 +108,5 @@ def test_order_is_a_permutation_and_untouched_where_nothing_is_shared(seed):
 
 def test_early_stopping_says_that_it_goes_by_min_delta(model, tmp_path):
     callback = MIRCallback(probe_of(model, image=[0] * 10), patience=2)
-    with pytest.warns(UserWarning, match="no standard error and only min_delta tells a plateau"):
+    with pytest.warns(UserWarning, match="no standard error and only min_delta detects a plateau"):
         callback.measure(model, 0)

@@ -1,4 +1,4 @@
-"""`MIRCallback` where the Trainer reads weights from checkpoints: resumed training, and the best model by MIR."""
+"""`MIRCallback` when the Trainer loads weights from checkpoints: resumed training, and the best model by MIR."""
 
 import json
 import warnings
@@ -47,14 +47,14 @@ def measurements(monkeypatch):
 
 @pytest.fixture
 def silent():
-    """Warnings of MIR are errors."""
+    """Turns MIR's warnings into errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="MIR")
         yield
 
 
 def test_training_resumed_from_the_weights_of_the_checkpoint_is_training_without_a_break(tmp_path, silent):
-    constant = {"lr_scheduler_type": "constant"}  # else the rate would depend on how many steps are asked for
+    constant = {"lr_scheduler_type": "constant"}  # other schedules depend on the total number of steps
     straight = trainer_of(tmp_path / "whole", model=calibrated(), **constant)
     whole = watched(straight)
     straight.train()
@@ -85,7 +85,7 @@ def test_weights_that_did_not_come_back_are_told_with_both_values(tmp_path, ever
     resumed = trainer_of(tmp_path / "rest", steps=4)
     now = measure_mir(resumed.model, probe_of(resumed), metric={"groups": 0}).value
     callback = watched(resumed, every=every)
-    said = f"resumed training has a MIR of {now:.6g}, and it was {then:.6g} .* after 3 steps.*load_moca"
+    said = f"resumed training has a MIR of {now:.6g}, but it was {then:.6g} .* after 3 steps.*load_moca"
     with pytest.warns(UserWarning, match=said) as told:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert sum("MIR" in str(warning.message) for warning in told) == 1
@@ -109,7 +109,7 @@ def test_checkpoints_between_measurements_are_measured_as_they_are_written(tmp_p
 
 
 def test_resumed_training_stops_where_it_would_have_without_a_break_and_logs_no_step_twice(tmp_path, silent):
-    """At a learning rate of 0, so that it is flat from the start, whichever weights the checkpoint brings."""
+    """With a learning rate of 0, MIR is flat from the start, whatever weights the checkpoint holds."""
     broken = trainer_of(tmp_path / "a", steps=3, learning_rate=0.0, **SAVING)
     watched(broken, patience=4)
     broken.train()
@@ -155,19 +155,19 @@ def test_the_trainers_own_early_stopping_goes_by_mir_wherever_it_stands_in_the_l
     )  # fmt: skip
     watched(trainer, every=100)
     trainer.train()
-    assert trainer.state.global_step == 3  # one that is best, and two that are no better
+    assert trainer.state.global_step == 3  # the best step, and two that are no better
     assert len(seen) == 3
 
 
 def test_a_greater_mir_is_never_taken_for_the_better_one(tmp_path):
     trainer = trainer_of(tmp_path, **EVALUATING, metric_for_best_model="mir")
-    with pytest.warns(UserWarning, match="takes greater_is_better=False.*lower MIR.*got True.*set to False"):
+    with pytest.warns(UserWarning, match="expected greater_is_better=False, got True.*set to False.*lower MIR"):
         watched(trainer)
     assert trainer.args.greater_is_better is False
 
 
 def test_a_best_model_that_did_not_come_back_is_told(tmp_path):
-    # The greatest loss is the first.
+    # The largest loss is the first.
     changes = {**EVALUATING, "metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
     trainer = trainer_of(tmp_path, **changes)
     callback = watched(trainer)
@@ -196,8 +196,8 @@ def test_two_callbacks_of_a_trainer_have_names_and_measurements_of_their_own(tmp
 
     trainer = trainer_of(tmp_path, steps=2, learning_rate=0.0, **{**SAVING, "save_steps": 2})
     own, others = two(trainer)
-    assert own.attach(trainer) is own  # a second time: nothing
-    with pytest.raises(ValueError, match="name: takes one that no other MIRCallback of the trainer has, got 'mir'"):
+    assert own.attach(trainer) is own  # attaching twice has no effect
+    with pytest.raises(ValueError, match="name: expected one that no other MIRCallback of the trainer has, got 'mir'"):
         MIRCallback(probe_of(trainer)).attach(trainer)
     trainer.train()
     alone = [measure_mir(trainer.model, each.probe, metric={"groups": 0}).value for each in (own, others)]
@@ -228,7 +228,7 @@ def test_a_callback_begins_anew_with_another_training(tmp_path):
     resumed = trainer_of(tmp_path / "d", steps=4, learning_rate=0.0)
     callback.attach(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-3"))
-    assert [step for step, _ in values(callback)] == [3, 4]  # nothing was measured of that training before
+    assert [step for step, _ in values(callback)] == [3, 4]  # nothing was measured before resuming
 
 
 def test_a_checkpoint_that_somebody_else_asks_for_is_measured_too(tmp_path, measurements):
@@ -262,7 +262,7 @@ def test_without_every_save_only_measured_checkpoints_are_checked(tmp_path, meas
 
 
 class OtherWeightsInEvaluation(torch.optim.SGD):
-    """Evaluates weights a tenth larger than it trains, as schedule-free optimizers evaluate an average."""
+    """Evaluates weights 10% larger than those it trains, as schedule-free optimizers evaluate an average."""
 
     factor = 1.0
 
@@ -291,7 +291,7 @@ def test_an_evaluation_measures_the_weights_that_it_evaluates(tmp_path):
     evaluated = {e["step"]: e["eval_mir"] for e in made.state.log_history if "eval_mir" in e}
     assert list(evaluated) == [1, 2]
     assert all(abs(evaluated[step] - trained[step]) > 1e-4 for step in evaluated)
-    assert made.optimizer.optimizer.factor == 1.1  # the model is left as it was evaluated
+    assert made.optimizer.optimizer.factor == 1.1  # the model keeps its evaluated weights
     assert evaluated[2] == measure_mir(made.model, callback.probe, metric={"groups": 0}).value
 
 
@@ -301,7 +301,7 @@ def test_processes_choose_by_the_value_of_the_first_which_alone_tells(tmp_path):
 
 
 def test_a_checkpoint_says_which_folder_its_model_came_from(tmp_path):
-    """Where its processor is: Trainer saves none unless it was given one."""
+    """This folder has the processor, because Trainer saves none unless it was given one."""
     calibrated().save_pretrained(tmp_path / "base")
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
     trainer = trainer_of(tmp_path / "out", model=model, steps=3, **SAVING)

@@ -1,4 +1,4 @@
-"""Rows of the log: MIR's are its own, and a trainer's stay as they are, whatever it adds to them or takes from them."""
+"""Log rows: MIR's are separate, and the trainer's rows are unchanged, whatever a subclass adds or removes."""
 
 import pytest
 from transformers import Trainer
@@ -11,7 +11,7 @@ EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "evaluated": True, "met
 
 
 class Averaging(Trainer):
-    """As TRL's trainers: a row gets the mean of what was seen since the last one, which is then forgotten."""
+    """Like TRL's trainers: adds to each row the means of the values since the last row, and resets them."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -30,7 +30,7 @@ class Averaging(Trainer):
 
 
 class Counting(Trainer):
-    """Numbers its rows."""
+    """Adds a running number to each row."""
 
     rows = 0
 

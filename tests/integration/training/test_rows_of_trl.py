@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, which adds to each row what it has averaged since the last: as it is without MIR's callback."""
+"""TRL's SFTTrainer, which adds averages since the last row to each row, logs the same as without MIR's callback."""
 
 import pytest
 import torch

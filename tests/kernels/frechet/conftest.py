@@ -1,4 +1,4 @@
-"""What the tests of Tr((AB)^(1/2)) and of the Frechet distance share."""
+"""Fixtures shared by the tests of Tr((AB)^(1/2)) and of the Frechet distance."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Pairs of features whose moments are hard: large means, unequal scales, few rows, hardly any rank."""
+"""Pairs of features with difficult moments: large means, unequal scales, few rows, very low rank."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 import torch
 from torch import Tensor
 
-RATIOS = [0.0, 1.0, 1e4, 1e5, 1e6, 1e8]  # of mean and deviation
+RATIOS = [0.0, 1.0, 1e4, 1e5, 1e6, 1e8]  # of mean to standard deviation
 
 
 def features(seed: int, ratio: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """A random pair, short or tall, of one of many kinds."""
+    """A random pair with few or many rows, of one of many kinds."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     d = rng.choice([1, 2, 3, 4])
     x, y = (

@@ -1,4 +1,4 @@
-"""Hard pairs of covariances, and the errors that are promised on them."""
+"""Difficult pairs of covariances, and the errors promised for them."""
 
 import functools
 
@@ -9,7 +9,7 @@ from kernels.covariances import covariance, mpmath_truth
 from mir_kernels.ops.frechet.report import TOLERANCE
 
 D = 96
-# (backend, precision): the relative error that is promised. float64 singular values do not depend on the precision.
+# (backend, precision, promised relative error). float64 singular values do not depend on the precision.
 PATHS = [("linalg", "float32", 1e-8), *(("eager", precision, TOLERANCE[precision]) for precision in TOLERANCE)]
 
 

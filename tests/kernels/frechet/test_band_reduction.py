@@ -11,7 +11,7 @@ NATIVE = pytest.mark.skipif(native.MISSING is not None, reason=f"{native.MISSING
 
 
 def padded(m: torch.Tensor) -> torch.Tensor:
-    """m as the reduction takes it: with zeros up to whole panels, and in rows that lie further apart."""
+    """m laid out for the reduction: zero-padded to whole panels, with a larger row stride."""
     d, width = m.shape[0], native.C.BAND_WIDTH
     rows = -(-d // width) * width
     out = torch.zeros(rows, rows + 8, dtype=torch.float64)
@@ -53,7 +53,7 @@ def plain(kind: str, d: int) -> torch.Tensor:
 def test_the_band_has_the_eigenvalues_of_the_matrix(kind, d):
     m = plain(kind, d)
     expected = torch.linalg.eigvalsh(m)
-    # Nothing above the blocks on the diagonal may count.
+    # Entries above the blocks on the diagonal must not be read.
     blocks = torch.arange(d) // native.C.BAND_WIDTH
     m[blocks[:, None] < blocks] = float("nan")
     assert (eigenvalues(native.band(padded(m), d)) - expected).abs().amax() <= 1e-14 * math.sqrt(d) * expected[-1]

@@ -1,4 +1,4 @@
-"""Proved bounds of Tr((AB)^(1/2)): they hold next to singular, at the ends of the range, and are close."""
+"""Proved bounds of Tr((AB)^(1/2)): they hold near singularity and at the ends of the range, and are tight."""
 
 import math
 import warnings
@@ -27,7 +27,7 @@ def test_bounds_hold_the_truth_in_many_digits(kind, backend, precision):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("smallest", [0.0, 1e-20, 1e-17, 1e-16, 1e-15, 1e-14, 1e-12, -1e-17])
 def test_bounds_hold_the_truth_next_to_singular(seed, smallest):
-    """Where Cholesky stops being able to tell definite from indefinite: the bounds must not take its word."""
+    """Where Cholesky cannot tell definite from indefinite matrices, the bounds must not rely on it."""
     generator = torch.Generator().manual_seed(seed)
     d = 6
     q, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
@@ -41,7 +41,7 @@ def test_bounds_hold_the_truth_next_to_singular(seed, smallest):
 
 
 def test_bounds_of_a_matrix_that_rounding_left_indefinite_hold_whatever_its_scales():
-    """The positive part is taken of the matrix with its coordinates scaled alike: see the README, "Bounds"."""
+    """The positive part is that of the matrix with equally scaled coordinates; see the README, "Bounds"."""
     for scale, dtype in ((2.0**18, torch.float64), (2.0**12, torch.float32)):
         a = torch.tensor(
             [[1, 1, 0.5 / scale], [1, 1, -0.5 / scale], [0.5 / scale, -0.5 / scale, 1]], dtype=torch.float64
@@ -51,7 +51,7 @@ def test_bounds_of_a_matrix_that_rounding_left_indefinite_hold_whatever_its_scal
         b = torch.diag(torch.tensor([0.0, 0.0, 1.0])).to(dtype)
         for backend in ("linalg", "eager"):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # the value is uncertain, and says so
+                warnings.simplefilter("ignore", RuntimeWarning)  # the value is uncertain, with a warning
                 lower, upper = trace_sqrt_product(a, b, bounds=True, backend=backend)[1:]
             assert mpmath.mpf(lower.item()) <= mpmath_truth(a, b) <= mpmath.mpf(upper.item())
 
@@ -119,7 +119,7 @@ def test_bounds_of_singular_pairs_are_as_close_as_the_root_of_rounding(kind):
 
 @pytest.mark.parametrize("noise", [1e-8, 1e-7, 1e-6])
 def test_bounds_are_close_where_two_coordinates_are_nearly_one(noise):
-    """Cholesky factors of two neighbours of such a covariance may differ by a rotation of what follows."""
+    """Cholesky factors of two neighbours of such a covariance may differ by a rotation of the trailing columns."""
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
         x, y = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (15, 50))

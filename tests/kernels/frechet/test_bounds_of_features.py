@@ -1,4 +1,4 @@
-"""Bounds of features hold for the features as they are: against rationals, whatever the mean, the scales, the rank."""
+"""Bounds of features hold for the features as given: checked against rationals, for any mean, scale and rank."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_means_and_deviations_are_within_their_bounds(ratio):
 
 @pytest.mark.parametrize("ratio", [0.0, 1e6])
 def test_what_is_left_of_a_mean_is_rounding_of_the_deviations(ratio):
-    """Not of the mean, which is a million times larger."""
+    """The rounding is relative to the deviations, not to the mean, which is a million times larger."""
     x = torch.randn(3000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + ratio
     known = centring.centre(x)
     assert (known.error <= 1e-13 * known.norm).all()
@@ -75,7 +75,7 @@ def test_covariances_are_within_their_bounds_of_what_they_are_of(n, ratio):
     found = centring.covariance(x + ratio, known)
     z = rationals.exact(torch.cat(list(known.deviations(x + ratio, n))))
     columns, scale = list(zip(*z, strict=True)), [Fraction(s) for s in found.scale.tolist()]
-    # In the Frobenius norm, which is more than `shift` bounds.
+    # In the Frobenius norm, which is larger than the spectral norm that `shift` bounds.
     squares = Fraction(0)
     for i, a in enumerate(columns):
         for j, b in enumerate(columns):
@@ -136,7 +136,7 @@ def centred(n: int, d: int, seed: int) -> Tensor:
 
 
 def moved(x: Tensor, by: Tensor, seed: int) -> Tensor:
-    """Centred x, every column shorter and askew: by `by` (d,) in all."""
+    """Centred x with every column shortened and tilted, by `by` (d,) in total."""
     towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     askew, length = towards - towards.mean(0), torch.linalg.vector_norm(x, dim=0)
     return x + by * (askew / torch.linalg.vector_norm(askew, dim=0) / 5 - 0.8 * x / length)
@@ -146,7 +146,7 @@ def moved(x: Tensor, by: Tensor, seed: int) -> Tensor:
 @pytest.mark.parametrize("share", [1e-2, 1e-4])
 @pytest.mark.parametrize(("n", "m", "d"), [(30, 20, 5), (4, 6, 9)])
 def test_errors_of_deviations_are_worth_what_they_move_the_root(n, m, d, share, sides):
-    """In both forms that the bounds have, with errors that outweigh all rounding."""
+    """In both forms of the bounds, with errors that exceed all rounding."""
     features = centred(n, d, 0), centred(m, d, 1)
     errors = [share * side * torch.linalg.vector_norm(x, dim=0) for x, side in zip(features, sides, strict=True)]
     others = [moved(x, error, 2) for x, error in zip(features, errors, strict=True)]
@@ -167,7 +167,7 @@ def test_errors_of_deviations_are_worth_what_they_move_the_root(n, m, d, share, 
 
 @pytest.mark.parametrize("definite", [False, True])
 def test_errors_of_a_covariance_are_worth_what_they_move_the_root(definite):
-    """Relative to the covariance where that is definite, and the root of them next to singular."""
+    """Relative errors if the covariance is definite, their root near singularity."""
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(5, 5 if definite else 3, generator=generator, dtype=torch.float64)
     a, b = factor @ factor.mT, torch.diag(torch.rand(5, generator=generator, dtype=torch.float64) + 0.5)
@@ -184,7 +184,7 @@ def test_errors_of_a_covariance_are_worth_what_they_move_the_root(definite):
 
 
 def test_bounds_of_features_short_of_rank_are_as_close_as_the_root_of_rounding():
-    """Where nothing relative to the covariance is proved."""
+    """Where no bound relative to the covariance can be proved."""
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(10, 40, generator=generator, dtype=torch.float64)
     x, y = (torch.randn(n, 10, generator=generator, dtype=torch.float64) @ factor for n in (300, 200))

@@ -42,7 +42,7 @@ def alike(found, expected, shape):
 
 @pytest.fixture(params=["linalg", "eager", "reference", "split"])
 def backend(request, monkeypatch):
-    """ "split": parts of two matrices, as larger ones are worked on."""
+    """ "split": process the batch in parts of two matrices, as for larger ones."""
     if request.param == "split":
         monkeypatch.setattr(launch, "CHUNK", 2 * D * D)
         return "eager"
@@ -104,13 +104,13 @@ def test_a_bad_reference_or_one_bad_matrix_is_named():
     reference, batch = gaussian((), 1)[1], gaussian((4,), 2)[1]
     batch[2, 0, 0] = -1
     mean = torch.zeros(D)
-    with pytest.raises(ValueError, match="b: takes positive semi-definite"):
+    with pytest.raises(ValueError, match="b: expected positive semi-definite"):
         trace_sqrt_product(reference, batch)
-    with pytest.raises(ValueError, match="cov_x: takes positive semi-definite"):
+    with pytest.raises(ValueError, match="cov_x: expected positive semi-definite"):
         frechet_distance(mean, batch, mean, reference)
-    with pytest.raises(ValueError, match=r"b: takes shape \(3, 6, 6\) as a has, got \(4, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"b: expected shape \(3, 6, 6\) like a, got \(4, 6, 6\)"):
         trace_sqrt_product(reference.expand(3, D, D), batch)
-    with pytest.raises(ValueError, match=r"mean_y: takes shape \(4, 6\), got \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"mean_y: expected shape \(4, 6\), got \(3, 6\)"):
         frechet_distance(mean, reference, mean.expand(3, D), reference.expand(4, D, D))
 
 
@@ -133,6 +133,6 @@ def test_features_in_batches(n, m, function, bounds):
         assert all(torch.equal(a[i], b) for a, b in zip(columns(found), columns(alone), strict=True))
     assert all(c.shape == (3, 0) for c in columns(function(x, y[:0], bounds=bounds)))
     with pytest.raises(
-        ValueError, match=r"y: takes leading axes that broadcast with those of x, \(3, 1\), got \(2, 4\)"
+        ValueError, match=r"y: expected leading axes that broadcast with those of x, \(3, 1\), got \(2, 4\)"
     ):
         function(x, y.expand(2, 4, m, D))

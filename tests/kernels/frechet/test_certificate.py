@@ -1,4 +1,4 @@
-"""The lemmas under the proved bounds, each held to exact rational arithmetic."""
+"""The lemmas behind the proved bounds, each checked against exact rational arithmetic."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_factor_with_rows_beyond_the_lemma_proves_nothing():
 
 @pytest.mark.parametrize("kind", ["i^-1", "i^-3", "rank d/4", "zero", "one direction 1e6"])
 def test_both_spectral_witnesses_are_orthonormal(kind):
-    """Cholesky of the Gram matrix where the columns are independent, Householder's QR where they are not."""
+    """Cholesky of the Gram matrix if the columns are independent, otherwise Householder QR."""
     n = covariance(kind, 24, 3)
     u = certificate.spectral_witness(n).u
     assert torch.allclose(u.mT @ u, torch.eye(24, dtype=n.dtype), rtol=0, atol=1e-13)

@@ -1,4 +1,4 @@
-"""The Frechet distance of features: that of their moments, with bounds that hold for the features as they are."""
+"""The Frechet distance of features equals that of their moments, with bounds that hold for the features as given."""
 
 from fractions import Fraction
 
@@ -23,7 +23,7 @@ def pair(n, m, d, mean=3.0):
 
 
 def truth(x, y):
-    """Of the features as rationals."""
+    """The distance of the features in rational arithmetic."""
     (mean_x, cov_x), (mean_y, cov_y) = rationals.moments(x), rationals.moments(y)
     apart = sum((a - b) ** 2 for a, b in zip(mean_x, mean_y, strict=True))
     traces = sum(c[j][j] for c in (cov_x, cov_y) for j in range(x.shape[1]))
@@ -106,12 +106,17 @@ def test_it_has_no_gradient_and_leaves_its_arguments():
 @pytest.mark.parametrize(
     ("x", "y", "error", "message"),
     [
-        (torch.zeros(1, 3), torch.zeros(4, 3), ValueError, r"x: takes features \(n, d\) with n >= 2, .* got \(1, 3\)"),
-        (torch.zeros(4, 3), torch.zeros(3), ValueError, r"y: takes features \(n, d\) with n >= 2, .* got \(3,\)"),
-        (torch.zeros(5, 3), torch.zeros(5, 4), ValueError, "y: takes 3 columns as x has, got 4"),
-        (torch.zeros(5, 3), torch.full((5, 3), torch.nan), ValueError, "y: takes finite values, got 15"),
-        (torch.zeros(5, 3).int(), torch.zeros(5, 3), TypeError, "x: takes a dtype of .* got int32"),
-        ([[0.0]], torch.zeros(5, 3), TypeError, r"x: takes a torch\.Tensor, got list"),
+        (
+            torch.zeros(1, 3),
+            torch.zeros(4, 3),
+            ValueError,
+            r"x: expected features \(n, d\) with n >= 2, .* got \(1, 3\)",
+        ),
+        (torch.zeros(4, 3), torch.zeros(3), ValueError, r"y: expected features \(n, d\) with n >= 2, .* got \(3,\)"),
+        (torch.zeros(5, 3), torch.zeros(5, 4), ValueError, "y: expected 3 columns like x, got 4"),
+        (torch.zeros(5, 3), torch.full((5, 3), torch.nan), ValueError, "y: expected finite values, got 15"),
+        (torch.zeros(5, 3).int(), torch.zeros(5, 3), TypeError, "x: expected one of the dtypes .* got int32"),
+        ([[0.0]], torch.zeros(5, 3), TypeError, r"x: expected a torch\.Tensor, got list"),
     ],
 )
 def test_bad_features_are_refused_by_name(x, y, error, message):
@@ -121,7 +126,7 @@ def test_bad_features_are_refused_by_name(x, y, error, message):
 
 def test_bad_options_are_refused_by_name():
     x, y = pair(5, 9, 3)
-    with pytest.raises(ValueError, match="precision: takes one of"):
+    with pytest.raises(ValueError, match="precision: expected one of"):
         frechet_distance_from_features(x, y, precision="half")
     with pytest.raises(ValueError, match="backend: trace_sqrt_product has no backend 'cuda'"):
         frechet_distance_from_features(x, y, backend="cuda")

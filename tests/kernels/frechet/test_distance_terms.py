@@ -1,4 +1,4 @@
-"""The distance is no less than its mean's term, whatever the traces, and its bounds hold for the matrices as given."""
+"""The distance is at least its mean term, whatever the traces, and its bounds hold for the matrices as given."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_bounds_hold_where_the_squares_of_means_leave_the_range(apart):
 
 
 def drawn(seed: int) -> tuple[Tensor, ...]:
-    """Means and covariances of every scale; the covariances equal, singular or diagonal in places."""
+    """Means and covariances of every scale; some covariances are equal, singular or diagonal."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     d, dtype = rng.choice([1, 2, 3]), rng.choice([torch.float64, torch.float64, torch.float32])
 
@@ -100,7 +100,7 @@ def test_bounds_hold_for_the_gaussians_as_given(backend):
 
 
 def test_the_upper_end_has_room_for_the_positive_part_of_what_rounding_left_indefinite():
-    """Tr A+ is more than Tr A: eigenvalues 2 + 1e-10 and -1e-10."""
+    """Tr A+ exceeds Tr A: eigenvalues 2 + 1e-10 and -1e-10."""
     a = torch.tensor([[1.0, 1 + 1e-10], [1 + 1e-10, 1.0]], dtype=torch.float64)
     (room,) = distance.negative_part(a[None])
     assert 1e-10 <= room <= 1e-7

@@ -1,4 +1,4 @@
-"""Tr((Sx Sy)^(1/2)) from features: what their covariances give, at any scale, with massive tokens."""
+"""Tr((Sx Sy)^(1/2)) from features equals that from their covariances, at any scale, with massive tokens."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Bounds from log determinants: against 40 digits, and that they are refused where they do not hold."""
+"""Bounds from log determinants: checked against 40 digits, and rejected where they cannot be proved."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ D = 48
 
 @pytest.fixture(autouse=True)
 def banded(monkeypatch):
-    """The path of large matrices for small ones."""
+    """Send small matrices through the path of large ones."""
     monkeypatch.setattr(standard_form, "BANDED", 1)
 
 
@@ -51,7 +51,7 @@ def test_they_hold_at_every_size(d):
 
 
 def test_they_hold_for_perturbations_as_large_as_were_announced():
-    """At the edge of what `moved` allows, with all of it in the directions that move the roots most."""
+    """The largest perturbation that `moved` allows, in the directions that change the roots most."""
     values = torch.diag(torch.logspace(0, -6, D, dtype=torch.float64))[None]
     m = native.standard_form(values, torch.eye(D, dtype=torch.float64)[None], banded=True)[0][0]
     values = m.diagonal()[:D].clone()
@@ -84,7 +84,7 @@ def test_subnormal_covariances_are_left_to_the_certificate():
 @pytest.mark.parametrize("power", [-600, 0, 600])
 @pytest.mark.parametrize("condition", [1e4, 1e10])
 def test_pairs_of_inverses_are_bounded_or_refused_at_every_scale(power, condition):
-    """A B = I up to what rounding of A and of its inverse leaves, the more the worse their condition."""
+    """A B = I up to rounding of A and of its inverse, which grows with their condition number."""
     values = torch.logspace(0, -math.log10(condition), D, dtype=torch.float64)
     q, _ = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     a, b = q * values @ q.T, q / values @ q.T

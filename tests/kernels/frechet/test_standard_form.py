@@ -14,19 +14,19 @@ D = 97
 
 @pytest.fixture
 def banded(monkeypatch):
-    """The path of large matrices for small ones, where the native module is there to take it."""
+    """Send small matrices through the path of large ones, if the native module is available."""
     monkeypatch.setattr(standard_form, "BANDED", 1)
 
 
 @pytest.fixture(params=[pytest.param("native", marks=NATIVE), "torch"])
 def either(request, monkeypatch):
-    """The compiled kernel, and what stands in where it is not built."""
+    """The compiled kernel, and its fallback if it is not built."""
     if request.param == "torch":
         monkeypatch.setattr(native, "MISSING", "no compiler")
 
 
 def exactly_factored(d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and its Cholesky factor, of integers so small that no step towards it is rounded."""
+    """B and its Cholesky factor, of integers so small that no step of the factorization rounds."""
     generator = torch.Generator().manual_seed(0)
     c = torch.randint(-3, 4, (d, d), generator=generator).double().tril(-1)
     c.diagonal().copy_(2.0 ** torch.randint(0, 3, (d,), generator=generator))
@@ -36,7 +36,7 @@ def exactly_factored(d: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("d", [1, 3, 24, 49])
 @pytest.mark.parametrize("kind", ["i^-1", "i^-3", "one direction 1e6", "flat", "all positive"])
 def test_measured_rounding_is_that_of_exact_products(kind, d, either):
-    """Against products whose every term and sum is exact, in Python's fractions of integers."""
+    """Against products with exact terms and sums, in Python's fractions."""
     a = covariance(kind, d, 0) if kind != "all positive" else torch.ones(d, d).double() + 0.1 * torch.eye(d)
     b, c = exactly_factored(d)
     form = standard_form.reduce(a[None], b[None])
@@ -131,7 +131,7 @@ def test_a_batch_takes_the_path_of_large_matrices_one_by_one(banded):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("which", ["a", "b"])
 def test_an_indefinite_matrix_is_refused_though_only_the_other_is_factored(which, large, request):
-    """Its variances are positive, and the other matrix hardly has weight where it is negative."""
+    """Its variances are positive, and the other matrix has little weight in its negative direction."""
     if large:
         request.getfixturevalue("banded")
     values = torch.logspace(0, -6, D, dtype=torch.float64)
@@ -142,7 +142,9 @@ def test_an_indefinite_matrix_is_refused_though_only_the_other_is_factored(which
     good, bad = (good + good.T) / 2, (bad + bad.T) / 2
     assert bad.diagonal().amin() > 0
     pair = (bad, good) if which == "a" else (good, bad)
-    with pytest.raises(ValueError, match=f"{which}: takes positive semi-definite matrices, got one with an eigenvalue"):
+    with pytest.raises(
+        ValueError, match=f"{which}: expected positive semi-definite matrices, got one with an eigenvalue"
+    ):
         trace_sqrt_product(*pair)
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter runs the polar factor of the trace on CPU tensors, in a process of its own."""
+"""Run the polar factor of the trace in Triton's interpreter on CPU tensors, in a separate process."""
 
 import os
 import re

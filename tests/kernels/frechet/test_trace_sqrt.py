@@ -1,4 +1,4 @@
-"""Tr((AB)^(1/2)) on hard pairs, scales, shapes and dtypes: as accurate as promised and as reported."""
+"""Tr((AB)^(1/2)) for difficult pairs, scales, shapes and dtypes: as accurate as promised and as reported."""
 
 import math
 
@@ -15,7 +15,7 @@ from mir_kernels.ops.sqrtm.launch import polished_polar
 
 pytestmark = pytest.mark.usefixtures("warnings_are_failures")
 
-# Eigenvalues that are rounding may be zero or not, and a root says which: the report owns up to that.
+# A root amplifies the rounding of zero eigenvalues, and the reported error includes this.
 SINGULAR = {"rank d/4": 2e-7}
 
 
@@ -33,7 +33,7 @@ def test_trace_is_as_accurate_as_promised_on_hard_pairs(kind, backend, precision
 @pytest.mark.parametrize("kind", [*SPECTRA, "a direction at 1e-13"])
 @pytest.mark.parametrize(("backend", "precision"), [("linalg", "float64"), ("eager", "float64"), ("eager", "float32")])
 def test_the_reported_error_is_no_smaller_than_the_error(kind, backend, precision):
-    """Against 45 digits, which know what float64 rounds away."""
+    """Against 45 digits, which resolve what float64 rounds away."""
     if kind in SPECTRA:
         a, b = pair(kind, 10)
         exact = exact_trace(kind)
@@ -48,7 +48,7 @@ def test_the_reported_error_is_no_smaller_than_the_error(kind, backend, precisio
 def test_an_error_beyond_the_precision_is_said():
     eye = torch.eye(24, dtype=torch.float64)
     with pytest.warns(
-        RuntimeWarning, match=r"reached a relative error of 1\.\de-06, precision='float64' asks for 1e-08"
+        RuntimeWarning, match=r"reached a relative error of 1\.\de-06, precision='float64' requires 1e-08"
     ):
         trace_sqrt_product(eye, 1e-13 * eye + 1, precision="float64")
 
@@ -56,7 +56,7 @@ def test_an_error_beyond_the_precision_is_said():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["linalg", "eager"])
 def test_covariances_of_few_samples_in_a_low_precision_are_taken(dtype, backend):
-    """Rounding to their dtype leaves them indefinite, and the roots of what it leaves are said to be the error."""
+    """Rounding to their dtype makes them indefinite, and the reported error is the root of that rounding."""
     x, y = torch.randn(2, 10, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a, b = torch.cov(x.T), torch.cov(y.T)
     report = trace_sqrt_report(a.to(dtype), b.to(dtype), backend=backend)
@@ -154,7 +154,7 @@ def test_report_says_which_path_ran():
 
 @pytest.mark.parametrize("kind", ["i^-1", "i^-2", "condition 1e12", "rank d/4", "block"])
 def test_float16_certifies_what_bfloat16_cannot(kind):
-    """As fast on a tensor core, and eight times finer where all values lie between 0 and 2."""
+    """Equally fast on a tensor core, and eight times as accurate for values between 0 and 2."""
     n = cross_factor(*(x[None] for x in pair(kind, 256)), 1.0).n
     gaps = {}
     for precision in ("float16", "bfloat16"):
@@ -166,7 +166,7 @@ def test_float16_certifies_what_bfloat16_cannot(kind):
 
 def test_a_precision_that_is_missed_is_said(monkeypatch):
     monkeypatch.setitem(TOLERANCE, "float64", 1e-30)
-    with pytest.warns(RuntimeWarning, match=r"reached a relative error of .*, precision='float64' asks for 1e-30"):
+    with pytest.warns(RuntimeWarning, match=r"reached a relative error of .*, precision='float64' requires 1e-30"):
         trace_sqrt_product(*pair("i^-1"), precision="float64", backend="eager")
 
 

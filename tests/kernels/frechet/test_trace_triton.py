@@ -1,4 +1,4 @@
-"""The trace by Triton's polar factor: on a CUDA device, or in the interpreter if that was chosen before import."""
+"""The trace by Triton's polar factor: on a CUDA device, or in the interpreter if selected before import."""
 
 import os
 

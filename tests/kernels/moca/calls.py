@@ -1,4 +1,4 @@
-"""Calls of moca and add_moca_rms_norm on the tensors of the fixture `t`, and a subclass that sees what they call."""
+"""Calls of moca and add_moca_rms_norm on the tensors of the fixture `t`, and a subclass that counts operator calls."""
 
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ FORWARD = {
 
 
 class Wrapped(torch.Tensor):
-    """A tensor without memory of its own, as DTensor is; counts the registered operations that it is asked for."""
+    """A tensor without its own memory, like DTensor, that counts calls of registered operators."""
 
     seen: ClassVar[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""The backends and devices on which MoCa's promises are checked, and one small set of inputs."""
+"""The backends and devices of the MoCa tests, and a small set of inputs."""
 
 import os
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from mir_kernels.ops.moca import OPERATIONS
 
 
 class Run(NamedTuple):
-    """Where a test runs."""
+    """The backend and device of a test."""
 
     backend: str
     device: str
@@ -25,7 +25,7 @@ RUNS = [Run("triton", "cpu")] if INTERPRETED else [*CPU, *(pytest.param(r, marks
 
 @pytest.fixture(params=RUNS, ids=lambda r: f"{r.backend}-{r.device}")
 def run(request: pytest.FixtureRequest) -> Run:
-    """A backend and a device; skipped where it cannot run, or where the fused operation has no such backend."""
+    """A backend and a device; skipped if it cannot run or the fused operation lacks the backend."""
     run = request.param
     operation = OPERATIONS["add" in request.module.__name__]
     if run.backend not in operation.names():
@@ -37,7 +37,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 @pytest.fixture
 def t() -> dict[str, torch.Tensor]:
-    """x (2, 9, 16) and what goes with it, in float32."""
+    """x (2, 9, 16) and the other arguments, in float32."""
     g = torch.Generator().manual_seed(0)
     made = {name: torch.randn(2, 9, D, generator=g) for name in ("x", "residual", "grad")}
     made |= {name: torch.randn(D, generator=g) for name in ("scale", "shift", "weight")}

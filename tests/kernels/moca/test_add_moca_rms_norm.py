@@ -1,4 +1,4 @@
-"""add_moca_rms_norm on every backend: the bits of the separate operations forward, one pass of float32 backward."""
+"""add_moca_rms_norm on every backend: forward has the bits of the separate operations, backward is one float32 pass."""
 
 import os
 
@@ -10,13 +10,13 @@ from tolerances import RELATIVE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTHS = [1, 7, 576, 4096, 8200]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slow: every width in bfloat16 and every dtype in two widths
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slow: all widths in bfloat16, all dtypes in two widths
 CASES = [(t, d) for t in DTYPES for d in WIDTHS if not INTERPRETED or t == torch.bfloat16 or d in (7, 576)]
 NAMES = ("x", "residual", "scale", "shift", "weight")
 
 
 def inputs(run, dtype, d, tokens=11, *, seed=0):
-    """A dict of the tensors, and the gradients of out and h. The mask has vision and text rows."""
+    """A dict of the tensors, and gradients of out and h. The mask has vision and text rows."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -41,7 +41,7 @@ def call(tensors, run, eps=1e-6):
 
 
 def gradients(tensors, run, grad_out, grad_h, eps=1e-6):
-    """{name: gradient} by autograd, for upstream gradients of which one may be None."""
+    """{name: gradient} from autograd; one of the upstream gradients may be None."""
     tensors = tensors | {n: tensors[n].detach().requires_grad_() for n in NAMES}
     outputs = call(tensors, run, eps)
     pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_h), strict=True) if g is not None]
@@ -51,7 +51,7 @@ def gradients(tensors, run, grad_out, grad_h, eps=1e-6):
 
 
 def exact_gradients(tensors, grad_out, grad_h, eps=1e-6):
-    """{name: gradient} by torch's autograd through the formula in float64."""
+    """{name: gradient} from torch's autograd through the formula in float64."""
     t = {n: v.detach().double().requires_grad_() if n in NAMES else v for n, v in tensors.items()}
     p = t["x"] + t["residual"]
     h = torch.where(t["mask"][..., None], t["scale"] * p + t["shift"], p)
@@ -85,7 +85,7 @@ def test_gradients_of_both_outputs_match_float64(run, dtype, d):
         row = tensors | {n: tensors[n][:, i : i + 1] for n in ("x", "residual", "mask")}
         rows.append(exact_gradients(row, grad_out[:, i : i + 1], grad_h[:, i : i + 1]))
     for name in NAMES:
-        # A column sum may cancel; its error is measured against the sum of the magnitudes.
+        # A column sum may cancel, so its error is relative to the sum of the magnitudes.
         size = exact[name] if name in ("x", "residual") else sum(row[name].abs() for row in rows)
         error = (ours[name].double() - exact[name]).norm() / size.norm()
         assert error <= RELATIVE[dtype], f"{name}: {error:.2e}"
@@ -183,12 +183,12 @@ def test_batches_of_one_kind_and_of_one_token(run, dtype, vision, tokens):
         assert not ours["shift"].any()
 
 
-# The interpreter adds a tile's rows one after the other where hardware adds them as a tree: few rows tell enough there.
+# The interpreter adds a tile's rows sequentially, hardware adds them as a tree. A few rows suffice in the interpreter.
 @pytest.mark.parametrize(("d", "tokens"), [(576, 60)] if INTERPRETED else [(7, 9001), (576, 2049)])
 def test_column_sums_are_no_worse_than_twice_torchs_float32_sums(run, d, tokens):
     tensors, grad_out, grad_h = inputs(run, torch.float32, d, tokens)
     ours = gradients(tensors, run, grad_out, grad_h)
-    # The terms of each sum as float32 has them, added by torch in float32 and in float64.
+    # The terms of each sum in float32, added by torch in float32 and in float64.
     t = {n: tensors[n].double() for n in NAMES}
     h = call(tensors, run)[1]
     r = torch.rsqrt(h.double().square().mean(-1, keepdim=True) + 1e-6)
@@ -203,7 +203,7 @@ def test_column_sums_are_no_worse_than_twice_torchs_float32_sums(run, d, tokens)
     for name, term in terms.items():
         exact = term.sum(0)
         torchs = (term.float().sum(0).double() - exact).norm()
-        # A term is itself a few float32 roundings from exact, at random over the rows, whatever adds them.
+        # Each term has a random error of a few float32 roundings, whatever adds the terms.
         rounding = 2.0**-24 * (2 * term.norm() + exact.norm())
         assert (ours[name].double() - exact).norm() <= 2 * torchs + rounding, name
 
@@ -228,7 +228,7 @@ def llama(run, d, dtype, weight, eps=1e-6):
 
 @pytest.mark.parametrize("d", [64, 576, 4096])
 def test_without_vision_rows_it_has_the_bits_of_llamas_norm_where_the_mean_is_exact(run, d):
-    # Small integers: the sum of squares is exact in float32 in any order, so every rounding that follows is comparable.
+    # Small integers: the sum of squares is exact in float32 in any order, so all later roundings can be compared.
     g = torch.Generator().manual_seed(0)
     x, residual = (torch.randint(-4, 5, (1, 9, d), generator=g).to(torch.bfloat16).to(run.device) for _ in range(2))
     weight = torch.randn(d, generator=g).to(torch.bfloat16).to(run.device)
@@ -239,7 +239,7 @@ def test_without_vision_rows_it_has_the_bits_of_llamas_norm_where_the_mean_is_ex
 
 
 def test_without_vision_rows_it_is_llamas_norm_on_any_input(run):
-    # The mean of squares may differ in its last float32 bit, which moves a bf16 rounding about once in 2^16 elements.
+    # The mean of squares may differ in its last float32 bit, which changes a bf16 rounding about once in 2^16 elements.
     tensors, _, _ = inputs(run, torch.bfloat16, 576, 64)
     tensors["mask"] = torch.zeros_like(tensors["mask"])
     out, h = call(tensors, run)
@@ -252,7 +252,7 @@ def test_without_vision_rows_it_is_llamas_norm_on_any_input(run):
 
 
 def test_rows_beyond_32_bit_offsets_are_found(run):
-    # Three rows 2^30 elements apart: the last begins at element 2^31. Only the rows' own pages are ever touched.
+    # Three rows 2^30 elements apart: the last begins at element 2^31. Only the pages of the rows are touched.
     d, apart = 16, 2**30
     tensors, grad_out, grad_h = inputs(run, torch.bfloat16, d, 3)
     near = {n: t[0] if n in ("x", "residual", "mask") else t for n, t in tensors.items()}

@@ -10,7 +10,7 @@ from tolerances import RELATIVE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTHS = [1, 7, 576, 4096, 8200]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slow: every width in bfloat16 and every dtype in two widths
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slow: all widths in bfloat16, all dtypes in two widths
 CASES = [(t, d) for t in DTYPES for d in WIDTHS if not INTERPRETED or t == torch.bfloat16 or d in (7, 576)]
 BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11, torch.float64: 53}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,7 +35,7 @@ def bits(x):
 
 
 def strange(x):
-    """Bit patterns that arithmetic does not keep: NaN with a payload, both infinities, -0.0, the smallest subnormal."""
+    """Bit patterns that arithmetic may change: NaN with a payload, both infinities, -0.0, the smallest subnormal."""
     width = 8 * x.element_size()
     infinity = bits(torch.tensor(float("inf"), dtype=x.dtype)).item()
     patterns = torch.tensor([infinity + 1, infinity, infinity - 2 ** (width - 1), -(2 ** (width - 1)), 1])
@@ -44,7 +44,7 @@ def strange(x):
 
 
 def assert_rounded_once(out, exact, *, slack=0.0):
-    """|out - exact| is at most half an ulp of out's dtype, plus the float32 rounding before it, plus slack."""
+    """Assert that |out - exact| is at most half an ulp of out's dtype, plus an earlier float32 rounding, plus slack."""
     p = BITS[out.dtype]
     lowest = torch.finfo(out.dtype).smallest_normal
     _, exponent = torch.frexp(exact.abs().clamp_min(lowest))
@@ -56,7 +56,7 @@ def assert_rounded_once(out, exact, *, slack=0.0):
 
 
 def product_rounding(run, dtype, product):
-    """What plain torch may lose where its addcmul does not fuse: one more rounding, of the product."""
+    """The additional error of plain torch if its addcmul does not fuse: a rounding of the product."""
     if dtype == torch.float64 or run.backend == "eager":
         return product.abs() * 2.0 ** -(53 if dtype == torch.float64 else 24)
     return 0.0
@@ -102,7 +102,7 @@ def test_gradient_of_x_is_rounded_once_and_text_rows_of_x_are_not_looked_at(run,
     assert_close(dshift, g.sum(0), dtype=arithmetic)
 
 
-# The interpreter adds a tile's rows one after the other where hardware adds them as a tree: few rows tell enough there.
+# The interpreter adds a tile's rows sequentially, hardware adds them as a tree. A few rows suffice in the interpreter.
 @pytest.mark.parametrize(("d", "tokens"), [(576, 60)] if INTERPRETED else [(7, 9001), (576, 2049)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_column_sums_are_no_worse_than_twice_torchs_float32_sums(run, dtype, d, tokens):
@@ -113,7 +113,7 @@ def test_column_sums_are_no_worse_than_twice_torchs_float32_sums(run, dtype, d, 
     for ours, terms in zip(sums, (grad[mask].double() * x[mask].double(), grad[mask].double()), strict=True):
         exact = terms.sum(0)
         torchs = (terms.float().sum(0).double() - exact).norm()
-        rounding = 2.0**-24 * (terms.norm() + exact.norm())  # of the terms and of the result: no sum is better
+        rounding = 2.0**-24 * (terms.norm() + exact.norm())  # of the terms and the result: unavoidable
         assert (ours.double() - exact).norm() <= 2 * torchs + rounding
 
 
@@ -302,7 +302,7 @@ def test_gradients_pass_gradcheck_in_float64(run, inplace):
 
 
 def test_rows_beyond_32_bit_offsets_are_found(run):
-    # Three rows 2^30 elements apart: the last begins at element 2^31. Only the rows' own pages are ever touched.
+    # Three rows 2^30 elements apart: the last begins at element 2^31. Only the pages of the rows are touched.
     d, apart = 16, 2**30
     x, scale, shift, _, grad = inputs(run, torch.bfloat16, d, 3)
     mask = torch.tensor([False, True, True], device=run.device)
@@ -322,7 +322,7 @@ def test_rows_beyond_32_bit_offsets_are_found(run):
     )
     moca(far, scale.detach(), shift.detach(), mask, inplace=True, backend=run.backend)
     assert torch.equal(far, expected)
-    far.copy_(grad[0])  # now as the gradient
+    far.copy_(grad[0])  # the memory now holds the gradient
     assert all(
         torch.equal(a, b)
         for a, b in zip(

@@ -1,4 +1,4 @@
-"""MoCa's Triton kernels compiled ahead of time, exactly as their launchers launch them: no spills, 16-byte accesses."""
+"""MoCa's Triton kernels, compiled ahead of time with the options of their launchers: no spills, 16-byte accesses."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ KERNELS = ("forward", "backward", "add_rms_forward", "add_rms_backward", "row_do
 
 
 def launches(d, dtype, target, *, rows=16384, mask_dtype=torch.bool):
-    """Every launch of the four launchers on (rows, d) of `dtype`, by kernel name, the last one of each."""
+    """The last launch of each kernel, by name, from the four launchers on (rows, d) of `dtype`."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -37,7 +37,7 @@ def compiled(name, d, dtype, target, **constexprs):
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_kernel_spills_and_rows_move_in_16_byte_accesses(name, target):
-    # 8200 is a multiple of 8 only, and wider than the fused backward's whole rows on every target.
+    # 8200 is only a multiple of 8, and wider than the whole rows of the fused backward on every target.
     for d in (4096, 8200):
         if name not in (of_d := launches(d, torch.bfloat16, target)):
             continue
@@ -58,7 +58,7 @@ def test_no_kernel_spills_in_other_dtypes_and_widths(dtype, d):
         assert binary.spills == 0, f"{name}: {binary.spills} bytes, {binary.registers} registers"
 
 
-REGISTERS = {"gfx942": 131072}  # of a multiprocessor: 65536 on NVIDIA, four units of 512 for 64 lanes on AMD
+REGISTERS = {"gfx942": 131072}  # per multiprocessor: 65536 on NVIDIA; on AMD four units of 512 for 64 lanes
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
@@ -111,7 +111,7 @@ def test_a_new_token_count_or_mask_compiles_nothing():
 
 
 def test_one_wide_and_odd_rows_compile():
-    # On AMD Triton 3.6 spills a few registers of rows that allow no wide accesses, 3.9 none.
+    # On AMD, Triton 3.6 spills a few registers for rows that do not allow wide accesses; 3.9 spills none.
     for d, target, spills in ((1, "sm_80", 0), (7, "sm_90", 0), (7, "gfx942", 64)):
         for launch in launches(d, torch.bfloat16, target).values():
             assert aot.compile_launch(target, launch).spills <= spills

@@ -1,4 +1,4 @@
-"""The backends of moca and add_moca_rms_norm: which there are, what one that cannot run says, what the reference is."""
+"""The backends of moca and add_moca_rms_norm: their names, errors of those that cannot run, and the reference."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""moca and add_moca_rms_norm under torch.compile and checkpointing: the same results, and what is kept for backward."""
+"""moca and add_moca_rms_norm under torch.compile and checkpointing: equal results, and tensors saved for backward."""
 
 import shutil
 

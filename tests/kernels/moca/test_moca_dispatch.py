@@ -58,7 +58,7 @@ def test_whoever_traces_or_listens_sees_the_registered_operation(t, operation):
         return call(dict(zip(names, tensors, strict=True)))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that tracing is on its way out, and which checks it does not record
+        warnings.simplefilter("ignore")  # tracing is deprecated, and does not record some checks
         scripted = torch.jit.trace(run, tuple(t.values()), check_trace=False)
     graph = make_fx(run)(*t.values())
     for traced in (scripted, graph):

@@ -1,4 +1,4 @@
-"""moca in place: what cannot be changed is refused first, autograd notices, and backward keeps the vision rows only."""
+"""moca in place: tensors that cannot change raise first, autograd sees the change, backward saves only vision rows."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_rows_that_overlap_are_not_changed_in_place(t):
 def test_autograd_notices_a_change_in_place(t, grad):
     x = t["x"].clone().requires_grad_()
     y = x * 1
-    loss = y.square().sum()  # keeps y
+    loss = y.square().sum()  # saves y
     if grad:
         moca(y, *vectors(t), inplace=True)
     else:
@@ -83,7 +83,7 @@ def test_in_place_through_a_view_reaches_the_base(t):
     assert torch.equal(base, expected)
     found, wanted = (torch.autograd.grad(o, (x, scale), t["grad"]) for o in (base, expected))
     assert torch.equal(found[0], wanted[0])
-    torch.testing.assert_close(found[1], wanted[1])  # the view has fewer rows, which may be added in another order
+    torch.testing.assert_close(found[1], wanted[1])  # the view has fewer rows, which may be added in a different order
 
 
 @pytest.mark.parametrize(("frozen", "expected"), [(False, "vision rows"), (True, "nothing")])
@@ -93,7 +93,5 @@ def test_in_place_keeps_for_backward_the_vision_rows_only(t, frozen, expected):
     x = t["x"].clone().requires_grad_() * 1
     with torch.autograd.graph.saved_tensors_hooks(lambda s: sizes.append(s.numel()) or s, lambda s: s):
         moca(x, scale, t["shift"].requires_grad_(), t["mask"], inplace=True)
-    kept = (
-        int(t["mask"].sum()) * D + t["mask"].numel() if expected == "vision rows" else 0
-    )  # and which of them is whose
+    kept = int(t["mask"].sum()) * D + t["mask"].numel() if expected == "vision rows" else 0  # and the row indices
     assert sum(sizes) == kept + t["scale"].numel() + t["shift"].numel() + t["mask"].numel()

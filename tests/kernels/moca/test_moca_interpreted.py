@@ -1,6 +1,6 @@
-"""MoCa's Triton kernels on CPU tensors, in Triton's interpreter: the promises of the two kernel test files, elsewhere.
+"""Runs the two test files of MoCa's kernels on CPU tensors in Triton's interpreter.
 
-The interpreter must be chosen before triton is first imported, so the files run in one process of their own.
+The interpreter must be selected before triton is first imported, so the files run in a separate process.
 """
 
 import os
@@ -19,7 +19,7 @@ CPU_ONLY = "test_sums_do_not_depend_on_the_number_of_threads"
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """{file: {test name with its parameters: "passed", "skipped" or the failure's text}} of the interpreted run."""
+    """{file: {test name with parameters: "passed", "skipped" or the text of the failure}} of the interpreted run."""
     report = tmp_path_factory.mktemp("interpreted") / "report.xml"
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *(str(here / f) for f in FILES)]

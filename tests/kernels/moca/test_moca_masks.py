@@ -1,4 +1,4 @@
-"""A mask that is rewritten unseen, through NumPy, .data or DLPack: MoCa goes by what it was at the call."""
+"""MoCa uses the mask as it was at the call, even if NumPy, .data or DLPack overwrite it, unseen by torch."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_backward_goes_by_the_mask_of_the_call(t, name, write, dtype):
     tensors = leaves(t)
     outs = [CALLS[name](*tensors, mask)]
     write(mask, second.to(dtype))
-    outs.append(CALLS[name](*tensors, mask))  # one buffer for every batch, forward of the next before this backward
+    outs.append(CALLS[name](*tensors, mask))  # one buffer for all batches; the next forward comes before this backward
     write(mask, torch.ones_like(mask))
     for out, true in zip(outs, (first, second), strict=True):
         wanted = CALLS[name](*tensors, true)
@@ -96,7 +96,7 @@ def test_a_shared_mask_is_counted_once(t, monkeypatch):
         assert len(counted) == expected
 
 
-# What hooks on saved tensors give back in backward.
+# Tensors that hooks on saved tensors return in backward.
 
 
 def reordered(x):
@@ -129,5 +129,5 @@ def test_saved_tensors_that_come_back_in_another_shape_are_refused(t, name):
     tensors, (mask, _) = leaves(t), masks()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x[:-1] if x.dim() > 1 else x):
         out = CALLS[name](*tensors, mask)
-        with pytest.raises(RuntimeError, match=r"hook on saved tensors gave back|must match|shape"):
+        with pytest.raises(RuntimeError, match=r"hook on saved tensors returned shape|must match|shape"):
             gradients(out, tensors, t)

@@ -1,4 +1,4 @@
-"""The module MoCa: how it starts, what it learns, which sizes it refuses."""
+"""The module MoCa: its initial values, training, and the sizes it rejects."""
 
 import pytest
 import torch
@@ -32,9 +32,9 @@ def test_module_starts_random_with_a_standard_deviation():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size: takes an integer >= 1, got 0"),
+        ({"hidden_size": 0}, "hidden_size: expected an integer >= 1, got 0"),
         ({"hidden_size": 2.0}, "hidden_size: .* got 2.0"),
-        ({"hidden_size": 4, "std": -1.0}, "std: takes a standard deviation >= 0, got -1.0"),
+        ({"hidden_size": 4, "std": -1.0}, "std: expected a standard deviation >= 0, got -1.0"),
         ({"hidden_size": 4, "std": float("nan")}, "std: .* got nan"),
     ],
 )

@@ -1,4 +1,4 @@
-"""One rank of test_all_reduce.py: folder, row boundaries of both ranks, own rank."""
+"""One rank of test_all_reduce.py. Arguments: folder, row boundaries of both ranks, this rank."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where the moments' promises are checked, and how an error is measured."""
+"""The backends and devices of the moments tests, and the error measure."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from mir_kernels.ops.moments.launch import STREAMING_MOMENTS
 
 
 class Run(NamedTuple):
-    """Where a test runs."""
+    """The backend and device of a test."""
 
     backend: str
     device: str
@@ -32,7 +32,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """A backend for CPU tensors, by `indirect`; skipped where it cannot run."""
+    """A backend for CPU tensors, passed by `indirect`; skipped if it cannot run."""
     if reason := STREAMING_MOMENTS.reason(request.param, torch.device("cpu")):
         pytest.skip(reason)
     return request.param
@@ -40,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A block is 16 rows, so that a few dozen rows go through gathering, whole blocks and a remainder."""
+    """Make a block 16 rows, so that a few dozen rows test gathering, whole blocks and a remainder."""
     monkeypatch.setattr(streaming, "ROWS", {"cpu": 16, "cuda": 16})
     return 16
 
@@ -51,13 +51,13 @@ def assert_moments():
 
 
 def _assert_moments(moments: StreamingMoments, x: torch.Tensor, limit: float = 1e-5) -> None:
-    """Count, mean and every covariance entry are those of the rows x, relative to sigma_i sigma_j within `limit`."""
+    """Assert that count, mean and covariance are those of the rows x, within `limit` relative to sigma_i sigma_j."""
     assert moments.count == x.shape[0]
     mean, covariance = moments.mean.cpu(), moments.covariance(ddof=0).cpu()
     assert mean.dtype == covariance.dtype == torch.float64
     assert torch.equal(covariance, covariance.T)
     true = reference.covariance(x.cpu(), ddof=0)
-    # A column without deviation has no scale of its own: its last places stand in.
+    # A column with zero deviation has no scale, so its unit in the last place is used.
     sigma = true.diagonal().clamp(min=0).sqrt() + 1e-7 * reference.mean(x.cpu()).abs() + 1e-30
     error = ((covariance - true).abs() / (sigma[:, None] * sigma)).max().item()
     assert error <= limit, f"covariance {error:.2e} > {limit:.0e}"

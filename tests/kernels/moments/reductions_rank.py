@@ -1,4 +1,4 @@
-"""One of the four ranks of test_reductions.py: each case below, its results in a file. Folder, own rank."""
+"""One of the four ranks of test_reductions.py: runs the cases and writes their results. Arguments: folder, rank."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ node, across, alone = NODES[rank // 2], ACROSS[rank % 2], ALONE[rank]
 
 
 def rows(part: int, of: int = rank) -> torch.Tensor:
-    """A rank's own rows, by the time that they come."""
+    """The rows of a rank at step `part`."""
     generator = torch.Generator().manual_seed(10 * part + of)
     return torch.randn(30 + of, D, generator=generator, dtype=torch.float64) + 7 * part
 
@@ -33,7 +33,7 @@ def fed(*parts: int) -> StreamingMoments:
 
 
 def is_of(moments: StreamingMoments, *parts: int, ranks=range(RANKS)) -> bool:
-    """Whether it holds the rows of these times of these ranks, once."""
+    """Whether `moments` holds the rows of these steps of these ranks exactly once."""
     x = torch.cat([rows(part, of) for part in parts for of in ranks])
     right = moments.count == len(x)
     right &= torch.allclose(moments.mean, x.mean(0), rtol=1e-12, atol=1e-12)
@@ -41,7 +41,7 @@ def is_of(moments: StreamingMoments, *parts: int, ranks=range(RANKS)) -> bool:
 
 
 def refusal(moments: StreamingMoments, group=None) -> str:
-    """What all_reduce says; nothing may have changed."""
+    """The message of all_reduce; nothing may have changed."""
     before = moments.state_dict()
     try:
         moments.all_reduce(group)
@@ -151,7 +151,7 @@ def copies_remember_and_reset_forgets():
 
 
 def many_totals():
-    """More than travel along with the sums."""
+    """More totals than fit with the sums."""
     grand, right = StreamingMoments(D), True
     for part in range(1, reduction.ROOM + 4):
         total = fed(part)
@@ -191,7 +191,7 @@ def nothing_to_remember():
 
 
 def two_journeys():
-    """A sum over the ranks is as long as before: one for counts and sums, one for second moments."""
+    """Still two sums over the ranks: one for counts and sums, one for second moments."""
     calls, real = [], distributed.all_reduce
     distributed.all_reduce = lambda tensor, **keywords: (calls.append(tensor.numel()), real(tensor, **keywords))[1]
     try:

@@ -1,4 +1,4 @@
-"""all_reduce over processes on gloo: every rank ends with what one process would have seen."""
+"""all_reduce over gloo processes: every rank ends with the moments of a single process that sees all rows."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Triton's interpreter runs the kernels on CPU tensors, in a process of its own: it is chosen before the import."""
+"""Triton's interpreter runs the kernels on CPU tensors, in a separate process: it is selected before the import."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The moments' Triton kernels compiled ahead of time as they are launched: tensor cores, no spills, wide accesses."""
+"""The Triton kernels of the moments, compiled ahead of time as launched: tensor cores, no spills, wide accesses."""
 
 import re
 
@@ -71,11 +71,11 @@ def test_products_stay_in_flight_over_the_borders_of_chunks():
     for launch in (plain, split):
         asm = aot.compile_launch("sm_90", launch).asm
         waits = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d)", asm)
-        assert sorted(waits) == ["0", "0", "1"]  # where a chunk is added, after the last one, and in every step
+        assert sorted(waits) == ["0", "0", "1"]  # when a chunk is added, after the last chunk, and in every step
 
 
 def test_sums_that_truncate_keep_the_promise_just_below_the_threshold_of_shifting():
-    """Tensor cores as they are: 16 products at a time, exactly, then the accumulator rounded toward zero."""
+    """Simulates tensor cores: 16 exact products at a time, then the accumulator is rounded toward zero."""
     rows, d = streaming.DIRECT, 32
     x = torch.randn(rows, d, generator=torch.Generator().manual_seed(0)) + 0.97 * kernels.SHIFT_ABOVE
     x = x.bfloat16().double().numpy()

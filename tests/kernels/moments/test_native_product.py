@@ -65,11 +65,11 @@ def test_no_bit_depends_on_threads_or_runs(dtype):
         assert torch.equal(sums, results[0][2])
 
 
-INTEGERS = torch.bfloat16  # the dtype that is multiplied in 16-bit integers, from 1024 rows on
+INTEGERS = torch.bfloat16  # multiplied in 16-bit integers from 1024 rows on
 
 
 def error(x, **options):
-    """Of the covariance of x (n, d), relative to the two standard deviations: the largest entry."""
+    """The largest error of a covariance entry of x (n, d), relative to the two standard deviations."""
     moments = StreamingMoments(x.shape[1], backend="native", **options)
     moments.update(x)
     true = reference.covariance(x)
@@ -78,7 +78,7 @@ def error(x, **options):
 
 
 def outliers(rows, d, columns):
-    """Gaussian columns, of which the `columns` have one value in 577 a thousand times larger."""
+    """Gaussian columns; in `columns`, one value in 577 is a thousand times larger."""
     torch.manual_seed(0)
     x = torch.randn(rows, d)
     x[::577, columns] *= 1000
@@ -91,13 +91,13 @@ def outliers(rows, d, columns):
 )
 def test_columns_with_outliers_keep_the_promise(rows, columns, monkeypatch):
     monkeypatch.setattr(streaming, "ROWS", {"cpu": rows, "cuda": rows})  # one block
-    # None, one, as many as are multiplied once more, too many for that, all.
+    # No column, one, as many as are multiplied twice, one too many, all.
     assert error(outliers(rows, 203, columns)) <= 6e-6
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.1, 0.01, 0.003])
 def test_columns_of_two_values_keep_the_promise(probability):
-    # Every value is rounded alike, so nothing averages out; equal columns are the worst pair.
+    # Every value has the same rounding error, so nothing averages out; equal columns are the worst pair.
     x = 0.03 + (torch.rand(2048, 101) < probability).float() * 1.7
     x[:2] = torch.tensor([[0.0], [1.0]])
     x = torch.cat([x, x[:, :50], torch.randn(2048, 52)], 1)
@@ -186,7 +186,7 @@ def test_what_the_product_does_not_take_is_refused():
     x = torch.ones(4, 3)
     zeros = torch.zeros(3, dtype=torch.float64)
     for mask, precision in ((torch.ones(4, dtype=torch.bool), "auto"), (None, "exact")):
-        with pytest.raises(ValueError, match="the native product takes every row"):
+        with pytest.raises(ValueError, match="the native product does not support a mask"):
             native.accumulate(torch.zeros(9).double(), x, mask, zeros, torch.zeros(2, 3), torch.zeros(2), precision)
     with pytest.raises(ValueError, match="dtype"):
         update(x.double())

@@ -1,4 +1,4 @@
-"""Tokens that are not finite, or whose squares are not: update never asks, reading says where, all else goes on."""
+"""Tokens or squares that are not finite: update does not check, reading names the columns, everything else works."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from mir_kernels.ops.moments import StreamingMoments
 
 BACKENDS = ["native", "eager", "reference"]
 BAD = [math.nan, math.inf, -math.inf]
-COUNTED = "rows with NaN or infinity were counted"
+COUNTED = "the rows contain NaN or infinity"
 
 
 def rows(n: int = 1500, d: int = 6, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_both_infinities_in_one_column_are_found_too(backend):
 
 @pytest.mark.parametrize(
     ("backend", "cuda_way"),
-    [("native", False), ("eager", False), ("eager", True), ("reference", True)],  # only the device counts there
+    [("native", False), ("eager", False), ("eager", True), ("reference", True)],  # there only the device counts
     indirect=["backend"],
 )
 def test_rows_that_the_mask_leaves_out_are_not_counted(backend, cuda_way, monkeypatch):
@@ -125,7 +125,7 @@ def test_squares_beyond_float64_too(precision):
     moments = StreamingMoments(6, precision=precision)
     moments.update(x)
     assert torch.isfinite(moments.mean).all()
-    with pytest.raises(ValueError, match=r"covariance: is not finite in 6 of 6 columns .* squares left the range"):
+    with pytest.raises(ValueError, match=r"covariance: is not finite in 6 of 6 columns .* squares exceed the range"):
         moments.covariance()
 
 
@@ -133,7 +133,7 @@ def test_sums_beyond_float64_are_not_called_tokens_alone():
     moments = StreamingMoments(6)
     moments.update(torch.full((1500, 6), 1e308, dtype=torch.float64) * torch.tensor([1, -1]).repeat(3))
     moments.update(-torch.full((1500, 6), 1.7e308, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"columns .* or rows whose sum left the range of floating point"):
+    with pytest.raises(ValueError, match=r"columns .* or their sum exceeds the range of floating point"):
         moments.covariance()
 
 
@@ -141,7 +141,7 @@ def test_few_rows_are_said_first_and_no_rows_have_a_mean():
     moments = StreamingMoments(6)
     assert torch.equal(moments.mean, torch.zeros(6, dtype=torch.float64))
     moments.update(torch.full((1, 6), math.nan))
-    with pytest.raises(ValueError, match="count: a covariance with ddof 1 takes more than 1 rows, got 1"):
+    with pytest.raises(ValueError, match="count: a covariance with ddof 1 requires more than 1 rows, got 1"):
         moments.covariance()
     with pytest.raises(ValueError, match="mean: is not finite in 6 of 6"):
         _ = moments.mean

@@ -1,4 +1,4 @@
-"""The packed lower triangle against plain matrices."""
+"""The packed lower triangle compared with plain matrices."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""all_reduce more than once: rows are counted once, or every rank is refused alike and keeps its state."""
+"""Repeated all_reduce: rows are counted once, or every rank raises the same error and keeps its state."""
 
 import os
 import re
@@ -11,8 +11,8 @@ import torch
 
 RANK = Path(__file__).parent / "reductions_rank.py"
 TWICE = "all_reduce: ranks . and . of the group both hold the rows of an earlier all_reduce.*copy.deepcopy.*reset"
-HELD = "other: holds the total of an all_reduce that these moments hold too"
-# What each case says, in order; on all ranks the same words.
+HELD = "other: holds the total of an all_reduce that these moments also hold"
+# The messages of each case in order, the same on all ranks.
 CASES = {
     "again": [TWICE, TWICE, TWICE],
     "copies_on_the_way": [],

@@ -1,4 +1,4 @@
-"""The state of StreamingMoments is a snapshot, and the same whatever the process's default dtype and device are."""
+"""The state of StreamingMoments is a snapshot and does not depend on the process's default dtype and device."""
 
 import contextlib
 
@@ -104,9 +104,9 @@ def test_states_with_and_without_what_was_reduced_are_taken():
 @pytest.mark.parametrize(
     ("entry", "error", "message"),
     [
-        (torch.tensor([1.0]), ValueError, r"state\['reduced'\]: takes int64 \(n,\), got torch.float32"),
-        (torch.tensor(1), ValueError, r"state\['reduced'\]: takes int64 \(n,\), got torch.int64 \(\)"),
-        ([1], TypeError, r"state\['reduced'\]: takes a torch.Tensor, got list"),
+        (torch.tensor([1.0]), ValueError, r"state\['reduced'\]: expected int64 of \(n,\), got torch.float32"),
+        (torch.tensor(1), ValueError, r"state\['reduced'\]: expected int64 of \(n,\), got torch.int64 of \(\)"),
+        ([1], TypeError, r"state\['reduced'\]: expected a torch.Tensor, got list"),
     ],
 )
 def test_a_wrong_memory_is_refused_and_changes_nothing(entry, error, message):

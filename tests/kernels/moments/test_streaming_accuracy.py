@@ -1,4 +1,4 @@
-"""The error of StreamingMoments against float64: every mean, dtype and hard stream stays within the promise."""
+"""The error of StreamingMoments against float64 stays within its bound for all means, dtypes and hard streams."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def large_mean(n, d, ratio, dtype, seed=0):
-    """Rows whose first column has mean / deviation `ratio`, forty others up to ratio / 15, the rest none."""
+    """Rows with mean / deviation `ratio` in the first column, up to ratio / 15 in forty others, and 0 in the rest."""
     x = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     x[:, 0] = 2 * x[:, 0] + 2 * ratio
     x[:, 1:41] -= torch.linspace(0, ratio / 15, 40, dtype=torch.float64)
@@ -20,7 +20,7 @@ def large_mean(n, d, ratio, dtype, seed=0):
 @pytest.mark.parametrize("ratio", [0, 150, 1e4])
 def test_error_is_within_the_promise_whatever_the_mean(run, dtype, ratio, assert_moments):
     if dtype == torch.float16 and ratio > 1000:
-        ratio = 1000  # float16 itself ends at 65504
+        ratio = 1000  # the largest float16 is 65504
     x = large_mean(2500, 300, ratio, dtype).to(run.device)
     moments = StreamingMoments(300, device=run.device, backend=run.backend)
     moments.update(x)
@@ -40,11 +40,11 @@ def test_exact_is_exact(run, dtype, assert_moments):
     "stream",
     [
         lambda x: x.sort(0).values,  # every column drifts through its whole range
-        lambda x: torch.cat([x[:5] * 0, x[5:] + 1e4]),  # the first rows say nothing about the rest
+        lambda x: torch.cat([x[:5] * 0, x[5:] + 1e4]),  # the first rows are unrelated to the rest
         lambda x: torch.cat([x[:1000], x[1000:] * 1000 - 5e4]),
         lambda x: x * torch.where(torch.arange(len(x)) % 577 == 0, 1000.0, 1.0)[:, None],  # massive activations
         lambda x: (x > 1).to(x.dtype) + 300,  # two values
-        lambda x: x * torch.logspace(-12, 12, x.shape[1]),  # deviations far apart
+        lambda x: x * torch.logspace(-12, 12, x.shape[1]),  # very different deviations
     ],
     ids=["sorted", "late", "jump", "massive", "binary", "scales"],
 )
@@ -54,7 +54,7 @@ def test_error_is_within_the_promise_on_hard_streams(run, stream, dtype, assert_
     moments = StreamingMoments(60, device=run.device, backend=run.backend)
     for part in x.split(577):
         moments.update(part)
-        moments.mean  # noqa: B018  # reading folds in what was gathered, so that blocks are small and uneven
+        moments.mean  # noqa: B018  # reading folds in gathered rows, so blocks are small and uneven
     assert_moments(moments, x)
 
 
@@ -63,7 +63,7 @@ def test_error_is_within_the_promise_on_hard_streams(run, stream, dtype, assert_
 def test_products_that_are_lost_beside_a_large_one_stay_within_the_promise(run, dtype, part, assert_moments):
     x = torch.full((4096, 8), (part * 2**-24) ** 0.5)
     x[1::2] *= -1
-    x[0] = 1  # each further product is less than the last place of this one's, and all of them are more
+    x[0] = 1  # each later product is below the last place of this one, but their sum is not
     moments = StreamingMoments(8, device=run.device, backend=run.backend)
     moments.update(x.to(dtype).to(run.device))
     assert_moments(moments, x.to(dtype))

@@ -1,4 +1,4 @@
-"""StreamingMoments on any split, order, mask, merge tree, dtype and strides, and on hardly any rows."""
+"""StreamingMoments for any split, order, mask, merge tree, dtype and strides, and for very few rows."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_no_rows_and_one_row(run):
     moments.update(torch.ones(2, 3, 4, device=run.device), torch.zeros(2, 3, dtype=torch.bool, device=run.device))
     assert moments.count == 0
     assert moments.mean.tolist() == [0, 0, 0, 0]
-    with pytest.raises(ValueError, match="count: a covariance with ddof 1 takes more than 1 rows, got 0"):
+    with pytest.raises(ValueError, match="count: a covariance with ddof 1 requires more than 1 rows, got 0"):
         moments.covariance()
     row = torch.arange(4.0, device=run.device)
     moments.update(row)

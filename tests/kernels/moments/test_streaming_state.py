@@ -1,4 +1,4 @@
-"""The state of StreamingMoments: refusals leave it alone, merges, copies, moves and resumption keep it whole."""
+"""The state of StreamingMoments: errors leave it unchanged; merges, copies, moves and resuming preserve it."""
 
 import copy
 
@@ -15,13 +15,13 @@ def bits(moments):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0, 2.0, 3.0],), TypeError, "x: takes a torch.Tensor"),
-        ((torch.ones(5, 3, dtype=torch.int64),), TypeError, "x: takes a dtype of float32, .* got int64"),
-        ((torch.ones(5, 4),), ValueError, r"x: takes shape \(..., 3\), got \(5, 4\)"),
-        ((torch.ones(5, 3, device="meta"),), ValueError, "x: lies on meta, but the moments lie on cpu"),
+        (([1.0, 2.0, 3.0],), TypeError, "x: expected a torch.Tensor"),
+        ((torch.ones(5, 3, dtype=torch.int64),), TypeError, "x: expected one of the dtypes float32, .* got int64"),
+        ((torch.ones(5, 4),), ValueError, r"x: expected shape \(..., 3\), got \(5, 4\)"),
+        ((torch.ones(5, 3, device="meta"),), ValueError, "x: is on meta, but the moments are on cpu"),
         ((torch.ones(5, 3), torch.ones(4, dtype=torch.bool)), ValueError, r"mask: .* shape \(5,\), got \(4,\)"),
-        ((torch.ones(5, 3), torch.ones(5)), TypeError, "mask: takes a dtype of bool, uint8, got float32"),
-        ((torch.ones(5, 3), torch.ones(5, dtype=torch.bool, device="meta")), ValueError, "mask: lies on meta"),
+        ((torch.ones(5, 3), torch.ones(5)), TypeError, "mask: expected one of the dtypes bool, uint8, .* got float32"),
+        ((torch.ones(5, 3), torch.ones(5, dtype=torch.bool, device="meta")), ValueError, "mask: is on meta"),
     ],
 )
 def test_a_refused_update_says_why_and_changes_nothing(arguments, error, message):
@@ -37,9 +37,9 @@ def test_a_refused_update_says_why_and_changes_nothing(arguments, error, message
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size: takes an integer of at least 1, got 0"),
-        ({"hidden_size": 2.0}, "hidden_size: takes an integer"),
-        ({"hidden_size": 2, "precision": "half"}, "precision: takes one of"),
+        ({"hidden_size": 0}, "hidden_size: expected an integer of at least 1, got 0"),
+        ({"hidden_size": 2.0}, "hidden_size: expected an integer"),
+        ({"hidden_size": 2, "precision": "half"}, "precision: expected one of"),
         ({"hidden_size": 2, "backend": "cublas"}, "backend: streaming_moments has no backend 'cublas'"),
     ],
 )
@@ -77,9 +77,9 @@ def test_going_on_from_a_state_gives_the_bits_of_never_having_stopped(precision,
             break
         first.update(part)
         done += len(part)
-    resumed.update(torch.randn(20, 7))  # replaced by what is loaded
+    resumed.update(torch.randn(20, 7))  # replaced by the loaded state
     resumed.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
-    first.update(x)  # what was loaded is a copy
+    first.update(x)  # the loaded state is a copy
     for part in x[done:].split(9):
         resumed.update(part)
     assert resumed.count == 90
@@ -93,11 +93,11 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     before = bits(moments)
     good = bits(moments)
     wrong = [
-        ({}, "state: takes the keys"),
+        ({}, "state: expected the keys"),
         ({**good, "version": torch.tensor(99)}, "version 1, got 99"),
         (other.state_dict(), "hidden_size 3"),
-        ({**good, "mean": good["mean"].float()}, r"state\['mean'\]: takes torch.float64"),
-        ({**good, "pending": torch.zeros(2, 5)}, r"takes shape \(rows, 3\)"),
+        ({**good, "mean": good["mean"].float()}, r"state\['mean'\]: expected torch.float64"),
+        ({**good, "pending": torch.zeros(2, 5)}, r"expected shape \(rows, 3\)"),
     ]
     for state, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -123,7 +123,7 @@ def test_a_move_that_fails_changes_nothing(device, assert_moments):
     moments = StreamingMoments(8, backend="eager")
     moments.update(x)
     if device == "meta":
-        moments._asked = "native"  # takes CPU tensors only
+        moments._asked = "native"  # supports CPU tensors only
     with pytest.raises(RuntimeError):
         moments.to(device)
     assert moments.device == torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What an update may not touch: the process settings of torch, autograd, and the device's queue."""
+"""An update must not affect torch's process-wide settings or autograd, and must not wait for the device."""
 
 import copy
 import itertools
@@ -39,7 +39,7 @@ def test_the_process_settings_do_not_reach_the_products(run, matmul_precision, a
 
 @pytest.mark.parametrize("rows", [5, 40])
 def test_an_update_never_asks_the_device_for_a_number(rows, small_blocks):
-    """Meta tensors take CUDA's way and have no values: every question for one raises."""
+    """Meta tensors use the same code as CUDA and have no values, so every attempt to read one raises."""
     moments = StreamingMoments(8, device="meta")
     for masked, dtype in itertools.product((False, True), DTYPES):
         x = torch.zeros(3, rows, 8, dtype=dtype, device="meta").transpose(0, 1)
@@ -53,7 +53,7 @@ def test_an_update_never_asks_the_device_for_a_number(rows, small_blocks):
 
 
 class Operations(TorchDispatchMode):
-    """How many torch operations run, views aside: each is a launch on a GPU."""
+    """Counts torch operations except views; each is a launch on a GPU."""
 
     count = 0
 
@@ -69,7 +69,7 @@ def test_gathering_rows_without_a_mask_takes_two_operations():
     for masked, most in ((False, 2), (True, 9)):
         with Operations() as operations:
             moments.update(x, torch.zeros(576, dtype=torch.bool, device="meta") if masked else None)
-        assert 0 < operations.count <= most + masked  # the mask itself
+        assert 0 < operations.count <= most + masked  # one more for the mask
 
 
 @pytest.mark.gpu

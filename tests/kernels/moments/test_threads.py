@@ -1,4 +1,4 @@
-"""Threads that share a StreamingMoments, read it while it grows, merge crosswise, or have one each."""
+"""Threads that share a StreamingMoments, read it while it grows, merge in both directions, or have one each."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ D, ROWS, CALLS, THREADS = 5, 37, 60, 6
 
 @pytest.fixture(autouse=True)
 def switching_often():
-    """Threads take turns after a microsecond, wherever they are."""
+    """Switch threads every microsecond."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

@@ -55,7 +55,7 @@ def test_no_finite_token_overflows_on_the_way(run, dtype):
     assert token_norms(top, backend=backend).item() == pytest.approx(
         min(info.max * 300**0.5, float("inf")), rel=1e-6
     ) or (
-        dtype != torch.float16 and token_norms(top, backend=backend).isinf()  # the norm itself lies beyond float32
+        dtype != torch.float16 and token_norms(top, backend=backend).isinf()  # the norm itself exceeds float32
     )
 
 
@@ -109,10 +109,10 @@ def test_the_operator_passes_opcheck_and_compiles_without_graph_breaks(backend):
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (3.0, TypeError, "x: takes a torch.Tensor, got float"),
-        (torch.ones(3, dtype=torch.int32), TypeError, "x: takes a dtype of .* got int32"),
-        (torch.tensor(1.0), ValueError, r"x: takes shape \(\.\.\., d\)"),
-        (torch.ones(3, 0), ValueError, r"x: takes shape \(\.\.\., d\)"),
+        (3.0, TypeError, "x: expected a torch.Tensor, got float"),
+        (torch.ones(3, dtype=torch.int32), TypeError, "x: expected one of the dtypes .* got int32"),
+        (torch.tensor(1.0), ValueError, r"x: expected shape \(\.\.\., d\)"),
+        (torch.ones(3, 0), ValueError, r"x: expected shape \(\.\.\., d\)"),
     ],
 )
 def test_bad_input_is_named(x, error, message):

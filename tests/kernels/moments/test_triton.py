@@ -1,4 +1,4 @@
-"""The Triton kernels of the moments on a GPU, or in Triton's interpreter (test_interpreted.py starts that process)."""
+"""The Triton kernels of the moments on a GPU, or in Triton's interpreter (in a process of test_interpreted.py)."""
 
 import os
 
@@ -20,7 +20,7 @@ SIZES = [(1, 1), (33, 37), (70, 131)] if INTERPRETED else [(1, 1), (33, 37), (70
 
 
 def product(x, mask=None, precision="auto", centre=None, second=None, vectors=None, weights=None):
-    """What the launcher adds to a triangle of zeros, as a square matrix; and the shift and the column sums."""
+    """The sum that the launcher adds to a triangle of zeros, as a square matrix; the shift; and the column sums."""
     d = x.shape[1]
     second = torch.zeros(packed.entries(d), dtype=torch.float64, device=DEVICE) if second is None else second
     centre = torch.zeros(d, dtype=torch.float64, device=DEVICE) if centre is None else centre
@@ -36,7 +36,7 @@ def test_small_integers_multiply_exactly_under_any_mask(rows, d, dtype):
     x = torch.randint(-4, 5, (rows, d + 5), device=DEVICE).to(dtype)[:, 2 : d + 2]
     before = x.clone()
     for mask in (None, torch.rand(rows, device=DEVICE) < 0.5):
-        # What a mask leaves out is poison, and never read into a product.
+        # Rows outside the mask are NaN and never enter a product.
         poisoned = x if mask is None else torch.where(mask[:, None], x, float("nan"))
         kept = (x if mask is None else x[mask]).double()
         full, shift, sums = product(poisoned, mask, precision="fast" if dtype != torch.float32 else "auto")
@@ -48,9 +48,9 @@ def test_small_integers_multiply_exactly_under_any_mask(rows, d, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_shifted_tiles_and_plain_tiles_meet_in_one_triangle(dtype):
-    """One column of 131 is shifted: its 128 columns go by the second launch, the corner tile by the first."""
+    """One column of 131 is shifted: its group of 128 columns uses the second launch, the corner tile the first."""
     x = torch.randint(-3, 4, (41, 131), device=DEVICE).to(dtype)
-    x[:, 7] += 64  # the sum is exact in every dtype, and so is its difference from the shift
+    x[:, 7] += 64  # exact in every dtype, and so is the difference from the shift
     centre = x.double().mean(0).round()
     full, shift, sums = product(x, centre=centre)
     assert shift[7] == centre[7]
@@ -86,7 +86,7 @@ def test_error_is_within_the_promise_whatever_the_mean(dtype, ratio, monkeypatch
     x = torch.randn(rows, d, dtype=torch.float64, device=DEVICE)
     x[:, 0] += ratio
     x[:, 1:20] -= torch.linspace(0, ratio / 15, 19, device=DEVICE)
-    x[5, 3] = 900.0  # an outlier that its column's shift leaves inexact
+    x[5, 3] = 900.0  # an outlier that is not exact after the shift of its column
     x = x.to(dtype)
     mask = torch.rand(rows, device=DEVICE) < 0.8
     moments = StreamingMoments(d, device=DEVICE, backend="triton")
@@ -96,7 +96,7 @@ def test_error_is_within_the_promise_whatever_the_mean(dtype, ratio, monkeypatch
 
 
 def test_float32_columns_of_any_size_keep_their_digits():
-    """Each column has its own power of two: deviations of 1e-25 and 1e15, zeros, a value a thousand times larger."""
+    """Each column has a separate power of two: deviations of 1e-25 and 1e15, zeros, a value a thousand times larger."""
     x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
     x[17, 2] = 1000.0
     x = (x * torch.tensor([1e-25, 1.0, 1.0, 1e15, 1.0, 0.0])).to(DEVICE)
@@ -132,7 +132,7 @@ def test_what_is_not_finite_shows(precision):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_columns_just_below_the_threshold_of_shifting_keep_the_promise(dtype, monkeypatch, assert_moments):
-    """The largest sums that go into the tensor cores as they are, which truncate: no column but has a mean."""
+    """The largest unshifted sums in the tensor cores, which truncate: every column has a mean."""
     rows, d = (700, 33) if INTERPRETED else (streaming.DIRECT, 512)
     monkeypatch.setattr(streaming, "ROWS", {"cpu": 350, "cuda": streaming.ROWS["cuda"]})
     x = (torch.randn(rows, d, device=DEVICE) + 0.97 * kernels.SHIFT_ABOVE).to(dtype)
@@ -150,7 +150,7 @@ def test_a_block_larger_than_what_is_gathered_goes_in_directly(monkeypatch, asse
     moments = StreamingMoments(9, device=DEVICE, backend="triton")
     moments.update(x[:10])
     moments.update(x[10:60])
-    assert folded == [32, 16]  # and the last two wait with the ten before them
+    assert folded == [32, 16]  # the last two wait with the ten before them
     moments.update(x[60:])
     assert_moments(moments, x)
 
@@ -181,7 +181,7 @@ def test_float64_is_multiplied_in_float64(assert_moments):
     moments = StreamingMoments(9, device=DEVICE, backend="triton")
     moments.update(x)
     assert_moments(moments, x, 1e-9)
-    with pytest.raises(TypeError, match="x: the Triton product takes float32, bfloat16 or float16, got float64"):
+    with pytest.raises(TypeError, match="x: expected float32, bfloat16 or float16 for the Triton product, got float64"):
         product(x)
 
 
@@ -195,7 +195,7 @@ def test_norms_are_right_to_float32_and_nothing_overflows_on_the_way(d, dtype):
     if dtype != torch.float16:
         x = torch.full((5, d), 1.0, device=DEVICE)
         x = (x * torch.tensor([2.0**58, 2.0**60, 2.0**-58, 2.0**-62, 2.0**-126], device=DEVICE)[:, None]).to(dtype)
-        x[3, 0] *= 4  # one element of another range than the rest
+        x[3, 0] *= 4  # one element has a different range from the rest
         assert_close(token_norms(x, backend="triton"), reference.token_norms(x))
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [0.0, 0.0], [3.0, 4.0]], device=DEVICE).to(dtype)
     norms = token_norms(x, backend="triton")

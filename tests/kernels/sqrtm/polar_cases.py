@@ -1,4 +1,4 @@
-"""Matrices with known polar factors, and what `polar` promises of each precision."""
+"""Matrices with known polar factors, and the accuracy that `polar` promises in each precision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mir_kernels.ops.sqrtm import polar
 
-# Singular values above these, of the largest, come out as 1, to what the second number says.
+# {precision: (r, error)}: singular values above r times the largest come out as 1, to within the error.
 RESOLVED = {"bfloat16": (3e-3, 8e-3), "float16": (1e-3, 1e-3), "float32": (5e-7, 2e-6), "float64": (1e-12, 1e-3)}
 # |U - exact|_F / |exact|_F of matrices with a condition of 10.
 ERROR = {"bfloat16": 1.6e-2, "float16": 2e-3, "float32": 6e-6, "float64": 1e-13}
@@ -26,7 +26,7 @@ def spectrum(kind: str, n: int, smallest: float) -> Tensor:
 
 
 def with_singular_values(values: Tensor, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A matrix (rows, n) of these and random vectors, and its polar factor; float64."""
+    """A matrix (rows, n) with these singular values and random vectors, and its polar factor; float64."""
     generator = torch.Generator().manual_seed(seed)
     n = values.shape[0]
     left, right = (
@@ -36,7 +36,7 @@ def with_singular_values(values: Tensor, rows: int, seed: int) -> tuple[Tensor, 
 
 
 def of_rank(rank: int, rows: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A matrix of whole numbers and exactly this rank, and its polar factor; float64."""
+    """An integer matrix of exactly this rank, and its polar factor; float64."""
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.randint(-8, 9, size, generator=generator).double() for size in ((rows, rank), (rank, n)))
     m = left @ right
@@ -47,7 +47,7 @@ def of_rank(rank: int, rows: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def assert_resolved(precision: str, kind: str, n: int, device: str, backend: str) -> None:
-    """Whatever power of two the largest singular value lies beside: 1 where resolved, never above."""
+    """Resolved singular values come out as 1, never above, wherever the largest lies between powers of two."""
     lowest, off = RESOLVED[precision]
     for seed, size in enumerate((1.0, 1.3, 1.7)):
         m, _ = with_singular_values(size * spectrum(kind, n, 1.01 * lowest), n + seed, seed)
@@ -57,7 +57,7 @@ def assert_resolved(precision: str, kind: str, n: int, device: str, backend: str
 
 
 def assert_zeros_stay(precision: str, device: str, backend: str) -> None:
-    """Rows and columns of zeros are zero in U, and all of U where M is zero."""
+    """Zero rows and columns of M are zero in U, and U is zero if M is."""
     m, _ = with_singular_values(spectrum("even steps", 9, 0.1), 12, 0)
     m[3], m[:, [0, 5]] = 0.0, 0.0
     u = polar(m.to(device), precision=precision, backend=backend)

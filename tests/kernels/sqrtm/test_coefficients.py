@@ -1,4 +1,4 @@
-"""The polynomial steps: minimax by equioscillation, and their composition brings every singular value home."""
+"""The polynomial steps: minimax by equioscillation, and their composition maps every singular value to 1."""
 
 import numpy as np
 import pytest
@@ -53,13 +53,13 @@ def test_wider_intervals_take_more_steps():
 
 @pytest.mark.parametrize("bad", [(0.0, 1.0, 1e-3), (1.0, 1.0, 1e-3), (0.1, 0.9, 1e-3), (0.1, 1.0, 0.0)])
 def test_schedule_refuses_intervals_it_cannot_map(bad):
-    with pytest.raises(ValueError, match="schedule: takes"):
+    with pytest.raises(ValueError, match="schedule: expected"):
         coefficients.schedule(*bad)
 
 
 @pytest.mark.parametrize("precision", list(eager.DTYPES))
 def test_no_entry_of_a_step_comes_near_the_end_of_float16_times_its_scale(precision):
-    """The kernels split float32 into halves of float16 after multiplying by 2^10: entries must stay below 63."""
+    """The kernels split float32 into float16 halves after multiplying by 2^10: entries must stay below 63."""
     for a, b, c in eager.steps_for(precision, lower=1e-12):
         for s in (1.1**2 * i / 1000 for i in range(1001)):
             assert abs(b * s + c * s * s) < 32  # an eigenvalue, hence an entry, of b G + c G^2

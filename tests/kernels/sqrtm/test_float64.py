@@ -1,4 +1,4 @@
-"""Float64 by 8-bit digits: exact where float64 is, and everywhere within the bound that the proofs rest on."""
+"""Float64 by 8-bit digits: exact where float64 is exact, and always within the error bound that the proofs rest on."""
 
 import itertools
 from fractions import Fraction
@@ -28,7 +28,7 @@ def squares(vectors):
 
 
 def worst_digits(m, k, seed):
-    """Values in the middle between two of the last digit, in all rows as large as their power of two lets them be."""
+    """Values halfway between two last digits, as large as the power of two of their row allows."""
     signs = normal(m, k, seed=seed).sign()
     return signs * (2.0 - 2.0**-52)
 
@@ -174,12 +174,12 @@ def test_products_are_split_where_a_measurement_says_so_or_the_environment(monke
     monkeypatch.setenv(float64.VARIABLE, "split")
     assert float64.is_split(cpu)
     small, large = normal(40, 40), normal(260, 260)
-    assert torch.equal(float64.matmul(small, small), small @ small)  # too small to pay
+    assert torch.equal(float64.matmul(small, small), small @ small)  # too small for splitting to pay off
     assert torch.equal(float64.matmul(large, large), float64.split_matmul(large, large))
     with float64.split_products(False):
         assert not float64.is_split(cpu)
     monkeypatch.setenv(float64.VARIABLE, "sometimes")
-    with pytest.raises(ValueError, match="MIR_FLOAT64: takes 'native', 'split' or 'measured', got 'sometimes'"):
+    with pytest.raises(ValueError, match="MIR_FLOAT64: expected 'native', 'split' or 'measured', got 'sometimes'"):
         float64.is_split(cpu)
 
 
@@ -210,7 +210,7 @@ def test_the_faster_of_both_products_is_taken_and_a_device_without_integers_says
     monkeypatch.setattr(float64, "PROBE", 32)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(float64, "split_matmul", refused)
-    with pytest.warns(RuntimeWarning, match="float64 products are not split on cpu, .*: no int8 here"):
+    with pytest.warns(RuntimeWarning, match="float64 products are not split on cpu .*: no int8 here"):
         assert not float64._split_is_faster.__wrapped__(torch.device("cpu"))
 
 

@@ -1,4 +1,4 @@
-"""What `polar` says of each precision, whatever the dtype of the matrix: accuracy, small and zero singular values."""
+"""The promises of `polar` in each precision for any dtype of the matrix: accuracy, small and zero singular values."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_float64_iterates_in_float64_on_a_coarser_matrix(dtype, condition):
     w, _, vt = torch.linalg.svd(m.double())
     raw = eager.polar(m[None], "float64")[0]
     assert raw.dtype == torch.float64
-    # The exact factor of a matrix rounded to 16 bits, whose smallest singular value is what rounding made of it.
+    # The exact factor is that of the rounded matrix, whose smallest singular value rounding has changed.
     smallest = torch.linalg.svdvals(m.double())[-1].item()
     assert relative_error(raw, w @ vt) <= 2e-15 / smallest
     assert relative_error(polar(m, precision="float64"), w @ vt) <= 2e-15 / smallest + torch.finfo(dtype).eps
@@ -85,7 +85,7 @@ def test_rows_and_columns_of_zeros_stay_zero(precision):
     [(torch.float32, -149), (torch.float32, 122), (torch.float64, -1074), (torch.float64, 1018)],
 )
 def test_a_power_of_two_changes_no_bit(precision, dtype, exponent):
-    """Down to where whole numbers times it are subnormal, and up to the end of the range."""
+    """From scales at which integer multiples are subnormal up to the end of the range."""
     m = torch.randint(-8, 9, (16, 12), generator=torch.Generator().manual_seed(2)).double() + 20 * torch.eye(16, 12)
     scaled = torch.ldexp(torch.ldexp(m, torch.tensor(exponent // 2)), torch.tensor(exponent - exponent // 2)).to(dtype)
     assert torch.isfinite(scaled).all()

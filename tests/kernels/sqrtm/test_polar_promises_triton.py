@@ -1,4 +1,4 @@
-"""The same of the Triton backend: on a CUDA device, or in the interpreter if that was chosen before import."""
+"""The promises of `polar` for the Triton backend: on a CUDA device, or in the interpreter if selected before import."""
 
 import os
 

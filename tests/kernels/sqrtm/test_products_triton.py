@@ -1,4 +1,4 @@
-"""The large products against float64, in every way the tables know: on a CUDA device, or in the interpreter."""
+"""The large products against float64, in every way listed in the tables: on a CUDA device or in the interpreter."""
 
 import os
 
@@ -23,7 +23,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 COPY_ENGINE = INTERPRETED or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# What one product resolves: float32 goes by two halves of float16, 22 bits.
+# The accuracy of one product: float32 uses two float16 halves, 22 bits.
 RESOLUTION = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}
 STEP = (3.2, -2.4, 0.5)
 
@@ -49,7 +49,7 @@ def shipped(x):
 
 
 def symmetric(x, tiles, *, transposed, add=None, **scales):
-    """`symmetric_product` of matrices."""
+    """`symmetric_product` on matrices instead of planes."""
     planes = None if add is None else products.split(add, tiles)
     out = products.symmetric_product(products.split(x, tiles), tiles, transposed=transposed, add=planes, **scales)
     size = x.shape[-1] if transposed else x.shape[-2]
@@ -101,13 +101,13 @@ def test_a_matrix_with_nan_spoils_no_other_of_its_batch(dtype, tiles):
 
 @pytest.mark.parametrize("halves", ["together", "in turn", "chained"])
 def test_float32_products_hold_the_bits_of_two_halves(halves):
-    """Entries of a 4096^2 polar factor are near 0.016, and most products of them smaller still."""
+    """Entries of a 4096^2 polar factor are near 0.016, and most of their products are smaller still."""
     tiles = Tiles(32, 32, 32, 4, 1, halves)
     for size in (0.5, 0.016, 1e-4):
         x = random(1, 64, 64, dtype=torch.float32) * size
         found = symmetric(x, tiles, transposed=True)
         wide = x.double()
-        # The low half of a result below 2^-12 is a subnormal, whose steps are 2^-34.
+        # The low half of a result below 2^-12 is subnormal, with a resolution of 2^-34.
         error = (found.double() - wide.mT @ wide).abs() - 2.0**-21 * (wide.mT.abs() @ wide.abs())
         assert error.max() <= 2.0**-35
 
@@ -141,7 +141,7 @@ def test_every_tile_comes_once_and_in_bands(down, across, band):
         assert sorted(found) == wanted
         bands = [i // band for i, _ in found]
         assert bands == sorted(bands)
-        for one in set(bands):  # column by column: each is read once for all rows of the band
+        for one in set(bands):  # column by column, so that each is read once for all rows of the band
             columns = [j for i, j in found if i // band == one and (not lower or j < one * band)]
             assert columns == sorted(columns)
 

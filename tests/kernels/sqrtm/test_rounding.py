@@ -1,4 +1,4 @@
-"""What is proved about rounding: definiteness beyond an error, and the norm that the last step leaves."""
+"""Proofs about rounding: definiteness beyond an error, and the norm after the last step."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_a_clearly_definite_matrix_passes_and_one_that_is_no_number_does_not():
 
 @pytest.mark.parametrize("largest", [0.0, 0.5, 1.0, 1.02, 1.6, 1.8, 3.0])
 def test_the_last_step_proves_its_norm_without_finding_it(largest):
-    """At most 1 and rounding up to sqrt(3); beyond, what it really is."""
+    """1 plus rounding for norms up to sqrt(3); above that, an explicit bound."""
     generator = torch.Generator().manual_seed(6)
     w, _ = torch.linalg.qr(torch.randn(2, 40, 30, generator=generator, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(2, 30, 30, generator=generator, dtype=torch.float64))

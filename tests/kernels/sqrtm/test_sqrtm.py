@@ -1,4 +1,4 @@
-"""sqrtm, inverse_sqrtm, polar and newton_schulz: accuracy, gradients, shapes, dtypes, refusals."""
+"""sqrtm, inverse_sqrtm, polar and newton_schulz: accuracy, gradients, shapes, dtypes, errors."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from tolerances import relative_error
 
 D = 48
 METHODS = ["auto", "eigh", "polar"]
-# What a root may be off by, |X - A^(1/2)| / |A^(1/2)|, per precision of the iteration.
+# The allowed error of a root, |X - A^(1/2)| / |A^(1/2)|, by precision of the iteration.
 LIMIT = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 4e-6, "float64": 2e-7}
 DEFINITE = [k for k in SPECTRA if k not in ("rank d/4", "zero columns", "zero", "condition 1e12")]
 
@@ -161,7 +161,7 @@ def test_coupled_iteration_warns_where_rounding_wins():
 
 
 def test_a_tolerance_that_is_missed_is_said():
-    with pytest.warns(RuntimeWarning, match=r"sqrtm: reached a relative residual of .*, tol=1e-10"):
+    with pytest.warns(RuntimeWarning, match=r"sqrtm: reached a relative residual of .*, above tol=1e-10"):
         sqrtm(matrices("i^-1"), method="polar", precision="bfloat16", tol=1e-10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -248,7 +248,7 @@ def test_iterated_lyapunov_solution_leaves_null_directions_out(values, dtype):
     resolved = sums > 4 * d * torch.finfo(dtype).eps * spectrum.amax()
     expected = q @ torch.where(resolved, q.T @ g @ q / sums.clamp(min=1e-30), 0.0) @ q.T
     found = eager.lyapunov(symmetric(q * spectrum @ q.T).to(dtype)[None], g.to(dtype)[None])[0]
-    # Where 1e-9 is no rounding, the solution is as large as its inverse and so is what rounding does to it.
+    # If 1e-9 is above rounding, the solution is as large as 1e9, and so is the effect of rounding on it.
     condition = 1 / sums[resolved].amin() if resolved.any() else torch.tensor(1.0)
     assert (found - expected).norm() <= 20 * torch.finfo(dtype).eps * condition * expected.norm().clamp(min=1.0)
 
@@ -267,7 +267,7 @@ def test_autocast_changes_no_bit_of_a_result_or_gradient(method):
         for enabled in (False, True):
             x = a.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # newton_schulz has not converged, and says so
+                warnings.simplefilter("ignore", RuntimeWarning)  # newton_schulz warns that it has not converged
                 out = call(x)
                 out.sum().backward()
             results += [(out, x.grad)]
@@ -342,34 +342,34 @@ INDEFINITE = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: sqrtm([[1.0]]), TypeError, "a: takes a torch.Tensor"),
-        (lambda: sqrtm(EYE.int()), TypeError, "a: takes a dtype of float32, bfloat16, float16, float64, got int32"),
-        (lambda: sqrtm(torch.zeros(2, 3)), ValueError, r"a: takes square matrices \(..., d, d\)"),
-        (lambda: sqrtm(EYE / 0), ValueError, "a: takes finite values"),
-        (lambda: sqrtm(EYE + EYE.roll(1, 0)), ValueError, "a: takes symmetric matrices"),
-        (lambda: sqrtm(-EYE), ValueError, "a: takes positive semi-definite matrices"),
-        (lambda: sqrtm(EYE, method="fast"), ValueError, "method: takes one of"),
-        (lambda: sqrtm(EYE, precision="half"), ValueError, "precision: takes one of"),
-        (lambda: sqrtm(EYE, iterations=0), ValueError, "iterations: takes a positive number"),
+        (lambda: sqrtm([[1.0]]), TypeError, "a: expected a torch.Tensor"),
+        (lambda: sqrtm(EYE.int()), TypeError, "a: expected one of the dtypes float32, .* got int32"),
+        (lambda: sqrtm(torch.zeros(2, 3)), ValueError, r"a: expected square matrices \(..., d, d\)"),
+        (lambda: sqrtm(EYE / 0), ValueError, "a: expected finite values"),
+        (lambda: sqrtm(EYE + EYE.roll(1, 0)), ValueError, "a: expected symmetric matrices"),
+        (lambda: sqrtm(-EYE), ValueError, "a: expected positive semi-definite matrices"),
+        (lambda: sqrtm(EYE, method="fast"), ValueError, "method: expected one of"),
+        (lambda: sqrtm(EYE, precision="half"), ValueError, "precision: expected one of"),
+        (lambda: sqrtm(EYE, iterations=0), ValueError, "iterations: expected a positive number"),
         (lambda: sqrtm(EYE, backend="cuda"), ValueError, "backend: sqrtm has no backend 'cuda'"),
-        (lambda: sqrtm(EYE, backend="triton", method="eigh"), RuntimeError, "backend 'triton' of sqrtm has no eigh"),
-        (lambda: polar(EYE, backend="triton", precision="float64"), RuntimeError, "of polar has no float64"),
+        (lambda: sqrtm(EYE, backend="triton", method="eigh"), RuntimeError, "'triton' of sqrtm does not support eigh"),
+        (lambda: polar(EYE, backend="triton", precision="float64"), RuntimeError, "polar does not support float64"),
         (
             lambda: newton_schulz(EYE, iterations=1, backend="triton"),
             ValueError,
             "newton_schulz has no backend 'triton'",
         ),
-        (lambda: sqrtm(INDEFINITE), ValueError, "a: takes positive semi-definite .* an eigenvalue of -0.333 of the"),
+        (lambda: sqrtm(INDEFINITE), ValueError, "a: expected positive semi-definite .* an eigenvalue of -0.333 times"),
         (
             lambda: sqrtm(INDEFINITE, method="polar"),
             ValueError,
-            "a: takes positive semi-definite .* an eigenvalue of -",
+            "a: expected positive semi-definite .* an eigenvalue of -",
         ),
-        (lambda: inverse_sqrtm(EYE - EYE), ValueError, "a: takes positive definite matrices, 1 of 1"),
-        (lambda: inverse_sqrtm(EYE - EYE, method="polar"), ValueError, "a: takes positive definite matrices, 1 of 1"),
-        (lambda: polar(torch.zeros(3)), ValueError, r"m: takes matrices \(..., m, n\)"),
-        (lambda: polar(EYE / 0), ValueError, "m: takes finite values"),
-        (lambda: newton_schulz(EYE, iterations=0), ValueError, "iterations: takes a positive number"),
+        (lambda: inverse_sqrtm(EYE - EYE), ValueError, "a: expected positive definite matrices, got 1 of 1"),
+        (lambda: inverse_sqrtm(EYE - EYE, method="polar"), ValueError, "a: expected positive definite .* got 1 of 1"),
+        (lambda: polar(torch.zeros(3)), ValueError, r"m: expected matrices \(..., m, n\)"),
+        (lambda: polar(EYE / 0), ValueError, "m: expected finite values"),
+        (lambda: newton_schulz(EYE, iterations=0), ValueError, "iterations: expected a positive number"),
     ],
 )
 def test_bad_input_is_refused_by_name(call, error, message):
@@ -378,7 +378,7 @@ def test_bad_input_is_refused_by_name(call, error, message):
 
 
 def test_eager_calls_and_their_gradients_load_no_compiler():
-    """A custom_op's first call imports torch._dynamo, which takes seconds."""
+    """The first call of a custom_op imports torch._dynamo, which takes seconds."""
     program = """
 import sys, torch
 from mir_kernels.ops.sqrtm import inverse_sqrtm, newton_schulz, polar, sqrtm

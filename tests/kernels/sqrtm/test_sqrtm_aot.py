@@ -23,7 +23,7 @@ HALF = [(torch.float16, d) for d in (32, 64, 128, 1024)]
 
 
 def launches(d, dtype, target, batch=4):
-    """What one polar factor launches: one kernel up to SMALL, the three products of a step above it."""
+    """The launches of one polar factor: one kernel up to SMALL, above it the three products of each step."""
     x = torch.empty(batch, d, d, dtype=dtype, device="meta")
     if d <= kernels.SMALL:
         return aot.record(kernels.small_polar, x, STEPS, target=target)
@@ -58,7 +58,7 @@ def test_a_batch_of_small_matrices_is_one_launch_and_of_large_ones_three_a_step(
 @pytest.mark.parametrize(("d", "each_step"), [(64, 0), (128, 0), (129, 3), (256, 3), (1024, 3)])
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_launches_of_a_polar_factor_do_not_depend_on_the_batch(d, each_step, precision):
-    """No launch per matrix: the whole iteration of 256 matrices takes as many launches as that of one."""
+    """The iteration of 256 matrices needs as many launches as that of one matrix."""
     steps = len(eager.steps_for(precision))
     for batch in (1, 256):
         m = torch.empty(batch, d, d, device="meta")
@@ -75,7 +75,7 @@ def test_symmetric_products_launch_half_the_tiles():
 
 @pytest.mark.parametrize("d", [32, 128, 1024])
 def test_batch_offsets_are_64_bits_wide(d):
-    """(320, 2560, 3072) overflows a 32-bit product of batch index and matrix size: it must be formed in 64 bits."""
+    """With (320, 2560, 3072) the product of batch index and matrix size overflows 32 bits and must use 64."""
     for launch in launches(d, torch.bfloat16, "sm_80"):
         ir = aot.compile_launch("sm_80", launch).ttir
         narrow = re.findall(r"tt\.addptr %p_\w+, %\w+ : !tt\.ptr<\w+>, (i\d+)", ir)

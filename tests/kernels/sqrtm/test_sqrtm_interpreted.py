@@ -1,4 +1,4 @@
-"""Triton's interpreter runs the square root kernels on CPU tensors, in a process of its own: it is chosen on import."""
+"""Run the square root kernels in Triton's interpreter, selected on import, on CPU tensors in a separate process."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The Triton kernels against float64: on a CUDA device, or in the interpreter if that was chosen before import."""
+"""The Triton kernels against float64: on a CUDA device, or in the interpreter if selected before import."""
 
 import os
 
@@ -16,10 +16,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# What one product resolves: float32 goes by two halves of float16, 22 bits.
+# The accuracy of one product: float32 uses two float16 halves, 22 bits.
 RESOLUTION = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}
 STEP = (3.2, -2.4, 0.5)
-# Odd and even sizes on every side of the tiles: within one program's registers, in its cache, in several tiles.
+# Odd and even sizes around the tile sizes: within one program's registers, in its cache, in several tiles.
 SHAPES = [(3, 1, 1), (2, 7, 5), (2, 33, 33), (1, 64, 64), (1, 100, 70)]
 
 
@@ -45,7 +45,7 @@ def test_one_launch_does_what_its_steps_do(dtype, shape, steps):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("shape", [(2, 3, 9, 4), (4, 9), (0, 5, 5), (1, 37, 20) if INTERPRETED else (1, 130, 20)])
 def test_polar_factor_of_every_shape(precision, shape, monkeypatch):
-    if INTERPRETED:  # the last shape is too large for one program there, too, with fewer tiles
+    if INTERPRETED:  # fewer tiles; the last shape is still too large for one program
         monkeypatch.setattr(triton, "SMALL", 32)
     m = random(*shape, dtype=torch.float32)
     if m.numel():

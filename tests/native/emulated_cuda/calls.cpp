@@ -1,4 +1,4 @@
-// What Python calls of the emulated device, by ctypes: see ../emulated.py.
+// Functions of the emulated device that Python calls by ctypes; see ../emulated.py.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -10,9 +10,9 @@
 
 namespace {
 
-std::string text;  // of the call that failed last
+std::string text;  // message of the last failed call
 
-// The message of what f throws and the device's report of it, or "".
+// The message of the exception of f and the device's report, or "".
 template <class F>
 const char* outcome(const F& f) {
   try {
@@ -73,7 +73,7 @@ const char* emulated_planted(const char* name, const float* a, float* out, int64
   });
 }
 
-// Elements of x to 16 bits, and back.
+// Converts elements of x to 16 bits, and back.
 void emulated_to_bfloat16(const float* x, uint16_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = __float2bfloat16_rn(x[i]).bits;
 }

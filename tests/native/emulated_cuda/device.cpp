@@ -19,8 +19,8 @@ Place place;
 
 namespace {
 
-constexpr int kThreads = 1024;                     // of a block, at most
-constexpr size_t kStack = 128 << 10;               // bytes of a fiber's stack, pages of which appear on use
+constexpr int kThreads = 1024;                     // maximum per block
+constexpr size_t kStack = 128 << 10;               // bytes of a fiber's stack; pages are allocated on first use
 constexpr unsigned kGridX = 0x7fffffff, kGridYZ = 65535;
 constexpr size_t kShared = 48 << 10;
 
@@ -52,7 +52,7 @@ struct Device {
 Device self;
 
 void swap(ucontext_t& from, const ucontext_t& to) {
-#if defined(__SANITIZE_ADDRESS__)  // whose own swapcontext knows nothing of the calls around this one, and warns
+#if defined(__SANITIZE_ADDRESS__)  // its own swapcontext does not know of the calls around this one, and warns
   static const auto of_libc =
       reinterpret_cast<decltype(&swapcontext)>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "swapcontext"));
   of_libc(&from, &to);
@@ -105,7 +105,7 @@ void prepare(int number) {
   fiber.state = State::kReady;
   fiber.fake_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack_of(number), kStack);  // of a fiber whose launch failed
+  __asan_unpoison_memory_region(stack_of(number), kStack);  // may be left from a failed launch
 #endif
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = stack_of(number);
@@ -114,7 +114,7 @@ void prepare(int number) {
   makecontext(&fiber.context, run_thread, 0);
 }
 
-// From barrier to barrier until every thread has returned, or the launch has failed.
+// Runs all threads from barrier to barrier until every thread has returned or the launch has failed.
 void run_block(int threads) {
   begin_block();
   for (int i = 0; i < threads; ++i) prepare(i);
@@ -130,8 +130,8 @@ void run_block(int threads) {
     }
     if (waiting == 0) return;
     if (done != 0) {
-      stop(cudaErrorLaunchFailure, "a barrier that " + std::to_string(waiting) + " threads of a block wait at and " +
-                                       std::to_string(done) + " have returned without");
+      stop(cudaErrorLaunchFailure, std::to_string(waiting) + " threads of a block wait at a barrier, but " +
+                                       std::to_string(done) + " have returned");
       return;
     }
     next_barrier();
@@ -222,7 +222,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* frame, const Th
 
 }  // namespace emulated
 
-// As in CUDA, an error stays until somebody asks for it.
+// As in CUDA, an error persists until it is read.
 cudaError_t cudaGetLastError() {
   const cudaError_t error = emulated::self.last;
   emulated::self.last = cudaSuccess;

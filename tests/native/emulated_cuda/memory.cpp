@@ -1,5 +1,5 @@
-// The memory of the emulated device: what each byte is, who used it last, and the calls that g++ puts before every
-// access under -fsanitize=thread,alignment (device.h).
+// The memory of the emulated device: the allowed uses and last accesses of each byte, and the functions that g++ calls
+// before every access with -fsanitize=thread,alignment (device.h).
 #include "device.h"
 
 #include <elf.h>
@@ -10,10 +10,10 @@
 namespace emulated {
 namespace {
 
-constexpr int64_t kShared = 48 << 10;  // bytes of static shared memory that a block may have
+constexpr int64_t kShared = 48 << 10;  // maximum bytes of static shared memory per block
 
-// A moment of a thread. Accesses to a byte are ordered where the span differs (one launch, or for shared memory one
-// block, comes after another), where the thread is the same, or where the block is and a barrier lies between.
+// The time and thread of an access. A span is a launch, or a block for shared memory. Two accesses to a byte are
+// ordered if their spans differ, if their threads are the same, or if they are in one block with a barrier between.
 struct Moment {
   int64_t span = 0, block = 0;
   int barrier = 0, thread = 0;
@@ -21,7 +21,7 @@ struct Moment {
 
 struct Byte {
   uint8_t use = 0;
-  bool many_threads = false, many_blocks = false;  // have read since the last barrier, in this span
+  bool many_threads = false, many_blocks = false;  // that have read since the last barrier, in this span
   Moment wrote, read;
 };
 
@@ -66,28 +66,28 @@ std::string described(const char* what, bool write, uintptr_t address, size_t by
 
 bool same_span(const Moment& then, const Moment& now) { return then.span != 0 && then.span == now.span; }
 
-// Whether nothing orders an access then and one now.
+// Whether an earlier access and the current one are not ordered.
 bool at_once(const Moment& then, const Moment& now) {
   if (!same_span(then, now)) return false;
   return then.block != now.block || (then.barrier == now.barrier && then.thread != now.thread);
 }
 
-// What is wrong with an access to one byte, or null; notes the access.
+// Returns the error of an access to one byte, or null; records the access.
 const char* use_byte(Byte& byte, const Moment& now, bool write, bool shared) {
   if (!shared && !(byte.use & (write ? kWrite : kRead))) return "forbidden";
   if (write) {
-    if (at_once(byte.wrote, now)) return "a race of two writes, the second a";
+    if (at_once(byte.wrote, now)) return "write-after-write race:";
     if (same_span(byte.read, now)) {
       const bool others = byte.read.barrier == now.barrier && (byte.many_threads || byte.read.thread != now.thread);
-      if (byte.many_blocks || byte.read.block != now.block || others) return "a race of a read and this";
+      if (byte.many_blocks || byte.read.block != now.block || others) return "write-after-read race:";
     }
     if (shared && byte.wrote.span != now.span) ++self.shared_bytes;
     byte.wrote = now;
     byte.use |= kDefined;
     return nullptr;
   }
-  if (shared ? byte.wrote.span != now.span : !(byte.use & kDefined)) return "nothing has been written yet: a";
-  if (at_once(byte.wrote, now)) return "a race of a write and this";
+  if (shared ? byte.wrote.span != now.span : !(byte.use & kDefined)) return "uninitialised";
+  if (at_once(byte.wrote, now)) return "read-after-write race:";
   if (!same_span(byte.read, now)) {
     byte.many_threads = byte.many_blocks = false;
   } else if (byte.read.block != now.block) {
@@ -119,10 +119,10 @@ const char* use_byte(Byte& byte, const Moment& now, bool write, bool shared) {
            described(wrong, write, address, bytes, region));
     }
   }
-  if (self.shared_bytes > kShared) stop(cudaErrorLaunchFailure, "more than 48 KB of shared memory in a block");
+  if (self.shared_bytes > kShared) stop(cudaErrorLaunchFailure, "more than 48 KB of shared memory per block");
 }
 
-// Static variables of this library: the shared memory of all kernels.
+// Finds the static variables of this library, which are the shared memory of all kernels.
 int find_statics(dl_phdr_info* info, size_t, void*) {
   const auto own = reinterpret_cast<uintptr_t>(&self);
   for (int i = 0; i < info->dlpi_phnum; ++i) {
@@ -207,7 +207,7 @@ EMULATED_ACCESS(16)
 void __tsan_read_range(void* p, size_t bytes) { emulated::access(p, bytes, false); }
 void __tsan_write_range(void* p, size_t bytes) { emulated::access(p, bytes, true); }
 
-// The compiler's record of an access through a pointer that is not aligned as its type wants.
+// The compiler's record of an access through a pointer that is misaligned for its type.
 struct TypeMismatch {
   struct {
     const char* file;

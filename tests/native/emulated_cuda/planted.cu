@@ -1,4 +1,4 @@
-// Kernels with planted errors, each beside one that is right, so that a device that checks nothing is found out.
+// Kernels with planted errors and correct variants, to detect a device that checks nothing.
 #include "planted.h"
 
 #include "../../../csrc/common/cuda_check.h"
@@ -7,7 +7,7 @@
 namespace mir {
 namespace {
 
-// Each thread reads what another one wrote to shared memory, after a barrier or without.
+// Each thread reads shared memory that another thread wrote, with or without a barrier in between.
 __global__ void previous_kernel(const float* a, float* out, bool barrier) {
   __shared__ float shared[64];
   shared[threadIdx.x] = a[threadIdx.x];
@@ -15,7 +15,7 @@ __global__ void previous_kernel(const float* a, float* out, bool barrier) {
   out[threadIdx.x] = shared[max(static_cast<int>(threadIdx.x) - 1, 0)];
 }
 
-// Each thread overwrites what another one reads from shared memory, after a barrier or without.
+// Each thread overwrites shared memory that another thread reads, with or without a barrier in between.
 __global__ void shift_kernel(const float* a, float* out, bool barrier) {
   __shared__ float shared[64];
   shared[threadIdx.x] = a[threadIdx.x];
@@ -26,19 +26,19 @@ __global__ void shift_kernel(const float* a, float* out, bool barrier) {
   out[threadIdx.x] = shared[threadIdx.x];
 }
 
-// Block b writes out[b * distance]: with distance 0 all blocks the same place.
+// Block b writes out[b * distance]; with distance 0 all blocks write the same element.
 __global__ void blocks_kernel(const float* a, float* out, int distance) {
   if (threadIdx.x == 0) out[blockIdx.x * distance] = a[blockIdx.x];
 }
 
-// Block b reads what block b - 1 writes, or what it writes itself.
+// Block b reads the element that block b - 1 writes, or the one that it writes itself.
 __global__ void chain_kernel(float* out, int from) {
   if (threadIdx.x != 0) return;
   out[blockIdx.x] = 1;
   if (static_cast<int>(blockIdx.x) >= from) out[blockIdx.x] += out[blockIdx.x - from];
 }
 
-// Threads `distance` apart write the same place between two barriers.
+// Threads `distance` apart write the same element between two barriers.
 __global__ void threads_kernel(const float* a, float* out, int distance) { out[threadIdx.x % distance] = a[threadIdx.x]; }
 
 __global__ void copy_kernel(const float* a, float* out, int64_t from, int64_t to) {
@@ -50,7 +50,7 @@ __global__ void vectors_kernel(const float* a, float* out, int64_t from) {
       reinterpret_cast<const Vector<float, 4>*>(a + from)[threadIdx.x];
 }
 
-// Reads shared memory that only the block's first `written` threads have written.
+// Reads shared memory of which only the block's first `written` threads have written their part.
 __global__ void unwritten_kernel(float* out, unsigned written) {
   __shared__ float shared[64];
   if (threadIdx.x < written) shared[threadIdx.x] = 1;
@@ -58,7 +58,7 @@ __global__ void unwritten_kernel(float* out, unsigned written) {
   out[threadIdx.x] = shared[threadIdx.x];
 }
 
-// The first `gone` threads return before the others' barrier.
+// The first `gone` threads return before the barrier of the others.
 __global__ void divergent_kernel(const float* a, float* out, unsigned gone) {
   out[threadIdx.x] = a[threadIdx.x];
   if (threadIdx.x < gone) return;
@@ -88,7 +88,7 @@ void planted(const std::string& name, const float* a, float* out, int64_t n, dim
   if (name == "unwritten") return run(unwritten_kernel, out, n);
   if (name == "divergent") return run(divergent_kernel, a, out, n);
   if (name == "large") return run(large_kernel, out, n);
-  throw std::invalid_argument("name: no planted kernel is called " + name);
+  throw std::invalid_argument("name: expected a planted kernel, got " + name);
 }
 
 }  // namespace mir

@@ -1,4 +1,4 @@
-// See planted.cu. n: what makes the kernel right or wrong; tests/native/test_emulated_device.py knows which.
+// See planted.cu. n: determines whether the kernel is correct; see tests/native/test_emulated_device.py.
 #pragma once
 
 #include <cuda_runtime.h>

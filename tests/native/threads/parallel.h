@@ -1,5 +1,5 @@
-// Takes the place of csrc/common/parallel.h in the build that tests/native/sanitize.py checks for data races:
-// ThreadSanitizer follows std::thread, but not the barriers of GCC's OpenMP, and would report races that are none.
+// Replaces csrc/common/parallel.h in the build that tests/native/sanitize.py checks for data races. ThreadSanitizer
+// supports std::thread, but not the barriers of GCC's OpenMP, for which it would report false races.
 #pragma once
 
 #include <atomic>
@@ -11,7 +11,7 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// As there, but every loop of two or more is shared out, however small, for the sake of more chances to race.
+// As there, but every loop with two or more iterations uses threads, however small, to give races more chances.
 template <class F>
 void parallel_for(int64_t n, int threads, int64_t, const F& f) {
   std::atomic<int64_t> next{0};

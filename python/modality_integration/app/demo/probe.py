@@ -1,4 +1,4 @@
-"""MIR of the demo's model: held-out pictures with unrelated prose."""
+"""MIR of the demo's model on held-out pictures with unrelated prose."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from modality_integration.metric.files import write_text
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.streaming import ModalityIntegrationRate
 
-TEXT_TOKENS = 64  # of prose, in every measured sample
-GROUPS = 5  # of samples, for the standard error
+TEXT_TOKENS = 64  # tokens of prose in every measured sample
+GROUPS = 5  # groups of samples for the standard error
 
 
 def probe_samples(
@@ -30,10 +30,10 @@ def probe_samples(
     groups: int = GROUPS,
     in_turn: bool = False,
 ) -> Samples:
-    """`count` held-out pictures of `kinds`, each with unrelated prose; None takes Python's language reference.
+    """Pair `count` held-out pictures of `kinds` with unrelated prose, by default from Python's language reference.
 
-    groups, in_turn: of samples, as `pair` takes them. With more samples than there is prose, or so many pictures that
-    a photograph, emoji, scene or digit comes again, none of these is in two groups.
+    groups, in_turn: groups of samples, as in `pair`. If prose, a photograph, an emoji, a scene or a digit is used more
+    than once, it still occurs in only one group.
     """
     pictured = pictures.held_out(count, kinds)[:]
     texts = language_reference() if prose is None else prose
@@ -42,7 +42,7 @@ def probe_samples(
 
 
 def language_reference() -> list[Text]:
-    """Prose that every installation of Python carries: topics of its language reference, long ones."""
+    """Prose that every Python installation has: the long topics of the language reference."""
     topics = pydoc_data.topics.topics
     return [Text(name, " ".join(topics[name].split())) for name in sorted(topics) if len(topics[name]) > 600]
 
@@ -58,9 +58,9 @@ def measure(
     bounds: bool = False,
     after_sample: Callable[[int], None] = lambda count: None,
 ) -> MIRResult:
-    """MIR of the model as it is now, with a standard error from `groups` groups of samples that share nothing.
+    """MIR of the model in its current state, with a standard error from `groups` groups of samples that share nothing.
 
-    bounds: of the arithmetic, too.
+    bounds: also compute certified bounds of the arithmetic.
     """
     held = groups_of(samples, groups)
     metric = ModalityIntegrationRate(bounds=bounds, groups=held, samples=len(samples))
@@ -69,15 +69,15 @@ def measure(
     result = finish(metric)
     if groups and not held:
         result.notes.append(
-            f"no standard error: {groups} groups of {len(samples)} samples would share pictures or prose; take fewer "
+            f"no standard error: {groups} groups of {len(samples)} samples would share pictures or prose; use fewer "
             "samples"
         )
-    metric.reset()  # torchmetrics' objects refer to themselves: the covariances would stay until a garbage collection
+    metric.reset()  # torchmetrics objects refer to themselves and would keep the covariances until a garbage collection
     return result
 
 
 def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
-    """images/ and prose.jsonl in `folder`, as `mir compute` takes them."""
+    """Write images/ and prose.jsonl to `folder`, as input for `mir compute`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for index, sample in enumerate(samples):
         open_image(sample.image).save(folder / "images" / f"{index:03d}.png")

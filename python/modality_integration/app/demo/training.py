@@ -1,4 +1,4 @@
-"""Training the projector on captions, and the loss on held-out ones."""
+"""Training of the projector on captions, and the loss on held-out captions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from modality_integration.app.demo.model import trainable, turn_end
 from modality_integration.app.demo.pictures import Captioned
 
 BATCH = 4
-WARM_UP = 0.05  # of all steps
-CLIP = 1.0  # the gradient's norm
+WARM_UP = 0.05  # fraction of all steps
+CLIP = 1.0  # gradient norm
 
 
 def train(
@@ -26,11 +26,12 @@ def train(
     learning_rate: float,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """`steps` AdamW steps on BATCH pictures each, in the order of `captioned`: one epoch.
+    """Take `steps` AdamW steps on BATCH pictures each, in the order of `captioned`: one epoch.
 
-    The learning rate rises to `learning_rate` over the first 5 % of the steps and falls to 0 as a cosine; gradients
-    are clipped to norm 1, without weight decay. `after_step(step, loss)` follows each, step counting from 1, the loss
-    being the batch's before the step, in nats a token. Raises ValueError for fewer than steps x BATCH pictures.
+    The learning rate rises to `learning_rate` over the first 5 % of the steps, then falls to 0 along a cosine.
+    Gradients are clipped to norm 1; there is no weight decay. `after_step(step, loss)` is called after each step,
+    counted from 1, with the loss of its batch before the step, in nats per token. Raises ValueError for fewer than
+    steps x BATCH pictures.
     """
     from transformers import get_cosine_schedule_with_warmup
 
@@ -45,7 +46,7 @@ def train(
 
 
 def training_step(model: Any, processor: Any, batch: Sequence[Captioned], optimizer: torch.optim.Optimizer) -> float:
-    """One step on the captions' next-token loss; returns it (nats a token)."""
+    """Take one step on the captions' next-token loss and return that loss (nats per token)."""
     total, tokens = caption_loss(model, processor, batch)
     loss = total / tokens
     optimizer.zero_grad()
@@ -57,7 +58,7 @@ def training_step(model: Any, processor: Any, batch: Sequence[Captioned], optimi
 
 @torch.inference_mode()
 def held_out_loss(model: Any, processor: Any, captioned: Sequence[Captioned], batch: int = 8) -> float:
-    """Mean next-token loss of the captions, in nats a token."""
+    """Mean next-token loss of the captions, in nats per token."""
     total, tokens = 0.0, 0
     for start in range(0, len(captioned), batch):
         loss, count = caption_loss(model, processor, captioned[start : start + batch])
@@ -66,12 +67,12 @@ def held_out_loss(model: Any, processor: Any, captioned: Sequence[Captioned], ba
 
 
 def caption_loss(model: Any, processor: Any, batch: Sequence[Captioned]) -> tuple[Tensor, int]:
-    """Summed next-token loss of the captions (nats) and the number of their tokens, the end of turn among them.
+    """Summed next-token loss of the captions (nats) and the number of their tokens, including the end of turn.
 
-    The conversation is the image from the user and the caption from the assistant.
+    In the conversation, the user sends the image and the assistant answers with the caption.
     """
     inputs, labels = caption_inputs(processor, batch)
-    # Every prompt has the same length: logits are computed only where a caption's token comes next.
+    # All prompts have the same length: compute logits only where the next token belongs to a caption.
     prompt = int((labels != -100).float().argmax(1).min())
     length = labels.shape[1]
     kept = torch.arange(prompt - 1, length - 1, dtype=torch.int64, device=labels.device)
@@ -82,7 +83,7 @@ def caption_loss(model: Any, processor: Any, batch: Sequence[Captioned]) -> tupl
 
 
 def caption_inputs(processor: Any, batch: Sequence[Captioned]) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's inputs for a batch, and labels (B, T): the captions and their end of turn, -100 elsewhere."""
+    """The model's inputs for a batch and labels (B, T): captions with their end of turn, -100 elsewhere."""
     tokenizer = processor.tokenizer
     question = [{"role": "user", "content": [{"type": "image"}]}]
     prompt = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
@@ -90,7 +91,7 @@ def caption_inputs(processor: Any, batch: Sequence[Captioned]) -> tuple[dict[str
         processor(
             images=[item.image for item in batch],
             text=[prompt] * len(batch),
-            add_special_tokens=False,  # the template has what comes first
+            add_special_tokens=False,  # the template already has them
             return_tensors="pt",
         )
     )

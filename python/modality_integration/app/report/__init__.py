@@ -1,4 +1,4 @@
-"""`mir report`: runs side by side as one self-contained HTML file."""
+"""`mir report`: runs side by side in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["run", "write_report"]
 
 
 def run(paths: Sequence[Path], out: Path, labels: Sequence[str], results: Console, overwrite: bool = False) -> Path:
-    """Write the report of the runs in `paths`, each a folder or its mir.json, to the file `out`, and say so.
+    """Write the report of the runs in `paths`, each a folder or its mir.json, to the file `out`, and print its path.
 
-    A run's folder may hold mir.json, run.json (settings, versions, samples), a demo's history.json, and studies'
-    tables; what is there is shown. labels: what the runs are called, one each; none takes the names of their folders.
-    Raises InputError for what a person can mend.
+    The report shows whatever a run's folder holds: mir.json, run.json (settings, versions, samples), a demo's
+    history.json and the tables of studies. labels: one name per run; if empty, the names of their folders. Raises
+    InputError for anything the user can fix.
     """
     if not paths:
-        raise InputError("report: takes the folder of one run or more")
+        raise InputError("report: expected the folder of at least one run")
     with refusals("out"):
         _require_page(out)
     require_unused([out], overwrite)
@@ -38,13 +38,13 @@ def run(paths: Sequence[Path], out: Path, labels: Sequence[str], results: Consol
 
 
 def write_report(results: Mapping[str, MIRResult], path: str | Path) -> Path:
-    """Write results of this process, by name, as one self-contained HTML file, in place of what `path` holds.
+    """Write named results held in memory to one self-contained HTML file, replacing any file at `path`.
 
-    It shows what a `MIRResult` knows; `mir report` of the folders of runs adds their samples and versions. ValueError
-    for a name that is not of an .html file, and for no results.
+    It shows what a `MIRResult` holds; `mir report` on the folders of runs adds their samples and versions. Raises
+    ValueError if `path` does not name an .html file or if `results` is empty.
     """
     if not results:
-        raise ValueError("results: expected one or more, got none")
+        raise ValueError("results: expected at least one, got none")
     path = Path(path)
     _require_page(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +53,8 @@ def write_report(results: Mapping[str, MIRResult], path: str | Path) -> Path:
 
 
 def _require_page(path: Path) -> None:
-    """ValueError unless this may be a page: the results that it is made of are files, too, and may not become one."""
+    """Raise ValueError unless `path` names an .html file, so that a report never replaces a result file."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; takes the name of a file, such as {path / 'report.html'}")
+        raise ValueError(f"expected an .html file such as {path / 'report.html'}, got the folder {path}")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"takes the name of an .html file, got {path}")
+        raise ValueError(f"expected the name of an .html file, got {path}")

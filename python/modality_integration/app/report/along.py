@@ -1,4 +1,4 @@
-"""The parts of the page that follow something: a training along its steps, and the studies of `mir compute`."""
+"""Training curves and the studies of `mir compute`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modality_integration.metric.standard_error import error_cell
 
 @dataclass
 class StudyPart:
-    """A study of a run: its table, and a chart or intervals where its name says how to draw it."""
+    """A study of a run: its table, and a chart or intervals for the studies that can be drawn."""
 
     title: str
     table: Table
@@ -31,7 +31,7 @@ class StudyPart:
 
 
 def training_pictures(history: History) -> list[Picture]:
-    """MIR along the training, and the loss."""
+    """MIR and the loss over training."""
     points = [
         with_error_ends(step, mir, error, f"step {step}: {shown(mir, error)}")
         for step, mir, error in zip(history.steps, history.mir, history.error, strict=True)
@@ -43,7 +43,7 @@ def training_pictures(history: History) -> list[Picture]:
         text=_sentence("MIR by step", points),
         whole_x=True,
     )
-    pictures = [Picture("MIR along the training, with its standard error", mir)]
+    pictures = [Picture("MIR during training, with its standard error", mir)]
     series, legend = [], []
     if history.loss:
         series.append(Series([Point(step, loss) for step, loss in history.loss], 1, "thin"))
@@ -57,7 +57,7 @@ def training_pictures(history: History) -> list[Picture]:
             _sentence(f"{name} by step", one.points) for (name, *_), one in zip(legend, series, strict=True)
         )
         loss = chart(series, x_label="training step", y_label="loss", text=text, whole_x=True)
-        pictures.append(Picture("Loss along the training", loss, legend))
+        pictures.append(Picture("Loss during training", loss, legend))
     return pictures
 
 
@@ -68,11 +68,11 @@ def training_table(history: History, label: str) -> Table:
         Row(str(step), [f"{mir:.4f}", error_cell(error), "" if math.isnan(x) else f"{x:.4g}"])
         for step, mir, error, x in zip(history.steps, history.mir, history.error, losses, strict=True)
     ]
-    return Table(f"Along the training, {label}", ["step", "MIR", "standard error", "held-out loss"], rows)
+    return Table(f"Training, {label}", ["step", "MIR", "standard error", "held-out loss"], rows)
 
 
 def study_part(study: Study, label: str) -> StudyPart:
-    """The table of a study, drawn as `mir compute --study` draws it where its columns are those of one."""
+    """The table of a study, drawn as `mir compute --study` draws it if it has the expected columns."""
     title = f"Study of {study.name}"
     caption = f"{title}, {label}"
     names = {"mir": "MIR", "error": "standard error"}
@@ -84,8 +84,8 @@ def study_part(study: Study, label: str) -> StudyPart:
     if rows and draw is not None:
         try:
             draw(part, rows)
-        except (KeyError, OverflowError, ValueError):  # another table of that name: it stands as it is
-            part.picture = Picture(f"{title}: not drawn, its columns are not those of that study", None)
+        except (KeyError, OverflowError, ValueError):  # an unrelated table of that name: show only the table
+            part.picture = Picture(f"{title}: not drawn because its columns are not those of this study", None)
     return part
 
 
@@ -119,7 +119,7 @@ def _draw_normalization(part: StudyPart, rows: Sequence[Mapping[str, str]]) -> N
         first = values[0][1] or math.nan
         points = [Point(k, d / first, text=f"{name}, layer {k}: {d / first:.4g}") for k, d in values]
         curves.append((name, points))
-    part.picture = _by_layer("Fréchet distance over that of layer 1", curves)
+    part.picture = _by_layer("Fréchet distance relative to layer 1", curves)
 
 
 def _draw_kinds(part: StudyPart, rows: Sequence[Mapping[str, str]]) -> None:
@@ -152,7 +152,7 @@ def _sentence(name: str, points: Sequence[Point]) -> str:
 
 
 def _cell(column: str, cell: str) -> str:
-    """A number that is not whole with the digits that tell something."""
+    """A cell with non-integer numbers rounded to meaningful digits."""
     try:
         number = float(cell)
     except ValueError:

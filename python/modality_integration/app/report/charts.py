@@ -1,6 +1,6 @@
-"""Curves and intervals as numbers for inline SVG: where on the sheet each line, band, mark and tick stands.
+"""Layout of curves and intervals for inline SVG: the coordinates of every line, band, mark and tick.
 
-The template draws them, in the colours of the page's theme and with its escaping.
+The template draws them, with the colours of the page's theme and its own escaping.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-# Width, height and margins (left, top, right, bottom) of a sheet for a wide screen or paper, and of one for a phone.
+# Width, height and margins (left, top, right, bottom) of a sheet for wide screens and paper, and of one for phones.
 WIDE, NARROW = (760, 360, (64, 12, 16, 46)), (340, 300, (54, 10, 10, 44))
-COLORS = 8  # in the style sheet; from then on they come again, with other marks
+COLORS = 8  # in the style sheet; further curves reuse them with other marks
 DECADES_BELOW = 1.0  # how far below the lowest point a band may pull a logarithmic axis
 
 
 class Point(NamedTuple):
-    """A measured point, the ends of its error where it has one, and what to say of it."""
+    """A measured point, the ends of its error bar if it has one, and its tooltip."""
 
     x: float
     y: float
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 class Series:
     """Points of one colour.
 
-    style: "line", or "thin" or "dashed", which have no marks. band: the errors as an area, not as bars.
+    style: "line", or "thin" or "dashed", which have no marks. band: draw errors as an area instead of bars.
     """
 
     points: Sequence[Point]
@@ -41,7 +41,7 @@ class Series:
 
 
 class Tick(NamedTuple):
-    """A mark of an axis: where, and its label."""
+    """A tick: its position and its label."""
 
     at: float
     text: str
@@ -49,7 +49,7 @@ class Tick(NamedTuple):
 
 @dataclass
 class Curve:
-    """A series on a sheet: SVG path data, and marks with what to say of each."""
+    """A series on a sheet: SVG path data, and marks with their tooltips."""
 
     color: int
     style: str
@@ -76,7 +76,7 @@ class Sheet:
 
 @dataclass
 class Chart:
-    """A chart for a wide screen and one for a narrow one; text: what it shows, for those who cannot see it."""
+    """A chart for wide and narrow screens; text: its description for screen readers."""
 
     x_label: str
     y_label: str
@@ -86,27 +86,27 @@ class Chart:
 
 
 class Axis:
-    """Values of an axis to the share of its length, 0 to 1, and its ticks."""
+    """Maps values to fractions of the axis length, 0 to 1, and chooses ticks."""
 
     def __init__(self, values: Iterable[float], *, log: bool = False, whole: bool = False) -> None:
         self.log, self.whole = log, whole
         placed = [self._scale(value) for value in values]
         low, high = min(placed), max(placed)
         alone = 0.05 if log else 0.5 if whole else 0.05 * abs(high) or 0.5
-        # Never so little that labels of six digits come out alike.
+        # Wide enough that six-digit labels stay distinct.
         margin = max((0.04 if whole else 0.06) * (high - low), 2e-5 * max(abs(low), abs(high))) if high > low else alone
         self.low, self.high = low - margin, high + margin
-        # Ticks of layers and steps are those there are.
+        # Layers and steps have ticks only where there is data.
         self.span = (low, high) if whole and high > low else (self.low, self.high)
 
     def share(self, value: float) -> float:
-        """Where a value stands; outside 0 to 1 is beyond the axis."""
+        """The position of a value; outside 0 to 1 it lies beyond the axis."""
         if self.log and value <= 0.0:
             return -math.inf
         return (self._scale(value) - self.low) / (self.high - self.low)
 
     def ticks(self, most: int) -> list[Tick]:
-        """At most about `most` round values."""
+        """About `most` ticks at round values."""
         values = self._log_ticks(most) if self.log else _round_values(*self.span, most, self.whole)
         return [Tick(self.share(value), tick_label(value)) for value in values]
 
@@ -134,9 +134,9 @@ def chart(
     log_y: bool = False,
     whole_x: bool = False,
 ) -> Chart | None:
-    """The series on one pair of axes; points that have no place there (not finite; 0 on a logarithmic axis) are gaps.
+    """Draw the series on one pair of axes; points that are not finite, or not positive on a log axis, become gaps.
 
-    None where no point has a place.
+    Returns None if no point can be drawn.
     """
     placed = [point for one in series for point in one.points if _has_place(point, log_y)]
     if not placed:
@@ -148,7 +148,7 @@ def chart(
 
 
 def interval_ends(intervals: Sequence[Point]) -> list[tuple[float, float, float] | None]:
-    """(low, y, high) of each interval in per cent of the width that all of them share; None where it is not finite."""
+    """(low, y, high) of each interval as percentages of a common width; None where y is not finite."""
     placed = [point for point in intervals if math.isfinite(point.y)]
     if not placed:
         return [None] * len(intervals)
@@ -162,7 +162,7 @@ def interval_ends(intervals: Sequence[Point]) -> list[tuple[float, float, float]
 
 
 def tick_label(value: float) -> str:
-    """A number beside an axis: 0.05, 12, 1e6."""
+    """A tick label: 0.05, 12, 1e6."""
     if value != 0.0 and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -174,7 +174,7 @@ def _has_place(point: Point, log_y: bool) -> bool:
 
 
 def _extent(points: Sequence[Point], log: bool) -> list[float]:
-    """The values that a vertical axis has to hold."""
+    """The values that a vertical axis must cover."""
     values = [point.y for point in points]
     floor = min(values) * 10.0**-DECADES_BELOW if log else -math.inf
     ends = [end for point in points for end in (point.low, point.high) if end is not None and math.isfinite(end)]
@@ -235,14 +235,14 @@ def _curve(series: Series, x: Callable[[float], float], y: Callable[[float], flo
                 bars += [
                     f"M{at:g} {low:g}V{high:g}M{at - 3:g} {low:g}h6M{at - 3:g} {high:g}h6" for at, low, high in ends
                 ]
-    # A line without marks has them yet if it is nothing but lone points.
+    # A line style without marks still gets them if all its points are isolated.
     marked = [] if series.style != "line" and any(len(run) > 1 for run in runs) else placed
     marks = [(mark(series.color, x(p.x), y(p.y), size), p.text) for p in marked]
     return Curve(series.color, series.style, "".join(lines), "".join(bands), "".join(bars), marks)
 
 
 def mark(color: int, x: float, y: float, r: float) -> str:
-    """A disc, square, triangle or diamond around (x, y), so that colours are not all that tells curves apart."""
+    """A disc, square, triangle or diamond around (x, y), so that curves differ by more than colour."""
     shape = (color + color // COLORS) % 4
     if shape == 0:
         return f"M{x - r:g} {y:g}a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0z"

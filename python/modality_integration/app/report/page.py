@@ -1,4 +1,4 @@
-"""The whole page: from runs to one self-contained HTML text."""
+"""The whole report page: from runs to one self-contained HTML document."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from modality_integration.metric import comparison
 from modality_integration.metric.result import MIRResult
 from modality_integration.metric.standard_error import arithmetic, error_cell, missing_error
 
-FILES_SHOWN = 50  # of the skipped ones of a run; run.json has them all
-LABEL = 60  # characters of a label
-# No place in HTML: control characters but tab and line feed, lone surrogates (of names that are not UTF-8),
-# noncharacters. And what turns the direction of the text around it, which a file's name may do to a whole sentence.
+FILES_SHOWN = 50  # skipped files listed per run; run.json has them all
+LABEL = 60  # longest label in characters
+# Not allowed in HTML: control characters except tab and line feed, lone surrogates (from names that are not UTF-8) and
+# noncharacters. Bidirectional controls are replaced too: one in a file's name could reverse a whole sentence.
 UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
@@ -28,7 +28,7 @@ UNPRINTABLE = re.compile(
 
 @dataclass
 class Value:
-    """What a run's card says: MIR, what is known of its error, and facts."""
+    """The card of a run: MIR, its error or why there is none, and a few facts."""
 
     label: str
     color: int
@@ -41,7 +41,7 @@ class Value:
 
 @dataclass
 class OfRun:
-    """A list that belongs to a run, or to several that have the same."""
+    """A list that belongs to one run, or to several runs with identical lists."""
 
     label: str
     entries: list[Any]
@@ -50,7 +50,7 @@ class OfRun:
 
 @dataclass
 class Verdict:
-    """Several results held against one another."""
+    """A comparison of several results."""
 
     sentences: list[str]
     notes: list[str]
@@ -59,7 +59,7 @@ class Verdict:
 
 @dataclass
 class Page:
-    """All that the template shows, in its order; empty parts are left out."""
+    """Everything the template shows, in its order; empty parts are omitted."""
 
     title: str
     labels: list[str]
@@ -82,7 +82,7 @@ class Page:
 
 
 def html(runs: Sequence[Run]) -> str:
-    """One HTML text that shows the runs side by side and needs nothing else: no file, no network, no script."""
+    """One HTML document that shows the runs side by side without any other file, network access or script."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -98,7 +98,7 @@ def html(runs: Sequence[Run]) -> str:
 
 
 def page_of(runs: Sequence[Run]) -> Page:
-    """What there is to say of the runs."""
+    """Collect the contents of the page."""
     shortened = _shortened([run.label for run in runs])
     runs = [replace(run, label=label) for run, label in zip(runs, shortened, strict=True)]
     labels = [run.label for run in runs]
@@ -123,8 +123,8 @@ def page_of(runs: Sequence[Run]) -> Page:
             page.training.append((run.label, pictures, table))
         page.studies += [along.study_part(study, run.label) for study in run.studies]
     facts = (
-        ("What the value depends on", {run.label: run.settings for run in runs if run.result is not None}),
-        ("Where and how it ran", {run.label: run.circumstances for run in runs}),
+        ("Settings that determine the value", {run.label: run.settings for run in runs if run.result is not None}),
+        ("Run environment", {run.label: run.circumstances for run in runs}),
         ("Versions", {run.label: run.versions for run in runs}),
     )
     page.facts = [table for caption, of in facts for table in sections.facts_tables(caption, of)]
@@ -135,7 +135,7 @@ def page_of(runs: Sequence[Run]) -> Page:
 
 
 def _shortened(labels: Sequence[str]) -> list[str]:
-    """The labels, the middle of very long ones left out, unless they would then be alike."""
+    """The labels, long ones with their middle elided, unless that would make two of them identical."""
     short = [one if len(one) <= LABEL else f"{one[: LABEL // 2]}…{one[-LABEL // 2 + 1 :]}" for one in labels]
     return short if len(set(short)) == len(set(labels)) else list(labels)
 
@@ -162,7 +162,7 @@ def _value(label: str, color: int, result: MIRResult, settings: Mapping[str, Any
 
 
 def _verdict(results: dict[str, MIRResult]) -> Verdict:
-    """Each of the others held against the first."""
+    """Compare every other result with the first."""
     several = comparison.compare_several(results)
     rows = []
     for label, one in several.against.items():
@@ -175,7 +175,7 @@ def _verdict(results: dict[str, MIRResult]) -> Verdict:
 
 
 def _notes(results: dict[str, MIRResult]) -> list[tuple[str, list[str]]]:
-    """Each note once, with the runs that have it."""
+    """Each distinct note with the runs it applies to."""
     of_note: dict[str, list[str]] = {}
     for label, result in results.items():
         for note in dict.fromkeys(result.notes):
@@ -184,7 +184,7 @@ def _notes(results: dict[str, MIRResult]) -> list[tuple[str, list[str]]]:
 
 
 def _alike(lists: Iterable[tuple[str, list[Any]]], most: int | None = None) -> list[OfRun]:
-    """The first `most` entries of each run's list; of runs with the same list once, and empty ones left out."""
+    """The first `most` entries of each run's list; identical lists are merged and empty ones omitted."""
     found: list[tuple[list[str], list[Any]]] = []
     for label, entries in lists:
         same = next((labels for labels, others in found if others == entries), None)

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read for the report: mir.json, run.json, history.json and the tables of studies."""
+"""Reads the files of a run for the report: mir.json, run.json, history.json and the tables of studies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modality_integration.metric.result import MIRResult
 
 @dataclass
 class Card:
-    """A sample: its name, the beginning of its prose, and a JPEG as base64, None where there is no picture."""
+    """A sample: its name, the beginning of its prose, and a base64 JPEG, or None without a picture."""
 
     name: str
     text: str
@@ -29,8 +29,8 @@ class Card:
 
 @dataclass
 class History:
-    """What a demo measured along its training: MIR, its standard error and the held-out loss at `steps`, and the loss
-    at steps of its own."""
+    """Measurements of a demo's training: MIR, its standard error and the held-out loss at `steps`, and the training
+    loss as (step, loss)."""
 
     steps: list[int]
     mir: list[float]
@@ -41,7 +41,7 @@ class History:
 
 @dataclass
 class Study:
-    """A study's table, as text; `name` as in study_<name>.csv."""
+    """A study's table as text; `name` as in study_<name>.csv."""
 
     name: str
     columns: list[str]
@@ -50,7 +50,7 @@ class Study:
 
 @dataclass
 class Run:
-    """A run and its label. result: None for a folder of studies alone. record: run.json, None where there is none."""
+    """A run and its label. result: None for a folder with studies only. record: run.json, or None without one."""
 
     label: str
     result: MIRResult | None
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the value depends on, without versions."""
+        """The settings that determine the value, without versions."""
         if self.result is None:
             return {}
         own = {"outliers": self.result.outliers, "normalize": self.result.normalize, "sinks": self.result.sinks}
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of what took part, by package."""
+        """Package versions by name."""
         settings, record = self.result.settings if self.result else {}, self.record or {}
         known = {**settings, **record}
         known = {name.removesuffix(VERSION): value for name, value in known.items() if name.endswith(VERSION)}
@@ -80,7 +80,7 @@ class Run:
 
     @property
     def circumstances(self) -> dict[str, Any]:
-        """Where and how it ran: what run.json knows and the value does not depend on."""
+        """How the run was executed: facts of run.json that do not determine the value."""
         record = self.record or {}
         known = {**record.get("options", {}), **record.get("arguments", {}), **record}
         names = ("images", "text", "device", "device_map", "threads", "seconds")
@@ -88,9 +88,9 @@ class Run:
 
 
 def read(path: Path, label: str) -> Run:
-    """The run in a folder, or of one result file: mir.json with what lies beside it, another name by itself.
+    """Read the run in a folder, or one result file: mir.json with the files next to it, any other name alone.
 
-    Raises InputError, naming the file, where there is none, or something else is in it.
+    Raises InputError, naming the file, if a file is missing or its contents are invalid.
     """
     if not path.exists():
         raise InputError(f"{path} does not exist")
@@ -111,11 +111,11 @@ def read(path: Path, label: str) -> Run:
 
 def _why_empty(folder: Path) -> str:
     if (folder / CHECKPOINT).is_dir():
-        return "its run is not finished; the same mir compute command goes on with it"
+        return "its run is not finished; repeat the mir compute command to resume it"
     if inside := sorted(str(file.parent) for file in folder.glob("*/mir.json")):
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
-        return f"give its folders that do, {', '.join(inside[:3])}{more}"
-    return "it is no folder of a run"
+        return f"pass the folders that do: {', '.join(inside[:3])}{more}"
+    return "it is not the folder of a run"
 
 
 def _json(file: Path) -> Any:
@@ -155,7 +155,7 @@ def _objects(record: dict[str, Any], name: str, file: Path) -> list[dict[str, An
 
 
 def _jpeg(text: Any) -> str | None:
-    """The base64 of a JPEG, None for anything else: what goes into the page is a picture or nothing."""
+    """The text if it is a base64 JPEG, else None, so that only pictures are embedded in the page."""
     try:
         data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except binascii.Error:
@@ -175,14 +175,14 @@ def _history(file: Path) -> History | None:
             _numbers(document["mir"]),
             [None if error is None else float(error) for error in errors],
             _numbers(document.get("held_out_loss", [])),
-            list(enumerate(loss, 1)),  # a demo's training has a loss after every step
+            list(enumerate(loss, 1)),  # a demo records the loss after every step
         )
         if not len(history.steps) == len(history.mir) == len(history.error):
             raise ValueError(f"{len(steps)} steps, {len(history.mir)} values and {len(history.error)} errors")
         if history.held_out_loss and len(history.held_out_loss) != len(steps):
             raise ValueError(f"{len(steps)} steps and {len(history.held_out_loss)} held-out losses")
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise InputError(f"{file} is no history of a training: {error!r}") from error
+        raise InputError(f"{file} is not the history of a training run: {error!r}") from error
     return history if steps else None
 
 
@@ -195,9 +195,9 @@ def _study(file: Path) -> Study:
         with file.open(newline="", encoding="utf-8") as lines:
             columns, *rows = list(filter(None, csv.reader(lines))) or [[]]
     except (csv.Error, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{file} is no table of a study: {error}") from error
+        raise InputError(f"{file} is not the table of a study: {error}") from error
     if not columns:
-        raise InputError(f"{file} is no table of a study: it is empty")
+        raise InputError(f"{file} is not the table of a study: it is empty")
     if any(len(row) != len(columns) for row in rows):
-        raise InputError(f"{file} is no table of a study: its rows have other columns than its first")
+        raise InputError(f"{file} is not the table of a study: some rows differ in length from the header")
     return Study(file.stem.removeprefix("study_"), columns, rows)

@@ -1,4 +1,4 @@
-"""The parts of the page that are tables and curves: from runs to rows of words and to charts."""
+"""Tables and curves of the page: from runs to rows of text and charts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from modality_integration.metric.result import MIRResult
 from modality_integration.metric.standard_error import error_cell, with_error
 
 NOT_RECORDED = "not recorded"
-RUNS_A_TABLE = 5  # columns of runs: more are cut on paper
+RUNS_A_TABLE = 5  # run columns per table: more would be cut off in print
 
 
 @dataclass
 class Row:
-    """A row: its head, its cells, and whether the runs differ in it."""
+    """A row: its header, its cells, and whether the runs differ in it."""
 
     head: str
     cells: list[str]
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass
 class Table:
-    """A table with a caption. words: cells are words, not numbers."""
+    """A table with a caption. words: cells hold text, not numbers."""
 
     caption: str
     columns: list[str]
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass
 class Interval:
-    """A value with its standard error on a scale that several share; ends are per cent of its width."""
+    """A value with its standard error on a shared scale; ends are percentages of its width."""
 
     label: str
     color: int
@@ -50,7 +50,7 @@ class Interval:
 
 @dataclass
 class Picture:
-    """A chart under its title, with the names of its curves: (name, colour, style)."""
+    """A titled chart with its legend: (name, colour, style) for each curve."""
 
     title: str
     chart: Chart | None
@@ -63,7 +63,7 @@ def shown(value: float, error: float | None) -> str:
 
 
 def layer_picture(results: Mapping[str, tuple[int, MIRResult]]) -> Picture:
-    """The distance of each layer, a curve a run with a band of its standard error; without sinks a dashed one."""
+    """Distance by layer: one curve per run with a standard-error band, and a dashed curve without sinks."""
     series, legend, sentences = [], [], []
     for label, (color, result) in results.items():
         points = [
@@ -85,11 +85,11 @@ def layer_picture(results: Mapping[str, tuple[int, MIRResult]]) -> Picture:
         series,
         x_label="decoder layer",
         y_label="Fréchet distance",
-        text=f"Fréchet distance of vision and text tokens by decoder layer. {'; '.join(sentences)}.",
+        text=f"Fréchet distance between vision and text tokens by decoder layer. {'; '.join(sentences)}.",
         log_y=True,
         whole_x=True,
     )
-    return Picture("Fréchet distance of vision and text tokens, layer by layer", drawn, legend)
+    return Picture("Fréchet distance between vision and text tokens by layer", drawn, legend)
 
 
 def terms_table(result: MIRResult, label: str) -> Table:
@@ -119,7 +119,7 @@ def terms_table(result: MIRResult, label: str) -> Table:
 
 
 def distances_tables(results: Mapping[str, MIRResult]) -> list[Table]:
-    """The layers' distances, a column a run; of two runs their ratio as well."""
+    """Distances by layer with one column per run, and for two runs their ratio."""
     columns = {}
     for label, result in results.items():
         columns[label] = [
@@ -139,8 +139,8 @@ def distances_tables(results: Mapping[str, MIRResult]) -> list[Table]:
 
 
 def tokens_table(result: MIRResult, label: str) -> Table:
-    """Tokens counted and left out, layer by layer."""
-    names = {"kept": "kept", "removed": "out", "missed": "missed", "massive": "sinks"}
+    """Tokens kept, removed as outliers, missed, and sinks, by layer."""
+    names = {"kept": "kept", "removed": "outliers", "missed": "missed", "massive": "sinks"}
     columns = [f"{m} {words}" for m in MODALITIES for words in names.values()]
     counts = [getattr(result, name)[m] for m in MODALITIES for name in names]
     rows = [Row(str(layer), [f"{n}" for n in cells]) for layer, cells in enumerate(zip(*counts, strict=True), 1)]
@@ -148,7 +148,7 @@ def tokens_table(result: MIRResult, label: str) -> Table:
 
 
 def outliers_table(results: Mapping[str, MIRResult]) -> Table:
-    """What the outlier rule did, a row a run and modality."""
+    """Effect of the outlier rule, one row per run and modality."""
     rows = []
     for label, result in results.items():
         for m in MODALITIES:
@@ -159,14 +159,14 @@ def outliers_table(results: Mapping[str, MIRResult]) -> Table:
             share = removed[most] / max(1, kept[most] + removed[most])
             cells += [f"{removed[most]} ({share:.2%}) in layer {most + 1}" if any(removed) else "0"]
             rows.append(Row(f"{label}, {m}", [result.outliers, *cells, f"{sum(result.missed[m])}"]))
-    columns = ["run and modality", "rule", "tokens in a layer", "out, all layers", "most in a layer", "missed"]
-    return Table("Tokens out as outliers", columns, rows)
+    columns = ["run and modality", "rule", "tokens per layer", "outliers in all layers", "most in one layer", "missed"]
+    return Table("Outlier tokens", columns, rows)
 
 
 def sinks_table(results: Mapping[str, MIRResult]) -> Table | None:
-    """Tokens of massive activation, a row a run and modality that has some; None where none has.
+    """Attention sinks, one row per run and modality that has any; None if there are none.
 
-    A sink that the outlier rule takes where it is massive may count in other layers, and then has its row too.
+    A sink that the outlier rule removes in the layers where it is massive may still count in others; it is listed too.
     """
     rows = []
     for label, result in results.items():
@@ -179,20 +179,20 @@ def sinks_table(results: Mapping[str, MIRResult]) -> Table | None:
             words += f" and {len(places) - 5} more" if len(places) > 5 else ""
             layers = f"{sum(map(bool, counts))} of {len(counts)}"
             without = "" if result.value_without_sinks is None else f"{result.value_without_sinks:.4f}"
-            counted = "counted" if result.sinks == "report" else "left out"
-            rows.append(Row(f"{label}, {m}", [f"{max(counts)}", layers, words or "not known", counted, without]))
-    columns = ["run and modality", "most in a layer", "layers with sinks", "positions (how many)", "sinks are"]
+            counted = "counted" if result.sinks == "report" else "excluded"
+            rows.append(Row(f"{label}, {m}", [f"{max(counts)}", layers, words or "unknown", counted, without]))
+    columns = ["run and modality", "most in one layer", "layers with sinks", "positions (count)", "sinks are"]
     return Table("Attention sinks", [*columns, "MIR without them"], rows) if rows else None
 
 
 def facts_tables(caption: str, facts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """By name what each run has (label to name to value), rows in which runs differ first; none without a fact."""
+    """Facts of each run ({label: {name: value}}), differing rows first; empty if there are no facts."""
     names = dict.fromkeys(name for of_run in facts.values() for name in of_run)
     rows = []
     for name in names:
         known = [of_run[name] for of_run in facts.values() if name in of_run]
         cells = [_fact(of_run[name]) if name in of_run else NOT_RECORDED for of_run in facts.values()]
-        # As JSON, in which true is not 1.
+        # Compared as JSON, so that true differs from 1.
         differs = name != "seconds" and len({json.dumps(value, default=str) for value in known}) > 1
         rows.append(Row(name.replace("_", " "), cells, differs))
     rows.sort(key=lambda row: not row.differs)
@@ -200,21 +200,21 @@ def facts_tables(caption: str, facts: Mapping[str, Mapping[str, Any]]) -> list[T
 
 
 def intervals(labelled: Iterable[tuple[str, int, float, float | None]]) -> list[Interval]:
-    """(label, colour, value, standard error) as intervals of one standard error on one scale."""
+    """Place (label, colour, value, standard error) as intervals of one standard error on a common scale."""
     listed = list(labelled)
     ends = interval_ends([with_error_ends(0, value, error) for _, _, value, error in listed])
     return [Interval(label, color, shown(v, e), end) for (label, color, v, e), end in zip(listed, ends, strict=True)]
 
 
 def with_error_ends(x: float, value: float, error: float | None, text: str = "") -> Point:
-    """A point with one standard error to either side, where it is known."""
+    """A point with one standard error on either side, if it is known."""
     if error is None or not math.isfinite(error) or not math.isfinite(value):
         return Point(x, value, text=text)
     return Point(x, value, value - error, value + error, text)
 
 
 def _side_by_side(table: Table) -> list[Table]:
-    """A table with a column a run as tables of so many columns that none is cut."""
+    """Split a table with one column per run into tables narrow enough to print."""
     count = len(table.columns) - 1
     parts = range(0, count, RUNS_A_TABLE)
     return [
@@ -230,7 +230,7 @@ def _side_by_side(table: Table) -> list[Table]:
 
 
 def _errors(result: MIRResult) -> list[float | None]:
-    """The standard error of each layer's distance, None where it is not known."""
+    """The standard error of each layer's distance; None where it is unknown."""
     if result.layer_errors is None:
         return [None] * len(result.terms)
     return [error if math.isfinite(error) else None for error in result.layer_errors]

@@ -1,4 +1,4 @@
-"""Images and prose from what people have, chosen by seed, and paired at random as the paper pairs them."""
+"""Images and prose from common file formats, chosen by seed and paired at random as in the paper."""
 
 from modality_integration.app.samples.choosing import Chosen
 from modality_integration.app.samples.chosen_samples import ChosenSamples, choose

@@ -1,4 +1,4 @@
-"""Shards of .tar (WebDataset): members read in place, by their offset."""
+"""Tar shards (WebDataset) whose members are read in place by offset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an uncompressed archive, `size` bytes from `offset`."""
+    """A file in an uncompressed archive: `size` bytes at `offset`."""
 
     archive: Path
     inside: str
@@ -19,12 +19,12 @@ class Member:
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         return f"{self.archive.name}/{self.inside}"
 
     @property
     def suffix(self) -> str:
-        """The last of its name, in lower case."""
+        """The last suffix of its name, in lower case."""
         return PurePosixPath(self.inside).suffix.lower()
 
     def read_bytes(self) -> bytes:
@@ -35,11 +35,11 @@ class Member:
 
 
 def members(archive: Path) -> Iterator[Member]:
-    """The files in an archive in its order, hidden ones left out. ValueError for one that cannot be read in place."""
+    """The files of an archive in its order, except hidden ones. ValueError if it is not an uncompressed .tar."""
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 if member.isreg() and not member.issparse() and not PurePosixPath(member.name).name.startswith("."):
                     yield Member(archive, member.name, member.offset_data, member.size)
     except tarfile.TarError as error:
-        raise ValueError(f"it is no uncompressed .tar ({error})") from error
+        raise ValueError(f"it is not an uncompressed .tar ({error})") from error

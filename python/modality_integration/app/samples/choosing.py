@@ -1,4 +1,4 @@
-"""Choosing by seed among candidates, each read and looked at once; what is broken is skipped with the reason."""
+"""Choosing among candidates by seed; each is read and checked once, and broken ones are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from modality_integration.app.samples.sample import ImageSource, Text, content_d
 T = TypeVar("T")
 Item = TypeVar("Item", bound="ImageSource | Text")
 
-# Files that hold many images and pieces of prose.
+# Suffixes of files that hold many images or texts.
 COLLECTIONS = (".tar", ".parquet", ".arrow")
 
 
 @dataclass
 class Chosen(Generic[T]):
-    """What was chosen, the SHA-256 of each item's content, and what had to be skipped as (name, reason).
+    """The chosen items, the SHA-256 of each item's content, and the skipped ones as (name, reason).
 
-    copies: how many candidates were left out because their content had been chosen under another name.
-    unread: what lies beside the files that were taken, of kinds that are read only where they are alone.
+    copies: number of candidates skipped because the same content had been chosen under another name.
+    unread: a note on archives and tables that were ignored because plain files lie next to them; else empty.
     """
 
     items: list[T] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Chosen(Generic[T]):
 
 @dataclass(frozen=True)
 class Broken:
-    """A file that cannot be listed: a candidate that says so when it is its turn."""
+    """A candidate for a file that could not be listed; it is reported when its turn comes."""
 
     path: Path
     reason: str
 
 
 class Chain(Sequence[Any]):
-    """Sequences one after the other, none of them copied."""
+    """Concatenated sequences, without copying them."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
         self._parts = [part for part in parts if len(part)]
@@ -79,10 +79,10 @@ def choose_among(
     name: Callable[[Any], str],
     distinct: bool = False,
 ) -> Chosen[Item]:
-    """At most `count` candidates in an order set by `seed`, in theirs with None.
+    """Choose at most `count` candidates in an order set by `seed`, or in their own order with None.
 
-    read: the item that a candidate is, cheaply; check: raises for one that is broken, once its content is known not to
-    have been chosen before. distinct: one candidate alone of those with the same content.
+    read: makes the item of a candidate, cheaply. check: raises if an item is broken; called only for content that has
+    not been chosen yet. distinct: choose at most one of the candidates with the same content.
     """
     chosen: Chosen[Item] = Chosen()
     seen: set[bytes] = set()
@@ -105,7 +105,7 @@ def choose_among(
                 check(item)
         except InputError:
             raise
-        except Exception as error:  # a broken file raises nearly anything, by format; the reason is kept and shown
+        except Exception as error:  # what a broken file raises depends on its format; the reason is kept and shown
             chosen.skipped.append((name(candidate), reason_of(error)))
             continue
         seen.add(digest)
@@ -115,14 +115,14 @@ def choose_among(
 
 
 def seed_of(seed: int | None, what: str) -> str | None:
-    """The seed of one of several random choices; None for none."""
+    """The seed of one of several random choices; None without a seed."""
     return None if seed is None else f"{seed}/{what}"
 
 
 def walk(path: Path, what: str) -> list[Path]:
-    """Every file below `path` in sorted order, hidden ones left out, linked folders followed once.
+    """Every file below `path` in sorted order, except hidden ones; linked folders are followed once.
 
-    A folder that `datasets` saved counts as one file.
+    A folder saved by `datasets` counts as one file.
     """
     if not path.exists():
         raise InputError(f"{what}: {path} does not exist")
@@ -143,27 +143,27 @@ def walk(path: Path, what: str) -> list[Path]:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote this folder, of one split or of several."""
+    """Whether `datasets.save_to_disk` wrote this folder, with one split or several."""
     one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     return one or (folder / "dataset_dict.json").is_file()
 
 
 def is_collection(path: Path) -> bool:
-    """Whether `path` holds many items: an archive, a table, a saved data set."""
+    """Whether `path` holds many items: an archive, a table or a saved data set."""
     return path.is_dir() or path.suffix.lower() in COLLECTIONS
 
 
 def unread_beside(files: Sequence[Path], root: Path) -> str:
-    """A note on collections that lie beside the plain files that were taken."""
+    """A note on collections that were ignored because plain files lie next to them."""
     beside = [path for path in files if is_collection(path)]
     if not beside:
         return ""
     more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
-    return f"not read, as {root} has plain files too: {name_below(beside[0], root)}{more}; name it alone to use it"
+    return f"not read because {root} also has plain files: {name_below(beside[0], root)}{more}; pass its path to use it"
 
 
 def listed(files: Sequence[Path], candidates: Callable[[Path], Sequence[Any]]) -> Chain:
-    """The candidates of all files; a file that cannot be listed is a broken one."""
+    """The candidates of all files; a file that cannot be listed becomes a `Broken` candidate."""
 
     def of_each() -> Iterator[Sequence[Any]]:
         for file in files:
@@ -171,33 +171,33 @@ def listed(files: Sequence[Path], candidates: Callable[[Path], Sequence[Any]]) -
                 yield candidates(file)
             except InputError:
                 raise
-            except Exception as error:  # by format, anything
+            except Exception as error:  # depends on the format
                 yield [Broken(file, reason_of(error))]
 
     return Chain(list(of_each()))
 
 
 def reason_of(error: Exception) -> str:
-    """One line on why something could not be read."""
+    """Why something could not be read, in one line."""
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 (byte {error.start})"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is no image that Pillow knows"
+        return "it is not an image that Pillow recognises"
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        return "the file does not exist"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def why_none(chosen: Chosen, nothing_found: str) -> str:
-    """Why there is nothing usable."""
+    """Why nothing is usable."""
     if not chosen.skipped:
         return nothing_found
     name, reason = chosen.skipped[0]
-    return f"all {len(chosen.skipped)} tried are broken, the first, {name}, because {reason}"
+    return f"all {len(chosen.skipped)} that were tried are broken; the first, {name}, because {reason}"
 
 
 def name_below(path: Path, root: Path) -> str:
-    """What to call a file that was found in `root`."""
+    """The name in messages of a file found in `root`."""
     if path == root:
         return path.name
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

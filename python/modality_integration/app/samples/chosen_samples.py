@@ -1,4 +1,4 @@
-"""`choose`: the samples that the options ask for, with what is to be said about them."""
+"""`choose`: the samples requested by the options, with notes about them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from modality_integration.app.samples.texts import choose_texts
 logger = logging.getLogger(__name__)
 
 
-MOST_SAMPLES = 10**12  # their numbers, times groups, are integers of 64 bits
-# Samples in file order for which a smaller number of groups is looked for.
+MOST_SAMPLES = 10**12  # so that a sample number times the number of groups fits in 64 bits
+# Up to this many samples in file order, a smaller number of groups is searched for.
 MOST_TRIED = 10_000
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ChosenSamples(NamedTuple):
-    """Pairs, notes on them for the result, and what is broken as (name, reason)."""
+    """Pairs, notes for the result, and broken files as (name, reason)."""
 
     samples: Samples
     notes: list[str]
@@ -33,27 +33,27 @@ class ChosenSamples(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Groups of samples for the standard error, which share no image and no text: as many as asked for, or 0."""
+        """Number of groups of samples that share no image and no text: as many as requested, or 0."""
         return self.samples.groups
 
 
 def choose(options: ComputeOptions, console: Console, *, in_turn: bool = False) -> ChosenSamples:
-    """The pairs that `options` ask for, in the order of the pass; what is broken is printed and left out.
+    """The pairs requested by `options`, in the order of the pass; broken files are printed and skipped.
 
-    in_turn: for groups that are dealt in turn, so that each of the first few samples is in another one; else for groups
-    that are blocks. Where images or texts come more than once, pairs are made within the groups that `options` ask for,
-    and with none as for the usual number: whether an error is wanted does not change the value.
+    in_turn: deal samples into groups in turn, so that each of the first few is in a different one; otherwise groups are
+    contiguous blocks. If images or texts repeat, pairs are made within the groups that `options` request, or within the
+    default number if they request none, so that asking for a standard error does not change the value.
     """
     if options.samples > MOST_SAMPLES:
-        raise InputError(f"samples: takes at most {MOST_SAMPLES}, got {options.samples}")
-    from modality_integration.app.console import show_notes  # rich, which a probe does without
+        raise InputError(f"samples: expected at most {MOST_SAMPLES}, got {options.samples}")
+    from modality_integration.app.console import show_notes  # imports rich, which a probe does not need
 
     seed = None if options.in_order else options.seed
     images = choose_images(options.images, options.samples, seed, distinct=not options.in_order)
     texts = choose_texts(options.text, options.samples, seed, distinct=not options.in_order)
     show_notes([*_skipped(images.skipped, "image"), *_skipped(texts.skipped, "text")], console)
     digests = images.digests, texts.digests
-    keys = digests if options.in_order else None  # by seed, none was chosen twice
+    keys = digests if options.in_order else None  # by seed, nothing is chosen twice
 
     def samples_in(groups: int) -> Samples:
         samples = pair(
@@ -67,8 +67,8 @@ def choose(options: ComputeOptions, console: Console, *, in_turn: bool = False) 
     notes = _notes(images, texts, options.samples)
     if options.in_order and options.images == options.text:
         notes.append(
-            f"images and prose are of the same rows of {options.images}, in order: each image comes with its own text, "
-            "and the paper pairs unrelated ones, as --protocol random does"
+            f"images and prose come from the same rows of {options.images} in order, so each image is paired with its "
+            "own text; the paper pairs unrelated ones, as --protocol random does"
         )
     if options.groups and not samples.groups:
         fewest = min(len(set(of_kind)) for of_kind in digests)
@@ -81,15 +81,15 @@ def choose(options: ComputeOptions, console: Console, *, in_turn: bool = False) 
 
 
 def _no_error(images: Chosen, texts: Chosen, options: ComputeOptions, fewer: int) -> str:
-    """Why there is no standard error, and what would give one. fewer: how many groups there could be, if 2 or more."""
+    """Why there is no standard error, and how to get one. fewer: a number of groups that would work; 0 or 1 if none."""
     found = []
     for chosen, what in ((images, "image"), (texts, "text")):
         unique = len(set(chosen.digests))
         found.append(f"{unique} unique {what}{'s' * (unique != 1)}")
     where = " in file order" if options.in_order else ""
     return (
-        f"no standard error: {' and '.join(found)}{where} do not make {options.groups} groups of {options.samples} "
-        f"samples that share none; more files would give one{f', or --groups {fewer}' if fewer > 1 else ''}"
+        f"no standard error: {' and '.join(found)}{where} cannot make {options.samples} samples in {options.groups} "
+        f"groups that share nothing; use more files{f' or --groups {fewer}' if fewer > 1 else ''}"
     )
 
 
@@ -101,7 +101,7 @@ def _notes(images: Chosen, texts: Chosen, samples: int) -> list[str]:
         if chosen.skipped:
             notes.append(f"skipped {len(chosen.skipped)} broken {what}{'s' * (len(chosen.skipped) > 1)}")
         if chosen.copies:
-            notes.append(f"{chosen.copies} {what}{'s' * (chosen.copies > 1)} left out: of the same content as another")
+            notes.append(f"skipped {chosen.copies} duplicate {what}{'s' * (chosen.copies > 1)}")
         if len(chosen.items) < samples:
             notes.append(
                 f"{len(chosen.items)} usable {what}{'s' * (len(chosen.items) != 1)} for {samples} samples: some are "

@@ -1,4 +1,4 @@
-"""Images from files, folders, lists, archives and tables, and each as RGB."""
+"""Images from files, folders, lists, archives and tables, converted to RGB."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from modality_integration.app.samples.sample import ImageSource
 
 LISTS = (".json", ".jsonl")
 TAKEN = (
-    "an image of any type that Pillow opens, a folder of them, a list of their paths "
-    f'({", ".join(LISTS)}, of LLaVA\'s conversations too; relative to its folder or to "images" in it), '
-    f"{', '.join(COLLECTIONS)}, or a folder of datasets.save_to_disk"
+    "an image of any type that Pillow opens, a folder of images, a list of their paths "
+    f'({", ".join(LISTS)}, including LLaVA\'s conversations; relative to its folder or to "images" in it), '
+    f"{', '.join(COLLECTIONS)}, or a folder written by datasets.save_to_disk"
 )
 
 
 def choose_images(path: Path | str, count: int, seed: int | None, *, distinct: bool = False) -> Chosen[Any]:
-    """At most `count` readable images in an order set by `seed`, by name with None.
+    """Choose at most `count` readable images in an order set by `seed`, or in order with None.
 
-    distinct: one alone of those with the same bytes.
+    distinct: choose at most one of the images with the same bytes.
 
     `path` is a folder, searched recursively; one file; a list of paths (.json or .jsonl, relative to its folder or to
-    "images" beside it); or a collection: shards of .tar, .parquet, .arrow, a saved data set. A folder's collections are
-    read where it has no plain image. Every image is decoded once; one that cannot be is skipped with the reason.
-    Raises InputError if `path` is not there, holds no readable image, or no clear column of them.
+    "images" in it); or a collection: .tar, .parquet or .arrow files, a saved data set. The collections in a folder are
+    read only if it has no plain images. Every image is decoded once; one that cannot be decoded is skipped with the
+    reason. Raises InputError if `path` does not exist, holds no readable image, or has no clear image column.
     """
     path = Path(path)
     files = _files(path)
@@ -58,26 +58,26 @@ def choose_images(path: Path | str, count: int, seed: int | None, *, distinct: b
         candidates, count, seed_of(seed, "images"), lambda c: c, open_image, lambda c: _name(c, path), distinct
     )
     if not chosen.items:
-        reason = why_none(chosen, "no file there is of an image type that Pillow opens")
-        raise InputError(f"no usable image in {path}: {reason}; --images takes {TAKEN}")
+        reason = why_none(chosen, "there is no file of an image type that Pillow opens")
+        raise InputError(f"no usable image in {path}: {reason}; --images accepts {TAKEN}")
     if path.is_dir() and not is_collection(files[0]):
         chosen.unread = unread_beside(walk(path, "images"), path)
     return chosen
 
 
 def image_files(path: Path) -> list[Path]:
-    """Files below `path` that look like images, sorted: an extension that Pillow reads, or none; hidden ones not."""
+    """Sorted image files below `path`, by extension or, without one, by content; hidden files are skipped."""
     if path.is_file():
         return [path]
     return [p for p in walk(path, "images") if p.is_file() and _is_image_file(p)]
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """The image as RGB: first frame, turned as EXIF says, transparency on white, 16-bit and float grey scaled to 8."""
+    """The image as RGB: first frame, EXIF orientation, transparency on white, 16-bit and float grey scaled to 8."""
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters here is whether pixels come out
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata; here only the pixels matter
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source.read_bytes())) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
@@ -90,7 +90,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of `path` that images are taken from: plain ones, or the collections of a folder without any."""
+    """The files of `path` to read images from: plain images, or the collections of a folder that has none."""
     if path.is_file() or is_saved_dataset(path):
         return [path]
     return image_files(path) or [p for p in walk(path, "images") if is_collection(p)]
@@ -107,7 +107,7 @@ def _candidates(file: Path, root: Path) -> Sequence[Any]:
 
 
 def _paths_of(file: Path) -> Iterator[Path | Broken]:
-    """The images that a list names, in its order, each path once; a record without one has text alone."""
+    """The images that a list names, in its order, each path once; records without an image are skipped."""
     paths: dict[Path, None] = {}
     keys: set[str] = set()
     for record in Records(file, file.suffix.lower() == ".jsonl", "images"):
@@ -125,12 +125,12 @@ def _paths_of(file: Path) -> Iterator[Path | Broken]:
                 paths[_found(path, file.parent)] = None
     if not paths:
         wanted = ", ".join(IMAGE_KEYS[:6])
-        raise ValueError(f"no record names an image: none of the keys {sorted(keys)} is one of {wanted} with a path")
+        raise ValueError(f"no record names an image: expected a path under one of {wanted}, got keys {sorted(keys)}")
     yield from paths
 
 
 def _found(name: str, folder: Path) -> Path:
-    """Where an image of a list is: below the list's folder, or below "images" beside it."""
+    """The path of an image in a list: below the list's folder, or below "images" in it."""
     beside = folder / "images" / name
     return beside if not (folder / name).exists() and beside.exists() else folder / name
 
@@ -148,7 +148,7 @@ def _is_image_file(path: Path) -> bool:
 
 @functools.cache
 def _suffixes() -> frozenset[str]:
-    """Extensions of the types that Pillow reads."""
+    """Extensions of the image types that Pillow reads."""
     Image.init()
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
@@ -157,7 +157,7 @@ def _is_image(path: Path) -> bool:
     try:
         with Image.open(path):
             return True
-    except Exception:  # without an extension to claim otherwise, a file that Pillow does not know is no image
+    except Exception:  # a file without an extension that Pillow cannot open is not an image
         return False
 
 

@@ -1,4 +1,4 @@
-"""Pairs of images and prose, made as they are asked for, and groups of them that share no image and no text."""
+"""Pairs of images and prose, made on demand, and groups of pairs that share no image and no text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modality_integration.app.samples.choosing import seed_of
 from modality_integration.app.samples.sample import ImageSource, Sample, Text, content_digest
 from modality_integration.metric.dealing import ends_of_groups, group_of, sharing
 
-# Samples in file order, some of them repeated, among which groups that share nothing are looked for.
+# Up to this many samples in file order, with repeats, are searched for groups that share nothing.
 MOST_ORDERED = 1_000_000
 
 
@@ -22,19 +22,19 @@ class Order(Protocol):
     """Which image and which text make a sample."""
 
     def at(self, number: int) -> tuple[int, int]:
-        """Their places among the images and among the texts."""
+        """The indices of the image and of the text of a sample."""
 
     @property
     def recipe(self) -> str:
-        """What tells one order from another."""
+        """A string that identifies this order."""
 
 
 class Samples(Sequence[Sample]):
-    """Samples that are made as they are asked for, any number of them; slices are views.
+    """Any number of samples, made on demand; slices are views.
 
-    groups: of all samples, in the order they have here, for the standard error: as many as were wanted, or 0 where so
-    many would share images or texts. in_turn: they are dealt in turn, not in blocks. repeats: whether an image or a
-    text comes twice; the order is then made for these groups alone.
+    groups: groups of all samples in this order for the standard error: as many as requested, or 0 if they would share
+    images or texts. in_turn: samples are dealt into groups in turn, not in blocks. repeats: whether any image or text
+    is used twice; the order is then valid only for these groups.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Samples(Sequence[Sample]):
         return Sample(self.images[image], self.texts[text])
 
     def digest(self) -> str:
-        """A short hash of the content of every pair, in order; where they repeat, of what they are made of, and how."""
+        """A short hash of the content of every pair in order; with repeats, of the items and the order's recipe."""
         images, texts = self._digests or (list(map(content_digest, self.images)), list(map(content_digest, self.texts)))
         hashed = hashlib.sha256()
         if self.repeats:
@@ -85,7 +85,7 @@ class Samples(Sequence[Sample]):
 
 
 def groups_of(samples: Sequence[Sample], wanted: int, in_turn: bool = False) -> int:
-    """How many of `wanted` groups a standard error of these samples may have: all, or 0 where they would share any.
+    """The number of groups for a standard error of these samples: `wanted`, or 0 if groups would share images or texts.
 
     in_turn: samples are dealt into groups in turn, not in blocks.
     """
@@ -95,7 +95,7 @@ def groups_of(samples: Sequence[Sample], wanted: int, in_turn: bool = False) -> 
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """A short hash of the content of every pair, in order; no file is read twice."""
+    """A short hash of the content of every pair in order; no file is read twice."""
     if isinstance(samples, Samples):
         return samples.digest()
     return pair([s.image for s in samples], [s.text for s in samples], len(samples), None).digest()
@@ -112,13 +112,13 @@ def pair(
     keys: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
     digests: tuple[Sequence[bytes], Sequence[bytes]] | None = None,
 ) -> Samples:
-    """`count` pairs of a random image with unrelated prose; what is too few comes again, in a new order each round.
+    """Make `count` pairs of a random image and unrelated prose; too few items are reused in a new order each round.
 
-    seed None: in order, round after round.
-    groups: of samples, for a standard error; see `modality_integration.metric.dealing`, which takes them as blocks, or
-    in_turn. Where anything comes again, images and texts are each dealt into as many parts, and pairs made within a
-    part: no two groups share any. With fewer images or texts than groups, the result's `groups` are 0.
-    keys: what tells one image and one text from another; else each is its own. digests: of their content, if known.
+    seed: None pairs them in order, round after round.
+    groups: groups of samples for a standard error, in blocks or `in_turn` (see `modality_integration.metric.dealing`).
+    If anything repeats, images and texts are each split into `groups` parts and paired within a part, so that no two
+    groups share any. With fewer distinct images or texts than groups, the result has `groups` 0.
+    keys: identities of the images and of the texts; by default all differ. digests: of their content, if known.
     """
     keys = keys or (range(len(images)), range(len(texts)))
     repeats = any(count > len(of_kind) or len(set(of_kind[:count])) < count for of_kind in keys)
@@ -138,8 +138,8 @@ def pair(
 def in_blocks(
     samples: Samples, groups: int, keys: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None
 ) -> Samples:
-    """Samples in file order, for groups that are blocks: in random order, and where any repeat, so that groups share
-    no image and no text. Where `groups` such groups cannot be had, in file order with groups 0.
+    """Reorder samples in file order for groups that are blocks: randomly and, if any repeat, so that groups share no
+    image and no text. If `groups` such groups do not exist, the samples stay in file order with groups 0.
     """
     count, view = len(samples), copy.copy(samples)
     view.in_turn = False
@@ -170,7 +170,7 @@ class InOrder:
 
 
 class Shuffled:
-    """An order in another order."""
+    """Another order, permuted."""
 
     def __init__(self, order: Order, numbers: Sequence[int]) -> None:
         self._order, self._numbers = order, numbers
@@ -184,9 +184,9 @@ class Shuffled:
 
 
 class InParts:
-    """Images and texts in parts, one a group of samples; within it, round after round of random pairs.
+    """Images and texts split into one part per group of samples, paired at random round after round within a part.
 
-    Sample n of all is one of the group that `metric.dealing.dealt` deals it into.
+    Sample n belongs to the group that `metric.dealing.dealt` deals it into.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class InParts:
 
 
 class _Rounds:
-    """A part's items, again and again: first as they are, then in a random order each round."""
+    """The items of a part, repeated: first in their order, then in a new random order each round."""
 
     def __init__(self, items: Sequence[int], seed: str) -> None:
         self._items, self._seed = items, seed
@@ -231,7 +231,7 @@ class _Rounds:
 
 
 def _dealt(keys: Sequence[Hashable], parts: int) -> list[list[int]]:
-    """The places of each part's items: different keys are dealt in turn, the same one into one part."""
+    """The indices of each part's items: distinct keys are dealt in turn, equal keys go into the same part."""
     part_of = {key: index % parts for index, key in enumerate(dict.fromkeys(keys))}
     dealt: list[list[int]] = [[] for _ in range(parts)]
     for index, key in enumerate(keys):
@@ -242,14 +242,14 @@ def _dealt(keys: Sequence[Hashable], parts: int) -> list[list[int]]:
 def _keys_of(
     order: Order, keys: tuple[Sequence[Hashable], Sequence[Hashable]], count: int
 ) -> Iterator[tuple[Hashable, Hashable]]:
-    """The keys of every sample's image and text."""
+    """The keys of each sample's image and text."""
     for number in range(count):
         image, text = order.at(number)
         yield ("image", keys[0][image]), ("text", keys[1][text])
 
 
 def _share_nothing(pairs: Iterator[tuple[Hashable, Hashable]], count: int, groups: int, in_turn: bool) -> bool:
-    """Whether no key is in two groups of samples."""
+    """Whether no key occurs in two groups of samples."""
     first: dict[Hashable, int] = {}
     for number, both in enumerate(itertools.islice(pairs, MOST_ORDERED + 1)):
         group = number % groups if in_turn else group_of(number, groups, count)
@@ -259,10 +259,10 @@ def _share_nothing(pairs: Iterator[tuple[Hashable, Hashable]], count: int, group
 
 
 def _packed(pairs: Sequence[tuple[Hashable, Hashable]], groups: int) -> list[int] | None:
-    """An order of the samples in which groups, as blocks, share no key; None where none was found.
+    """An order of the samples in which groups, as blocks, share no key; None if none was found.
 
-    Samples that share a key, directly or through others, stay together; the largest such sets go first, each into the
-    block with the most room, and single samples fill what is left.
+    Samples connected by shared keys, directly or through others, stay together. The largest such sets are placed first,
+    each into the block with the most room; single samples fill the rest.
     """
     order = _random_order(len(pairs))
     together = [[order[place] for place in places] for places in sharing(pairs[number] for number in order)]

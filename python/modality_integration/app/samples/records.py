@@ -1,4 +1,4 @@
-"""JSON records: where each lies in its file, its prose (an assistant's turns of a conversation) and its image."""
+"""JSON records: their places in a file, their prose (the assistant's turns of a conversation) and their image keys."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-# Where a record keeps its prose: the first of these keys that holds a string, else a conversation.
+# Keys of the prose: the first that holds a string, else a conversation.
 TEXT_KEYS = ("text", "article", "content", "story", "document", "caption")
 CONVERSATION_KEYS = ("conversations", "conversation", "messages")
 ASSISTANTS = ("gpt", "assistant", "model", "bot", "chatgpt")
-# Where a record keeps its image, a path or several.
+# Keys of the image: a path or a list of paths.
 IMAGE_KEYS = ("image", "images", "img", "picture", "photo", "image_path", "img_path", "file_name", "filename", "path")
-# Where an object that is no record itself keeps the list of them (COCO: "images" and "annotations").
+# Keys under which an object that is not itself a record keeps its list of records (COCO: "images", "annotations").
 LISTS = {
     "text": ("data", "annotations", "rows", "samples", "items", "train"),
     "images": ("data", "images", "annotations", "rows", "samples", "items", "train"),
@@ -25,7 +25,7 @@ _BLANK = " \t\r\n"
 
 @dataclass(frozen=True)
 class Record:
-    """A record not yet read: `length` bytes from `offset`, None for a line; number: of its line, or in its list."""
+    """A record not yet read: `length` bytes at `offset`, None for a line. number: its line or its index in the list."""
 
     path: Path
     offset: int
@@ -34,11 +34,11 @@ class Record:
 
     @property
     def mark(self) -> str:
-        """What tells it from others of its file in messages."""
+        """Its position within the file, for messages."""
         return f":{self.number}" if self.length is None else f"[{self.number}]"
 
     def value(self) -> Any:
-        """The JSON value. ValueError if it is none."""
+        """The JSON value. ValueError if it is not valid."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             raw = file.readline() if self.length is None else file.read(self.length)
@@ -46,14 +46,14 @@ class Record:
 
 
 class Records(Sequence[Record]):
-    """The records of one file, by their places alone: such files outgrow memory."""
+    """The records of one file; only their positions are kept, since such files can exceed memory."""
 
     def __init__(self, path: Path, lines: bool, what: str) -> None:
         self._path, self._lines = path, lines
         self._offsets, self._lengths = array("q"), array("q")
         for offset, extent in _lines(path) if lines else _values(path, what):
             self._offsets.append(offset)
-            self._lengths.append(extent)  # of a line its number
+            self._lengths.append(extent)  # for a line, its number
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -70,7 +70,7 @@ class Records(Sequence[Record]):
 
 
 def parsed(text: str) -> Any:
-    """A JSON value. ValueError that says what is wrong."""
+    """Parse JSON; ValueError with the reason if it is invalid."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -80,7 +80,7 @@ def parsed(text: str) -> Any:
 
 
 def prose_of(value: Any) -> str:
-    """The prose of a record: a string, the first of TEXT_KEYS with a string, or the assistant's turns."""
+    """The prose of a record: the record itself, the first string under TEXT_KEYS, or the assistant's turns."""
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping):
@@ -91,17 +91,17 @@ def prose_of(value: Any) -> str:
     turns = next((value[key] for key in CONVERSATION_KEYS if isinstance(value.get(key), Sequence | Mapping)), None)
     if turns is None:
         keys = ", ".join((*TEXT_KEYS, CONVERSATION_KEYS[0]))
-        raise ValueError(f"none of its keys {sorted(value)} is one of {keys} with a string")
+        raise ValueError(f"it has no string under {keys}; its keys are {sorted(value)}")
     return conversation_prose(turns)
 
 
 def conversation_prose(turns: Any) -> str:
-    """What the assistant says in a conversation, turn after turn, without the image's marker.
+    """The assistant's turns of a conversation, one per line, without image markers.
 
-    turns: of LLaVA ({"from": "gpt", "value": ...}) or of chat templates ({"role": "assistant", "content": ...}, whose
-    content may be a list of parts), a list of them or an object of lists. ValueError where no turn is an assistant's.
+    turns: LLaVA's ({"from": "gpt", "value": ...}) or chat messages ({"role": "assistant", "content": ...}, where the
+    content may be a list of parts), as a list or as an object of lists. ValueError if no turn is the assistant's.
     """
-    if isinstance(turns, Mapping):  # of lists, as data sets keep a list of objects
+    if isinstance(turns, Mapping):  # an object of lists, the form in which data sets store a list of objects
         columns = {key: list(values) for key, values in turns.items()}
         turns = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     said = []
@@ -112,12 +112,12 @@ def conversation_prose(turns: Any) -> str:
                 content = " ".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
             said.append(str(content or "").replace("<image>", "").strip())
     if not said:
-        raise ValueError(f"its conversation has no turn of an assistant ({', '.join(ASSISTANTS[:2])})")
+        raise ValueError(f"its conversation has no assistant turn ({', '.join(ASSISTANTS[:2])})")
     return "\n".join(said)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int]]:
-    """(offset, number) of every line that is not blank."""
+    """(offset, line number) of every line that is not blank."""
     offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -127,7 +127,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _values(path: Path, what: str) -> Iterator[tuple[int, int]]:
-    """(offset, length) in bytes of the records of a JSON file: of its list, of an object's, or value after value."""
+    """(offset, length) in bytes of the records in a JSON file: a list, a list in an object, or consecutive values."""
     raw = path.read_bytes()
     text = raw.decode("utf-8-sig")
     begin = len(raw) - len(text.encode())  # a byte order mark
@@ -140,7 +140,7 @@ def _values(path: Path, what: str) -> Iterator[tuple[int, int]]:
 
 
 def _extents(text: str, what: str) -> Iterator[tuple[int, int]]:
-    """(begin, end) in characters of the records."""
+    """(begin, end) of the records in characters."""
     decoder = json.JSONDecoder()
 
     def after(at: int) -> int:
@@ -156,7 +156,7 @@ def _extents(text: str, what: str) -> Iterator[tuple[int, int]]:
         if inner is not None:
             at = inner
     if text[at : at + 1] != "[":
-        while at < len(text):  # one value, or JSON lines by another name
+        while at < len(text):  # one value, or JSON lines with another suffix
             end = after(at)
             yield at, end
             at = _skip(text, end)
@@ -169,11 +169,11 @@ def _extents(text: str, what: str) -> Iterator[tuple[int, int]]:
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)
         elif text[at : at + 1] != "]":
-            raise ValueError("it is not JSON (its list has no end)")
+            raise ValueError("it is not JSON (its list does not end)")
 
 
 def _list_inside(text: str, at: int, after: Any, what: str) -> int | None:
-    """Where the list of records of an object begins, which is no record itself; None for one that is."""
+    """Where the list of records in an object begins; None if the object is itself a record."""
     own = {"text": (*TEXT_KEYS, *CONVERSATION_KEYS), "images": IMAGE_KEYS}[what]
     value = json.loads(text[at : after(at)])
     name = next((key for key in LISTS[what] if isinstance(value.get(key), list)), None)

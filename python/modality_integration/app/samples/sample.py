@@ -1,4 +1,4 @@
-"""A sample: an image, wherever it is stored, with a piece of prose."""
+"""A sample: an image, wherever it is stored, paired with prose."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from PIL import Image
 
 
 class Stored(Protocol):
-    """A file's bytes wherever they lie: a member of an archive, a cell of a table; small until it is read."""
+    """A file stored in an archive or a table; only its location is kept until it is read."""
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
 
     def read_bytes(self) -> bytes:
         """The file as it was stored."""
 
 
-# A file, a picture in memory, or a picture stored in something larger.
+# A file, a picture in memory, or a picture stored in an archive or a table.
 ImageSource = Path | Image.Image | Stored
 
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of prose and where it came from."""
+    """A text and the name of its source."""
 
     name: str
     content: str
@@ -35,24 +35,24 @@ class Text:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with one piece of unrelated prose."""
+    """One image paired with one unrelated text."""
 
     image: ImageSource
     text: Text
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         image = "a picture in memory" if isinstance(self.image, Image.Image) else self.image.name
         return f"{image} with {self.text.name}"
 
 
 def content_digest(item: ImageSource | Text) -> bytes:
-    """SHA-256 of an image's file (in memory: its pixels) or of prose: the same content under two names is one."""
+    """SHA-256 of an image file (in memory: of its pixels) or of prose, so that equal content is recognised."""
     if isinstance(item, Text):
         return hashlib.sha256(item.content.encode()).digest()
     if isinstance(item, Image.Image):
-        pixels = item.convert("RGBA")  # a palette's bytes are no colours, and bytes alone have no shape
+        pixels = item.convert("RGBA")  # palette indices are not colours; bytes alone have no shape
         return hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()
     if not isinstance(item, Path):
         return hashlib.sha256(item.read_bytes()).digest()

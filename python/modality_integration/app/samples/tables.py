@@ -1,6 +1,6 @@
-"""Tables of images and prose: .parquet, .arrow and what `datasets.save_to_disk` wrote, a cell read at a time.
+"""Tables of images and prose: .parquet, .arrow and folders written by `datasets.save_to_disk`, read cell by cell.
 
-They are read with the package `datasets` and the pyarrow that it brings.
+They are read with the package `datasets` and its dependency pyarrow.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from modality_integration.app.errors import InputError
 from modality_integration.app.packages import pip_install
 from modality_integration.app.samples.records import CONVERSATION_KEYS, IMAGE_KEYS, TEXT_KEYS, conversation_prose
 
-BATCH = 32  # rows of a column decoded together
+BATCH = 32  # rows of a column that are decoded together
 OPEN = 8  # .parquet files kept open
 
-# Names of image columns in data sets that carry no features.
+# Names of image columns in tables without `datasets` features.
 IMAGE_COLUMNS = (*IMAGE_KEYS, "jpg", "jpeg", "png", "webp", "pixel_values", "image_bytes", "bytes")
 
 
 class Table(Protocol):
-    """Rows by number, columns by name with the `datasets` feature of each."""
+    """Rows by number, and columns by name with their `datasets` features."""
 
     path: Path
     name: str
@@ -34,12 +34,12 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def cell(self, row: int, column: str) -> Any:
-        """A value as stored, as Python's."""
+        """The stored value as a Python object."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An image or prose in a table, not yet read."""
+    """An image or text in a table, not yet read."""
 
     table: Table
     row: int
@@ -47,11 +47,11 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         return f"{self.table.name}[{self.row}]"
 
     def read_bytes(self) -> bytes:
-        """The image's file: the cell's bytes, or the file that it names, relative to the table's folder."""
+        """The image file: the cell's bytes, or the file it names relative to the table's folder."""
         value = self.table.cell(self.row, self.column)
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, Mapping):
@@ -66,7 +66,7 @@ class Cell:
         )
 
     def prose(self) -> str:
-        """The text, or what the assistant says in a conversation."""
+        """The text, or the assistant's turns of a conversation."""
         value = self.table.cell(self.row, self.column)
         if isinstance(value, str):
             return value
@@ -76,7 +76,7 @@ class Cell:
 
 
 class Column(Sequence[Cell]):
-    """A column's cells, made as they are asked for."""
+    """The cells of a column, made on demand."""
 
     def __init__(self, table: Table, column: str) -> None:
         self._table, self._column = table, column
@@ -97,9 +97,9 @@ class Column(Sequence[Cell]):
 
 
 def columns(path: Path, what: str, name: str) -> Iterator[Column]:
-    """The column of images or text ("images", "text") in each of the tables that `path` holds.
+    """The column of images or prose (`what`: "images" or "text") of each table in `path`.
 
-    InputError where `datasets` is missing, or where it is not clear which column that is.
+    InputError if `datasets` is not installed or if the column is ambiguous.
     """
     for table in _tables(path, what, name):
         yield Column(table, _image_column(table) if what == "images" else _text_column(table))
@@ -111,7 +111,7 @@ def _tables(path: Path, what: str, name: str) -> list[Table]:
         import pyarrow
     except ImportError as error:
         raise InputError(
-            f"{what}: {path} is read with the package datasets ({error}): {pip_install('datasets')}"
+            f"{what}: reading {path} requires the package datasets ({error}): {pip_install('datasets')}"
         ) from error
     if path.suffix.lower() == ".parquet":
         return [_Parquet(path, name)]
@@ -120,7 +120,7 @@ def _tables(path: Path, what: str, name: str) -> list[Table]:
         splits = loaded if isinstance(loaded, Mapping) else {"": loaded}
         return [_Dataset(path, f"{name}/{split}" if split else name, data) for split, data in splits.items()]
     with path.open("rb") as file:
-        is_file = file.read(6) == b"ARROW1"  # as Feather writes; datasets write streams
+        is_file = file.read(6) == b"ARROW1"  # Feather files; `datasets` writes streams
     if is_file:
         table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         return [_Dataset(path, name, datasets.Dataset(datasets.table.InMemoryTable(table)))]
@@ -128,12 +128,12 @@ def _tables(path: Path, what: str, name: str) -> list[Table]:
 
 
 class _Dataset:
-    """A `datasets.Dataset`, its file mapped into memory."""
+    """A memory-mapped `datasets.Dataset`."""
 
     def __init__(self, path: Path, name: str, data: Any) -> None:
         self.path, self.name = path, name
         self.features = data.features
-        self._data = data.with_format("arrow")  # images not decoded
+        self._data = data.with_format("arrow")  # leaves images undecoded
 
     def __len__(self) -> int:
         return len(self._data)
@@ -165,19 +165,19 @@ class _Parquet:
 
 
 class _Cursor:
-    """An open .parquet file, and where in it was read last: the next rows come from there."""
+    """An open .parquet file and its read position; later rows are read on from there."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet
 
-        # Neither a whole row group nor a whole column of one is held: some writers make groups of a million rows.
+        # Some writers make row groups of a million rows, so neither a group nor one of its columns is held whole.
         self.file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         self._place: tuple[int, str] | None = None
         self._batches: Iterator[Any] = iter(())
         self._first, self._batch = 0, None
 
     def value(self, group: int, row: int, column: str) -> Any:
-        """The value of a row of a row group."""
+        """The value in one row of a row group."""
         if self._place != (group, column) or row < self._first:
             self._place, self._first, self._batch = (group, column), 0, None
             self._batches = self.file.iter_batches(batch_size=BATCH, row_groups=[group], columns=[column])
@@ -189,12 +189,12 @@ class _Cursor:
 
 @functools.lru_cache(maxsize=OPEN)
 def _cursor(path: Path, written: int) -> _Cursor:
-    """written: when, so that another file of that name is opened anew."""
+    """written: modification time, so that a replaced file is reopened."""
     return _Cursor(path)
 
 
 def _image_column(table: Table) -> str:
-    """The column of images: by its feature, of several the one with a usual name; else by name."""
+    """The image column: by its feature (among several, the one with a usual name), else by name."""
     import datasets
 
     images = [name for name, feature in table.features.items() if isinstance(_inner(feature), datasets.Image)]
@@ -207,7 +207,7 @@ def _image_column(table: Table) -> str:
 
 
 def _text_column(table: Table) -> str:
-    """The column of prose: by a usual name, a conversation, or the only one of strings."""
+    """The text column: one with a usual name, else a conversation, else the only string column."""
     strings = [name for name, feature in table.features.items() if _is_string(feature)]
     named = [name for name in TEXT_KEYS if name in strings]
     talks = [name for name in CONVERSATION_KEYS if name in table.features and not _is_string(table.features[name])]
@@ -219,12 +219,12 @@ def _only(found: Sequence[str], table: Table, argument: str, what: str) -> str:
         return found[0]
     every = ", ".join(f"{name} ({_kind(feature)})" for name, feature in table.features.items())
     usual = ", ".join((IMAGE_KEYS if argument == "images" else (*TEXT_KEYS, CONVERSATION_KEYS[0]))[:7])
-    wrong = f"{len(found)} columns that may be {what}" if found else f"no column of {what}"
-    raise InputError(f"{argument}: {table.name} has {wrong}; its columns are {every}. Name it one of {usual}")
+    wrong = f"{len(found)} columns that may hold {what}" if found else f"no column of {what}"
+    raise InputError(f"{argument}: {table.name} has {wrong}; its columns are {every}. Rename one to any of {usual}")
 
 
 def _inner(feature: Any) -> Any:
-    """Of a list of images, the image: the first of a row is taken."""
+    """The feature of the elements of a list of images; the first image of a row is used."""
     if isinstance(feature, list):
         return feature[0]
     return getattr(feature, "feature", feature)
@@ -235,7 +235,7 @@ def _is_string(feature: Any) -> bool:
 
 
 def _may_be_file(feature: Any) -> bool:
-    """Whether a value may be an image's file: its bytes, its path, or both in a struct."""
+    """Whether a value may be an image file: its bytes, its path, or a struct with either."""
     if isinstance(feature, Mapping):
         return not {"bytes", "path"}.isdisjoint(feature)
     return _is_string(feature) or getattr(feature, "dtype", None) in ("binary", "large_binary")

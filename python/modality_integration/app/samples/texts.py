@@ -29,20 +29,20 @@ from modality_integration.app.samples.sample import Text
 
 PLAIN = (".txt", ".story", ".jsonl", ".md", ".json")
 TEXT_SUFFIXES = (*PLAIN, *COLLECTIONS)
-TAKEN = f"{', '.join(TEXT_SUFFIXES)} files, a folder of them, or one of datasets.save_to_disk"
+TAKEN = f"{', '.join(TEXT_SUFFIXES)} files, a folder of them, or a folder written by datasets.save_to_disk"
 
 
 def choose_texts(path: Path | str, count: int, seed: int | None, *, distinct: bool = False) -> Chosen[Text]:
-    """At most `count` pieces of prose in an order set by `seed`, as they come with None.
+    """Choose at most `count` texts in an order set by `seed`, or in order with None.
 
-    distinct: no two alike.
+    distinct: choose no text twice.
 
-    A .txt or .md file is one piece; a .story (CNN / Daily Mail) one, up to its first @highlight; a .jsonl one a line, a
-    .json one a record. A record is a string or an object with one of the keys "text", "article", "content", "story",
-    "document", "caption", or with "conversations", whose prose is what the assistant says. A collection (shards of
-    .tar, .parquet, .arrow, a saved data set) has a piece a member or row. A folder's collections are read where it has
-    no .txt, .story or .jsonl. A piece that is empty, not UTF-8 or not JSON is skipped with the reason. Raises
-    InputError if `path` is missing, has none, or no clear column of them.
+    A .txt or .md file is one text, a .story file (CNN / Daily Mail) one up to its first @highlight; a .jsonl file has
+    one per line, a .json file one per record. A record is a string, an object with one of the keys "text", "article",
+    "content", "story", "document", "caption", or one with "conversations", whose prose is the assistant's turns. A
+    collection (.tar, .parquet or .arrow file, a saved data set) has one text per member or row; the collections in a
+    folder are read only if it has no .txt, .story or .jsonl file. A text that is empty, not UTF-8 or not JSON is
+    skipped with the reason. Raises InputError if `path` does not exist, holds no text, or has no clear text column.
     """
     path = Path(path)
     files = _files(path)
@@ -65,13 +65,13 @@ def choose_texts(path: Path | str, count: int, seed: int | None, *, distinct: bo
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of `path` that prose is taken from: plain ones, or the collections of a folder without prose.
+    """The files of `path` to read prose from: plain ones, or the collections of a folder without prose files.
 
-    A data set's README.md and the .json of its metadata are not the prose that it holds.
+    The README.md and .json metadata of a data set are not prose.
     """
     if path.is_file():
         if path.suffix.lower() not in TEXT_SUFFIXES:
-            raise InputError(f"text: takes {TAKEN}, got {path}")
+            raise InputError(f"text: expected {TAKEN}, got {path}")
         return [path]
     if is_saved_dataset(path):
         return [path]
@@ -83,7 +83,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _candidates(file: Path, root: Path) -> Sequence[Any]:
-    """The pieces of one file, not yet read."""
+    """The texts of one file, not yet read."""
     suffix = file.suffix.lower()
     if suffix == ".tar":
         inside = list(members(file))

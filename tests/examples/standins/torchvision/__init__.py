@@ -1,4 +1,4 @@
-"""What pytorch-fid takes of torchvision when it is imported, and its ToTensor; its networks are not there."""
+"""A stand-in with what pytorch-fid imports from torchvision, including ToTensor but no networks."""
 
 from torchvision import models, transforms
 

@@ -1,4 +1,4 @@
-// Stands in for CUDA's bfloat16: conversions from and to float, round to nearest even, every NaN to 0x7fff.
+// Replaces CUDA's bfloat16: conversions from and to float, rounding to nearest even, every NaN becomes 0x7fff.
 #pragma once
 
 #include <cstdint>

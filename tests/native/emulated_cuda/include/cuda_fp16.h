@@ -1,4 +1,4 @@
-// Stands in for CUDA's half: conversions from and to float, round to nearest even, every NaN to 0x7fff.
+// Replaces CUDA's half: conversions from and to float, rounding to nearest even, every NaN becomes 0x7fff.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ inline float __half2float(__half v) {
   uint32_t bits;
   if (exponent == 31) {
     bits = fraction ? 0x7fffffff : sign | 0x7f800000;
-  } else if (exponent == 0) {  // a multiple of 2^-24, which float holds exactly
+  } else if (exponent == 0) {  // a multiple of 2^-24, which is exact in float
     const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
     return sign ? -magnitude : magnitude;
   } else {
@@ -35,7 +35,7 @@ inline __half __float2half_rn(float v) {
     out = 0x7c00;
   } else if (magnitude >= 0x38800000) {  // 2^-14, the smallest normal half
     out = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  } else {  // units of 2^-24; 0.5 + k 2^-24 has its last place there, so that the addition rounds as wanted
+  } else {  // units of 2^-24, which is the last place of 0.5 + k 2^-24, so the addition rounds correctly
     float scaled, half = 0.5f;
     std::memcpy(&scaled, &magnitude, sizeof(scaled));
     scaled += half;

@@ -1,8 +1,8 @@
-// Stands in for the CUDA runtime where a C++ compiler builds a .cu file to run its kernels on the CPU.
+// Replaces the CUDA runtime when a C++ compiler builds a .cu file to run its kernels on the CPU.
 //
-// What is here is what csrc/ uses; anything else does not compile. A launch runs its blocks one after another, and the
-// threads of a block as fibers that switch at __syncthreads(): see ../device.h. __shared__ variables become statics,
-// which blocks share by turns; memory.cpp forgets their contents between blocks.
+// It contains only the parts that csrc/ uses; other code does not compile. A launch runs its blocks sequentially, and
+// the threads of a block as fibers that switch at __syncthreads(): see ../device.h. __shared__ variables become
+// statics, which all blocks use in turn; memory.cpp forgets their contents between blocks.
 #pragma once
 
 #include <algorithm>
@@ -60,14 +60,14 @@ void __syncthreads();
 
 namespace emulated {
 
-// What the running thread knows of itself.
+// The indices of the running thread.
 struct Place {
   uint3 thread{}, block{};
   dim3 threads, blocks;
 };
 extern Place place;
 
-// run(code): a thread of a kernel.
+// run(code) runs a thread of a kernel.
 struct Thread {
   const void* code;
   void (*run)(const void* code);
@@ -81,8 +81,8 @@ inline constexpr const uint3& blockIdx = emulated::place.block;
 inline constexpr const dim3& blockDim = emulated::place.threads;
 inline constexpr const dim3& gridDim = emulated::place.blocks;
 
-// The arguments are converted to the kernel's parameters once, and each thread gets a copy, from the stack below `frame`:
-// to read them there is no access to memory that a kernel makes.
+// The arguments are converted to the kernel's parameters once, and each thread copies them from the stack below
+// `frame`. These reads do not count as memory accesses of the kernel.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {

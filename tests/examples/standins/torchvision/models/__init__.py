@@ -1,4 +1,4 @@
-"""Inception's modules, by name."""
+"""Stand-ins for the modules of Inception."""
 
 import types
 
