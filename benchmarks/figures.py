@@ -1,18 +1,20 @@
-"""Tables and plots of README.md and docs/reproduction.md, made from benchmarks/data/*.csv.
+"""Tables and plots of README.md and docs/, made from benchmarks/data/.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, NAME being a CSV in benchmarks/data/, or "claims" for
-the table of claims.py. `--check` fails where a page says otherwise.
+A table is between `<!-- table NAME -->` and `<!-- end -->`. NAME is a CSV in benchmarks/data/ or one of `MADE`.
+`--check` fails if a page and its data differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 
 import claims
 import harness
+import headlines
 import reproduce_figures
 import reproduce_tables
 import stages
@@ -20,15 +22,15 @@ import waiting
 from modality_integration.app import study
 
 ROOT = Path(__file__).parent.parent
-# Page -> where benchmarks/data is seen from there, and the tables that it must have.
+# Page -> the path from it to benchmarks/data, and the tables it must contain.
 PAGES = {
-    "README.md": (
-        "benchmarks/data",
-        {
-            *("moca_cpu", "moca_spread", "moments_cpu", "sqrtm_cpu", "mir_cpu", "mir_streamed_cpu", "stream_memory"),
-            "claims",
-        },
+    "README.md": ("benchmarks/data", {"headlines"}),
+    "docs/benchmarks.md": (
+        "../benchmarks/data",
+        {"moca_cpu", "moca_spread", "moments_cpu", "sqrtm_cpu", "mir_cpu", "mir_streamed_cpu", "stream_memory"},
     ),
+    "docs/demo.md": ("../benchmarks/data", {"demo"}),
+    "docs/gpu.md": ("../benchmarks/data", {"claims"}),
     "docs/mir-of-a-saved-model.md": ("../benchmarks/data", {"mir_stages_cpu"}),
     "docs/reproduction.md": ("../benchmarks/data", {f"reproduce_{name}" for name in reproduce_tables.EXPERIMENTS}),
 }
@@ -37,8 +39,8 @@ BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.D
 
 def table(path: Path, folder: str) -> str:
     """One CSV as a Markdown table, device and versions below it; `folder` leads to it from the page."""
-    if path.stem == "claims":
-        return claims.table(claims.of_cards())
+    if path.stem in MADE:
+        return MADE[path.stem]()
     rows = harness.read_csv(path)
     if path.stem.startswith("reproduce_"):
         lines = reproduce_tables.lines(path.stem.removeprefix("reproduce_"), study.read(path))
@@ -55,14 +57,28 @@ def table(path: Path, folder: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def headline_table() -> str:
+    """Ratios from several CSVs, which docs/benchmarks.md shows whole."""
+    return "\n".join(headlines.lines(lambda name: harness.read_csv(harness.DATA / f"{name}.csv"))) + "\n"
+
+
+def demo_table() -> str:
+    """MIR with its standard error and the held-out loss, by training step, from the demo's history.json."""
+    history = json.loads((harness.DATA / "demo_history.json").read_text())
+    rows = zip(history["steps"], history["mir"], history["error"], history["held_out_loss"], strict=True)
+    lines = ["| steps | MIR | held-out loss |", "| ---: | ---: | ---: |"]
+    lines += [f"| {step} | {mir:.3f} +- {error:.3f} | {loss:.2f} |" for step, mir, error, loss in rows]
+    return "\n".join(lines) + "\n"
+
+
 def memory_lines(rows: list[dict]) -> list[str]:
-    """What a stream holds, by part."""
+    """Memory of a stream, by part."""
     lines = [f"| {rows[0]['case']} | MB |", "| --- | ---: |"]
     return lines + [f"| {row['part']} | {float(row['mb']):.0f} |" for row in rows]
 
 
 def spread_lines(rows: list[dict]) -> list[str]:
-    """The quartiles over processes of a time and of its ratios to two copies, a line a condition."""
+    """Quartiles over processes of a time and of its ratios to two copies, one line per condition."""
     head = ("condition", "processes", "ms", "of a copy", "of a copy past the caches", "waited for a core")
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for row in rows:
@@ -76,9 +92,10 @@ def spread_lines(rows: list[dict]) -> list[str]:
 
 
 def benchmark_lines(rows: list[dict]) -> list[str]:
-    """Median, time against the case's first rival, share of the floor, error; and the peak where one was measured.
+    """Median, time relative to the case's first rival, share of the floor, error, and peak memory if measured.
 
-    Files from before `peak_mb` was a column held integer and float64 work to the float32 rate: no floor is shown.
+    Files without a `peak_mb` column computed the floor of integer and float64 work at the float32 rate, so their floor
+    is not shown.
     """
     floors = "peak_mb" in rows[0]
     peaks = any(row.get("peak_mb") is not None for row in rows)
@@ -103,17 +120,20 @@ def benchmark_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
-# Tables of CSVs with columns of their own, by name.
+# Tables that are not one CSV, by name.
+MADE = {"claims": lambda: claims.table(claims.of_cards()), "demo": demo_table, "headlines": headline_table}
+# Tables of CSVs with other columns, by name.
 SPECIAL = {"stream_memory": memory_lines, "moca_spread": spread_lines, "mir_stages_cpu": stages.lines}
 
 
 def rendered(page: str, folder: str) -> str:
-    """A page with every table replaced by what its CSV says now."""
+    """The page with every table regenerated from its CSV."""
     return BLOCK.sub(lambda m: m[1] + table(harness.DATA / f"{m['name']}.csv", folder) + m[3], page)
 
 
 def plot_iterations(source: Path, target: Path) -> None:
-    """Relative error of the trace of the square root against iterations: a panel a case, a line a way of iterating."""
+    """Plot the relative error of the trace of the root against iterations: one panel per case, one line per method and
+    precision."""
     import csv
 
     import matplotlib
@@ -150,7 +170,7 @@ def plot_iterations(source: Path, target: Path) -> None:
 
 
 def plot_reproduction() -> None:
-    """Each experiment's CSV as the picture beside it."""
+    """Plot each experiment's CSV into a PNG next to it."""
     for source in sorted(harness.DATA.glob("reproduce_*.csv")):
         name = source.stem.removeprefix("reproduce_")
         reproduce_figures.plot(name, study.read(source), source.with_suffix(".png"))
@@ -158,7 +178,7 @@ def plot_reproduction() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page and a CSV differ")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page and a CSV differ")
     flags = parser.parse_args()
     differing = []
     for name, (folder, required) in PAGES.items():

@@ -1,42 +1,70 @@
-"""Pages of the site that are files of the repository: README.md and the operations' READMEs, with no second copy.
+"""Shows files of the repository that lie outside docs/ as pages of the site, without a second copy of them.
 
-mkdocs calls `on_files`. The README up to its figures is the first page, its figures are a page, each operation's
-README is one; what lies in benchmarks/data is served beside them.
+Pages link to one another as the repository has them, so that the links work where the files are browsed; `mkdocs`
+calls `on_page_markdown` to turn them into links of the site. A link to a file that is not on the site becomes its text.
 """
 
+from __future__ import annotations
+
+import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-FIGURES = "## Figures\n"
-LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
+LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)")
+
+
+def site_pages() -> dict[str, str]:
+    """Repository path -> page of the site, for pages outside docs/."""
+    operations = {
+        path.relative_to(ROOT).as_posix(): f"operations/{path.parent.name}.md"
+        for path in sorted(ROOT.glob("mir_kernels/ops/*/README.md"))
+    }
+    return {
+        "README.md": "index.md",
+        "CONTRIBUTING.md": "contributing.md",
+        "CHANGELOG.md": "changes.md",
+        "mir_kernels/ops/README.md": "operations/index.md",
+        **operations,
+    }
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    start, figures = (ROOT / "README.md").read_text(encoding="utf-8").split(FIGURES)
-    pages = {"index.md": start, "figures.md": f"# Figures\n{figures}"}
-    for path in sorted(ROOT.glob("mir_kernels/ops/*/README.md")):
-        pages[f"operations/{path.parent.name}.md"] = path.read_text(encoding="utf-8")
-    for name, text in pages.items():
-        files.append(File.generated(config, name, content=LINK.sub(_link, text)))
+    from mkdocs.structure.files import File
+
+    for source, name in site_pages().items():
+        files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
     for path in sorted(ROOT.glob("benchmarks/data/*")):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """docs/ links to the figures where the repository has them; the site has them beside its pages."""
-    return markdown.replace("](../benchmarks/data/", "](benchmarks/data/")
+    here = page.file.src_uri
+    source = next((path for path, name in site_pages().items() if name == here), f"docs/{here}")
+    return LINK.sub(lambda link: _site_link(link, source, here), markdown)
 
 
-def _link(link: re.Match) -> str:
-    """A link of the repository as one of the site; one to a file that the site has not is its text alone."""
-    target = re.sub(r"^docs/", "", link["target"])
-    target = re.sub(r"^mir_kernels/ops/(\w+)/README\.md", r"operations/\1.md", target)
-    if target == link["target"] and not target.startswith(("#", "http", "benchmarks/data/")):
+def _site_link(link: re.Match, source: str, here: str) -> str:
+    """A link of the repository file `source` as one of its page `here`."""
+    target = link["target"]
+    if not target or "://" in target:
+        return link[0]
+    path = os.path.normpath(os.path.join(os.path.dirname(source), target))
+    if path.startswith("docs/"):
+        found = path.removeprefix("docs/")
+    elif path.startswith("benchmarks/data/"):
+        found = path
+    elif path in (pages := site_pages()):
+        found = pages[path]
+    else:
         return link["text"]
-    return f"{link['image']}[{link['text']}]({target})"
+    return (
+        f"{link['image']}[{link['text']}]({os.path.relpath(found, os.path.dirname(here) or '.')}{link['anchor'] or ''})"
+    )

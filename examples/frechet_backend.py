@@ -1,10 +1,10 @@
-"""pytorch-fid and torchmetrics with this library's covariance and matrix root in place of their own.
+"""Swap this library's covariance and matrix square root into pytorch-fid and torchmetrics.
 
     pip install torchmetrics pytorch-fid
     python examples/frechet_backend.py
 
-Prints the distance of two sets of pictures as each tool computes it and as it does after the swap, with the time of
-both; a tool that is not installed is left out.
+For each tool, prints the Fréchet distance between two sets of pictures and the time it takes, before and after the
+swap. A tool that is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ WIDTH, PICTURES, SIDE = 512, 200, 16
 
 
 def swap_pytorch_fid(fid_score: Any) -> None:
-    """The module `pytorch_fid.fid_score`, whose command and functions compute with this library from here on."""
+    """Patch the module `pytorch_fid.fid_score`, so that its command and functions compute with this library."""
 
     def statistics(
         files: Any, model: Any, batch_size: int = 50, dims: int = 2048, device: str = "cpu", num_workers: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        moments = StreamingMoments(dims, precision="exact")  # also for fewer pictures than features
+        moments = StreamingMoments(dims, precision="exact")  # also works with fewer pictures than features
         moments.update(torch.as_tensor(fid_score.get_activations(files, model, batch_size, dims, device, num_workers)))
         return moments.mean.numpy(), moments.covariance().numpy()
 
@@ -43,7 +43,7 @@ def swap_pytorch_fid(fid_score: Any) -> None:
 
 
 def swap_torchmetrics(fid: Any) -> None:
-    """The module `torchmetrics.image.fid`: its Metric takes this root, and this covariance for its sums of squares."""
+    """Patch `torchmetrics.image.fid` to use this covariance, instead of sums of squares, and this root."""
     kind = fid.FrechetInceptionDistance
     reset_sums = kind.reset
 
@@ -64,7 +64,7 @@ def swap_torchmetrics(fid: Any) -> None:
 
 
 class Features(nn.Module):
-    """In place of Inception, which would be a download: random features of small pictures."""
+    """Random features of small pictures, in place of Inception, which would have to be downloaded."""
 
     num_features = WIDTH
 
@@ -78,14 +78,14 @@ class Features(nn.Module):
 
 
 def pictures(seed: int) -> Tensor:
-    """Noise with a colour of its own, (PICTURES, 3, SIDE, SIDE) in 0 ... 1."""
+    """Noise with a random tint per seed, (PICTURES, 3, SIDE, SIDE) in 0 ... 1."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(PICTURES, 3, SIDE, SIDE, generator=generator)
     return (0.7 * noise + 0.3 * torch.rand(1, 3, 1, 1, generator=generator)).mul(255).round() / 255
 
 
 def by_torchmetrics(fid: Any, sets: list[Tensor]) -> float:
-    """The distance by torchmetrics' Metric."""
+    """The distance from torchmetrics."""
     metric = fid.FrechetInceptionDistance(feature=Features())
     for real, images in zip((True, False), sets, strict=True):
         for batch in images.split(50):
@@ -95,7 +95,7 @@ def by_torchmetrics(fid: Any, sets: list[Tensor]) -> float:
 
 
 def by_pytorch_fid(fid_score: Any, sets: list[Tensor]) -> float:
-    """The distance by pytorch-fid, of pictures in files."""
+    """The distance from pytorch-fid, which reads pictures from files."""
 
     class Pooled(Features):
         def forward(self, images: Tensor) -> Any:
@@ -112,7 +112,7 @@ def by_pytorch_fid(fid_score: Any, sets: list[Tensor]) -> float:
 
 
 def timed(measure: Callable[[Any, list[Tensor]], float], module: Any, sets: list[Tensor]) -> tuple[float, float]:
-    """What it gives, and the seconds it took, the least of three."""
+    """The value, and the shortest time of three runs in seconds."""
     seconds, value = [], 0.0
     for _ in range(3):
         start = time.perf_counter()
@@ -122,7 +122,7 @@ def timed(measure: Callable[[Any, list[Tensor]], float], module: Any, sets: list
 
 
 def main() -> None:
-    """Each tool before and after the swap."""
+    """Run each tool before and after the swap."""
     sets = [pictures(seed) for seed in (1, 2)]
     for name, measure, swap in (
         ("torchmetrics.image.fid", by_torchmetrics, swap_torchmetrics),
@@ -131,7 +131,7 @@ def main() -> None:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            print(f"{name}: left out ({error})")
+            print(f"{name}: skipped ({error})")
             continue
         own, before = timed(measure, module, sets)
         swap(module)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A new environment with this library in it, what of it runs there, and what type checkers make of it.
+# Install this library into a new environment, run it there, and type-check it with mypy and pyright.
 #
 #     bash examples/fresh_environment.sh [FOLDER]
 #
-# FOLDER is where the environment goes (fresh-environment). The torch is the one that constraints.txt names.
+# FOLDER is the folder of the environment (default: fresh-environment). constraints.txt determines the torch version.
 set -euo pipefail
 source=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-fresh-environment}
@@ -14,13 +14,13 @@ pip() { "$python" -m pip install --quiet --disable-pip-version-check -c "$source
 pip "$(grep '^torch==' "$source/constraints.txt")"
 pip "$source"
 
-# The kernels run; `mir` says what it lacks.
+# The kernels run; `mir` names the packages it is missing.
 "$python" "$source/examples/kernels.py"
 "$folder/bin/mir" doctor || true
 pip "$source[mir]"
 "$folder/bin/mir" doctor
 
-# Types: mypy as strictly as it goes; pyright by its own rules, its strict ones being of torch's names.
+# Type checks: mypy in strict mode; pyright in standard mode, because its strict mode objects to torch's own types.
 pip mypy basedpyright
 "$python" -m mypy --strict "$source/examples/kernels.py"
 echo '{"typeCheckingMode": "standard"}' > "$folder/pyrightconfig.json"

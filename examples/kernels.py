@@ -1,8 +1,8 @@
-"""The kernels without a model: covariance of a stream, its distance from another, and MoCa in a training step.
+"""The kernels without a model: covariances of two streams, their distance, and MoCa in a training step.
 
     python examples/kernels.py
 
-Every public name has types: this file is checked by mypy, strict, and by pyright.
+All public names are typed: this file is checked with mypy in strict mode and with pyright.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ D, TOKENS, BATCHES = 64, 4096, 8
 
 
 def streamed(offset: float, generator: torch.Generator) -> StreamingMoments:
-    """Mean and covariance of tokens that pass by in batches; memory for one batch."""
+    """Mean and covariance of tokens that arrive in batches, in the memory of one batch."""
     moments = StreamingMoments(D)
     for _ in range(BATCHES):
         tokens = offset + torch.randn(TOKENS, D, generator=generator)
@@ -26,7 +26,7 @@ def streamed(offset: float, generator: torch.Generator) -> StreamingMoments:
 
 
 def main() -> None:
-    """Each operation once."""
+    """Run each operation once."""
     generator = torch.Generator().manual_seed(0)
     vision, text = streamed(0.5, generator), streamed(0.0, generator)
     cov_vision, cov_text = vision.covariance(), text.covariance()
@@ -36,22 +36,22 @@ def main() -> None:
     print(f"|S S - C| / |C| = {(root @ root - cov_vision).norm() / cov_vision.norm():.1e}")
 
     trace = trace_sqrt_product(cov_vision, cov_text, bounds=True)
-    print(f"Tr((C1 C2)^(1/2)) = {trace.value:.6f}, proved between {trace.lower:.6f} and {trace.upper:.6f}")
+    print(f"Tr((C1 C2)^(1/2)) = {trace.value:.6f}, certified between {trace.lower:.6f} and {trace.upper:.6f}")
 
     distance: Tensor = frechet_distance(vision.mean, cov_vision, text.mean, cov_text)
-    print(f"Frechet distance {distance:.4f}, and {D * 0.25} for endless streams")
+    print(f"Frechet distance {distance:.4f}; the limit for infinite streams is {D * 0.25}")
 
     moca = MoCa(D)
     optimizer = torch.optim.SGD(moca.parameters(), lr=0.5)
     hidden = torch.randn(4, 128, D, generator=generator) + 0.5
     is_vision = torch.arange(128).expand(4, -1) < 32
     loss = torch.zeros(())
-    for _ in range(20):  # the shift learns to take the vision tokens' mean away
+    for _ in range(20):  # the shift learns to cancel the mean of the vision tokens
         optimizer.zero_grad()
         loss = moca(hidden, is_vision)[is_vision].mean(0).square().sum()
         loss.backward()
         optimizer.step()
-    print(f"mean of the vision tokens after training: {loss.item():.1e} squared")
+    print(f"squared mean of the vision tokens after training: {loss.item():.1e}")
     print(backends())
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a report: a model, its training with checkpoints, the MIR of two of them, and both side by side.
+# From scratch to a report: build a model, train it with checkpoints, measure MIR of two of them and compare both.
 #
 #     bash examples/pretraining.sh [FOLDER]
 #
-# FOLDER is where all of it goes (pretraining-out). STEPS, EVERY and SAMPLES make it shorter or longer; the options of
-# `mir demo` can come from its variables, MIR_DEMO_STEPS for instance.
+# FOLDER receives all output (default: pretraining-out). STEPS, EVERY and SAMPLES make it shorter or longer; options of
+# `mir demo` can be set by variables such as MIR_DEMO_STEPS.
 set -euo pipefail
 out=${1:-pretraining-out}
 steps=${STEPS:-40} every=${EVERY:-20} samples=${SAMPLES:-20}
@@ -13,10 +13,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 # A model with its processor, pictures and prose.
 mir demo --out "$out/demo" --save "$out/model"
 
-# Its training, with MIR in the log and in the plot.
+# Train it, with MIR in the log and in the plot.
 python "$here/train_with_mir.py" "$out/model" --out "$out/training" --steps "$steps" --every "$every" --samples "$samples"
 
-# MIR of the first and of the last checkpoint: Trainer saves no processor, the model it began with has one.
+# MIR of the first and the last checkpoint. Trainer saves no processor here, so use that of the initial model.
 for step in "$every" "$steps"; do
     mir compute --model "$out/training/checkpoint-$step" --processor "$out/model" \
         --images "$out/model/images" --text "$out/model/prose.jsonl" \

@@ -1,11 +1,11 @@
-"""MIR in transformers' Trainer: a projector learns captions of drawn pictures while MIR is measured on a probe.
+"""MIR in transformers' Trainer: a projector learns captions of drawings while MIR is measured on a probe set.
 
     mir demo --save model
     python examples/train_with_mir.py model --out training
 
-The folder is any LLaVA-like model with its processor, beside it or in it `images/` and `prose.jsonl` for the probe,
-as `mir demo --save` leaves them. Checkpoints go to training/checkpoint-N, for `mir compute`; the curves of MIR and of
-the loss to training/training.png.
+The model folder holds any LLaVA-like model with its processor. The probe set is `images/` and `prose.jsonl` in that
+folder, as written by `mir demo --save`, or in the folder given by --probe. Checkpoints go to training/checkpoint-N, for
+`mir compute`; the curves of MIR and of the loss go to training/training.png.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPES = ("circle", "square")
 
 
 class Drawings(Dataset[tuple[Image.Image, str]]):
-    """Pictures of a shape on a ground, with captions: "a red circle on white"."""
+    """Pictures of a shape on a background, with captions such as "a red circle on white"."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ class Drawings(Dataset[tuple[Image.Image, str]]):
 
 
 class Collator:
-    """Pictures and captions as the model's inputs: the image from the user, the caption from the assistant."""
+    """Makes model inputs from pictures and captions: the user sends the image, the assistant the caption."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -61,12 +61,12 @@ class Collator:
     def __call__(self, rows: list[tuple[Image.Image, str]]) -> dict[str, Tensor]:
         end = self.processor.tokenizer.eos_token or ""
         texts = [self.prompt + caption + end for _, caption in rows]
-        options = {"add_special_tokens": False, "padding": True, "return_tensors": "pt"}  # the template has the first
+        options = {"add_special_tokens": False, "padding": True, "return_tensors": "pt"}  # the template has them
         images = [image for image, _ in rows]
         inputs = dict(self.processor(images=images, text=texts, **options))
         before = self.processor(images=images[:1], text=[self.prompt], **options)["input_ids"].shape[1]
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        labels[:, :before] = -100  # loss on captions alone
+        labels[:, :before] = -100  # loss only on captions
         return {**inputs, "labels": labels}
 
 
@@ -74,17 +74,17 @@ def main() -> None:
     """Train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the model and its processor")
-    parser.add_argument("--probe", type=Path, help="folder with images/ and prose.jsonl; the model's own by default")
+    parser.add_argument("--probe", type=Path, help="folder with images/ and prose.jsonl (default: the model folder)")
     parser.add_argument("--out", type=Path, default=Path("training"), help="folder for checkpoints and the plot")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--every", type=int, default=10, help="steps between measurements, and between checkpoints")
-    parser.add_argument("--samples", type=int, default=20, help="of the probe")
+    parser.add_argument("--every", type=int, default=10, help="steps between measurements and between checkpoints")
+    parser.add_argument("--samples", type=int, default=20, help="samples in the probe set")
     parser.add_argument("--moca", action="store_true", help="train with MoCa in every decoder layer")
     options = parser.parse_args()
     set_seed(0)
 
     processor = AutoProcessor.from_pretrained(options.model)
-    processor.tokenizer.padding_side = "right"  # so that every row's prompt begins where the row does
+    processor.tokenizer.padding_side = "right"  # so that every prompt begins at the start of its row
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
     if options.moca:
         add_moca(model)

@@ -1,4 +1,4 @@
-"""The claims of a GPU: each has a benchmark that measures it, and nothing but a right, timed row makes it hold."""
+"""The GPU claims: each has a benchmark that measures it, and only a correct, timed row makes it hold."""
 
 import json
 import math
@@ -20,12 +20,12 @@ FOLDERS = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks")]
 BY_NAME = {claim.name: claim for claim in claims.CLAIMS}
 
 
-# One process for all, which loads torch once.
+# One process for all benchmarks, so that torch is loaded once.
 RUN = """
 import harness, json, runpy, subprocess, sys
-harness.MATRIX["cpu"], harness.COPIED["cpu"] = 64, 1 << 16  # the machine's rates are not what is looked at
+harness.MATRIX["cpu"], harness.COPIED["cpu"] = 64, 1 << 16  # the machine's rates do not matter here
 run, alone = subprocess.run, []
-def once(command, **options):  # a rival's memory is measured in a process of its own, and no claim's: one is enough
+def once(command, **options):  # each rival's memory is measured in a separate process; no claim needs it: one is enough
     if "--only" not in command:
         return run(command, **options)
     alone.append(alone[0] if alone else run(command, **options))
@@ -58,7 +58,7 @@ def dry(tmp_path_factory):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_claim_finds_its_rows_in_what_its_benchmark_writes(name, dry):
     found = {verdict.claim.name: verdict for verdict in claims.verdicts(dry, cuda=False)}[name]
-    if name == "covariance":  # a product of bf16 with a float32 result is CUDA's alone
+    if name == "covariance":  # only CUDA has a bf16 product with a float32 result
         assert (found.state, found.value) == ("not yet measured", None)
         return
     assert found.state in ("holds", "fails")
@@ -98,7 +98,7 @@ def state(claim, rows):
 
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.name)
 def test_the_target_decides_and_an_error_or_a_missing_row_never_holds(claim):
-    # Milliseconds at which the target is just met, with the other at one.
+    # Milliseconds at which the target is just met if the other rival takes 1 ms.
     just = {"times as fast": 1 / claim.target, "as long": claim.target, "seconds": 1e3 * claim.target}
     if claim.figure == "of the bandwidth":
         good, bad = ({"ours": 1.0, "of_floor": claim.target + e} for e in (1e-3, -1e-3))
@@ -191,9 +191,9 @@ def test_the_table_writes_what_is_needed_and_what_was_found():
     assert lines[3].endswith("| at least 90% of the bandwidth | not yet measured |  |  |")
 
 
-def test_the_readme_shows_the_table():
+def test_the_page_shows_the_table():
     shown = figures.table(harness.DATA / "claims.csv", "benchmarks/data")
-    assert shown in (ROOT / "README.md").read_text()
+    assert shown in (ROOT / "docs" / "gpu.md").read_text()
     assert shown.count("\n") == 2 + len(claims.CLAIMS)
 
 

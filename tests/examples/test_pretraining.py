@@ -1,4 +1,4 @@
-"""examples/pretraining.sh: from nothing to a report, with a tiny language model."""
+"""examples/pretraining.sh: from scratch to a report, with a tiny language model."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from integration.saved_models import save_tiny_llama
 from modality_integration import MIRResult
@@ -58,3 +59,24 @@ def test_the_comparison_and_the_report_name_both(made):
     page = (out / "report.html").read_text()
     assert all(f"step-{step}" in page for step in (2, 4))
     assert "<svg" in page
+
+
+@pytest.mark.parametrize("name", ["checkpoint_mir", "train_with_moca"])
+def test_the_examples_in_python_run_on_the_model_and_leave_what_they_say(made, name, tmp_path):
+    model = made[0] / "model"
+    options = {"checkpoint_mir": [], "train_with_moca": ["--steps", "2"]}[name]
+    out = tmp_path / {"checkpoint_mir": "mir", "train_with_moca": "moca.safetensors"}[name]
+    command = [sys.executable, SCRIPT.with_name(f"{name}.py"), model, "--out", out, "--samples", "10", *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    if name == "checkpoint_mir":
+        assert f"MIR {MIRResult.from_json(out / 'mir.json').value:.4f}" in done.stdout
+        assert (out / "layers.png").stat().st_size > 0
+    else:
+        values = load_file(out)
+        assert len(values) == 6  # scale and shift of three layers
+        assert any((value != value.mean()).any() for value in values.values())  # no longer the initial values
+        assert "step 2: loss" in done.stdout
+        assert "after: MIR" in done.stdout

@@ -1,0 +1,95 @@
+"""`make wheel`: builds, repairs and tests one wheel by the settings of [tool.cibuildwheel], without a container.
+
+    python tests/wheel.py DIR
+
+DIR/wheels gets the wheel for this Python and platform, with the platform tag of this machine's C library; cibuildwheel
+builds it for older ones, in containers. Then, as cibuildwheel does, an empty environment (DIR/venv) gets the wheel and
+`test-requires`, a folder (DIR/tests) gets copies of `test-sources`, and `test-command` runs there: no test can import
+the package from its sources. torch comes in the version of constraints.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+IGNORED = shutil.ignore_patterns("__pycache__", "*.so")
+
+
+def settings() -> dict[str, Any]:
+    """[tool.cibuildwheel] with the table of this platform merged in."""
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    return whole | whole.get("macos" if sys.platform == "darwin" else "linux", {})
+
+
+def run(command: list[str], folder: Path, **environment: str) -> None:
+    """Run and show a command; exit with its status if it fails."""
+    print("+", shlex.join(command), flush=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    status = subprocess.run(command, cwd=folder, env=os.environ | {"PATH": path} | environment).returncode
+    if status:
+        sys.exit(status)
+
+
+def build(folder: Path, wanted: dict[str, Any]) -> Path:
+    """The repaired wheel in folder/wheels, built from a copy of the files that git knows or would add."""
+    source, built, wheels = (folder / name for name in ("source", "built", "wheels"))
+    for stale in (source, built, wheels):
+        shutil.rmtree(stale, ignore_errors=True)
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(built), str(source)]
+    run(command, folder, PIP_CONSTRAINT=str(ROOT / "constraints.txt"), **wanted["environment"])
+    (wheel,) = built.glob("*.whl")
+    if repair := wanted.get("repair-wheel-command"):
+        run(shlex.split(repair.format(dest_dir=shlex.quote(str(wheels)), wheel=shlex.quote(str(wheel)))), folder)
+    else:
+        shutil.copytree(built, wheels)
+    (repaired,) = wheels.glob("*.whl")
+    return repaired
+
+
+def test(wheel: Path, folder: Path, wanted: dict[str, Any]) -> None:
+    """`test-command` in an environment that has the wheel alone, next to copies of `test-sources`."""
+    environment, tests = folder / "venv", folder / "tests"
+    for stale in (environment, tests):
+        shutil.rmtree(stale, ignore_errors=True)
+    run([sys.executable, "-m", "venv", str(environment)], folder)
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
+    run([*pip, str(wheel), *wanted["test-requires"]], folder)
+    tests.mkdir()
+    for name in wanted["test-sources"]:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, tests / name, **({"ignore": IGNORED} if (ROOT / name).is_dir() else {}))
+    path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
+    run(["sh", "-c", wanted["test-command"]], tests, PATH=path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the wheel, the environment and the tests go")
+    folder = parser.parse_args().folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = settings()
+    wheel = build(folder, wanted)
+    test(wheel, folder, wanted)
+    print(f"tested {wheel}")
+
+
+if __name__ == "__main__":
+    main()
