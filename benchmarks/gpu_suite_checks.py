@@ -18,7 +18,7 @@ from gpu_suite_processes import BENCH, GRACE, ROOT, Result, cuda_tool, earlier, 
 SANITIZERS = ("memcheck", "racecheck")
 GUARDED = "tests/kernels/test_guarded.py"  # the GPU checks whose bodies also run on interpreted kernels
 ONE = "test_right_twice_the_same_and_nothing_else_is_written and {}"  # selects each kernel at one size
-SIZE = {True: "13-37", False: "129-577"}  # dry or not: rows and columns that are no multiple of any tile
+SIZE = {True: "13-37", False: "129-577"}  # dry or not: rows and columns, not multiples of any tile edge
 
 
 def check(out: Path, dry: bool, limit: float) -> Result:

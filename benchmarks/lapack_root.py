@@ -33,7 +33,7 @@ import waiting
 
 NAME = "LAPACK: potrf + sygst + eigvalsh"
 PAUSE = 0.15  # seconds until threads stop spinning, also those of the other process
-ENOUGH, MOST = 20.0, 25  # a call is repeated for so many ms, at most so many times; the median counts
+ENOUGH, MOST = 20.0, 25  # a call is repeated for this many ms, but at most this often; the median counts
 
 
 @dataclass

@@ -149,7 +149,7 @@ class Workshop:
         kinds: Sequence[str] = demo.KINDS,
         in_turn: bool = False,
     ) -> Sequence[Sample]:
-        """Held-out pictures with unrelated prose, in groups that share neither, assigned in turn or as blocks."""
+        """Held-out pictures with unrelated prose, in groups that share neither, assigned round-robin or as blocks."""
         return demo.probe_samples(own, count, 0, kinds, texts, groups=self.scale.groups, in_turn=in_turn)
 
     @cached_property

@@ -183,7 +183,7 @@ class Watch:
             return
         above, within = self._stack[-1]
         self._stack.append((section or above, REST if stage is None else stage))
-        # A call from within the same stage is part of it: an update called by a merge counts, by an update it does not.
+        # A call from within the same stage does not count: an update called by a merge does, one by an update does not.
         if code in self._first and stage != within:
             self.calls[self._label()] += 1
 

@@ -1,7 +1,8 @@
-"""Shows files of the repository that lie outside docs/ as pages of the site, without a second copy of them.
+"""Adds repository files outside docs/ to the site as pages, without copying them.
 
-Pages link to one another as the repository has them, so that the links work where the files are browsed; `mkdocs`
-calls `on_page_markdown` to turn them into links of the site. A link to a file that is not on the site becomes its text.
+Pages link to each other by their paths in the repository, so that links also work when browsing the repository;
+`on_page_markdown`, called by mkdocs, converts them to links of the site. A link to a file that is not on the site is
+replaced by its text.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _site_link(link: re.Match, source: str, here: str) -> str:
-    """A link of the repository file `source` as one of its page `here`."""
+    """A link in the repository file `source`, converted to a link on its page `here`."""
     target = link["target"]
     if not target or "://" in target:
         return link[0]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def tensor_of(name: str, value: Any) -> Tensor:
     """`value` as a tensor. An array becomes a CPU tensor, without a copy if torch can use its memory.
 
-    Arrays with read-only memory, strides that are negative or no multiple of the item size, or a foreign byte order are
-    copied. Masked arrays, dtypes that torch lacks and all other types raise a TypeError that names the argument.
+    An array is copied if its memory is read-only, a stride is negative or not a multiple of the item size, or the byte
+    order is foreign. Masked arrays, dtypes that torch lacks and other types raise a TypeError that names the argument.
     """
     if isinstance(value, Tensor):
         return value

@@ -1,9 +1,9 @@
-"""Holds the process-wide precision of float32 products at full float32 while any thread needs it, then restores it.
+"""Keeps the process-wide precision of float32 products at full float32 while any thread needs it, then restores it.
 
 torch has no setting per call or per thread. Up to torch 2.8 there is one value, `torch.set_float32_matmul_precision`.
 Since 2.9 there is a tree: `torch.backends.fp32_precision` is the parent of "cuda" and "mkldnn" (the CPU), each of which
-is the parent of a "matmul" value; "none" inherits from the parent. The old function sets both "matmul" values and a
-value of its own. The old getters compare that with the tree and raise an error if they contradict each other.
+is the parent of a "matmul" value; "none" inherits from the parent. The old function sets both "matmul" values and
+stores a separate value. The old getters compare it with the tree and raise an error if they contradict each other.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ LISTED = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
 
 
 def resolved(name):
-    """The object behind a dotted name; a module hides behind no function of its name."""
+    """The object behind a dotted name; a module takes precedence over a function of the same name."""
     module, _, rest = name.rpartition(".")
     try:
         return importlib.import_module(name)
@@ -56,7 +56,7 @@ def test_reference_lists_what_exists_and_is_documented(name):
     found = resolved(name)
     assert found.__doc__
     if not inspect.ismodule(found):
-        assert f"{found.__module__}.{found.__qualname__}" == name  # its home: mkdocstrings reads the sources
+        assert f"{found.__module__}.{found.__qualname__}" == name  # where mkdocstrings finds its source
 
 
 @pytest.mark.parametrize("code", CODE)
@@ -82,7 +82,7 @@ def test_links_lead_somewhere(page):
 def test_angle_brackets_of_formulas_are_code(page):
     text = re.sub(r"^( {4}|```).*$", "", page.read_text(), flags=re.MULTILINE)
     text = re.sub(r"`[^`]*`|<!-- .*? -->", "", text)
-    assert not re.findall(r"<[A-Za-z/][^>]*>", text)  # Markdown takes these for HTML and shows nothing
+    assert not re.findall(r"<[A-Za-z/][^>]*>", text)  # Markdown treats these as HTML and shows nothing
 
 
 def test_every_page_is_in_the_contents():

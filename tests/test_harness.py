@@ -85,7 +85,7 @@ def test_calls_that_waited_for_a_core_count_only_where_there_are_too_few_others(
     monkeypatch.setattr(harness.waiting, "waited_ms", lambda: clock["waited"])
 
     def taking(name, waits):
-        """2 ms, plus 8 ms of waiting in the turns where `waits` says so."""
+        """2 ms, plus 8 ms of waiting in the turns that `waits` selects."""
 
         def call(i):
             clock["waited"] += 8.0 * waits(i)

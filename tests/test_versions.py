@@ -130,7 +130,7 @@ def test_the_table_counts_what_ran_in_each_set_and_failures_make_the_exit_code(r
         (["--only", "aot,tea"], "--only: expected packages,build,collect,aot,kernels,metric,suite, got tea"),
         (["--sets", "newest"], "--sets: expected oldest,gpu, got newest"),
         (["--python", "new=python3"], "--python: expected oldest,gpu, got new"),
-        (["--sets", "gpu", "--only", "aot"], "--only: expected packages too where there is no "),
+        (["--sets", "gpu", "--only", "aot"], "--only: expected packages among the steps, because "),
     ],
 )
 def test_a_name_that_it_does_not_know_is_refused(run, capsys, tmp_path, arguments, message):

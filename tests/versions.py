@@ -288,7 +288,7 @@ def main() -> int:
         if Path(place.python).exists():
             continue
         if "packages" not in steps:
-            parser.error(f"--only: expected packages too where there is no {place.python}")
+            parser.error(f"--only: expected packages among the steps, because {place.python} does not exist")
         if why := complaint(place.base, place.versions.python):
             parser.error(f"--python: expected {name}=PATH, an interpreter of Python {place.versions.python}; {why}")
     rows = [row for name, place in places.items() for row in run_set(name, place, steps)]

@@ -1,11 +1,11 @@
-"""`make wheel`: builds, repairs and tests one wheel by the settings of [tool.cibuildwheel], without a container.
+"""`make wheel`: builds, repairs and tests one wheel with the settings of [tool.cibuildwheel], without a container.
 
     python tests/wheel.py DIR
 
-DIR/wheels gets the wheel for this Python and platform, with the platform tag of this machine's C library; cibuildwheel
-builds it for older ones, in containers. Then, as cibuildwheel does, an empty environment (DIR/venv) gets the wheel and
-`test-requires`, a folder (DIR/tests) gets copies of `test-sources`, and `test-command` runs there: no test can import
-the package from its sources. torch comes in the version of constraints.txt.
+Writes the wheel for this Python and platform to DIR/wheels, with the platform tag of this machine's C library;
+cibuildwheel uses containers to support older ones. As in cibuildwheel, the wheel and `test-requires` are then installed
+into an empty environment (DIR/venv), `test-sources` are copied to DIR/tests, and `test-command` runs there, so that no
+test can import the package from its sources. The version of torch is that of constraints.txt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(command: list[str], folder: Path, **environment: str) -> None:
 
 
 def build(folder: Path, wanted: dict[str, Any]) -> Path:
-    """The repaired wheel in folder/wheels, built from a copy of the files that git knows or would add."""
+    """The repaired wheel in folder/wheels, built from a copy of the files that git tracks or would add."""
     source, built, wheels = (folder / name for name in ("source", "built", "wheels"))
     for stale in (source, built, wheels):
         shutil.rmtree(stale, ignore_errors=True)
@@ -65,7 +65,7 @@ def build(folder: Path, wanted: dict[str, Any]) -> Path:
 
 
 def test(wheel: Path, folder: Path, wanted: dict[str, Any]) -> None:
-    """`test-command` in an environment that has the wheel alone, next to copies of `test-sources`."""
+    """Run `test-command` in an environment with only the wheel and `test-requires`, on copies of `test-sources`."""
     environment, tests = folder / "venv", folder / "tests"
     for stale in (environment, tests):
         shutil.rmtree(stale, ignore_errors=True)
@@ -77,12 +77,12 @@ def test(wheel: Path, folder: Path, wanted: dict[str, Any]) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, tests / name, **({"ignore": IGNORED} if (ROOT / name).is_dir() else {}))
     path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
-    run(["sh", "-c", wanted["test-command"]], tests, PATH=path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+    run(["sh", "-c", wanted["test-command"]], tests, PATH=path, **wanted["test-environment"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the wheel, the environment and the tests go")
+    parser.add_argument("folder", type=Path, help="folder for the wheel, the environment and the tests")
     folder = parser.parse_args().folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     wanted = settings()

@@ -243,7 +243,7 @@ def as_before(now: Any, then: Any) -> bool:
 
 @given(st.data())
 def trace_inputs(data: st.DataObject) -> None:
-    """mir_kernels.trace_sqrt_product: covariances of any rank and scale, and matrices that are none."""
+    """mir_kernels.trace_sqrt_product: covariances of any rank and scale, and other matrices."""
     d, batch = data.draw(st.sampled_from([1, 2, 3, 7])), data.draw(st.sampled_from([(), (1,), (3,), (0,), (2, 2)]))
     precision, bounds = data.draw(st.sampled_from(["bfloat16", "float32", "float64"])), data.draw(st.booleans())
     pair = []

@@ -32,7 +32,7 @@ def missing() -> str | None:
     if not CSRC.exists():
         return "needs the sources"
     if not sys.platform.startswith("linux"):
-        return "the emulated CUDA device is built on Linux alone"
+        return "the emulated CUDA device is built only on Linux"
     return None if shutil.which("g++") else "expected g++, found none"
 
 

@@ -17,7 +17,7 @@ Ends = tuple[Tensor, Tensor, Tensor]  # value, lower and upper end; the ends are
 
 
 def checked_trace_sqrt_product(a: Tensor, b: Tensor, precision: str, bounds: bool, backend: str) -> Ends:
-    """Tr((AB)^(1/2)) of square matrices with broadcastable leading axes. ValueError for one that is no covariance."""
+    """Tr((AB)^(1/2)) of square matrices with broadcastable leading axes. ValueError if one is not a covariance."""
     if not bounds and backend == "linalg":
         found = small.trace(a, b)
         if found is not None:
@@ -32,7 +32,7 @@ def checked_trace_sqrt_product(a: Tensor, b: Tensor, precision: str, bounds: boo
 def checked_frechet_distance(
     mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor, precision: str, bounds: bool, backend: str
 ) -> Ends:
-    """The squared Frechet distance. ValueError for a non-finite input or a matrix that is no covariance."""
+    """The squared Frechet distance. ValueError for a non-finite input or a matrix that is not a covariance."""
     for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
         _checks.finite(name, mean)
     for name, covariance in (("cov_x", cov_x), ("cov_y", cov_y)):

@@ -21,7 +21,7 @@ _SHIFTS = (2, 16, 128)
 
 
 class Witness(NamedTuple):
-    """The matrices that bounds are computed from; any values give valid bounds, good ones give tight bounds.
+    """The matrices that bounds are computed from; any values yield valid bounds, good ones tight bounds.
 
     N ~ X R (the columns of X against the rows of R), and U close to the orthogonal polar factor of N, |U|_2 <= norm.
     """
@@ -179,7 +179,7 @@ def product_error(x: Tensor, y: Tensor) -> Tensor:
 def spectral_witness(n: Tensor) -> Witness:
     """X = N V and U = Q V^T from the eigenvectors V of N^T N and N V = Q R with a positive diagonal of R.
 
-    The columns of X are orthogonal up to rounding, so Cholesky of the Gram matrix of their directions gives Q as
+    The columns of X are orthogonal up to rounding, so Cholesky of the Gram matrix of their directions yields Q as
     accurately as Householder QR, in half the time. Householder QR follows if that fails, for instance for columns that
     are rounding errors only.
     """

@@ -136,7 +136,7 @@ def frechet_distance(
     """|mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), the distance of Eq. 3 of the MIR paper.
 
     mean_x, mean_y: (..., d).  cov_x, cov_y: (..., d, d). Leading axes broadcast: one reference (d,), (d, d) against a
-    batch gives the batch's distances. precision, bounds, backend, arrays and errors as for `trace_sqrt_product`. The
+    batch yields the batch's distances. precision, bounds, backend, arrays and errors as for `trace_sqrt_product`. The
     error of the root is relative to the root, so a distance far smaller than the traces has fewer correct digits;
     `bounds=True` returns `FrechetDistance(value, lower, upper)`, which shows how many.
     At least |mean_x - mean_y|^2, and equal to it for equal covariances. float64, of the batch's shape, without

@@ -55,7 +55,7 @@ def root_bounds(
     if not (0 <= moved < math.inf and 0 < sums.total < math.inf and 0 < sums.inverse < math.inf):
         return None
     largest = torch.linalg.vector_norm(m).item() * (1 + gamma(m.numel()))
-    # No eigenvalue is below `least`; a factor of m - lowest is to prove it.
+    # No eigenvalue is below `least`; a factor of m - lowest must prove it.
     lowest = 0.9 * sums.least
     least = 0.9 * lowest
     # Below 1e-13 of `largest` the rounding of the nodes would matter; no eigenvalue exceeds `largest`.

@@ -43,7 +43,7 @@ def standard_form(a: Tensor, b: Tensor, *, banded: bool) -> tuple[Tensor, Tensor
 def checked_standard_form(
     a: Tensor, b: Tensor, allowed_a: float, allowed_b: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`standard_form` of a, b (..., d, d), float32 or float64, contiguous; None if one of them is no covariance.
+    """`standard_form` of a, b (..., d, d), float32 or float64, contiguous; None if either is not a covariance.
 
     allowed_a, allowed_b: asymmetry relative to the largest entry, as in `_checks.symmetric`.
     """

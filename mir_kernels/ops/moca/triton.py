@@ -126,7 +126,7 @@ def add_rms_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx (which is dresidual too) and return (dscale, dshift, dweight), float32 (float64 for float64).
 
-    One pass over the data up to d = 4096 (8192 on AMD); beyond, a first pass reads grad_out and h for one number a row.
+    One pass over the data up to d = 4096 (8192 on AMD); beyond, a first pass over grad_out and h computes mean(dn n).
     """
     rows, cols = grad_out.shape
     blocks = _triton.row(TABLE, grad_out.device)

@@ -15,7 +15,7 @@ from mir_kernels.ops.moments.packed import PANEL
 
 NORM_BLOCK = 4096  # elements per program of the norms: 32 per thread
 CHUNK = 256  # rows summed in the tensor cores before their sum is added to the tile's total, rounded to nearest
-SHIFT_ABOVE = 4.0  # columns whose mean is more deviations than this away from zero are shifted
+SHIFT_ABOVE = 4.0  # columns whose mean is more than this many deviations from zero are shifted
 SPLIT_ROWS = 32  # rows per program of _split_fwd
 SAMPLE = 512  # rows sampled to estimate the deviations
 

@@ -1,7 +1,7 @@
 """Odd polynomials of degree five whose composition maps [lower, 1] to 1 fastest: the steps of `polar`.
 
 Each is the minimax approximation of 1 on the interval left by the previous one, found by the Remez exchange algorithm.
-In exact arithmetic this greedy choice gives the best composition (Amsel, Persson, Musco and Gower, The Polar Express,
+In exact arithmetic this greedy choice yields the best composition (Amsel, Persson, Musco and Gower, The Polar Express,
 2025; Nakatsukasa and Freund, SIAM Review 2016, for rational functions).
 """
 

@@ -89,7 +89,7 @@ def normalize(m: Tensor, dtype: torch.dtype) -> Tensor:
     # Powers of two, in two steps: neither overflows for an entry near the end of the range.
     x = times_power(x, -torch.frexp(x.abs().amax((-2, -1), keepdim=True)).exponent.to(working))
     x = times_power(x, -torch.frexp(frobenius(x)).exponent.clamp(min=0).to(working))
-    # |X|_2^4 <= |X^T X|_F^2, the sum of the fourth powers of the singular values; 16 bits give it to a percent.
+    # |X|_2^4 <= |X^T X|_F^2, the sum of the fourth powers of the singular values; 16 bits are accurate to a percent.
     rough = x if dtype == torch.float64 else x.bfloat16()
     with float32_products(m.device, dtype):
         g = product(rough.mT, rough)

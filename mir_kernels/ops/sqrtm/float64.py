@@ -101,7 +101,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def split_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """X Y by digits. A row or column with a non-finite value gives NaN."""
+    """X Y by digits. A row or column with a non-finite value yields NaN."""
     if x.dim() > 2 or y.dim() > 2:
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
         pairs = zip(_flat(x, batch), _flat(y, batch), strict=True)

@@ -87,7 +87,7 @@ def find(source: Source) -> Adapter | None:
 
 @contextlib.contextmanager
 def weights_alone(adapter: Adapter | None, source: Source) -> Iterator[Source]:
-    """The model's weights without the adapter, which transformers would otherwise load and report on alone."""
+    """The model's weights without the adapter, which transformers would otherwise load by itself."""
     if adapter is None or not adapter.inside:
         yield source if adapter is None else adapter.base
         return

@@ -19,7 +19,7 @@ def collated(each: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
     """Combine the inputs of samples, each a batch of one, into one batch.
 
     Each sample is processed alone, so its tokens and pixels are those of a batch of one. Token ids and other per-token
-    inputs are padded on the right, wherever the tokenizer pads: in a causal decoder, tokens do not attend to later
+    inputs are padded on the right, whatever the tokenizer's side: in a causal decoder, tokens do not attend to later
     ones. Pixels are concatenated. In models with pixels of shape (B, images, ...), a sample with fewer images is padded
     with images of zeros, as processors do, and images of different sizes, given by image_sizes, are padded with zeros.
     CannotBatch for anything else.

@@ -144,8 +144,8 @@ class Checkpoint:
 
 
 class Due:
-    """When to write a checkpoint: every `every` samples, or, with None, by elapsed time, so that writing takes at most
-    a twentieth of it. The state of a 7B model is 20 GB and more.
+    """When to write a checkpoint: every `every` samples; if None, by elapsed time, so that writing takes at most a
+    twentieth of it. The state of a 7B model is 20 GB and more.
     """
 
     def __init__(self, every: int | None, clock: Callable[[], float] = time.monotonic) -> None:

@@ -17,9 +17,9 @@ Values = Mapping[str, Any]
 
 
 class NoEffect(NamedTuple):
-    """option: the option without effect. beside: the option whose value, or absence, takes its effect away.
+    """option: the option without effect. beside: the option whose value, or absence, cancels its effect.
 
-    when: whether that is so, from the values of all options. why: what happens instead.
+    when: computes from the values of all options whether this applies. why: what happens instead.
     """
 
     option: str

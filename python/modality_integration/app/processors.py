@@ -45,7 +45,7 @@ _NOT_THE_MODEL = (
 def find(
     source: Source, config: Any, given: str | None, revision: str | None, recorded: Sequence[str]
 ) -> tuple[Any, list[str]]:
-    """The processor for the model at `source`, and a note on its origin unless it lies there.
+    """The processor for the model at `source`, and a note on its origin unless it is there.
 
     config: of the model. given: the requested folder or hub name, at `revision`. recorded: names of models that, by the
     files at `source`, it was trained from. Raises InputError if there is no processor, or if the given one belongs to

@@ -46,7 +46,7 @@ def deciding_arguments(
         "processes": processes,
         "dealt": "in blocks"
         if options.groups
-        else None,  # how samples are assigned to groups; in turn would be other groups
+        else None,  # how samples are assigned to groups; round-robin would form others
         "model_files": _folder_digest(options.model),
         "processor_files": _folder_digest(options.processor),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

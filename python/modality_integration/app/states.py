@@ -70,7 +70,7 @@ def run(files: Sequence[Path], options: StatesOptions, console: Console, results
 
 
 def _notes_on_groups(asked: int, used: int, result: MIRResult) -> list[str]:
-    """Why there is no standard error, or fewer groups than requested, if the result does not say so itself."""
+    """Why there is no standard error, or fewer groups than requested, unless the result already states it."""
     if asked and not used:
         return ["no standard error: not available with --outliers median"]
     got = result.groups

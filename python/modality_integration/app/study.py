@@ -67,7 +67,7 @@ class Subject(MeasureOptions, TokenOptions):
     batch_size: int = 1
 
     def with_groups_of(self, samples: Sequence[Sample], in_turn: bool = False) -> Subject:
-        """The same with as many groups of samples, in blocks or in turn, as `samples` allow without shared content."""
+        """A copy with as many groups, in blocks or round-robin, as `samples` allow without shared content."""
         return replace(self, groups=groups_of(samples, self.groups, in_turn))
 
     def fresh_metric(self, samples: int | None = None) -> ModalityIntegrationRate:

@@ -18,8 +18,8 @@ def dealt(
 
     Without `samples`, samples go to groups round-robin. Each process starts at a different group, so that groups fill
     evenly even when every process has few samples.
-    samples: the total over all processes. Groups are then consecutive blocks of samples: processes share a list of
-    which process p of P has every P-th entry, so its sample i is number n = i P + p overall and goes to group
+    samples: the total over all processes. Groups are then consecutive blocks of samples: process p of P
+    has every P-th entry of a shared list, so its sample i is number n = i P + p overall and goes to group
     floor(n groups / samples). ValueError for a sample beyond that total.
     """
     numbers = torch.arange(first, first + count, dtype=torch.int64, device="cpu")

@@ -67,7 +67,7 @@ class ModalityIntegrationRate(GuardedMetric):
     samples: the total number of samples, if known (more raise an error, fewer add a note). Groups are then consecutive
     instead of round-robin, and on CUDA the accumulators of finished groups move to host memory, so the device holds
     only one group's; results are bit-identical. Samples must come in random order: groups of unlike samples make the
-    error too large. If processes sync on compute, it is the total over all of them, of which process p of P has
+    error too large. If processes sync on compute, it is the total over all of them; process p of P then has
     samples p, p + P, ..., or the same number of others.
     sinks: "report" or "leave out", as for `mir`; attention sinks are detected within each sample, from all layers of an
     update.

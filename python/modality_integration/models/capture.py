@@ -40,7 +40,7 @@ def capture(
 
     Roles come from the model's own marker: its image and video ids in `input_ids`, otherwise its token type ids.
     Padding comes from a 2-D `attention_mask`. `vision_mask` and `text_mask` override them: a (B, T) tensor for every
-    pass of the block, or the name of the forward argument that carries one. `layers` gives the decoder layers (a
+    pass of the block, or the name of the forward argument that carries one. `layers` names the decoder layers (a
     qualified name, or the modules) if they cannot be found by structure.
 
     Audio features are neither vision nor text, unless `audio="text"` counts them as text.

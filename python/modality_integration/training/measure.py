@@ -36,7 +36,7 @@ def measure_mir(
 
     probe: batches of model inputs (mappings of tensors, moved to the model's device), each row with an image.
     capture, metric: options of `capture` and of `ModalityIntegrationRate`. Samples are divided into 5 groups for a
-    standard error unless `metric` has "groups". If every batch has "input_ids", which give the number of samples,
+    standard error unless `metric` has "groups". If every batch has "input_ids", which show the number of samples,
     batches run in a fixed random order and groups are consecutive blocks, so that GPU memory is the same as without
     groups. Under torch.distributed every process runs the whole probe; if each process has a separate part of it,
     metric={"sync_on_compute": True} counts the tokens of all processes.

@@ -69,7 +69,7 @@ def shared(batches: Sequence[Contents], groups: int, samples: int | None, proces
     """If groups share contents, the kinds with fewer distinct ones than rows, in words ("3 images"), otherwise "".
 
     Groups are those into which `ModalityIntegrationRate` divides the rows of these batches. samples: the number
-    announced to it; None if it assigns rows to groups in turn.
+    announced to it; None if it assigns rows to groups round-robin.
     """
     rows = [row for batch in batches for row in batch]
     of = dealt(0, len(rows), groups, samples, process=process, processes=processes).tolist()

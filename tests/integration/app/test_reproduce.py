@@ -188,7 +188,7 @@ def test_the_moca_table_ends_with_the_difference_within_each_seed():
 
 
 def test_rank_correlation_is_taken_within_a_seed():
-    # Seed 1 lies far above seed 0, and against each other the seeds would correlate.
+    # Seed 1 is far above seed 0, so the pooled values would correlate.
     rows = [row(images=n, seed=0, mir=1.0 - n / 100, held_out_loss=1.0 + n / 100) for n in (1, 2, 3)]
     rows += [row(images=n, seed=1, mir=9.0 - n / 100, held_out_loss=9.0 - n / 100) for n in (1, 2, 3)]
     assert reproduce_tables.lines("data", rows)[-1] == (

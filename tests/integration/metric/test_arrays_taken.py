@@ -1,4 +1,4 @@
-"""numpy arrays, and masks of 0 and 1, give the same MIR as the corresponding tensors."""
+"""numpy arrays, and masks of 0 and 1, yield the same MIR as the corresponding tensors."""
 
 import numpy as np
 import pytest

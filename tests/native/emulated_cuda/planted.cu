@@ -50,7 +50,7 @@ __global__ void vectors_kernel(const float* a, float* out, int64_t from) {
       reinterpret_cast<const Vector<float, 4>*>(a + from)[threadIdx.x];
 }
 
-// Reads shared memory of which only the block's first `written` threads have written their part.
+// Reads shared memory after only the block's first `written` threads have written to it.
 __global__ void unwritten_kernel(float* out, unsigned written) {
   __shared__ float shared[64];
   if (threadIdx.x < written) shared[threadIdx.x] = 1;

@@ -11,7 +11,7 @@ namespace mir {
 namespace MIR_ISA {
 namespace {
 
-// As there, but every loop with two or more iterations uses threads, however small, to give races more chances.
+// As in that file, but every loop with two or more iterations uses threads, however small, to give races more chances.
 template <class F>
 void parallel_for(int64_t n, int threads, int64_t, const F& f) {
   std::atomic<int64_t> next{0};

@@ -68,8 +68,8 @@ HELD_OUT = 16  # captioned pictures for the held-out loss
 def run(options: DemoOptions, console: Console, results: Console | None = None) -> list[MIRResult]:
     """Train, measure MIR at each probe and return the results, first to last.
 
-    Prints one line per probe and a table; writes mir.json, before.json, history.json and two plots to `options.out`,
-    the numbers after every probe. With `options.moca`, MoCa in the decoder starts from ones and zeros and is trained
+    Prints one line per probe and a table; writes mir.json, before.json, history.json and two plots to `options.out`
+    (the numbers after every probe). With `options.moca`, MoCa in the decoder starts from ones and zeros and is trained
     with the projector; the projector's initial weights and the batches are the same as without it. Raises InputError
     if a package is missing (with the pip commands to run), or if an output folder already holds files or is in use;
     NotWritten if the results were printed but could not be written; Interrupted after Ctrl-C.

@@ -29,7 +29,7 @@ class Chosen(Generic[T]):
     """The chosen items, the SHA-256 of each item's content, and the skipped ones as (name, reason).
 
     copies: number of candidates skipped because the same content had been chosen under another name.
-    unread: a note on archives and tables that were ignored because plain files lie next to them; else empty.
+    unread: a note on archives and tables that were ignored because plain files are next to them; else empty.
     """
 
     items: list[T] = field(default_factory=list)
@@ -79,7 +79,7 @@ def choose_among(
     name: Callable[[Any], str],
     distinct: bool = False,
 ) -> Chosen[Item]:
-    """Choose at most `count` candidates in an order set by `seed`, or in their own order with None.
+    """Choose at most `count` candidates in an order set by `seed`, or in the given order if that is None.
 
     read: makes the item of a candidate, cheaply. check: raises if an item is broken; called only for content that has
     not been chosen yet. distinct: choose at most one of the candidates with the same content.
@@ -154,7 +154,7 @@ def is_collection(path: Path) -> bool:
 
 
 def unread_beside(files: Sequence[Path], root: Path) -> str:
-    """A note on collections that were ignored because plain files lie next to them."""
+    """A note on collections that were ignored because plain files are next to them."""
     beside = [path for path in files if is_collection(path)]
     if not beside:
         return ""

@@ -40,7 +40,7 @@ class ChosenSamples(NamedTuple):
 def choose(options: ComputeOptions, console: Console, *, in_turn: bool = False) -> ChosenSamples:
     """The pairs requested by `options`, in the order of the pass; broken files are printed and skipped.
 
-    in_turn: deal samples into groups in turn, so that each of the first few is in a different one; otherwise groups are
+    in_turn: deal samples into groups round-robin, so that the first few are in different groups; otherwise groups are
     contiguous blocks. If images or texts repeat, pairs are made within the groups that `options` request, or within the
     default number if they request none, so that asking for a standard error does not change the value.
     """

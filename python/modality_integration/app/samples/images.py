@@ -42,7 +42,7 @@ TAKEN = (
 
 
 def choose_images(path: Path | str, count: int, seed: int | None, *, distinct: bool = False) -> Chosen[Any]:
-    """Choose at most `count` readable images in an order set by `seed`, or in order with None.
+    """Choose at most `count` readable images in an order set by `seed`, or in file order if that is None.
 
     distinct: choose at most one of the images with the same bytes.
 

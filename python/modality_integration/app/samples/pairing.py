@@ -33,7 +33,7 @@ class Samples(Sequence[Sample]):
     """Any number of samples, made on demand; slices are views.
 
     groups: groups of all samples in this order for the standard error: as many as requested, or 0 if they would share
-    images or texts. in_turn: samples are dealt into groups in turn, not in blocks. repeats: whether any image or text
+    images or texts. in_turn: samples are dealt round-robin, not in blocks. repeats: whether any image or text
     is used twice; the order is then valid only for these groups.
     """
 
@@ -87,7 +87,7 @@ class Samples(Sequence[Sample]):
 def groups_of(samples: Sequence[Sample], wanted: int, in_turn: bool = False) -> int:
     """The number of groups for a standard error of these samples: `wanted`, or 0 if groups would share images or texts.
 
-    in_turn: samples are dealt into groups in turn, not in blocks.
+    in_turn: samples are dealt into groups round-robin, not in blocks.
     """
     if not isinstance(samples, Samples) or not samples.repeats:
         return wanted
@@ -114,7 +114,7 @@ def pair(
 ) -> Samples:
     """Make `count` pairs of a random image and unrelated prose; too few items are reused in a new order each round.
 
-    seed: None pairs them in order, round after round.
+    seed: if None, pairs are made in order, round after round.
     groups: groups of samples for a standard error, in blocks or `in_turn` (see `modality_integration.metric.dealing`).
     If anything repeats, images and texts are each split into `groups` parts and paired within a part, so that no two
     groups share any. With fewer distinct images or texts than groups, the result has `groups` 0.
@@ -231,7 +231,7 @@ class _Rounds:
 
 
 def _dealt(keys: Sequence[Hashable], parts: int) -> list[list[int]]:
-    """The indices of each part's items: distinct keys are dealt in turn, equal keys go into the same part."""
+    """The indices of each part's items: distinct keys are dealt round-robin, equal keys go into the same part."""
     part_of = {key: index % parts for index, key in enumerate(dict.fromkeys(keys))}
     dealt: list[list[int]] = [[] for _ in range(parts)]
     for index, key in enumerate(keys):

@@ -165,7 +165,7 @@ class _Parquet:
 
 
 class _Cursor:
-    """An open .parquet file and its read position; later rows are read on from there."""
+    """An open .parquet file and its read position, where reading later rows continues."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet

@@ -33,12 +33,12 @@ TAKEN = f"{', '.join(TEXT_SUFFIXES)} files, a folder of them, or a folder writte
 
 
 def choose_texts(path: Path | str, count: int, seed: int | None, *, distinct: bool = False) -> Chosen[Text]:
-    """Choose at most `count` texts in an order set by `seed`, or in order with None.
+    """Choose at most `count` texts in an order set by `seed`, or in file order if that is None.
 
     distinct: choose no text twice.
 
-    A .txt or .md file is one text, a .story file (CNN / Daily Mail) one up to its first @highlight; a .jsonl file has
-    one per line, a .json file one per record. A record is a string, an object with one of the keys "text", "article",
+    A .txt or .md file is one text; a .story file (CNN / Daily Mail) is one up to its first @highlight; a .jsonl file
+    has one per line, a .json file one per record. A record is a string, an object with a key "text", "article",
     "content", "story", "document", "caption", or one with "conversations", whose prose is the assistant's turns. A
     collection (.tar, .parquet or .arrow file, a saved data set) has one text per member or row; the collections in a
     folder are read only if it has no .txt, .story or .jsonl file. A text that is empty, not UTF-8 or not JSON is

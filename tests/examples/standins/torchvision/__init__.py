@@ -1,4 +1,4 @@
-"""A stand-in with what pytorch-fid imports from torchvision, including ToTensor but no networks."""
+"""A stand-in for the parts of torchvision that pytorch-fid imports: ToTensor, but no networks."""
 
 from torchvision import models, transforms
 
