@@ -61,7 +61,8 @@ def main() -> None:
         print(f"step {step}: loss {loss.item():.3f}")
     after = measure_mir(model, probe, metric={"groups": 5})
 
-    print(f"before: {before}\nafter: {after}\n{compare(before, after, paired=True)}")
+    names = ("before", "after")
+    print(f"before: {before}\nafter: {after}\n{compare(before, after, paired=True, names=names)}")
     save_moca(model, options.out)
     print(f"wrote {options.out}")
 

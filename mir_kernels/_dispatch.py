@@ -118,7 +118,7 @@ class BackendTable(dict):
             for device, backends in devices.items():
                 chosen = next((name for name, why in backends.items() if why is None), None)
                 for name, why in backends.items():
-                    state = "default" if name == chosen else "can run" if why is None else f"no: {why}"
+                    state = "default" if name == chosen else "available" if why is None else f"no: {why}"
                     if name == "native" and why is None:
                         state += f" (instruction set {_native.C.CPU_ISA})"
                     rows.append((operation, device, name, state))

@@ -41,13 +41,13 @@ def notes_on_settings(results: Mapping[str, Set]) -> list[str]:
             package = name.removesuffix(VERSION).replace("_", "-")
             versions.append(f"{package} {_by_label(labels, ['not installed' if v is None else v for v in of])}")
         elif name in DIGESTS:
-            notes.append(f"{words} differs: {_alike(labels, of)}")
+            notes.append(f"{words} differ: {_alike(labels, of)}")
         elif name == "image_processor":
             notes.append(
                 f"image processor differs: {_by_label(labels, of)}; this alone changes MIR, mostly in its 4th digit"
             )
         else:
-            notes.append(f"{words} differs: {_by_label(labels, of)}")
+            notes.append(f"{words} {'differ' if words.endswith('s') else 'differs'}: {_by_label(labels, of)}")
     if versions:
         notes.append(f"versions differ: {', '.join(versions)}")
     depths = [len(r.terms) for r in results.values()]
@@ -71,10 +71,10 @@ def _by_label(labels: Sequence[str], values: Sequence[Any]) -> str:
 
 
 def _alike(labels: Sequence[str], values: Sequence[Any]) -> str:
-    """Which results share a value: `different in each`, or `the same in a and c, different in b`."""
+    """Which results share a value: `each run has its own`, or `the same in a and c, different in b`."""
     groups = _groups(values)
     if len(groups) == len(values):
-        return "different in each"
+        return "each run has its own"
     groups.sort(key=len, reverse=True)
     return "the same in " + ", different in ".join(listed([labels[n] for n in of]) for of in groups)
 

@@ -206,7 +206,7 @@ def test_compare_names_settings_that_differ_and_knows_the_same_samples(folders, 
     assert "last differs: normed and raw" in same
     assert "the same samples in both" in same
     assert "seed differs: 0 and 7" in other
-    assert "chosen samples differs" in other
+    assert "chosen samples differ: each run has its own" in other
     assert "the same samples" not in other
 
 

@@ -141,8 +141,8 @@ def test_comparison_names_every_setting_that_differs():
     a.settings = {"model": "one", "last": "normed", "text_tokens": 512, "seed": 0, "only_here": 1}
     b.settings = {"model": "two", "last": "raw", "text_tokens": None, "seed": 0}
     assert compare(a, b).notes == [
-        *("outliers differs: remove and none", "normalize differs: True and False", "model differs: one and two"),
-        *("last differs: normed and raw", "text tokens differs: 512 and None"),
+        *("outliers differ: remove and none", "normalize differs: True and False", "model differs: one and two"),
+        *("last differs: normed and raw", "text tokens differ: 512 and None"),
     ]
 
 

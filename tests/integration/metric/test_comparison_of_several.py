@@ -52,13 +52,13 @@ def test_another_image_processor_is_a_warning_and_another_picture_format_none():
 
 @pytest.mark.parametrize(
     ("digests", "said"),
-    [("ab", "different in each"), ("abc", "different in each"), ("bab", "the same in x and z, different in y")],
+    [("ab", "each run has its own"), ("abc", "each run has its own"), ("bab", "the same in x and z, different in y")],
 )
 def test_other_samples_are_named_without_their_digests(digests, said):
     results = dict(zip("xyz", [result(0) for _ in digests], strict=False))
     for one, digest in zip(results.values(), digests, strict=True):
         one.settings = {"chosen_samples": digest * 64}
-    assert compare_several(results).notes[0] == f"chosen samples differs: {said}"
+    assert compare_several(results).notes[0] == f"chosen samples differ: {said}"
 
 
 def shifted(by, spread=0.001, groups=6):
