@@ -50,7 +50,7 @@ def test_it_is_short():
 
 def test_every_number_is_a_version_or_in_a_generated_table():
     prose = re.sub(r"^```.*?^```|<!-- table .*?<!-- end -->", "", README, flags=re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"\]\([^)]*\)|`[^`]*`|arXiv:\S+", "", prose)
+    prose = " ".join(re.sub(r"\]\([^)]*\)|`[^`]*`|arXiv:\S+", "", prose).split())
     pyproject = (ROOT / "pyproject.toml").read_text()
     floors = {f"{name} {version}" for name, version in re.findall(r'"(torch|numpy|triton)>=([\d.]+)', pyproject)}
     floors |= {"Python " + re.search(r'requires-python = ">=([\d.]+)"', pyproject)[1]}

@@ -109,9 +109,7 @@ def _talk(ctx: typer.Context, values: dict[str, Any]) -> dict[str, bool]:
     return talk
 
 
-@command(
-    epilog="Examples:\n\n  mir demo\n\n  mir demo --steps 240 --save demo-model   # also saves a model to measure"
-)
+@command(epilog="Examples:\n\n  mir demo\n\n  mir demo --steps 240 --save demo-model   # also saves a model to measure")
 def demo(options: DemoOptions, terminal: Terminal) -> None:
     """Measure the MIR of a real model before, during and after training, offline, in a few minutes on a laptop.
 
