@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)")
 
 
-def site_pages() -> dict[str, str]:
+def _site_pages() -> dict[str, str]:
     """Repository path -> page of the site, for pages outside docs/."""
     operations = {
         path.relative_to(ROOT).as_posix(): f"operations/{path.parent.name}.md"
@@ -36,10 +36,13 @@ def site_pages() -> dict[str, str]:
     }
 
 
+PAGES = _site_pages()
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
-    for source, name in site_pages().items():
+    for source, name in PAGES.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
     for path in sorted(ROOT.glob("benchmarks/data/*")):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
@@ -48,7 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     here = page.file.src_uri
-    source = next((path for path, name in site_pages().items() if name == here), f"docs/{here}")
+    source = next((path for path, name in PAGES.items() if name == here), f"docs/{here}")
     return LINK.sub(lambda link: _site_link(link, source, here), markdown)
 
 
@@ -62,8 +65,8 @@ def _site_link(link: re.Match, source: str, here: str) -> str:
         found = path.removeprefix("docs/")
     elif path.startswith("benchmarks/data/"):
         found = path
-    elif path in (pages := site_pages()):
-        found = pages[path]
+    elif path in PAGES:
+        found = PAGES[path]
     else:
         return link["text"]
     return (

@@ -94,7 +94,7 @@ def test_every_page_is_in_the_contents():
     contents = names(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(name for name in contents if (DOCS / name).exists()) == [page.name for page in PAGES]
     hooks = runpy.run_path(str(DOCS / "hooks.py"))
-    assert set(contents) - {page.name for page in PAGES} == set(hooks["site_pages"]().values())
+    assert set(contents) - {page.name for page in PAGES} == set(hooks["PAGES"].values())
 
 
 READ = re.compile(

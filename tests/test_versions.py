@@ -54,12 +54,12 @@ def test_the_oldest_set_is_what_pyproject_promises():
 
 
 def test_the_copy_has_what_git_knows_and_nothing_that_was_built(place):
-    versions.copy_tree(place)
+    versions.copy_tree(place.tree)
     names = {str(path.relative_to(place.tree)) for path in place.tree.rglob("*") if path.is_file()}
     assert {"setup.py", "benchmarks/gpu_suite.py", "tests/kernels/jobs.py", "csrc/moca/moca_cuda.cu"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc")) or name.startswith((".git/", ".venv"))]
     (place.tree / "left_from_before").touch()
-    versions.copy_tree(place)
+    versions.copy_tree(place.tree)
     assert not (place.tree / "left_from_before").exists()
 
 

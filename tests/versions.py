@@ -187,14 +187,14 @@ STEPS: dict[str, Callable[[Place], list[list[str]]]] = {
 }
 
 
-def copy_tree(place: Place) -> None:
-    """Copy the files that git tracks or would add."""
-    shutil.rmtree(place.tree, ignore_errors=True)
+def copy_tree(target: Path) -> None:
+    """Make `target` a copy of the files that git tracks or would add."""
+    shutil.rmtree(target, ignore_errors=True)
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in (name for name in names if name and (ROOT / name).is_file()):
-        (place.tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, place.tree / name)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
 
 
 def run_step(name: str, place: Place) -> tuple[int, str]:
@@ -232,7 +232,7 @@ def failures(text: str) -> list[str]:
 def run_set(name: str, place: Place, steps: list[str]) -> list[str]:
     """Run the steps of a set and return its rows of the table. If installing packages fails, no other step runs."""
     place.folder.mkdir(parents=True, exist_ok=True)
-    copy_tree(place)
+    copy_tree(place.tree)
     rows = []
     for step in steps:
         start = time.monotonic()

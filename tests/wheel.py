@@ -19,13 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from versions import copy_tree
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = shutil.ignore_patterns("__pycache__", "*.so")
 
 
 def settings() -> dict[str, Any]:
@@ -46,13 +47,9 @@ def run(command: list[str], folder: Path, **environment: str) -> None:
 def build(folder: Path, wanted: dict[str, Any]) -> Path:
     """The repaired wheel in folder/wheels, built from a copy of the files that git tracks or would add."""
     source, built, wheels = (folder / name for name in ("source", "built", "wheels"))
-    for stale in (source, built, wheels):
+    for stale in (built, wheels):
         shutil.rmtree(stale, ignore_errors=True)
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
-        if name and (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, source / name)
+    copy_tree(source)
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(built), str(source)]
     run(command, folder, PIP_CONSTRAINT=str(ROOT / "constraints.txt"), **wanted["environment"])
     (wheel,) = built.glob("*.whl")
@@ -74,8 +71,8 @@ def test(wheel: Path, folder: Path, wanted: dict[str, Any]) -> None:
     run([*pip, str(wheel), *wanted["test-requires"]], folder)
     tests.mkdir()
     for name in wanted["test-sources"]:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-        copy(ROOT / name, tests / name, **({"ignore": IGNORED} if (ROOT / name).is_dir() else {}))
+        copied = folder / "source" / name
+        (shutil.copytree if copied.is_dir() else shutil.copy2)(copied, tests / name)
     path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
     run(["sh", "-c", wanted["test-command"]], tests, PATH=path, **wanted["test-environment"])
 
